@@ -1,0 +1,169 @@
+"""The five seams: everything that is not deterministic comes in through one of these, passed to a constructor.
+
+Production passes the classes of `nbdserver/host` and `metadata/leveldb.py`; the simulator passes its own and runs
+everything in one thread from one seed. All methods are called on the loop's thread, and every `done` callback is called
+there too, never from inside the call that took it. `later` in a name means: the work may wait for a device, so it is done
+off the loop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+Done = Callable[[int], None]
+"""Called with 0 or an errno."""
+
+
+class Timer(Protocol):
+    """A pending call of `Clock.call_later`."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Time that only goes forward, and timers."""
+
+    def now(self) -> float:
+        """Seconds on CLOCK_BOOTTIME (it goes on while the machine is suspended)."""
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer: ...
+
+    def call_soon(self, callback: Callable[[], None]) -> None: ...
+
+
+class Connection(Protocol):
+    """One byte stream to a peer, whose bytes go to the Receiver that `Network.listen`'s callback returned for it."""
+
+    peer_name: str
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        """Send or queue all of them. The buffers must not change until they left; `unsent_bytes` tells."""
+
+    @property
+    def unsent_bytes(self) -> int: ...
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def close(self) -> None:
+        """Send what is queued, then close; idempotent."""
+
+    def abort(self) -> None:
+        """Close at once, dropping what is queued; idempotent."""
+
+
+class Receiver(Protocol):
+    """What a connection's bytes go to."""
+
+    def buffer(self) -> memoryview:
+        """Room for the next bytes (at least one); the connection reads straight into it."""
+
+    def received(self, size_bytes: int) -> None:
+        """`size_bytes` were put into the last `buffer()`."""
+
+    def drained(self) -> None:
+        """`unsent_bytes` went back to 0 after a send that could not leave at once."""
+
+    def lost(self, reason: str) -> None:
+        """The connection is gone; nothing follows."""
+
+
+class Network(Protocol):
+    """Connections."""
+
+    def listen(self, address: str, accept: Callable[[Connection], Receiver | None]) -> Callable[[], None]:
+        """Listen at `HOST:PORT`, `[V6]:PORT` or `unix:PATH`; return what stops listening. OSError if it cannot."""
+
+
+class Files(Protocol):
+    """Segment files below one directory. A handle is a small integer. Every failure is an OSError or an errno."""
+
+    def create(self, path: str, size_bytes: int) -> int:
+        """Make a file of `size_bytes` allocated zeros (fallocate) and return its handle; ENOSPC leaves nothing behind."""
+
+    def open(self, path: str) -> int: ...
+
+    def close(self, handle: int) -> None: ...
+
+    def size_bytes(self, handle: int) -> int: ...
+
+    def append(self, handle: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all buffers one after the other at `offset` with one `pwritev`; OSError means an unknown part arrived."""
+
+    def read_cached(self, handle: int, length: int, offset: int) -> bytes | None:
+        """What the page cache holds (RWF_NOWAIT), or None when any of it would have to come from the device."""
+
+    def read(self, handle: int, length: int, offset: int) -> bytes:
+        """May wait for the device and return less at the end of the file: recovery and offline checks only."""
+
+    def read_later(
+        self, handle: int, extents: Sequence[tuple[int, int]], done: Callable[[int, list[bytes]], None]
+    ) -> None:
+        """Read (length, offset) extents off the loop; `done(errno, data)`, one bytes object an extent."""
+
+    def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
+        """fdatasync them in the order given; stops at the first failure."""
+
+    def prepare_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
+        """Make a file *written* with zeros and synced, its directory entry too; `done(errno, handle)`."""
+
+    def list(self, directory: str) -> list[str]: ...
+
+    def make_directory(self, path: str) -> None: ...
+
+    def rename(self, path: str, new_path: str) -> None: ...
+
+    def unlink(self, path: str) -> None: ...
+
+    def unlink_later(self, path: str, done: Done) -> None: ...
+
+    def sync_directory(self, path: str) -> None: ...
+
+    def free_bytes(self) -> int:
+        """Room left on the file system, as an unprivileged process sees it."""
+
+
+class Batch(Protocol):
+    """Puts and deletes that a Store applies all or none."""
+
+    def put(self, key: bytes, value: bytes) -> None: ...
+
+    def delete(self, key: bytes) -> None: ...
+
+
+class Store(Protocol):
+    """Ordered keys and values: LevelDB, or its twin. OSError(EIO) for what the store reports as damaged."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+
+    def range(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Items with start <= key < stop, in order, as of the call."""
+
+    def range_later(
+        self,
+        ranges: Sequence[tuple[bytes, bytes]],
+        done: Callable[[int, list[list[tuple[bytes, bytes]]]], None],
+    ) -> None:
+        """The items of each range, read off the loop."""
+
+    def batch(self) -> Batch: ...
+
+    def write(self, batch: Batch) -> None:
+        """Apply and sync; waits for the device: starting and stopping only."""
+
+    def write_later(self, batch: Batch, done: Done) -> None:
+        """Apply and sync off the loop. One at a time; the batch must not change until `done`."""
+
+    def close(self) -> None: ...
+
+
+class Registry(Protocol):
+    """The small consistent store of who owns what."""
+
+    def get(self, key: str) -> bytes | None: ...
+
+    def range(self, prefix: str) -> list[tuple[str, bytes]]: ...
+
+    def compare_and_swap(self, changes: Sequence[tuple[str, bytes | None, bytes | None]]) -> bool:
+        """All (key, expected, new) or nothing; None is absence. Durable when it returns True."""

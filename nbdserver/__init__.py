@@ -1,0 +1,1 @@
+"""What the system does: NBD sessions, volumes, the log-structured disk, the node, its API and command line."""

@@ -1,0 +1,71 @@
+"""The one narrow block interface between NBD sessions and what stores bytes.
+
+Theory: a wake of the loop brings many requests. Each is first tried *inline*: `read`, `write`, `discard` and `extents` answer
+at once or say that they cannot (None, False), at the cost of one function call and no object. What cannot be answered inline
+(a map page that is not in memory, a block that is not in the page cache, a full disk, a damaged block) goes to `later`, which
+takes a callback. So the hot path has no callbacks, and the slow path has one door.
+
+Rules
+- Offsets and lengths have been checked against `size_bytes` and the export's settings by the session: they are trusted here.
+- `write` and `discard` that returned True belong to the *open batch*; none of it is acknowledged before `commit` returned 0. The data
+  given to `write` must stay unchanged until then. Nothing may be awaited between the first of them and `commit`.
+- `later` operations commit themselves before their callback. Callbacks come from the loop, never from inside the call.
+- An operation that returned None or False changed nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Protocol
+
+from metadata.seams import Buffer, Done
+
+BLOCK_BYTES = 4096
+
+HOLE = 1  # extent flags, as in NBD's base:allocation
+ZERO = 2
+
+
+class Operation(IntEnum):
+    """What `BlockDevice.later` can be asked for."""
+
+    READ = 0  # result: list[Buffer]
+    WRITE = 1  # result: None
+    DISCARD = 2  # result: None
+    EXTENTS = 3  # result: list[tuple[int, int]]
+    CACHE = 4  # result: None; brings the range into the page cache
+
+
+Extents = list[tuple[int, int]]
+Later = Callable[[int, "Sequence[Buffer] | Extents | None"], None]
+"""Called with (errno, result); the result is None unless errno is 0."""
+
+
+class BlockDevice(Protocol):
+    """A disk of `size_bytes` bytes."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """Buffers that together hold the range, or None: ask `later`."""
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        """Add to the open batch, or False: ask `later` (with a copy of the data)."""
+
+    def discard(self, offset: int, length: int) -> bool:
+        """Add "reads as zeros, takes no room" for exactly this range to the open batch, or False: ask `later`."""
+
+    def extents(self, offset: int, length: int, limit: int) -> Extents | None:
+        """At most `limit` (length, flags) pairs from `offset` on, neighbours of equal flags merged; may stop early
+        but never covers less than one byte; or None: ask `later`."""
+
+    def commit(self) -> int:
+        """Append the open batch to the log as one record. 0: all of it is acknowledged; an errno: none of it happened."""
+
+    def later(
+        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1
+    ) -> None:
+        """Do the operation when what it needs is there. `data` is for WRITE, `limit` for EXTENTS."""
+
+    def flush(self, done: Done) -> None:
+        """`done(0)` when everything acknowledged before this call is durable."""
