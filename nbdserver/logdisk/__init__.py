@@ -1,0 +1,1 @@
+"""The log-structured disk: one log, two maps, one family a directory."""
