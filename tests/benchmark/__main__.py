@@ -1,0 +1,246 @@
+"""`python -m tests.benchmark`: the command line of the benchmark."""
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
+
+from . import machine, measuring, profiler
+from .load import Sample, fio_command, fio_version
+from .processes import BenchmarkError
+from .ratios import ratio_to_best_peer
+from .report import rich_table
+from .rows import ROWS, ROWS_BY_NAME, Row
+from .targets import SUBJECT, TARGETS, Setting, Target
+
+RESULT_FORMAT = 1
+QUICK_SIZE_BYTES = 32 << 20
+ROOM_FACTOR = 3  # a log-structured disk needs room beside the working set, and qcow2 some for its tables
+UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+
+# A pipe has no width of its own: the table would be folded to 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 160)
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def size_bytes_of(text: str) -> int:
+    """`1G`, `512M`, a number of bytes: a multiple of 1 MiB (powers of 1024, as everywhere in nbdserver)."""
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in UNITS else (text, "")
+    if not number.isdigit() or not int(number):
+        raise BenchmarkError(f"--size {text} is not a size: say 1G or 512M")
+    size_bytes = int(number) << UNITS.get(unit, 0)
+    if size_bytes % (1 << 20):
+        raise BenchmarkError(f"--size {text} is not a multiple of 1M")
+    return size_bytes
+
+
+def chosen_rows(names: str | None) -> list[Row]:
+    if names is None:
+        return list(ROWS)
+    unknown = [name for name in names.split(",") if name not in ROWS_BY_NAME]
+    if unknown:
+        raise BenchmarkError(f"no row is called {unknown[0]}; rows are {', '.join(ROWS_BY_NAME)}")
+    return [ROWS_BY_NAME[name] for name in names.split(",")]
+
+
+def chosen_targets(names: str | None, directory: Path, size_bytes: int) -> list[Target]:
+    wanted = list(TARGETS) if names is None else names.split(",")
+    unknown = [name for name in wanted if name not in TARGETS]
+    if unknown:
+        raise BenchmarkError(f"no target is called {unknown[0]}; targets are {', '.join(TARGETS)}")
+    packages = {TARGETS[name].missing() for name in wanted} | {None if shutil.which("fio") else "fio"}
+    absent = sorted(package for package in packages if package)
+    if absent:
+        raise BenchmarkError(
+            f"not installed: {', '.join(absent)}. apt-get install --no-install-recommends {' '.join(absent)}"
+            + ("" if absent == ["fio"] else ", or leave the target out by --targets")
+        )
+    return [TARGETS[name](directory, size_bytes) for name in wanted]
+
+
+def refuse_a_slow_checksum() -> None:
+    if not CHECKSUM_IS_FAST:
+        raise BenchmarkError(
+            f"CRC-32C is computed by {CHECKSUM_LIBRARY}, some 500 µs a block: the figures would say nothing. "
+            f"{sys.executable} -m pip install --force-reinstall google-crc32c"
+        )
+
+
+@application.command()
+def benchmark(
+    rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
+    targets: Annotated[str | None, typer.Option(help="Comma-separated targets.  [default: all]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each target in each row.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 2.0,
+    size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    quick: Annotated[bool, typer.Option(help="A smoke run: 32M, 2 rounds of 0.3 s, no search for settings.")] = False,
+    search: Annotated[bool, typer.Option(help="Search the peers' settings again.")] = False,
+    directory: Annotated[Path, typer.Option(help="Where the disks lie (removed afterwards).")] = Path("."),
+    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    profile: Annotated[str | None, typer.Option(metavar="ROW", help="Profile this server in one row instead.")] = None,
+) -> None:
+    """Measure this server beside nbdkit, qemu-nbd and nbd-server by fio, in turn, on one disk."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+    try:
+        refuse_a_slow_checksum()
+        size_bytes = QUICK_SIZE_BYTES if quick else size_bytes_of(size)
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as scratch:
+            place = Path(scratch).resolve()
+            if profile:
+                (row,) = chosen_rows(profile)
+                (subject,) = chosen_targets(SUBJECT, place, size_bytes)
+                run_profile(subject, row, max(seconds, 5.0), results)
+                return
+            servers = chosen_targets(targets, place, size_bytes)
+            machine.check_room(place, size_bytes * ROOM_FACTOR * len(servers))
+            wanted = chosen_rows(rows)
+            counts = (2, 0.3) if quick else (rounds, seconds)
+            result = run(servers, wanted, counts[0], counts[1], None if quick else results, search)
+        write(result, results, as_json)
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def run(
+    servers: list[Target], rows: list[Row], rounds: int, seconds: float, settings_in: Path | None, search: bool
+) -> dict[str, Any]:
+    """Measure and return the result; the servers are stopped whatever happens."""
+    size_bytes = servers[0].size_bytes
+    where = machine.describe(servers[0].directory.parent)
+    path = settings_in / "peer-settings.json" if settings_in else Path("/nonexistent")
+    kept = measuring.PeerSettings(path, servers, size_bytes)
+    if search:
+        kept.found = {}
+    to_search = kept.missing_rows(rows, servers) if settings_in else []
+    total_s = len(servers) * measuring.PREFILL_S + measuring.planned_s(rows, servers, rounds, seconds)
+    total_s += measuring.planned_search_s(to_search, servers)
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+    with progress:
+        task = progress.add_task("", total=total_s)
+
+        def advance(worked_off_s: float, what: str) -> None:
+            progress.update(task, advance=worked_off_s, description=what or None)
+
+        try:
+            measuring.prepare(servers, advance)
+            if to_search:
+                measuring.search_settings(to_search, servers, kept, advance, progress.console.print)
+            samples = measuring.measure_rows(rows, servers, rounds, seconds, kept.best, advance)
+        finally:
+            for server in servers:
+                server.stop()
+    options = {"size_bytes": size_bytes, "rounds": rounds, "seconds": seconds}
+    return assemble(servers, rows, samples, kept, options, where)
+
+
+def assemble(
+    servers: list[Target],
+    rows: list[Row],
+    samples: dict[str, dict[str, list[Sample]]],
+    kept: measuring.PeerSettings,
+    options: dict[str, Any],
+    where: dict[str, str | int | float],
+) -> dict[str, Any]:
+    """The result as it is written: everything that the table, the plot and the documents are made from."""
+    rows_json = []
+    used: dict[str, dict[str, Setting]] = {server.name: {} for server in servers}
+    for row in rows:
+        rates = {name: [sample.operations_per_s for sample in taken] for name, taken in samples[row.name].items()}
+        ratio = ratio_to_best_peer(rates, SUBJECT)
+        chosen = {server.name: kept.best(server, row) for server in servers}
+        for name, setting in chosen.items():
+            used[name][setting.name] = setting
+        command = fio_command(row, "URI", options["size_bytes"], options["seconds"], seed=1)
+        rows_json.append(
+            {
+                "name": row.name,
+                "title": row.title,
+                "block_bytes": row.block_bytes,
+                "goal": row.goal,
+                "fio_command": " ".join(command),
+                "settings": {name: setting.name for name, setting in chosen.items()},
+                "samples": {name: measuring.as_json(taken) for name, taken in samples[row.name].items()},
+                "ratio": vars(ratio) if ratio else None,
+            }
+        )
+    return {
+        "format": RESULT_FORMAT,
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
+        "commit": machine.commit(),
+        "machine": where,
+        "fio_version": fio_version(),
+        "options": options,
+        "subject": SUBJECT,
+        "targets_in_order": [server.name for server in servers],
+        "targets": {
+            server.name: {
+                "title": server.title,
+                "version": server.version(),
+                "commands": {name: server.shown_command(setting) for name, setting in used[server.name].items()},
+            }
+            for server in servers
+        },
+        "peer_settings": kept.found,
+        "rows": rows_json,
+    }
+
+
+def write(result: dict[str, Any], results: Path, as_json: bool) -> None:
+    """The JSON file, the plot, and the table on the terminal."""
+    from .plot import draw
+
+    stem = results / time.strftime("bench-%Y%m%d-%H%M%S")
+    text = json.dumps(result, indent=1)
+    stem.with_suffix(".json").write_text(text + "\n")
+    draw(result, stem.with_suffix(".png"))
+    if as_json:
+        sys.stdout.write(text + "\n")
+        return
+    console.print(rich_table(result))
+    console.print(f"{stem}.json, {stem}.png", highlight=False)
+
+
+def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> None:
+    """Print the top functions and lines of our data process in one row, and keep the folded stacks."""
+    folded = results / time.strftime(f"profile-{row.name}-%Y%m%d-%H%M%S.folded")
+    try:
+        measuring.prepare([subject], lambda worked_off_s, what: None)
+        sample = profiler.profile(subject, row, duration_s, folded)
+    finally:
+        subject.stop()
+    text = folded.read_text()
+    console.print(
+        f"{row.title}: {sample.operations_per_s:,.0f}/s under the profiler, "
+        f"{sample.server_cpu_s_per_1000:.4f} CPU s per 1,000 operations\n\n  self  with callees",
+        highlight=False,
+    )
+    for function, alone, anywhere in profiler.top_functions(text):
+        console.print(f"{alone:5.1f} %  {anywhere:5.1f} %  {function}", highlight=False, soft_wrap=True)
+    console.print("\n  self  line", highlight=False)
+    for line, alone in profiler.top_lines(text):
+        console.print(f"{alone:5.1f} %  {line}", highlight=False, soft_wrap=True)
+    console.print(f"\n{folded}", highlight=False)
+
+
+if __name__ == "__main__":
+    application()

@@ -1,0 +1,108 @@
+"""One fio run against one target: the load, and what it cost the server."""
+
+import json
+import os
+import resource
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from .processes import BenchmarkError
+from .rows import Row
+from .targets import Target
+
+START_UP_S = 0.45  # what a fio run takes beyond its time, for the estimate of the time left
+GROUP_DELAY_MS = 30  # the second half of many jobs starts this much later
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement. `operations` counts reads or writes, not flushes."""
+
+    operations_per_s: float
+    bytes_per_s: float
+    p50_us: float
+    p99_us: float
+    operations: int
+    server_cpu_s_per_1000: float
+    client_cpu_s_per_1000: float
+
+
+def fio_version() -> str:
+    return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def fio_command(row: Row, uri: str, size_bytes: int, duration_s: float, seed: int) -> list[str]:
+    """The seed fixes the addresses, so that in one round every target is asked for the same ones."""
+    job = ["--ioengine=nbd", f"--uri={uri}", "--thread", f"--size={size_bytes}", *row.fio_arguments()]
+    job += ["--time_based", f"--runtime={round(duration_s * 1000)}ms", "--randrepeat=0", f"--randseed={seed}"]
+    command = ["fio", "--output-format=json"]
+    for number, jobs in enumerate(row.job_groups()):
+        command += [f"--name=group{number}", *job]
+        if row.jobs > 1:
+            command += [f"--numjobs={jobs}", "--group_reporting", f"--startdelay={number * GROUP_DELAY_MS}ms"]
+    return command
+
+
+def prefill_command(uri: str, size_bytes: int) -> list[str]:
+    """Write all of it once, sequentially, with random bytes drawn anew for each megabyte (nothing compresses)."""
+    command = ["fio", "--name=prefill", "--ioengine=nbd", f"--uri={uri}", "--thread", f"--size={size_bytes}"]
+    command += ["--rw=write", "--bs=1m", "--iodepth=4", "--refill_buffers", "--buffer_compress_percentage=0"]
+    return [*command, "--end_fsync=1", "--output-format=json"]
+
+
+def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
+    """fio's JSON for its only job; BenchmarkError with fio's own words if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(f"fio hangs for {timeout_s:.0f} s: {' '.join(command)}") from error
+    start = done.stdout.find("{")
+    report = json.loads(done.stdout[start:]) if done.returncode == 0 and start >= 0 else None
+    if report is None or report["jobs"][0]["error"]:
+        words = (done.stderr + done.stdout[: max(start, 0)]).strip().splitlines()
+        raise BenchmarkError(f"fio failed: {words[-1] if words else 'it said nothing'}; command: {' '.join(command)}")
+    job: dict[str, Any] = report["jobs"][0]
+    return job
+
+
+def prefill(target: Target) -> None:
+    run_fio(prefill_command(target.uri, target.size_bytes), timeout_s=600)
+
+
+def measure(target: Target, row: Row, duration_s: float, seed: int) -> Sample:
+    """Run the row once against a started target.
+
+    Dirty pages are written back after each run that wrote, so that no target pays for its predecessor's.
+    """
+    server = target.server
+    if server is None:
+        raise BenchmarkError(f"{target.name} is not running")
+    command = fio_command(row, target.uri, target.size_bytes, duration_s, seed)
+    server_before, client_before = server.cpu_s(), _children_cpu_s()
+    job = run_fio(command, timeout_s=duration_s * 4 + 60)
+    client_after = _children_cpu_s()
+    time.sleep(0.03)  # nbd-server's child of this connection ends and is waited for
+    server_after = server.cpu_s()
+    if row.writes:
+        os.sync()
+    side = job["write" if row.writes else "read"]
+    operations = side["total_ios"]
+    if not operations:
+        raise BenchmarkError(f"{target.name} did nothing in {duration_s} s of {row.name}; give it more --seconds")
+    percentiles = side["clat_ns"].get("percentile", {})
+    return Sample(
+        operations_per_s=side["iops"],
+        bytes_per_s=side["bw_bytes"],
+        p50_us=percentiles.get("50.000000", 0) / 1000,
+        p99_us=percentiles.get("99.000000", 0) / 1000,
+        operations=operations,
+        server_cpu_s_per_1000=(server_after - server_before) / operations * 1000,
+        client_cpu_s_per_1000=(client_after - client_before) / operations * 1000,
+    )
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

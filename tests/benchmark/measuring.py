@@ -1,0 +1,169 @@
+"""The run: prefill, the search for the peers' best settings, then rows, rounds and targets.
+
+Order: rows one after the other; in a row, rounds; in a round, every target once, the first one changing from round to
+round. So what is compared was measured within seconds, and being first or last favours nobody.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .load import START_UP_S, Sample, fio_version, measure, prefill
+from .processes import BenchmarkError
+from .rows import Row
+from .targets import SUBJECT, Setting, Target
+
+SEARCH_S = 0.8
+FINALISTS = 2
+PREFILL_S = 5.0
+WRITE_BACK_S = 0.4
+
+Advance = Callable[[float, str], None]
+"""Called with the planned seconds that were just worked off, and what comes next."""
+Say = Callable[[str], None]
+
+
+def planned_s(rows: list[Row], targets: list[Target], rounds: int, duration_s: float) -> float:
+    """Estimate of `measure_rows`."""
+    return sum(rounds * len(targets) * _planned_run_s(row, duration_s) for row in rows)
+
+
+def planned_search_s(rows: list[Row], targets: list[Target]) -> float:
+    """Estimate of `search_settings`."""
+    runs = sum(len(target.settings) + FINALISTS for target in targets if len(target.settings) > 1)
+    return sum(runs * _planned_run_s(row, SEARCH_S) for row in rows)
+
+
+def _planned_run_s(row: Row, duration_s: float) -> float:
+    return duration_s + START_UP_S + (WRITE_BACK_S if row.writes else 0)
+
+
+def prepare(targets: list[Target], advance: Advance) -> None:
+    """Make every disk and fill it through NBD."""
+    for target in targets:
+        advance(0, f"filling {target.title}")
+        target.prepare()
+        target.start(target.settings[0])
+        prefill(target)
+        advance(PREFILL_S, "")
+
+
+class PeerSettings:
+    """The best setting of each peer in each row, kept in one JSON file and used again by later runs.
+
+    The file holds for one set of versions and one size; anything else makes it void.
+    """
+
+    def __init__(self, path: Path, targets: list[Target], size_bytes: int) -> None:
+        self._path = path
+        self._valid_for = {target.name: target.version() for target in targets if target.name != SUBJECT}
+        self._size_bytes = size_bytes
+        self.found: dict[str, dict[str, dict[str, Any]]] = {}
+        try:
+            stored = json.loads(path.read_text())
+            same = all(stored["versions"].get(name) == version for name, version in self._valid_for.items())
+            if same and stored["fio"] == fio_version() and stored["size_bytes"] == size_bytes:
+                self.found = stored["best"]
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass
+
+    def missing_rows(self, rows: list[Row], targets: list[Target]) -> list[Row]:
+        """The rows in which some target with a choice of settings has none yet."""
+        return [
+            row
+            for row in rows
+            if any(len(target.settings) > 1 and row.name not in self.found.get(target.name, {}) for target in targets)
+        ]
+
+    def best(self, target: Target, row: Row) -> Setting:
+        name = self.found.get(target.name, {}).get(row.name, {}).get("setting")
+        return next((setting for setting in target.settings if setting.name == name), target.settings[0])
+
+    def save(self) -> None:
+        content = {
+            "versions": self._valid_for,
+            "fio": fio_version(),
+            "size_bytes": self._size_bytes,
+            "searched": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "best": self.found,
+        }
+        self._path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def search_settings(rows: list[Row], targets: list[Target], kept: PeerSettings, advance: Advance, say: Say) -> None:
+    """Find each target's best setting in each row: every one once, the best FINALISTS again; the best run counts."""
+    for target in targets:
+        if len(target.settings) < 2:
+            continue
+        rates: dict[str, dict[str, float]] = {row.name: {} for row in rows}
+        for setting in target.settings:
+            _try_setting(target, setting, rows, rates, advance, say)
+        for row in rows:
+            finalists = sorted(rates[row.name], key=lambda name, row=row: rates[row.name][name])[-FINALISTS:]  # type: ignore[misc]
+            for name in finalists:
+                setting = next(setting for setting in target.settings if setting.name == name)
+                _try_setting(target, setting, [row], rates, advance, say)
+            best = max(rates[row.name], key=lambda name, row=row: rates[row.name][name])  # type: ignore[misc]
+            tried = {name: round(rate) for name, rate in rates[row.name].items()}
+            kept.found.setdefault(target.name, {})[row.name] = {"setting": best, "tried_operations_per_s": tried}
+        target.stop()
+        kept.save()
+
+
+def _try_setting(
+    target: Target,
+    setting: Setting,
+    rows: list[Row],
+    rates: dict[str, dict[str, float]],
+    advance: Advance,
+    say: Say,
+) -> None:
+    try:
+        advance(0, f"{target.title}: trying {setting.name}")
+        target.start(setting)
+        for row in rows:
+            rate = measure(target, row, SEARCH_S, seed=1).operations_per_s
+            rates[row.name][setting.name] = max(rate, rates[row.name].get(setting.name, 0.0))
+            advance(_planned_run_s(row, SEARCH_S), f"{target.title}: trying {setting.name}")
+    except BenchmarkError as error:
+        # A setting that this machine cannot run (say io_uring in a container) is no candidate; the default must run.
+        if setting == target.settings[0]:
+            raise
+        target.stop()
+        say(f"left out {target.title} with {setting.name}: {error}")
+
+
+def measure_rows(
+    rows: list[Row],
+    targets: list[Target],
+    rounds: int,
+    duration_s: float,
+    setting_of: Callable[[Target, Row], Setting],
+    advance: Advance,
+) -> dict[str, dict[str, list[Sample]]]:
+    """Row → target → one Sample for each round."""
+    samples: dict[str, dict[str, list[Sample]]] = {}
+    for row in rows:
+        of_row: dict[str, list[Sample]] = {target.name: [] for target in targets}
+        for target in targets:
+            target.start(setting_of(target, row))
+        for number in range(rounds):
+            first = number % len(targets)
+            for target in targets[first:] + targets[:first]:
+                advance(0, f"{row.title}: {target.title}")
+                of_row[target.name].append(measure(target, row, duration_s, seed=number + 1))
+                advance(_planned_run_s(row, duration_s), f"{row.title}: {target.title}")
+        samples[row.name] = of_row
+    return samples
+
+
+def as_json(samples: list[Sample]) -> dict[str, list[float]]:
+    """Columns instead of records: what the JSON file holds."""
+    columns: dict[str, list[float]] = {}
+    for sample in samples:
+        for key, value in asdict(sample).items():
+            columns.setdefault(key, []).append(round(value, 5))
+    return columns

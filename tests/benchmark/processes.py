@@ -1,0 +1,122 @@
+"""A server's processes: started, waited for until they greet, accounted, ended.
+
+CPU time is that of the root process and all its descendants, children that ended and were waited for included
+(`nbd-server` forks one for each connection), from /proc/PID/stat. Known weakness: it counts in clock ticks (10 ms),
+which is 0.5 % of a two-second measurement, and a descendant that nobody waited for is lost.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+START_TIMEOUT_S = 60.0  # our own server may have a log to replay
+STOP_TIMEOUT_S = 30.0
+
+
+class BenchmarkError(Exception):
+    """Says in one line what is wrong and what to do."""
+
+
+def descendants(root_pid: int) -> list[int]:
+    """`root_pid` and every living process below it."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            fields = _stat(int(entry))
+            if fields:
+                children.setdefault(int(fields[1]), []).append(int(entry))
+    found = [root_pid]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from `state` on (the name before it may hold anything), or [] if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return []
+
+
+def cpu_s(root_pid: int) -> float:
+    """User and system seconds that the process, its descendants and its ended children have used."""
+    ticks = 0
+    for pid in descendants(root_pid):
+        ticks += sum(int(field) for field in _stat(pid)[11:15])
+    return ticks / TICKS_PER_S
+
+
+def greets(socket_path: Path) -> bool:
+    """True if an NBD server answers there."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2.0)
+        try:
+            probe.connect(str(socket_path))
+            return probe.recv(8) == b"NBDMAGIC"
+        except OSError:
+            return False
+
+
+class Server:
+    """A running server: a child of ours, or a daemon that wrote its pid into `pid_file`."""
+
+    def __init__(self, command: list[str], socket_path: Path, log_path: Path, pid_file: Path | None = None) -> None:
+        socket_path.unlink(missing_ok=True)
+        if pid_file:
+            pid_file.unlink(missing_ok=True)
+        self.log_path = log_path
+        self._pid_file = pid_file
+        with log_path.open("wb") as log:
+            # A session of its own: Ctrl-C goes to the benchmark, which then stops the server in order.
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.pid = self._child.pid
+        try:
+            self._wait_until_it_greets(command, socket_path)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_it_greets(self, command: list[str], socket_path: Path) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            ended = self._child.poll()
+            if ended is not None and (self._pid_file is None or ended != 0):
+                break
+            if self._pid_file is not None and self._pid_file.exists() and self._pid_file.read_text().strip():
+                self.pid = int(self._pid_file.read_text())
+            if (self._pid_file is None or self.pid != self._child.pid) and greets(socket_path):
+                return
+            time.sleep(0.02)
+        said = self.log_path.read_text(errors="replace").strip().splitlines()
+        raise BenchmarkError(f"{command[0]} did not start: {said[-1] if said else 'it said nothing'}")
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.pid)
+
+    def busiest_pid(self) -> int:
+        """The process that used most CPU so far: of ours, the data process."""
+        return max(descendants(self.pid), key=lambda pid: sum(int(field) for field in _stat(pid)[11:13]))
+
+    def stop(self) -> None:
+        """End it by SIGTERM, after STOP_TIMEOUT_S by SIGKILL; only processes that this object started."""
+        try:
+            os.kill(self.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self._child.poll()
+            fields = _stat(self.pid)
+            if not fields or fields[0] == "Z":
+                self._child.wait()
+                return
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGKILL)
+        self._child.wait()

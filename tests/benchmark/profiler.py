@@ -1,0 +1,84 @@
+"""`--profile ROW`: where our data process spends its time while fio does one row.
+
+py-spy samples the Python stack from outside the process, without stopping it. *Self* is the time with the function on
+top of the stack (built-ins and system calls count for the Python line that called them), *with callees* the time with
+it anywhere on the stack.
+"""
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+from .load import Sample, measure
+from .processes import BenchmarkError
+from .rows import Row
+from .targets import Target
+
+SAMPLES_PER_S = 500
+TOP = 25
+
+
+def py_spy() -> str:
+    """Path of py-spy: beside the interpreter or on PATH."""
+    found = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    if found is None:
+        raise BenchmarkError(f"py-spy is not installed: {sys.executable} -m pip install py-spy")
+    return found
+
+
+def profile(target: Target, row: Row, duration_s: float, output: Path) -> Sample:
+    """Run the row with py-spy beside it; `output` gets stacks in the "folded" form that flame graphs are made from."""
+    if target.server is None:
+        raise BenchmarkError(f"{target.name} is not running")
+    pid = target.server.busiest_pid()
+    command = [py_spy(), "record", "--pid", str(pid), "--duration", str(max(1, round(duration_s)))]
+    command += ["--rate", str(SAMPLES_PER_S), "--format", "raw", "--nonblocking", "--output", str(output)]
+    said: list[subprocess.CompletedProcess[str]] = []
+
+    def record() -> None:
+        said.append(subprocess.run(command, capture_output=True, text=True, check=False))
+
+    recorder = threading.Thread(target=record)
+    recorder.start()
+    sample = measure(target, row, duration_s + 0.5, seed=1)
+    recorder.join()
+    if said[0].returncode or not output.exists():
+        words = (said[0].stderr + said[0].stdout).strip().splitlines()
+        raise BenchmarkError(
+            f"py-spy failed: {words[-1] if words else 'it said nothing'} (it needs root or ptrace rights)"
+        )
+    return sample
+
+
+def top_functions(folded: str) -> list[tuple[str, float, float]]:
+    """(function, self %, with callees %) of a folded profile, the greatest self first."""
+    alone: Counter[str] = Counter()
+    anywhere: Counter[str] = Counter()
+    total = 0
+    for line in folded.splitlines():
+        stack, _, count_text = line.rpartition(" ")
+        if not stack:
+            continue
+        count = int(count_text)
+        total += count
+        frames = [frame.rsplit(":", 1)[0].rstrip(")") + ")" for frame in stack.split(";")]
+        alone[frames[-1]] += count
+        for frame in set(frames):
+            anywhere[frame] += count
+    return [
+        (frame, count / total * 100, anywhere[frame] / total * 100) for frame, count in alone.most_common(TOP) if total
+    ]
+
+
+def top_lines(folded: str) -> list[tuple[str, float]]:
+    """(function:line, self %): which line of a function it is."""
+    alone: Counter[str] = Counter()
+    for line in folded.splitlines():
+        stack, _, count_text = line.rpartition(" ")
+        if stack:
+            alone[stack.rsplit(";", 1)[-1]] += int(count_text)
+    total = sum(alone.values())
+    return [(frame, count / total * 100) for frame, count in alone.most_common(TOP)]

@@ -1,0 +1,111 @@
+"""The benchmark, run for real but tiny: what it writes is complete, what it refuses it refuses in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmark.ratios import ratio_to_best_peer
+from tests.benchmark.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def need(*programs: str) -> None:
+    """Skip, or fail where everything must run, when a program is missing."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing and os.environ.get("REQUIRE_ALL") == "1":
+        pytest.fail(f"not installed: {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def bench(*arguments: str, module: str = "tests.benchmark") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def quick_run(tmp_path: Path, targets: str, rows: str) -> tuple[dict, Path]:
+    place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
+    done = bench("--quick", "--json", "--targets", targets, "--rows", rows, *place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "results").glob("bench-*.json")
+    result = json.loads(path.read_text())
+    assert result == json.loads(done.stdout)
+    return result, path
+
+
+def test_a_quick_run_measures_every_server_in_turn_and_writes_json_and_a_plot(tmp_path: Path) -> None:
+    need("fio", *(target.program for target in TARGETS.values()))
+    result, path = quick_run(tmp_path, ",".join(TARGETS), "randread-4k-d16,fsync-4k-j16")
+    for row in result["rows"]:
+        assert set(row["samples"]) == set(TARGETS)
+        for samples in row["samples"].values():
+            assert len(samples["operations_per_s"]) == 2
+            assert min(samples["operations_per_s"]) > 0
+        assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
+        assert row["ratio"]["best_peer"] != "nbdserver"
+    assert all(target["version"] and target["commands"] for target in result["targets"].values())
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+    assert not list(tmp_path.glob("bench-*")), "the disks are removed"
+
+    table = bench(str(path), module="tests.benchmark.report")
+    assert table.returncode == 0, table.stderr
+    assert "| 4k random read, depth 16 | **" in table.stdout
+
+
+def test_the_server_pays_cpu_for_what_it_does(tmp_path: Path) -> None:
+    need("fio", "nbdkit")
+    result, _ = quick_run(tmp_path, "nbdkit", "randread-4k-d16")
+    cpu_s_per_1000 = max(result["rows"][0]["samples"]["nbdkit"]["server_cpu_s_per_1000"])
+    assert 0.0005 < cpu_s_per_1000 < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--rows", "randread"), "rows are randread-4k-d16"),
+        (("--targets", "nginx"), "targets are nbdserver"),
+        (("--size", "1GB"), "say 1G or 512M"),
+        (("--directory", "/dev/shm", "--targets", "nbdkit"), "choose a --directory on a local disk"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line_that_says_what_is_right(
+    arguments: tuple[str, ...], hint: str, tmp_path: Path
+) -> None:
+    need("fio", "nbdkit")
+    done = bench("--results", str(tmp_path), *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert hint in done.stderr
+
+
+def test_without_a_fast_checksum_the_benchmark_refuses_to_run(tmp_path: Path) -> None:
+    program = (
+        "import protocol.checksum as checksum, sys, runpy\n"
+        "checksum.CHECKSUM_IS_FAST = False\n"
+        f"sys.argv = ['benchmark', '--results', {str(tmp_path)!r}]\n"
+        "runpy.run_module('tests.benchmark', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "install --force-reinstall google-crc32c" in done.stderr
+
+
+def test_the_ratio_is_against_the_best_peer_of_the_row() -> None:
+    rates = {"nbdserver": [20.0, 22.0, 18.0], "slow": [5.0, 5.0, 5.0], "fast": [10.0, 11.0, 9.0]}
+    ratio = ratio_to_best_peer(rates, "nbdserver")
+    assert ratio is not None
+    assert (ratio.best_peer, ratio.value) == ("fast", 2.0)
+    # Each round's ratio is 2, and rounds are drawn together: what disturbed both cancels out.
+    assert ratio.low > 1.6
+    assert ratio.high < 2.5
+
+
+def test_there_is_no_ratio_without_a_peer() -> None:
+    assert ratio_to_best_peer({"nbdserver": [1.0]}, "nbdserver") is None
