@@ -1,0 +1,111 @@
+"""A Linux kernel attaches, formats and mounts what `nbdserver serve` exports, and a killed server costs it nothing fsynced.
+
+One guest boots for the whole module: booting is what takes the time.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Processes
+from tests.kernel.build import Images
+from tests.kernel.guest import HOST, Guest
+from tests.serving import Server
+
+VOLUMES = {"ext4": "1G", "xfs": "1G"}
+DEVICES = {"ext4": "/dev/nbd0", "xfs": "/dev/nbd1"}
+CONNECTIONS = {"ext4": 1, "xfs": 4}
+FORMAT = {"ext4": "mkfs.ext4 -q", "xfs": "mkfs.xfs -q"}
+# What a journal is replayed with after a crash, then what must find nothing wrong.
+REPLAY = {"ext4": "e2fsck -p {device} || [ $? = 1 ]", "xfs": "mount -t xfs {device} /mnt && umount /mnt"}
+CHECK = {"ext4": "e2fsck -fn {device}", "xfs": "xfs_repair -n {device}"}
+FSYNCED_BEFORE_KILL = 8
+WRITER_TIMEOUT_S = 30.0
+
+# Writes files of growing size until the disk is gone; notes the checksum of each that fsync has returned for.
+WRITER = """
+cd /mnt/{system}
+number=0
+while number=$((number + 1)); do
+  dd if=/dev/urandom of=file$number bs=3000 count=$((number * 7)) conv=fsync 2>/dev/null || break
+  md5sum file$number >/tmp/sum.{system} || break
+  cat /tmp/sum.{system} >>/tmp/fsynced.{system}
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def server(
+    module_processes: Processes, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Server]:
+    yield Server(module_processes, tmp_path_factory.mktemp("data") / "node", free_port(), VOLUMES)
+
+
+@pytest.fixture(scope="module")
+def guest(guest_images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    with Guest(guest_images, tmp_path_factory.mktemp("guest")) as machine:
+        yield machine
+
+
+def attach(guest: Guest, server: Server, system: str) -> None:
+    guest.run(
+        f"nbd-client -N {system} -b 4096 -C {CONNECTIONS[system]} {HOST} {server.port} {DEVICES[system]} && "
+        f"mkdir -p /mnt/{system} && blockdev --getsize64 {DEVICES[system]}"
+    )
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} in {timeout_s:.0f} s"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("system", ["ext4", "xfs"])
+def test_a_file_system_is_made_mounted_written_trimmed_and_found_clean(
+    guest: Guest, server: Server, system: str
+) -> None:
+    device, mount = DEVICES[system], f"/mnt/{system}"
+    attach(guest, server, system)
+    guest.run(f"{FORMAT[system]} {device} && mount -t {system} {device} {mount}")
+    before = guest.run(
+        f"dd if=/dev/urandom of={mount}/kept bs=1M count=8 conv=fsync 2>/dev/null; cp {mount}/kept {mount}/doomed; sync\n"
+        f"md5sum {mount}/kept; rm {mount}/doomed; fstrim -v {mount}; df {mount}"
+    )
+    assert "trimmed" in before
+    guest.run(f"umount {mount}")
+    guest.run(CHECK[system].format(device=device))
+    after = guest.run(
+        f"nbd-client -d {device}\n"
+        f"nbd-client -N {system} -b 4096 -C {CONNECTIONS[system]} {HOST} {server.port} {device} && "
+        f"mount -t {system} {device} {mount} && md5sum {mount}/kept"
+    )
+    assert after.splitlines()[-1] == next(line for line in before.splitlines() if line.endswith(f"{mount}/kept"))
+
+
+def test_a_server_killed_in_the_middle_of_writes_costs_nothing_that_was_fsynced(guest: Guest, server: Server) -> None:
+    """Both file systems are still mounted from the test before."""
+    for system in VOLUMES:
+        guest.run(f"sh -c '{WRITER.format(system=system)}' </dev/null >/dev/null 2>&1 &")
+
+    def fsynced(system: str) -> int:
+        return int(guest.run(f"cat /tmp/fsynced.{system} 2>/dev/null | wc -l"))
+
+    wait_for(
+        lambda: all(fsynced(system) >= FSYNCED_BEFORE_KILL for system in VOLUMES),
+        WRITER_TIMEOUT_S,
+        "too few files written",
+    )
+    server.kill9()
+    for system, device in DEVICES.items():
+        guest.run(f"wait; nbd-client -d {device}; umount /mnt/{system} || umount -l /mnt/{system}", check=False)
+    server.start()
+    for system, device in DEVICES.items():
+        attach(guest, server, system)
+        guest.run(REPLAY[system].format(device=device))
+        guest.run(CHECK[system].format(device=device))
+        assert fsynced(system) >= FSYNCED_BEFORE_KILL
+        guest.run(f"mount -t {system} {device} /mnt/{system} && cd /mnt/{system} && md5sum -c /tmp/fsynced.{system}")
+        guest.run(f"umount /mnt/{system} && nbd-client -d {device}")
