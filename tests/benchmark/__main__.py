@@ -85,7 +85,9 @@ def benchmark(
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
     quick: Annotated[bool, typer.Option(help="A smoke run: 32M, 2 rounds of 0.3 s, no search for settings.")] = False,
     search: Annotated[bool, typer.Option(help="Search the peers' settings again.")] = False,
-    directory: Annotated[Path, typer.Option(help="Where the disks lie (removed afterwards).")] = Path("."),
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the disks lie (removed afterwards).  [default: in --results]")
+    ] = None,
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="ROW", help="Profile this server in one row instead.")] = None,
@@ -96,7 +98,7 @@ def benchmark(
         refuse_a_slow_checksum()
         size_bytes = QUICK_SIZE_BYTES if quick else size_bytes_of(size)
         results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as scratch:
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=directory or results) as scratch:
             place = Path(scratch).resolve()
             if profile:
                 (row,) = chosen_rows(profile)
