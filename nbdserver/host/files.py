@@ -10,13 +10,14 @@ Rules of this file
 - A handle is closed by the caller only when nothing it asked for with it is in flight: descriptors are reused.
 - Syncs go through one thread in the order they were asked for. A failed one is reported once and never repeated.
 
-Known weakness: `read_cached` reads into a reusable buffer and copies it out (os.preadv has no form that returns bytes);
-that copy is memory speed. A file system without RWF_NOWAIT sends every read through the threads.
+Known weakness: os.preadv has no form that returns bytes, so a short `read_cached` copies out of a reusable buffer and a
+long one clears its memory first; some 0.4 µs for 4 KiB, a sixth of the time for 128 KiB. A file system without RWF_NOWAIT sends every read through the threads.
 """
 
 import errno
 import os
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import NoReturn
 
 from metadata.seams import Buffer, Done
@@ -24,7 +25,7 @@ from nbdserver.host.completions import Completions, Workers
 
 IOVECS_PER_CALL = 1024  # IOV_MAX of Linux
 ZERO_PIECE_BYTES = 1024 * 1024  # one piece of writing ahead: long enough to stream, short enough to share the device
-REUSED_BUFFER_BYTES = 64 * 1024  # up to here a buffer of just that length is kept (at most 4 MiB in all)
+REUSED_BUFFER_BYTES = 16 * 1024  # up to here copying out of a kept buffer is cheaper than making a BytesIO
 REUSED_BUFFERS = 64  # lengths kept: runs of blocks have few different ones
 
 Pieces = list[bytes]
@@ -40,7 +41,6 @@ class HostFiles:
         self._root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         self._nowait = True
         self._scratch: dict[int, list[bytearray]] = {}
-        self._large = memoryview(bytearray(1024 * 1024))
         self._readers = Workers(completions, read_threads, "nbdserver-read")
         self._syncer = Workers(completions, 1, "nbdserver-sync")
         self._preparer = Workers(completions, 1, "nbdserver-prepare")
@@ -144,12 +144,11 @@ class HostFiles:
                 del self._scratch[next(iter(self._scratch))]
             self._scratch[length] = [bytearray(length)]
             return self.read_cached(handle, length, offset)
-        if length > len(self._large):
-            self._large = memoryview(bytearray(length))
-        room = self._large[:length]
+        # BytesIO hands its bytes object out as writable while it owns it alone, and gives it away without a copy.
+        room = BytesIO(bytes(length))
         try:
-            if os.preadv(handle, [room], offset, os.RWF_NOWAIT) == length:
-                return bytes(room)
+            if os.preadv(handle, [room.getbuffer()], offset, os.RWF_NOWAIT) == length:
+                return room.getvalue()
         except OSError as error:
             self._refused(error)
         return None
