@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nbdserver.node.sizes import SizeError, parse_volume_size
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 
 from . import machine, measuring, profiler
@@ -26,7 +27,7 @@ from .targets import SUBJECT, TARGETS, Setting, Target
 RESULT_FORMAT = 1
 QUICK_SIZE_BYTES = 32 << 20
 ROOM_FACTOR = 3  # a log-structured disk needs room beside the working set, and qcow2 some for its tables
-UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+BUSY_LOAD = 0.7
 
 # A pipe has no width of its own: the table would be folded to 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -34,13 +35,13 @@ application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def size_bytes_of(text: str) -> int:
-    """`1G`, `512M`, a number of bytes: a multiple of 1 MiB (powers of 1024, as everywhere in nbdserver)."""
-    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in UNITS else (text, "")
-    if not number.isdigit() or not int(number):
-        raise BenchmarkError(f"--size {text} is not a size: say 1G or 512M")
-    size_bytes = int(number) << UNITS.get(unit, 0)
+    """`1G`, `512M`: read as the server reads sizes, and a multiple of 1 MiB, which is what the disks are filled by."""
+    try:
+        size_bytes = parse_volume_size(text)
+    except SizeError as error:
+        raise BenchmarkError(str(error)) from None
     if size_bytes % (1 << 20):
-        raise BenchmarkError(f"--size {text} is not a multiple of 1M")
+        raise BenchmarkError(f"{text!r} is not a multiple of 1M")
     return size_bytes
 
 
@@ -122,6 +123,9 @@ def run(
     """Measure and return the result; the servers are stopped whatever happens."""
     size_bytes = servers[0].size_bytes
     where = machine.describe(servers[0].directory.parent)
+    if float(where["load_before"]) > BUSY_LOAD:
+        warning = f"the machine is busy (load {where['load_before']}): expect noise, and wrong settings from a search"
+        Console(stderr=True).print(warning, style="yellow", highlight=False, soft_wrap=True)
     path = settings_in / "peer-settings.json" if settings_in else Path("/nonexistent")
     kept = measuring.PeerSettings(path, servers, size_bytes)
     if search:

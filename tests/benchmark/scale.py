@@ -1,0 +1,322 @@
+"""`python -m tests.benchmark.scale`: what maps, opening and recovery cost as volumes grow from 1 GiB to 16 TiB.
+
+Each size is built once (scale_family.py), then measured in processes of their own, so that no cache is left over:
+
+* open: `LogDisk.open` of a cleanly checkpointed family, and the memory after it.
+* lookup: a 4 KiB read of a mapped block whose map pages are not in memory (LevelDB is asked twice), and the same read
+  again when they are. Data comes from the page cache (the segments are sparse), and so do LevelDB's files, as on a
+  server that runs: what is measured is computing, not the disk.
+* recovery: a process overwrites random mapped blocks and ends without closing; then open is measured again.
+"""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from nbdserver.block import BLOCK_BYTES, Operation
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
+
+from . import machine
+from .__main__ import size_bytes_of
+from .processes import BenchmarkError
+from .scale_family import EPOCH, SEGMENT_BYTES, Host, Spread, fill, host
+
+FAMILY = bytes(range(16))
+DEFAULT_SIZES = "1G,128G,1T,16T"
+DEFAULT_BLOCKS = 20_000_000
+LOOKUPS = 5_000
+OVERWRITES = 50_000
+BATCH = 16
+PHASE_TIMEOUT_S = 900
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+# -- what runs in a process of its own
+
+
+def open_disk(parts: Host, epoch: int) -> LogDisk:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return LogDisk.open(
+        parts.files,
+        parts.store,
+        parts.clock,
+        random.Random(1),
+        DiskSettings(),
+        epoch,
+        boot_id,
+        lambda kind, fields: None,
+    )
+
+
+def memory_bytes() -> int:
+    """RssAnon of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+async def close_disk(disk: LogDisk) -> None:
+    closed = asyncio.Event()
+    disk.close(closed.set)
+    await closed.wait()
+
+
+async def build(directory: Path, spread: Spread) -> dict[str, float]:
+    started = time.perf_counter()
+    (directory / "maps").mkdir(parents=True)
+    with host(directory, asyncio.get_running_loop()) as parts:
+        LogDisk.format(parts.files, parts.store, FAMILY, spread.size_bytes, SEGMENT_BYTES, random.Random(1))
+        fill(directory, parts.store, spread, lambda blocks: print(json.dumps({"blocks": blocks}), flush=True))
+    stored = sum(file.stat().st_size for file in (directory / "maps").iterdir())
+    return {"build_s": time.perf_counter() - started, "leveldb_bytes": stored}
+
+
+async def measure_open(directory: Path, epoch: int) -> dict[str, float]:
+    """Open, and close properly."""
+    with host(directory, asyncio.get_running_loop()) as parts:
+        before = memory_bytes()
+        started = time.perf_counter()
+        disk = open_disk(parts, epoch)
+        seconds = time.perf_counter() - started
+        memory = memory_bytes() - before
+        await close_disk(disk)
+    return {"open_s": seconds, "open_memory_bytes": memory}
+
+
+async def measure_lookup(directory: Path, spread: Spread, epoch: int) -> dict[str, float]:
+    """LOOKUPS reads of random mapped blocks with the maps cold, each followed by a warm one."""
+    draw = random.Random(2)
+    indexes = [draw.randrange(spread.blocks) for _ in range(LOOKUPS)]
+    cold: list[float] = []
+    warm: list[float] = []
+    with host(directory, asyncio.get_running_loop()) as parts:
+        disk = open_disk(parts, epoch)
+        for index in indexes:
+            offset = spread.lba(index) * BLOCK_BYTES
+            started = time.perf_counter()
+            data = disk.read(offset, BLOCK_BYTES)
+            if data is None:
+                await read_later(disk, offset)
+                cold.append(time.perf_counter() - started)
+                started = time.perf_counter()
+                data = disk.read(offset, BLOCK_BYTES)
+            warm.append(time.perf_counter() - started)
+            if data is None or b"".join(bytes(part) for part in data) != bytes(BLOCK_BYTES):
+                raise BenchmarkError(f"the block at {offset} was not read back")
+        memory = memory_bytes()
+        await close_disk(disk)
+    return {
+        "lookup_cold_p50_us": median(cold) * 1e6,
+        "lookup_cold_p99_us": quantiles(cold, n=100)[98] * 1e6,
+        "lookup_warm_p50_us": median(warm) * 1e6,
+        "lookups_cold": len(cold),
+        "lookup_memory_bytes": memory,
+    }
+
+
+async def read_later(disk: LogDisk, offset: int) -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    disk.later(Operation.READ, offset, BLOCK_BYTES, None, lambda errno, _: future.set_result(errno))
+    errno = await future
+    if errno:
+        raise BenchmarkError(f"reading at {offset} failed: {os.strerror(errno)}")
+
+
+async def overwrite_and_die(directory: Path, spread: Spread, epoch: int) -> None:
+    """Overwrite random mapped blocks in batches of BATCH, then end as kill -9 ends it."""
+    draw = random.Random(epoch)
+    data = draw.randbytes(BLOCK_BYTES)
+    with host(directory, asyncio.get_running_loop()) as parts:
+        disk = open_disk(parts, epoch)
+        for _ in range(OVERWRITES // BATCH):
+            offsets = [spread.lba(draw.randrange(spread.blocks)) * BLOCK_BYTES for _ in range(BATCH)]
+            missing = [offset for offset in offsets if not disk.write(offset, memoryview(data))]
+            if disk.commit():
+                raise BenchmarkError("a batch was refused")
+            for offset in missing:
+                await write_later(disk, offset, data)
+            await asyncio.sleep(0)
+        print(json.dumps({"counters": disk.counters()}, default=str), flush=True)
+        os._exit(0)
+
+
+async def write_later(disk: LogDisk, offset: int, data: bytes) -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    disk.later(Operation.WRITE, offset, len(data), data, lambda errno, _: future.set_result(errno))
+    errno = await future
+    if errno:
+        raise BenchmarkError(f"writing at {offset} failed: {os.strerror(errno)}")
+
+
+@application.command(hidden=True)
+def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int) -> None:
+    """One measurement in a process of its own; its figures are the last line it prints, as JSON."""
+    spread = Spread(size_bytes, blocks)
+    work = {
+        "build": lambda: build(directory, spread),
+        "open": lambda: measure_open(directory, epoch),
+        "lookup": lambda: measure_lookup(directory, spread, epoch),
+        "die": lambda: overwrite_and_die(directory, spread, epoch),
+    }[name]
+    print(json.dumps(asyncio.run(work())), flush=True)
+
+
+# -- what runs them
+
+
+def run_phase(name: str, directory: Path, spread: Spread, epoch: int, advance: Callable[[int], None]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.benchmark.scale", "phase", name, str(directory)]
+    command += [str(spread.size_bytes), str(spread.blocks), str(epoch)]
+    last: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            last = json.loads(line)
+            advance(last.get("blocks", 0))
+        said = process.stderr.read().strip().splitlines()
+    if process.returncode:
+        raise BenchmarkError(
+            f"{name} at {spread.size_bytes >> 30} GiB failed: {said[-1] if said else 'it said nothing'}"
+        )
+    return last
+
+
+def measure_size(directory: Path, spread: Spread, advance: Callable[[int], None]) -> dict[str, Any]:
+    """All figures of one size; the family is removed afterwards."""
+    row: dict[str, Any] = {"size_bytes": spread.size_bytes, "mapped_blocks": spread.blocks}
+    try:
+        row |= run_phase("build", directory, spread, EPOCH, advance)
+        row |= run_phase("open", directory, spread, EPOCH + 1, advance)
+        row |= run_phase("lookup", directory, spread, EPOCH + 2, advance)
+        row["overwriter"] = run_phase("die", directory, spread, EPOCH + 3, advance).get("counters", {})
+        after = run_phase("open", directory, spread, EPOCH + 4, advance)
+        row["recovery_s"], row["recovery_memory_bytes"] = after["open_s"], after["open_memory_bytes"]
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return row
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Maps, open and recovery")
+    for head in ("volume", "mapped blocks", "LevelDB", "open", "memory", "lookup cold p50 / p99", "warm", "recovery"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['size_bytes'] / 2**30:,.0f} GiB",
+            f"{row['mapped_blocks']:,}",
+            f"{row['leveldb_bytes'] / 1e6:,.0f} MB",
+            f"{row['open_s'] * 1000:,.0f} ms",
+            f"{row['open_memory_bytes'] / 1e6:,.0f} MB",
+            f"{row['lookup_cold_p50_us']:,.0f} / {row['lookup_cold_p99_us']:,.0f} µs",
+            f"{row['lookup_warm_p50_us']:,.1f} µs",
+            f"{row['recovery_s'] * 1000:,.0f} ms",
+        )
+    return table
+
+
+def draw_plot(result: dict[str, Any], path: Path) -> None:
+    """Four small plots over the volume's size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    rows = result["rows"]
+    sizes = [row["size_bytes"] / 2**30 for row in rows]
+    # title, (label, column, unit); unit 0 divides by the mapped blocks
+    panels: list[tuple[str, list[tuple[str, str, float]]]] = [
+        ("open and recovery, s", [("open", "open_s", 1), ("after kill -9", "recovery_s", 1)]),
+        (
+            "lookup, µs",
+            [
+                ("cold p50", "lookup_cold_p50_us", 1),
+                ("p99", "lookup_cold_p99_us", 1),
+                ("warm", "lookup_warm_p50_us", 1),
+            ],
+        ),
+        ("memory, MB", [("after open", "open_memory_bytes", 1e6), ("after recovery", "recovery_memory_bytes", 1e6)]),
+        ("bytes of LevelDB a mapped block", [("LevelDB", "leveldb_bytes", 0)]),
+    ]
+    canvas, grid = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    for axes, (title, lines) in zip(grid.flat, panels, strict=True):
+        for label, key, unit in lines:
+            values = [row[key] / (unit or row["mapped_blocks"]) for row in rows]
+            axes.plot(sizes, values, marker="o", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size / 1024:g} TiB" if size >= 1024 else f"{size:g} GiB" for size in sizes])
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#e0e0e0")
+        axes.set_title(title, loc="left", fontweight="bold")
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+    most = max(row["mapped_blocks"] for row in rows)
+    canvas.suptitle(f"{result['date']}   up to {most:,} mapped blocks, {result['machine']['cpu']}", color="#555555")
+    canvas.savefig(path, dpi=140)
+    pyplot.close(canvas)
+
+
+@application.command()
+def run(
+    sizes: Annotated[str, typer.Option(help="Comma-separated volume sizes.")] = DEFAULT_SIZES,
+    blocks: Annotated[
+        int, typer.Option(min=1000, help="Mapped blocks (fewer where the volume has fewer).")
+    ] = DEFAULT_BLOCKS,
+    directory: Annotated[Path | None, typer.Option(help="Where families are built.  [default: in --results]")] = None,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+) -> None:
+    """Measure map lookups, opening and recovery over volumes of growing size."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        spreads = [Spread(size, min(blocks, size // BLOCK_BYTES)) for size in map(size_bytes_of, sizes.split(","))]
+        rows = []
+        with tempfile.TemporaryDirectory(prefix="scale-", dir=directory or results) as scratch:
+            place = Path(scratch).resolve()
+            machine.check_room(place, 8 << 30)
+            with Progress(console=Console(stderr=True)) as progress:
+                task = progress.add_task("", total=sum(spread.blocks for spread in spreads))
+                for spread in spreads:
+                    progress.update(task, description=f"{spread.size_bytes >> 30} GiB")
+                    rows.append(measure_size(place / "family", spread, lambda blocks: progress.advance(task, blocks)))
+            result = {
+                "date": time.strftime("%Y-%m-%d %H:%M %z"),
+                "commit": machine.commit(),
+                "machine": machine.describe(place),
+                "command": " ".join(["python -m tests.benchmark.scale run", *sys.argv[2:]]),
+                "overwrites_before_recovery": OVERWRITES,
+                "rows": rows,
+            }
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    stem = results / time.strftime("scale-%Y%m%d-%H%M%S")
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_plot(result, stem.with_suffix(".png"))
+    console.print(show(rows))
+    console.print(f"{stem}.json, {stem}.png", highlight=False)
+
+
+if __name__ == "__main__":
+    # `run` is what one calls; `phase` is what it calls.
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "run")
+    application()
