@@ -1,0 +1,1 @@
+"""The NBD side: sessions over connections, and the server that accepts them."""

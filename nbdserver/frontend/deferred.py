@@ -1,0 +1,195 @@
+"""Requests of one connection that cannot be answered inline, and the bound on them.
+
+Theory: `BlockDevice.later` and `flush` answer by callback. Each request that waits for one counts against the connection's bounds
+until its reply is handed over; with the bounds reached, the connection stops taking requests (and soon stops being read). A
+reply goes out at once if nothing else is waiting; otherwise the replies that come in one turn of the loop leave together.
+
+Rules
+- Bounds: `OPERATION_LIMIT` requests, `BYTES_LIMIT` of data; a request larger than the rest of the room waits, but one alone may
+  always go.
+- A reply with FUA is sent only after a flush that began after the write was acknowledged by the device.
+- When the connection is gone, operations run to their end and their replies are dropped.
+"""
+
+import errno
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from metadata.seams import Buffer, Clock
+from nbdserver.block import BlockDevice, Extents, Operation
+from nbdserver.volume.counters import Counters
+from protocol.transmission import Replies, reply_error
+
+OPERATION_LIMIT = 128
+BYTES_LIMIT = 64 << 20
+ZERO_PIECE_BYTES = 1 << 20  # one piece of a NO_HOLE zeroing: some 100 µs of the loop's time
+
+_ZEROS = memoryview(bytes(ZERO_PIECE_BYTES))
+
+
+class Deferred:
+    """The waiting requests of one connection."""
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        clock: Clock,
+        replies: Replies,
+        counters: Counters,
+        send: Callable[[Sequence[Buffer]], None],
+        freed: Callable[[], None],
+    ) -> None:
+        """`send` takes replies; `freed` is called after requests have left, with their replies sent."""
+        self.operations = 0
+        self.data_bytes = 0
+        self._device = device
+        self._clock = clock
+        self._replies = replies
+        self._counters = counters
+        self._send = send
+        self._freed = freed
+        self._ready: list[Buffer] = []
+        self._delivery_pending = False
+        self._connected = True
+
+    def has_room(self, length: int) -> bool:
+        """Whether one more request with `length` bytes of data may wait."""
+        if self.operations >= OPERATION_LIMIT:
+            return False
+        return not self.operations or self.data_bytes + length <= BYTES_LIMIT
+
+    def disconnect(self) -> None:
+        """Drop all replies from now on."""
+        self._connected = False
+        self._ready.clear()
+
+    # --- what can wait ---
+
+    def read(self, cookie: int, offset: int, length: int) -> None:
+        finish = self._begin(length)
+
+        def done(error: int, result: Sequence[Buffer] | Extents | None) -> None:
+            if error:
+                finish([self._error(cookie, offset, error)])
+            else:
+                self._counters.reads += 1
+                self._counters.read_bytes += length
+                data = cast(Sequence[Buffer], result)
+                finish([self._replies.data(cookie, offset, offset, length, True), *data])
+
+        self._device.later(Operation.READ, offset, length, None, done)
+
+    def write(self, cookie: int, offset: int, data: bytes, fua: bool) -> None:
+        self._counters.write_bytes += len(data)
+        self._change(Operation.WRITE, cookie, offset, len(data), data, fua)
+
+    def discard(self, cookie: int, offset: int, length: int, fua: bool) -> None:
+        self._change(Operation.DISCARD, cookie, offset, length, None, fua)
+
+    def cache(self, cookie: int, offset: int, length: int) -> None:
+        self._change(Operation.CACHE, cookie, offset, length, None, False)
+
+    def extents(self, cookie: int, offset: int, length: int, limit: int, answer: Callable[[Extents], bytes]) -> None:
+        """`answer` packs the reply."""
+        finish = self._begin(0)
+
+        def done(error: int, result: Sequence[Buffer] | Extents | None) -> None:
+            if error or not result:
+                finish([self._error(cookie, offset, error or errno.EIO)])
+            else:
+                finish([answer(cast(Extents, result))])
+
+        self._device.later(Operation.EXTENTS, offset, length, None, done, limit)
+
+    def flush(self, acknowledgements: Sequence[Buffer], requests: Sequence[tuple[int, int]]) -> None:
+        """Send the acknowledgements after a flush that begins now; or errors for their (cookie, offset) requests."""
+        finish = self._begin(0)
+
+        def done(error: int) -> None:
+            if error:
+                finish([self._error(cookie, offset, error) for cookie, offset in requests])
+            else:
+                finish(acknowledgements)
+
+        self._device.flush(done)
+
+    def zero_fill(self, cookie: int, offset: int, length: int, fua: bool) -> None:
+        """Write real zeros in pieces, one a turn of the loop."""
+        finish = self._begin(ZERO_PIECE_BYTES)
+        position = offset
+        stop = offset + length
+
+        def step(error: int, _result: object = None) -> None:
+            nonlocal position
+            if error or position == stop or not self._connected:
+                self._finish_change(finish, cookie, offset, error, fua)
+                return
+            piece_bytes = min(ZERO_PIECE_BYTES - position % ZERO_PIECE_BYTES, stop - position)
+            piece_offset, position = position, position + piece_bytes
+            if self._device.write(piece_offset, _ZEROS[:piece_bytes]):
+                committed = self._device.commit()
+                self._clock.call_soon(lambda: step(committed))
+            else:
+                self._device.later(Operation.WRITE, piece_offset, piece_bytes, bytes(_ZEROS[:piece_bytes]), step)
+
+        self._clock.call_soon(lambda: step(0))
+
+    # --- bookkeeping ---
+
+    def _change(
+        self, operation: Operation, cookie: int, offset: int, length: int, data: bytes | None, fua: bool
+    ) -> None:
+        finish = self._begin(len(data) if data is not None else 0)
+
+        def done(error: int, _result: object) -> None:
+            self._finish_change(finish, cookie, offset, error, fua)
+
+        self._device.later(operation, offset, length, data, done)
+
+    def _finish_change(
+        self, finish: Callable[[Sequence[Buffer]], None], cookie: int, offset: int, error: int, fua: bool
+    ) -> None:
+        if error:
+            finish([self._error(cookie, offset, error)])
+        elif fua:
+            self._device.flush(lambda failed: self._finish_change(finish, cookie, offset, failed, False))
+        else:
+            self._counters.writes += 1
+            finish([self._replies.success(cookie, offset)])
+
+    def _begin(self, data_bytes: int) -> Callable[[Sequence[Buffer]], None]:
+        """Count one more waiting request; the result ends it with its reply."""
+        self.operations += 1
+        self.data_bytes += data_bytes
+        self._counters.deferred += 1
+        started_s = self._clock.now()
+
+        def finish(reply: Sequence[Buffer]) -> None:
+            self.operations -= 1
+            self.data_bytes -= data_bytes
+            self._counters.latency_us.add(int((self._clock.now() - started_s) * 1e6))
+            if self._connected:
+                self._ready += reply
+            if not self.operations:
+                self._deliver()
+            elif not self._delivery_pending:
+                self._delivery_pending = True
+                self._clock.call_soon(self._deliver_pending)
+
+        return finish
+
+    def _deliver_pending(self) -> None:
+        self._delivery_pending = False
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if not self._connected:
+            return
+        if self._ready:
+            ready, self._ready = self._ready, []
+            self._send(ready)
+        self._freed()
+
+    def _error(self, cookie: int, offset: int, error: int) -> bytes:
+        self._counters.errors += 1
+        return self._replies.error(cookie, offset, reply_error(error))

@@ -1,0 +1,80 @@
+"""The buffer that a connection receives into.
+
+Theory: requests and their payloads are used where they landed. Bytes between `start` and `end` are received and not used yet; the
+connection writes behind `end`. When all is used both go back to 0, so that a busy connection works in memory that is in the
+CPU's cache; only the remains of a cut-off request are ever moved.
+
+Rules: a view that was given out is valid until the next `room`. The buffer grows only to hold one request whole and shrinks back
+when the caller says so; it is replaced, never resized, because views of it may still be held.
+"""
+
+from protocol.invariant import invariant
+
+NORMAL_BYTES = 256 << 10  # sixteen 4 KiB writes several times over; small enough to stay in the CPU's cache
+MINIMUM_ROOM_BYTES = 16 << 10  # less room than this behind `end` is not worth a system call
+
+
+class ReceiveBuffer:
+    """Bytes of one connection that were received and not used yet. The attributes are read by the hot path."""
+
+    __slots__ = ("data", "end", "start", "view")
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.end = 0
+        self._replace(NORMAL_BYTES)
+
+    @property
+    def capacity_bytes(self) -> int:
+        return len(self.data)
+
+    def room(self) -> memoryview:
+        """Where the next bytes go: at least one byte."""
+        if self.end + MINIMUM_ROOM_BYTES > len(self.data) and self.start:
+            self._move_to_front()
+        return self.view[self.end :]
+
+    def put(self, data: bytes) -> None:
+        """Append bytes that came another way."""
+        self.reserve(self.end - self.start + len(data))
+        self.data[self.end : self.end + len(data)] = data
+        self.end += len(data)
+
+    def used(self, position: int) -> None:
+        """Everything before `position` is used."""
+        invariant(self.start <= position <= self.end, "used bytes lie between start and end")
+        if position == self.end:
+            self.start = self.end = 0
+        else:
+            self.start = position
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make room for `size_bytes` from `start` on."""
+        if self.start + size_bytes <= len(self.data):
+            return
+        if size_bytes <= len(self.data):
+            self._move_to_front()
+            return
+        held = bytes(self.view[self.start : self.end])
+        self._replace(size_bytes + MINIMUM_ROOM_BYTES)
+        self.data[: len(held)] = held
+        self.start, self.end = 0, len(held)
+
+    def shrink(self) -> bool:
+        """Go back to the normal size if what is held fits; say whether the size is normal now."""
+        held_bytes = self.end - self.start
+        if len(self.data) > NORMAL_BYTES and held_bytes < NORMAL_BYTES // 2:
+            held = bytes(self.view[self.start : self.end])
+            self._replace(NORMAL_BYTES)
+            self.data[:held_bytes] = held
+            self.start, self.end = 0, held_bytes
+        return len(self.data) == NORMAL_BYTES
+
+    def _move_to_front(self) -> None:
+        held_bytes = self.end - self.start
+        self.view[:held_bytes] = self.view[self.start : self.end]  # memmove: overlap is fine
+        self.start, self.end = 0, held_bytes
+
+    def _replace(self, size_bytes: int) -> None:
+        self.data = bytearray(size_bytes)
+        self.view = memoryview(self.data)

@@ -1,0 +1,96 @@
+"""The NBD server: accepts connections and keeps their sessions.
+
+Rules: at most `client_limit` connections; one more is closed at once. `drain` stops listening, lets every session finish what it took,
+and drops those that are not finished in time.
+"""
+
+from collections.abc import Callable
+
+from metadata.seams import Clock, Connection, Network, Receiver, Timer
+from nbdserver.frontend.session import ClientInfo, Session
+from nbdserver.volume.export import Exports
+
+CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each
+
+
+class Server:
+    """NBD over a Network, serving the exports of a directory."""
+
+    def __init__(
+        self,
+        network: Network,
+        clock: Clock,
+        exports: Exports,
+        report: Callable[[str, dict[str, object]], None],
+        client_limit: int = CLIENT_LIMIT,
+    ) -> None:
+        """`report(kind, fields)` takes events: "client-connected", "client-gone", "client-refused"."""
+        self._network = network
+        self._clock = clock
+        self._exports = exports
+        self._report = report
+        self._client_limit = client_limit
+        self._sessions: dict[int, Session] = {}
+        self._last_id = 0
+        self._stop_listening: list[Callable[[], None]] = []
+        self._drained: Callable[[], None] | None = None
+        self._drain_timer: Timer | None = None
+
+    def listen(self, address: str) -> None:
+        """Accept clients at `HOST:PORT`, `[V6]:PORT` or `unix:PATH` too. OSError or ValueError if it cannot."""
+        self._stop_listening.append(self._network.listen(address, self._accept))
+
+    def clients(self) -> list[ClientInfo]:
+        """Every connection, the oldest first."""
+        return [session.info() for session in self._sessions.values()]
+
+    def disconnect(self, client_id: int) -> bool:
+        """Drop a client; False if there is none of this id."""
+        session = self._sessions.get(client_id)
+        if session is None:
+            return False
+        session.disconnect("disconnected by the operator")
+        return True
+
+    def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
+        """Stop listening, finish and close every session; `done()` when none is left, at the latest after `timeout_s`."""
+        for stop in self._stop_listening:
+            stop()
+        self._stop_listening.clear()
+        self._drained = done
+        self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
+        for session in list(self._sessions.values()):
+            session.shut_down()
+        if not self._sessions:
+            self._clock.call_soon(self._finish_drain)
+
+    def _give_up(self) -> None:
+        for session in list(self._sessions.values()):
+            session.disconnect("not finished when the server stopped")
+        self._finish_drain()
+
+    def _finish_drain(self) -> None:
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+        done, self._drained = self._drained, None
+        if done is not None:
+            done()
+
+    def _accept(self, connection: Connection) -> Receiver | None:
+        if len(self._sessions) >= self._client_limit or self._drained is not None:
+            self._report("client-refused", {"peer": connection.peer_name, "limit": self._client_limit})
+            return None
+        self._last_id += 1
+        session = Session(self._last_id, connection, self._clock, self._exports, self._gone)
+        self._sessions[session.id] = session
+        self._report("client-connected", {"client": session.id, "peer": session.peer_name})
+        return session
+
+    def _gone(self, session: Session, reason: str) -> None:
+        self._sessions.pop(session.id, None)
+        export = session.export.name if session.export is not None else ""
+        self._report(
+            "client-gone", {"client": session.id, "peer": session.peer_name, "export": export, "reason": reason}
+        )
+        if self._drained is not None and not self._sessions:
+            self._clock.call_soon(self._finish_drain)

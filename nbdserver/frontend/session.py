@@ -1,0 +1,197 @@
+"""One NBD client: the handshake, then the requests, over a connection.
+
+Theory: a session is the Receiver of its connection. It owns the receive buffer and has two phases: bytes go to `Handshake`, and
+after an agreement to `Transmission`. It knows its export from the agreement until the connection is gone.
+
+Rules
+- The handshake has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being answered.
+- Whatever ends the connection, `_gone` runs exactly once: the export forgets the session, the server is told.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from metadata.seams import Clock, Connection, Timer
+from nbdserver.frontend.receive_buffer import ReceiveBuffer
+from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
+from nbdserver.volume.export import Export, ExportError, Exports, peer_host
+from protocol.handshake import Close, Enter, Handshake, Offer, OptionRefused, Reply
+from protocol.nbd import OptionReply
+
+HANDSHAKE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What is shown of a client."""
+
+    id: int
+    peer_name: str
+    export: str  # "" during the handshake
+    since_s: float  # Clock.now when it connected
+    in_flight: int  # requests that wait for the device
+    received_bytes: int
+    unsent_bytes: int
+
+
+class Session:
+    """A client's connection. Also the Offers of its handshake and the ExportSession of its export."""
+
+    def __init__(
+        self,
+        session_id: int,
+        connection: Connection,
+        clock: Clock,
+        exports: Exports,
+        gone: Callable[["Session", str], None],
+    ) -> None:
+        """`gone(session, reason)` is called once, when the connection is closed or lost."""
+        self.id = session_id
+        self.peer_name = connection.peer_name
+        self.peer_host = peer_host(connection.peer_name)
+        self.export: Export | None = None
+        self._connection = connection
+        self._clock = clock
+        self._exports = exports
+        self._report_gone = gone
+        self._since_s = clock.now()
+        self._received_bytes = 0
+        self._buffer = ReceiveBuffer()
+        self._handshake: Handshake | None = Handshake(self)
+        self._transmission: Transmission | None = None
+        self._handshake_paused = False
+        self._over = False
+        self._timeout: Timer = clock.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_timed_out)
+        connection.send([self._handshake.greeting()])
+
+    def info(self) -> ClientInfo:
+        """For those who list clients."""
+        return ClientInfo(
+            id=self.id,
+            peer_name=self.peer_name,
+            export=self.export.name if self.export is not None else "",
+            since_s=self._since_s,
+            in_flight=self._transmission.in_flight if self._transmission is not None else 0,
+            received_bytes=self._received_bytes,
+            unsent_bytes=self._connection.unsent_bytes,
+        )
+
+    def disconnect(self, reason: str) -> None:
+        """Drop the connection now; waiting requests run to their end unanswered."""
+        if not self._over:
+            self._connection.abort()
+            self._gone(reason)
+
+    def shut_down(self) -> None:
+        """Finish what was taken, then close."""
+        if self._transmission is not None:
+            self._transmission.shut_down()
+        else:
+            self._close("the server is shutting down")
+
+    # --- Receiver ---
+
+    def buffer(self) -> memoryview:
+        return self._buffer.room()
+
+    def received(self, size_bytes: int) -> None:
+        self._received_bytes += size_bytes
+        self._buffer.end += size_bytes
+        if self._transmission is not None:
+            self._transmission.process()
+        else:
+            self._go_on_with_handshake()
+
+    def drained(self) -> None:
+        if self._transmission is not None:
+            self._transmission.drained()
+        elif self._handshake_paused and not self._over:
+            self._handshake_paused = False
+            self._go_on_with_handshake()
+            if not self._handshake_paused and not self._over:
+                self._connection.resume_reading()
+
+    def lost(self, reason: str) -> None:
+        self._gone(reason)
+
+    # --- handshake ---
+
+    def _go_on_with_handshake(self) -> None:
+        handshake, buffer = self._handshake, self._buffer
+        if handshake is None or self._over or self._handshake_paused:
+            return
+        handshake.receive(buffer.view[buffer.start : buffer.end])
+        buffer.used(buffer.end)
+        while (event := handshake.next_event()) is not None:
+            if event.data:
+                self._connection.send([event.data])
+            if isinstance(event, Enter):
+                self._enter(event, handshake.leftover())
+                return
+            if isinstance(event, Close):
+                self._close(event.reason)
+                return
+            if isinstance(event, Reply) and self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
+                self._handshake_paused = True
+                self._connection.pause_reading()
+                return
+
+    def _enter(self, event: Enter, leftover: bytes) -> None:
+        if self.export is None or self._over:
+            return
+        self._timeout.cancel()
+        self._handshake = None
+        self._buffer.put(leftover)
+        self._transmission = Transmission(
+            self._connection, self._clock, self.export, event.agreement, self._buffer, self._close
+        )
+        self._transmission.process()
+
+    def _handshake_timed_out(self) -> None:
+        self.disconnect(f"no export was entered in {HANDSHAKE_TIMEOUT_S:.0f} s")
+
+    # --- Offers ---
+
+    def list(self) -> Iterable[tuple[str, str]]:
+        return [(export.name, export.description) for export in self._exports.visible(self.peer_name)]
+
+    def offer(self, name: str) -> Offer:
+        return self._offer_of(self._find(name))
+
+    def enter(self, name: str) -> Offer:
+        export = self._find(name)
+        try:
+            export.enter(self)
+        except ExportError as error:
+            raise OptionRefused(OptionReply.ERR_POLICY, str(error)) from error
+        self.export = export
+        return self._offer_of(export)
+
+    def _find(self, name: str) -> Export:
+        export = self._exports.lookup(name) if name else self._exports.default(self.peer_name)
+        if export is None or not export.allows(self.peer_name):
+            wanted = f"there is no export {name!r}" if name else "there is no default export: name one"
+            raise OptionRefused(OptionReply.ERR_UNKNOWN, wanted)
+        return export
+
+    def _offer_of(self, export: Export) -> Offer:
+        return Offer(export.name, export.device.size_bytes, export.read_only, export.description)
+
+    # --- ending ---
+
+    def _close(self, reason: str) -> None:
+        """Close after what was sent has left."""
+        if not self._over:
+            self._connection.close()
+            self._gone(reason)
+
+    def _gone(self, reason: str) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._timeout.cancel()
+        if self._transmission is not None:
+            self._transmission.lost()
+        if self.export is not None:
+            self.export.leave(self)
+        self._report_gone(self, reason)

@@ -1,0 +1,461 @@
+"""The transmission phase of one connection: all requests of a wake as one batch.
+
+Theory: `process` walks over everything that was received. The two commonest requests, READ and WRITE without flags, are checked and
+done right there, with local names and no object a request; every other request goes through `_other`. Successful changes
+collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the batch one `commit` decides over all
+of them and one `send` carries all replies. FLUSH and FUA share one flush, begun after the commit.
+
+Rules
+- Nothing that changes data is acknowledged before `commit` returned 0; if it fails, all changes of the batch get its error.
+- Payloads are used in the receive buffer; they stay where they are until `commit`, because only `buffer.used` and `buffer.reserve` move
+  them, at the end of `process`.
+- The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
+- Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing more is done for it
+  until all of them left), waiting requests (`Deferred`). What is not processed stays in the buffer, and the connection is not read.
+
+Known weakness: a read of up to 32 MiB from memory is one piece of work for the loop, some milliseconds.
+"""
+
+import errno
+from collections.abc import Callable, Sequence
+
+from metadata.seams import Buffer, Clock, Connection, Timer
+from nbdserver.block import HOLE, ZERO, Extents
+from nbdserver.frontend.deferred import Deferred
+from nbdserver.frontend.receive_buffer import ReceiveBuffer
+from nbdserver.volume.export import Export
+from protocol import nbd
+from protocol.handshake import Agreement, ReplyStyle
+from protocol.nbd import Chunk, Command, CommandFlag, ReplyFlag
+from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, reply_error
+
+BATCH_BYTES = 4 << 20  # reply data of one batch: about one millisecond of copying
+BATCH_REQUESTS = 1024  # requests of one batch: some milliseconds of a client that sends the smallest possible ones
+UNSENT_LIMIT_BYTES = 4 << 20
+SPARSE_READ_BYTES = 256 << 10  # reads from here on look for holes first
+EXTENT_LIMIT = 512  # extents in one BLOCK_STATUS reply, chunks of one sparse read
+EXTENT_COST_BYTES = 2 << 10  # what one extent counts against BATCH_BYTES: half a microsecond, like copying so much
+SHRINK_DELAY_S = 1.0  # a buffer grown for a big payload shrinks when it had no such payload for this long
+
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+_DISC = int(Command.DISC)
+_FUA = int(CommandFlag.FUA)
+_STOP = -1
+
+
+class Transmission:
+    """Serves the requests of one connection."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        clock: Clock,
+        export: Export,
+        agreement: Agreement,
+        buffer: ReceiveBuffer,
+        finished: Callable[[str], None],
+    ) -> None:
+        """`finished(reason)` is called once, when the connection should be closed (its replies are sent)."""
+        self._connection = connection
+        self._clock = clock
+        self._export = export
+        self._device = export.device
+        self._counters = export.counters
+        self._agreement = agreement
+        self._buffer = buffer
+        self._finished = finished
+        self._replies = replies_of(agreement.style)
+        self._extended = agreement.style is ReplyStyle.EXTENDED
+        self._simple = agreement.style is ReplyStyle.SIMPLE
+        self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
+        self._deferred = Deferred(export.device, clock, self._replies, export.counters, connection.send, self._freed)
+        self._out: list[Buffer] = []
+        self._acknowledged: list[bytes] = []
+        self._forced: list[bytes] = []
+        self._flushes: list[tuple[int, int]] = []
+        self._requests = 0
+        self._skip_bytes = 0
+        self._missing_bytes = 0  # what the buffer must hold, from the first unused byte on, to go on
+        self._stalled = False
+        self._ending = ""  # why the connection ends once nothing waits; "" while it goes on
+        self._over = False
+        self._continuing = False
+        self._batch_bytes = 0
+        self._shrink_timer: Timer | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for the device."""
+        return self._deferred.operations
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        self._over = True
+        self._deferred.disconnect()
+        if self._shrink_timer is not None:
+            self._shrink_timer.cancel()
+
+    def drained(self) -> None:
+        """The peer took all replies."""
+        self._go_on()
+
+    def shut_down(self) -> None:
+        """Take no more requests; finish when nothing waits."""
+        self._end("the server is shutting down")
+
+    # --- the batch ---
+
+    def process(self) -> None:
+        """Do everything that was received and has room."""
+        if self._stalled or self._over or self._ending:
+            return
+        started_s = self._clock.now()
+        position = self._walk()
+        self._complete()
+        self._use(position)
+        requests, self._requests = self._requests, 0
+        if requests:
+            counters = self._counters
+            counters.batches += 1
+            counters.requests += requests
+            counters.batch_requests.add(requests)
+            counters.latency_us.add(int((self._clock.now() - started_s) * 1e6), requests)
+        if self._ending:
+            self._end(self._ending)
+        elif self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
+            self._stall()
+        elif self._batch_bytes > BATCH_BYTES and not self._continuing:
+            self._continuing = True
+            self._clock.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        self._continuing = False
+        self.process()
+
+    def _walk(self) -> int:
+        """Do the buffer's requests; return how far it got. `_batch_bytes` tells whether the batch is big enough.
+
+        Longer than other functions, on purpose: a call for each request would cost as much as all that is done here.
+        """
+        buffer = self._buffer
+        data, view, position, end = buffer.data, buffer.view, buffer.start, buffer.end
+        if self._skip_bytes:
+            position = self._skip(position, end, self._skip_bytes)
+        request = self._request
+        unpack, header_bytes = request.unpack_from, request.size
+        extended, simple = self._extended, self._simple
+        magic_expected = nbd.EXTENDED_REQUEST_MAGIC if extended else nbd.REQUEST_MAGIC
+        write_flags = int(CommandFlag.PAYLOAD_LEN) if extended else 0
+        payload_limit = nbd.MAXIMUM_PAYLOAD_BYTES
+        device = self._device
+        read, write, size_bytes = device.read, device.write, device.size_bytes
+        writable = not (self._export.read_only or self._agreement.offer.read_only)
+        read_limit = payload_limit if simple else SPARSE_READ_BYTES - 1
+        simple_pack, simple_magic = nbd.SIMPLE_REPLY.pack, nbd.SIMPLE_REPLY_MAGIC
+        data_pack, data_magic = nbd.STRUCTURED_DATA.pack, nbd.STRUCTURED_REPLY_MAGIC
+        extended_data_pack, extended_pack = nbd.EXTENDED_DATA.pack, nbd.EXTENDED_REPLY.pack
+        extended_magic = nbd.EXTENDED_REPLY_MAGIC
+        done, offset_data, none = int(ReplyFlag.DONE), int(Chunk.OFFSET_DATA), int(Chunk.NONE)
+        out, acknowledge = self._out, self._acknowledged.append
+        append = out.append
+        last = end - header_bytes
+        reads = read_bytes = writes = write_bytes = 0
+        self._batch_bytes = 0
+        self._missing_bytes = header_bytes
+        for _ in range(BATCH_REQUESTS):
+            if position > last:
+                break
+            magic, flags, command, cookie, offset, length = unpack(data, position)
+            tried = False
+            if magic != magic_expected:
+                self._ending = f"a request starts with {magic:#010x}: the stream is out of step"
+                break
+            if command == 0:
+                if flags == 0 and 0 < length <= read_limit and offset + length <= size_bytes:
+                    answer = read(offset, length)
+                    if answer is not None:
+                        if simple:
+                            append(simple_pack(simple_magic, 0, cookie))
+                        elif extended:
+                            append(
+                                extended_data_pack(
+                                    extended_magic, done, offset_data, cookie, offset, length + 8, offset
+                                )
+                            )
+                        else:
+                            append(data_pack(data_magic, done, offset_data, cookie, length + 8, offset))
+                        out += answer
+                        reads += 1
+                        read_bytes += length
+                        position += header_bytes
+                        if read_bytes > BATCH_BYTES:
+                            self._batch_bytes = read_bytes
+                            break
+                        continue
+                    tried = True
+            elif (
+                command == 1
+                and flags == write_flags
+                and writable
+                and 0 < length <= payload_limit
+                and offset + length <= size_bytes
+            ):
+                start = position + header_bytes
+                stop = start + length
+                if stop > end:
+                    self._missing_bytes = header_bytes + length
+                    break
+                if write(offset, view[start:stop]):
+                    if extended:
+                        acknowledge(extended_pack(extended_magic, done, none, cookie, offset, 0))
+                    else:
+                        acknowledge(simple_pack(simple_magic, 0, cookie))
+                    writes += 1
+                    write_bytes += length
+                    position = stop
+                    continue
+                tried = True
+            after = self._other(flags, command, cookie, offset, length, position, tried)
+            if after == _STOP:
+                break
+            position = after
+            if self._ending or self._batch_bytes > BATCH_BYTES:
+                break
+        else:
+            self._batch_bytes = BATCH_BYTES + 1
+        counters = self._counters
+        counters.reads += reads
+        counters.read_bytes += read_bytes
+        counters.writes += writes
+        counters.write_bytes += write_bytes
+        self._requests += reads + writes
+        return position
+
+    def _complete(self) -> None:
+        """Commit the batch's changes and send its replies; begin the flush that it asks for."""
+        out, acknowledged, forced, flushes = self._out, self._acknowledged, self._forced, self._flushes
+        if acknowledged or forced:
+            error = self._device.commit()
+            if error:
+                unpack = self._replies.unpack_success
+                for reply in acknowledged + forced:
+                    self._fail(*unpack(reply), error)
+                forced = []
+            elif acknowledged:
+                out.append(b"".join(acknowledged))
+            self._acknowledged, self._forced = [], []
+        if forced or flushes:
+            replies = self._replies
+            waiting = flushes + [replies.unpack_success(reply) for reply in forced]
+            self._flushes = []
+            self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
+        if out:
+            self._out = []
+            self._connection.send(out)
+
+    def _use(self, position: int) -> None:
+        """Give the used part of the buffer back and make room for what is missing."""
+        buffer = self._buffer
+        buffer.used(position)
+        if self._missing_bytes > buffer.capacity_bytes:
+            buffer.reserve(self._missing_bytes)
+            if self._shrink_timer is None:
+                self._shrink_timer = self._clock.call_later(SHRINK_DELAY_S, self._shrink)
+        elif buffer.start + self._missing_bytes > buffer.capacity_bytes:
+            buffer.reserve(self._missing_bytes)
+
+    def _shrink(self) -> None:
+        self._shrink_timer = None
+        if not self._buffer.shrink() or self._missing_bytes > self._buffer.capacity_bytes:
+            self._buffer.reserve(self._missing_bytes)
+            self._shrink_timer = self._clock.call_later(SHRINK_DELAY_S, self._shrink)
+
+    # --- all other requests ---
+
+    def _other(
+        self, flags: int, command: int, cookie: int, offset: int, length: int, position: int, tried: bool
+    ) -> int:
+        """Do one request, whose header is at `position`; `tried`: the device could not do it inline.
+
+        Returns the position behind the request, or _STOP if it has to be tried again later.
+        """
+        start = position + self._request.size
+        end = self._buffer.end
+        payload = payload_bytes(self._extended, flags, command, length)
+        if command == _DISC:
+            self._ending = "the client disconnected"
+            return start
+        if self._extended and payload > nbd.MAXIMUM_PAYLOAD_BYTES:
+            self._ending = f"a payload of {payload} bytes is over the limit of {nbd.MAXIMUM_PAYLOAD_BYTES}"
+            return start
+        read_only = self._export.read_only or self._agreement.offer.read_only
+        error = refuse(self._agreement, self._device.size_bytes, read_only, (flags, command, offset, length))
+        if error:
+            self._requests += 1
+            self._fail(cookie, offset, error)
+            return self._skip(start, end, payload)
+        if start + payload > end:
+            self._missing_bytes = start - position + payload
+            return _STOP
+        if not self._deferred.has_room(length if command in (_READ, _WRITE) else 0):
+            self._stall()
+            return _STOP
+        self._requests += 1
+        self._do(flags, command, cookie, offset, length, self._buffer.view[start : start + payload], tried)
+        return start + payload
+
+    def _do(
+        self, flags: int, command: int, cookie: int, offset: int, length: int, payload: memoryview, tried: bool
+    ) -> None:
+        device, deferred = self._device, self._deferred
+        fua = bool(flags & _FUA)
+        if command == Command.READ:
+            self._read(flags, cookie, offset, length, tried)
+        elif command == Command.WRITE:
+            if not tried and device.write(offset, payload):
+                self._counters.write_bytes += length
+                self._changed(cookie, offset, fua)
+            else:
+                deferred.write(cookie, offset, bytes(payload), fua)
+        elif command == Command.FLUSH:
+            self._counters.flushes += 1
+            self._flushes.append((cookie, offset))
+        elif command == Command.CACHE:
+            deferred.cache(cookie, offset, length)
+        elif command == Command.BLOCK_STATUS:
+            self._block_status(flags, cookie, offset, length, payload)
+        elif flags & CommandFlag.NO_HOLE:
+            if flags & CommandFlag.FAST_ZERO:
+                self._fail(cookie, offset, errno.ENOTSUP)
+            else:
+                deferred.zero_fill(cookie, offset, length, fua)
+        elif device.discard(offset, length):
+            self._changed(cookie, offset, fua)
+        elif flags & CommandFlag.FAST_ZERO:
+            self._fail(cookie, offset, errno.ENOTSUP)
+        else:
+            deferred.discard(cookie, offset, length, fua)
+
+    def _changed(self, cookie: int, offset: int, fua: bool) -> None:
+        self._counters.writes += 1
+        (self._forced if fua else self._acknowledged).append(self._replies.success(cookie, offset))
+
+    def _fail(self, cookie: int, offset: int, error: int) -> None:
+        self._counters.errors += 1
+        self._out.append(self._replies.error(cookie, offset, reply_error(error)))
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int, tried: bool) -> None:
+        if not tried:
+            if length >= SPARSE_READ_BYTES and not self._simple and not flags & CommandFlag.DF:
+                extents = self._device.extents(offset, length, EXTENT_LIMIT)
+                if (
+                    extents
+                    and any(state & ZERO for _, state in extents)
+                    and self._read_sparse(cookie, offset, length, extents)
+                ):
+                    return
+            answer = self._device.read(offset, length)
+            if answer is not None:
+                self._count_read(length)
+                self._out.append(self._replies.data(cookie, offset, offset, length, True))
+                self._out += answer
+                return
+        self._deferred.read(cookie, offset, length)
+
+    def _count_read(self, length: int) -> None:
+        self._counters.reads += 1
+        self._counters.read_bytes += length
+        self._batch_bytes += length
+
+    def _read_sparse(self, cookie: int, offset: int, length: int, extents: Extents) -> bool:
+        """Answer with a chunk an extent; False if the extents do not cover the range or data is not at hand."""
+        out: list[Buffer] = []
+        position, stop = offset, offset + length
+        for extent_bytes, state in extents:
+            extent_bytes = min(extent_bytes, stop - position)
+            if extent_bytes <= 0:
+                break
+            done = position + extent_bytes == stop
+            if state & ZERO:
+                out.append(self._replies.hole(cookie, offset, position, extent_bytes, done))
+            else:
+                answer = self._device.read(position, extent_bytes)
+                if answer is None:
+                    return False
+                out.append(self._replies.data(cookie, offset, position, extent_bytes, done))
+                out += answer
+            position += extent_bytes
+        if position != stop:
+            return False
+        self._count_read(length)
+        self._batch_bytes += len(out) * EXTENT_COST_BYTES
+        self._out += out
+        return True
+
+    def _block_status(self, flags: int, cookie: int, offset: int, length: int, payload: memoryview) -> None:
+        context_ids: Sequence[int] = self._agreement.context_ids
+        if flags & CommandFlag.PAYLOAD_LEN:
+            asked = parse_status_payload(self._agreement, bytes(payload))
+            if asked is None or offset + asked[0] > self._device.size_bytes:
+                self._fail(cookie, offset, errno.EINVAL)
+                return
+            length, context_ids = asked
+        limit = 1 if flags & CommandFlag.REQ_ONE else EXTENT_LIMIT
+
+        def answer(extents: Extents) -> bytes:
+            described: Extents = []
+            left_bytes = length
+            for extent_bytes, state in extents[:limit]:
+                described.append((min(extent_bytes, left_bytes), state & (HOLE | ZERO)))
+                left_bytes -= extent_bytes
+                if left_bytes <= 0:
+                    break
+            return self._replies.block_status(cookie, offset, context_ids, described)
+
+        if not context_ids:
+            self._out.append(self._replies.success(cookie, offset))
+            return
+        extents = self._device.extents(offset, length, limit)
+        self._batch_bytes += EXTENT_COST_BYTES * limit if extents is None else EXTENT_COST_BYTES * len(extents)
+        if extents is None:
+            self._deferred.extents(cookie, offset, length, limit, answer)
+        else:
+            self._out.append(answer(extents))
+
+    def _skip(self, position: int, end: int, size_bytes: int) -> int:
+        """Pass over a payload, as far as it is here; what is not here yet is noted."""
+        here = min(size_bytes, end - position)
+        self._skip_bytes = size_bytes - here
+        return position + here
+
+    # --- stopping and going on ---
+
+    def _stall(self) -> None:
+        if not self._stalled:
+            self._stalled = True
+            self._connection.pause_reading()
+
+    def _freed(self) -> None:
+        if self._ending:
+            self._end(self._ending)
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._stalled and not self._over and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
+            self._stalled = False
+            self.process()
+            if not self._stalled and not self._over:
+                self._connection.resume_reading()
+
+    def _end(self, reason: str) -> None:
+        """Finish, as soon as nothing waits for the device."""
+        self._ending = reason
+        if self._deferred.operations:
+            self._stall()
+        elif not self._over:
+            self._over = True
+            if self._shrink_timer is not None:
+                self._shrink_timer.cancel()
+            self._finished(reason)

@@ -1,0 +1,1 @@
+"""Volumes as clients see them: exports and their settings."""

@@ -1,0 +1,69 @@
+"""Counters of an export, raised once a batch and read by whoever reports.
+
+Rules: plain integers that only grow. A histogram has one bucket a power of two: bucket `i` counts values below 2**i (and not
+below 2**(i-1)), so that counting is one `bit_length`.
+"""
+
+HISTOGRAM_BUCKETS = 32
+
+
+class Histogram:
+    """Counts of values by power of two."""
+
+    __slots__ = ("buckets", "count", "total")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * HISTOGRAM_BUCKETS
+        self.count = 0
+        self.total = 0
+
+    def add(self, value: int, times: int = 1) -> None:
+        """Count `value` (not negative) `times` times."""
+        index = value.bit_length()
+        self.buckets[index if index < HISTOGRAM_BUCKETS else HISTOGRAM_BUCKETS - 1] += times
+        self.count += times
+        self.total += value * times
+
+
+class Counters:
+    """What the sessions of one export have done since it was added."""
+
+    __slots__ = (
+        "batch_requests",
+        "batches",
+        "deferred",
+        "errors",
+        "flushes",
+        "latency_us",
+        "read_bytes",
+        "reads",
+        "requests",
+        "write_bytes",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.requests = 0
+        self.reads = 0
+        self.read_bytes = 0
+        self.writes = 0
+        self.write_bytes = 0
+        self.flushes = 0
+        self.deferred = 0  # requests that went to BlockDevice.later
+        self.errors = 0  # error replies
+        self.batch_requests = Histogram()  # requests a batch
+        self.latency_us = Histogram()  # from the bytes' arrival to the reply's sending, deferred ones included
+
+    def as_dict(self) -> dict[str, int | list[int]]:
+        """Names and values; histograms as their buckets, with `_count` and `_total` beside them."""
+        values: dict[str, int | list[int]] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, Histogram):
+                values[name] = list(value.buckets)
+                values[f"{name}_count"] = value.count
+                values[f"{name}_total"] = value.total
+            else:
+                values[name] = value
+        return values

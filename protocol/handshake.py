@@ -1,0 +1,486 @@
+"""The server's side of the fixed newstyle handshake: bytes in, events out.
+
+Theory: a state machine as a table (`TRANSITIONS`). Bytes are put in with `receive`; `next_event` then returns one event at a
+time, or None when it needs more bytes. A move that is missing from the table is a violation by the peer: the connection
+closes. (`_move` treats one as our own fault: everything that a peer can do has its move.) One call handles at most one option, so the caller can stop asking while its client does not take the replies.
+What exports there are, and who may enter them, is asked of `Offers`; refusals are `OptionRefused`.
+
+Rules
+- Every option but EXPORT_NAME gets a final reply; an option that is unknown, too long or malformed gets an error and is
+  skipped to its last byte, so that the stream stays in step.
+- What an option negotiated counts only if the option succeeded; a failed SET_META_CONTEXT clears the contexts.
+- After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the connection
+  closes.
+
+Known weakness: a client may pipeline options, which the protocol forbids; they are answered in order.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from construct import ConstructError
+
+from protocol import nbd
+from protocol.invariant import InvariantError, invariant
+from protocol.nbd import HandshakeFlag, Info, Option, OptionReply, TransmissionFlag
+
+OPTION_LIMIT_BYTES = 64 << 10  # a name, a list of queries: more than any client sends, less than a receive buffer
+OPTION_LIMIT = 1024  # options a connection; a client that lists and asks about each export opens a connection for each
+QUERY_LIMIT = 64  # queries in one LIST_META_CONTEXT or SET_META_CONTEXT
+BASE_ALLOCATION_ID = 1
+
+
+class State(Enum):
+    """Where a handshake stands."""
+
+    CLIENT_FLAGS = "awaits the client's flags"
+    OPTION = "awaits an option"
+    OPTION_DATA = "awaits an option's data"
+    SKIP = "skips a refused option's data"
+    TLS = "awaits the end of the TLS handshake"
+    TRANSMISSION = "handed over to transmission"
+    CLOSED = "closed"
+
+
+class Move(Enum):
+    """What makes a handshake go on."""
+
+    FLAGS_AGREED = "flags agreed"
+    HEADER = "option header"
+    HEADER_TOO_BIG = "option header, length over the bound"
+    ANSWERED = "answered"
+    SKIPPED = "last byte skipped"
+    ENTERED = "EXPORT_NAME or GO accepted"
+    TLS_ACCEPTED = "STARTTLS accepted"
+    TLS_ESTABLISHED = "TLS established"
+    ABORTED = "ABORT"
+    VIOLATION = "violation"
+
+
+TRANSITIONS: dict[State, dict[Move, State]] = {
+    State.CLIENT_FLAGS: {Move.FLAGS_AGREED: State.OPTION, Move.VIOLATION: State.CLOSED},
+    State.OPTION: {
+        Move.HEADER: State.OPTION_DATA,
+        Move.HEADER_TOO_BIG: State.SKIP,
+        Move.VIOLATION: State.CLOSED,
+    },
+    State.OPTION_DATA: {
+        Move.ANSWERED: State.OPTION,
+        Move.ENTERED: State.TRANSMISSION,
+        Move.TLS_ACCEPTED: State.TLS,
+        Move.ABORTED: State.CLOSED,
+        Move.VIOLATION: State.CLOSED,
+    },
+    State.SKIP: {Move.SKIPPED: State.OPTION},
+    State.TLS: {Move.TLS_ESTABLISHED: State.OPTION, Move.VIOLATION: State.CLOSED},
+    State.TRANSMISSION: {},
+    State.CLOSED: {},
+}
+
+
+class ReplyStyle(Enum):
+    """How requests and replies look in the transmission phase."""
+
+    SIMPLE = "simple"
+    STRUCTURED = "structured"
+    EXTENDED = "extended"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the handshake tells about an export."""
+
+    name: str
+    size_bytes: int
+    read_only: bool
+    description: str = ""
+
+
+class OptionRefused(Exception):
+    """An option that gets an error reply of this type, with a sentence for the user."""
+
+    def __init__(self, reply: OptionReply, message: str) -> None:
+        super().__init__(message)
+        self.reply = reply
+
+
+class Offers(Protocol):
+    """The exports as one connection sees them."""
+
+    def list(self) -> Iterable[tuple[str, str]]:
+        """(name, description) of the exports that the peer may see."""
+
+    def offer(self, name: str) -> Offer:
+        """The export of this name ("" is the default export); OptionRefused if there is none for this peer."""
+
+    def enter(self, name: str) -> Offer:
+        """As `offer`, and the connection now uses it; OptionRefused if it may not."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a finished handshake agreed on."""
+
+    offer: Offer
+    style: ReplyStyle
+    context_ids: tuple[int, ...]
+    flags: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Bytes to send; the handshake goes on."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class StartTls:
+    """Send `data`, do a TLS handshake, then call `tls_established`."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Send `data`; what `leftover` returns, and all that follows, are requests."""
+
+    data: bytes
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Close:
+    """Send `data` and close the connection."""
+
+    data: bytes
+    reason: str
+
+
+Event = Reply | StartTls | Enter | Close
+
+
+class Handshake:
+    """One connection's handshake. Call `greeting` once, then `receive` and `next_event`."""
+
+    def __init__(self, offers: Offers, tls_offered: bool = False) -> None:
+        self.state = State.CLIENT_FLAGS
+        self._offers = offers
+        self._tls_offered = tls_offered
+        self._tls_done = False
+        self._received = bytearray()
+        self._no_zeroes = False
+        self._options = 0
+        self._option = 0
+        self._length = 0
+        self._forget_negotiated()
+        self._answers: dict[int, Callable[[bytes], Event]] = {
+            Option.EXPORT_NAME: self._export_name,
+            Option.ABORT: self._abort,
+            Option.LIST: self._list,
+            Option.STARTTLS: self._starttls,
+            Option.INFO: self._info,
+            Option.GO: self._go,
+            Option.STRUCTURED_REPLY: self._structured_reply,
+            Option.LIST_META_CONTEXT: self._list_meta_context,
+            Option.SET_META_CONTEXT: self._set_meta_context,
+            Option.EXTENDED_HEADERS: self._extended_headers,
+        }
+
+    def greeting(self) -> bytes:
+        """The server's first bytes."""
+        flags = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+        return _build(nbd.Greeting, flags=int(flags))
+
+    def receive(self, data: bytes | memoryview) -> None:
+        """Take bytes from the peer."""
+        self._received += data
+
+    def leftover(self) -> bytes:
+        """Bytes behind the handshake: the first requests."""
+        invariant(self.state is State.TRANSMISSION, "only a finished handshake has bytes left over")
+        return bytes(self._received)
+
+    def tls_established(self) -> None:
+        """The connection is encrypted from here on; all that was negotiated before is forgotten."""
+        self._move(Move.TLS_ESTABLISHED)
+        self._tls_done = True
+        self._forget_negotiated()
+
+    def next_event(self) -> Event | None:
+        """The next thing to do, or None: more bytes are needed (or nothing follows)."""
+        while True:
+            if self.state is State.OPTION_DATA:
+                if len(self._received) < self._length:
+                    return None
+                return self._answer(self._take(self._length))
+            if self.state is State.SKIP:
+                skipped = min(self._length, len(self._received))
+                del self._received[:skipped]
+                self._length -= skipped
+                if self._length:
+                    return None
+                self._move(Move.SKIPPED)
+            elif self.state is State.OPTION:
+                if len(self._received) < nbd.OPTION_HEADER.size:
+                    return None
+                event = self._header(*nbd.OPTION_HEADER.unpack(self._take(nbd.OPTION_HEADER.size)))
+                if event is not None:
+                    return event
+            elif self.state is State.CLIENT_FLAGS:
+                if len(self._received) < nbd.CLIENT_FLAGS.size:
+                    return None
+                (flags,) = nbd.CLIENT_FLAGS.unpack(self._take(nbd.CLIENT_FLAGS.size))
+                if flags & ~(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES):
+                    return self._violation(f"client flags {flags:#x} are not among those offered")
+                self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
+                self._move(Move.FLAGS_AGREED)
+            else:
+                return None
+
+    # --- moving ---
+
+    def _move(self, move: Move) -> None:
+        target = TRANSITIONS[self.state].get(move)
+        if target is None:
+            raise InvariantError(f"{move} is not possible while the handshake {self.state.value}")
+        self.state = target
+
+    def _violation(self, reason: str) -> Close:
+        self._move(Move.VIOLATION)
+        return Close(b"", reason)
+
+    def _take(self, size_bytes: int) -> bytes:
+        data = bytes(self._received[:size_bytes])
+        del self._received[:size_bytes]
+        return data
+
+    def _forget_negotiated(self) -> None:
+        self._style = ReplyStyle.SIMPLE
+        self._contexts: tuple[int, ...] = ()
+        self._contexts_export = ""
+
+    def _header(self, magic: int, option: int, length: int) -> Event | None:
+        """Go on to the option's data; an event if its header already decides."""
+        if magic != nbd.OPTION_MAGIC:
+            return self._violation("an option does not start with IHAVEOPT: this is no NBD client, or an oldstyle one")
+        self._options += 1
+        if self._options > OPTION_LIMIT:
+            return self._violation(f"more than {OPTION_LIMIT} options on one connection")
+        self._option, self._length = option, length
+        if length <= OPTION_LIMIT_BYTES:
+            self._move(Move.HEADER)
+            return None
+        if option == Option.EXPORT_NAME:
+            return self._violation("an export name longer than any may be")
+        self._move(Move.HEADER_TOO_BIG)
+        if option == Option.SET_META_CONTEXT:
+            self._contexts = ()
+        return Reply(self._error(OptionReply.ERR_TOO_BIG, f"option data is limited to {OPTION_LIMIT_BYTES} bytes"))
+
+    def _answer(self, data: bytes) -> Event:
+        answer = self._answers.get(self._option)
+        try:
+            if answer is None:
+                raise OptionRefused(OptionReply.ERR_UNSUP, f"option {self._option} is not known here")
+            event = answer(data)
+        except OptionRefused as refused:
+            event = Reply(self._error(refused.reply, str(refused)))
+        if isinstance(event, Reply):
+            self._move(Move.ANSWERED)
+        return event
+
+    # --- packing ---
+
+    def _reply(self, kind: OptionReply, payload: bytes = b"") -> bytes:
+        return _build(nbd.OptionReplyHeader, option=self._option, type=int(kind), length=len(payload)) + payload
+
+    def _error(self, kind: OptionReply, message: str) -> bytes:
+        return self._reply(kind, message.encode()[: nbd.STRING_LIMIT_BYTES])
+
+    def _acknowledge(self) -> bytes:
+        return self._reply(OptionReply.ACK)
+
+    # --- options ---
+
+    def _refuse_data(self, data: bytes) -> None:
+        if data:
+            raise OptionRefused(OptionReply.ERR_INVALID, f"{Option(self._option).name} takes no data")
+
+    def _export_name(self, data: bytes) -> Event:
+        """EXPORT_NAME cannot report an error: what is refused ends the connection."""
+        try:
+            if self._style is ReplyStyle.EXTENDED:
+                raise OptionRefused(OptionReply.ERR_INVALID, "extended headers need GO in place of EXPORT_NAME")
+            offer = self._offers.enter(_text(data))
+        except OptionRefused as refused:
+            return self._violation(str(refused))
+        agreement = self._agree(offer)
+        frame = nbd.ExportNameReply if self._no_zeroes else nbd.ExportNameReplyPadded
+        self._move(Move.ENTERED)
+        return Enter(_build(frame, size_bytes=offer.size_bytes, flags=agreement.flags), agreement)
+
+    def _abort(self, data: bytes) -> Event:
+        reply = self._acknowledge()
+        self._move(Move.ABORTED)
+        return Close(reply, "the client aborted the handshake")
+
+    def _list(self, data: bytes) -> Event:
+        self._refuse_data(data)
+        replies = [
+            self._reply(
+                OptionReply.SERVER, _build(nbd.ServerReply, name=name.encode(), description=description.encode())
+            )
+            for name, description in self._offers.list()
+        ]
+        return Reply(b"".join(replies) + self._acknowledge())
+
+    def _starttls(self, data: bytes) -> Event:
+        self._refuse_data(data)
+        if self._tls_done:
+            raise OptionRefused(OptionReply.ERR_INVALID, "TLS is already in use")
+        if not self._tls_offered:
+            raise OptionRefused(OptionReply.ERR_POLICY, "this server is not set up for TLS")
+        if self._received:
+            return self._violation("bytes in clear text behind STARTTLS")
+        reply = self._acknowledge()
+        self._move(Move.TLS_ACCEPTED)
+        return StartTls(reply)
+
+    def _structured_reply(self, data: bytes) -> Event:
+        self._refuse_data(data)
+        if self._style is ReplyStyle.EXTENDED:
+            raise OptionRefused(OptionReply.ERR_EXT_HEADER_REQD, "extended headers are already in use")
+        self._style = ReplyStyle.STRUCTURED
+        return Reply(self._acknowledge())
+
+    def _extended_headers(self, data: bytes) -> Event:
+        self._refuse_data(data)
+        self._style = ReplyStyle.EXTENDED
+        return Reply(self._acknowledge())
+
+    def _info(self, data: bytes) -> Event:
+        name, items = _parse_info(data)
+        offer = self._offers.offer(name)
+        return Reply(self._information(self._agree(offer), name, items) + self._acknowledge())
+
+    def _go(self, data: bytes) -> Event:
+        name, items = _parse_info(data)
+        agreement = self._agree(self._offers.enter(name))
+        self._move(Move.ENTERED)
+        return Enter(self._information(agreement, name, items) + self._acknowledge(), agreement)
+
+    def _information(self, agreement: Agreement, asked_name: str, items: list[int]) -> bytes:
+        """The INFO replies: the export and its size constraints always, name and description when asked for or due."""
+        offer = agreement.offer
+        payloads = [
+            _build(nbd.InfoExport, size_bytes=offer.size_bytes, flags=agreement.flags),
+            _build(
+                nbd.InfoBlockSize,
+                minimum_bytes=nbd.MINIMUM_BLOCK_BYTES,
+                preferred_bytes=nbd.PREFERRED_BLOCK_BYTES,
+                maximum_payload_bytes=nbd.MAXIMUM_PAYLOAD_BYTES,
+            ),
+        ]
+        if Info.NAME in items or asked_name != offer.name:
+            payloads.append(_build(nbd.InfoName, name=offer.name.encode()))
+        if Info.DESCRIPTION in items and offer.description:
+            payloads.append(_build(nbd.InfoDescription, description=offer.description.encode()))
+        return b"".join(self._reply(OptionReply.INFO, payload) for payload in payloads)
+
+    def _list_meta_context(self, data: bytes) -> Event:
+        _, queries = self._parse_meta_context(data)
+        replies = b""
+        if not queries or "base:" in queries or nbd.BASE_ALLOCATION in queries:
+            replies = self._reply(
+                OptionReply.META_CONTEXT, _build(nbd.MetaContextReply, context_id=0, name=nbd.BASE_ALLOCATION.encode())
+            )
+        return Reply(replies + self._acknowledge())
+
+    def _set_meta_context(self, data: bytes) -> Event:
+        self._contexts = ()
+        offer, queries = self._parse_meta_context(data)
+        replies = b""
+        if nbd.BASE_ALLOCATION in queries:
+            self._contexts = (BASE_ALLOCATION_ID,)
+            self._contexts_export = offer.name
+            replies = self._reply(
+                OptionReply.META_CONTEXT,
+                _build(nbd.MetaContextReply, context_id=BASE_ALLOCATION_ID, name=nbd.BASE_ALLOCATION.encode()),
+            )
+        return Reply(replies + self._acknowledge())
+
+    def _parse_meta_context(self, data: bytes) -> tuple[Offer, list[str]]:
+        if self._style is ReplyStyle.SIMPLE:
+            raise OptionRefused(
+                OptionReply.ERR_INVALID, "metadata contexts need structured replies or extended headers"
+            )
+        parsed = _parse(nbd.MetaContextRequest, data)
+        if len(parsed.queries) > QUERY_LIMIT:
+            raise OptionRefused(OptionReply.ERR_TOO_BIG, f"at most {QUERY_LIMIT} queries in one option")
+        return self._offers.offer(_text(parsed.name)), [_text(query) for query in parsed.queries]
+
+    def _agree(self, offer: Offer) -> Agreement:
+        contexts = self._contexts if self._contexts_export == offer.name else ()
+        return Agreement(offer, self._style, contexts, transmission_flags(offer, self._style, bool(contexts)))
+
+
+def transmission_flags(offer: Offer, style: ReplyStyle, has_contexts: bool) -> int:
+    """What an export can do, for a connection that negotiated `style`."""
+    flags = (
+        TransmissionFlag.HAS_FLAGS
+        | TransmissionFlag.SEND_FLUSH
+        | TransmissionFlag.SEND_FUA
+        | TransmissionFlag.SEND_CACHE
+        | TransmissionFlag.CAN_MULTI_CONN
+    )
+    if offer.read_only:
+        flags |= TransmissionFlag.READ_ONLY
+    else:
+        flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+    if style is not ReplyStyle.SIMPLE:
+        flags |= TransmissionFlag.SEND_DF
+    if style is ReplyStyle.EXTENDED and has_contexts:
+        flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    return int(flags)
+
+
+def state_diagram() -> str:
+    """The table as a Mermaid state diagram, for the documents."""
+    lines = ["stateDiagram-v2", f"    [*] --> {State.CLIENT_FLAGS.name}"]
+    for state, moves in TRANSITIONS.items():
+        lines += [f"    {state.name} --> {target.name}: {move.value}" for move, target in moves.items()]
+        if not moves:
+            lines.append(f"    {state.name} --> [*]")
+    return "\n".join(lines) + "\n"
+
+
+def _build(frame: Any, **fields: object) -> bytes:
+    built: bytes = frame.build(fields)
+    return built
+
+
+def _parse(frame: Any, data: bytes) -> Any:
+    try:
+        return frame.parse(data)
+    except ConstructError as error:
+        raise OptionRefused(OptionReply.ERR_INVALID, "the lengths in the option's data do not add up") from error
+
+
+def _text(data: bytes) -> str:
+    if len(data) > nbd.STRING_LIMIT_BYTES:
+        raise OptionRefused(OptionReply.ERR_TOO_BIG, f"strings are limited to {nbd.STRING_LIMIT_BYTES} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise OptionRefused(OptionReply.ERR_INVALID, "a string is not UTF-8") from error
+    if "\0" in text:
+        raise OptionRefused(OptionReply.ERR_INVALID, "a string holds a zero byte")
+    return text
+
+
+def _parse_info(data: bytes) -> tuple[str, list[int]]:
+    parsed = _parse(nbd.InfoRequest, data)
+    return _text(parsed.name), list(parsed.wanted)

@@ -1,0 +1,117 @@
+"""A BlockDevice in memory: the twin of a disk, for tests of what stands before it.
+
+In the mode `deferring` nothing is answered inline, so that every request goes through `later`. `fail(errno)` makes the next commit
+fail; `events` tells the order of commits, flushes and completions.
+"""
+
+from collections.abc import Callable, Sequence
+
+from metadata.seams import Buffer, Done
+from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
+
+GRAIN_BYTES = 4096
+
+
+class MemoryDevice:
+    """`size_bytes` of zeros. `soon` runs callbacks later (a Clock's `call_soon`)."""
+
+    def __init__(self, size_bytes: int, soon: Callable[[Callable[[], None]], None], deferring: bool = False) -> None:
+        self.size_bytes = size_bytes
+        self.deferring = deferring
+        self.data = bytearray(size_bytes)
+        self.written = bytearray(-(-size_bytes // GRAIN_BYTES))
+        self.commit_error = 0
+        self.flush_error = 0
+        self.later_error = 0
+        self.events: list[str] = []
+        self.commits = 0
+        self.flushes = 0
+        self._soon = soon
+        self._open: list[tuple[int, memoryview | None, int]] = []
+        self._view = memoryview(self.data)
+
+    def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        if self.deferring:
+            return None
+        return [bytes(self._view[offset : offset + length])]
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        if self.deferring:
+            return False
+        self._open.append((offset, data, len(data)))
+        return True
+
+    def discard(self, offset: int, length: int) -> bool:
+        if self.deferring:
+            return False
+        self._open.append((offset, None, length))
+        return True
+
+    def extents(self, offset: int, length: int, limit: int) -> Extents | None:
+        return None if self.deferring else self._extents(offset, length, limit)
+
+    def commit(self) -> int:
+        self.commits += 1
+        changes, self._open = self._open, []
+        error, self.commit_error = self.commit_error, 0
+        self.events.append(f"commit {len(changes)}" if not error else "commit failed")
+        if not error:
+            for offset, data, length in changes:
+                self._apply(offset, data, length)
+        return error
+
+    def later(
+        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1
+    ) -> None:
+        def answer() -> None:
+            error, self.later_error = self.later_error, 0
+            self.events.append(f"later {operation.name}")
+            result: Sequence[Buffer] | Extents | None = None
+            if error:
+                pass
+            elif operation is Operation.READ:
+                result = [bytes(self._view[offset : offset + length])]
+            elif operation is Operation.WRITE:
+                assert data is not None and len(data) == length
+                self._apply(offset, memoryview(data), length)
+            elif operation is Operation.DISCARD:
+                self._apply(offset, None, length)
+            elif operation is Operation.EXTENTS:
+                result = self._extents(offset, length, limit)
+            done(error, result)
+
+        self._soon(answer)
+
+    def flush(self, done: Done) -> None:
+        assert not self._open, "flushed with an open batch"
+        self.flushes += 1
+        error, self.flush_error = self.flush_error, 0
+
+        def answer() -> None:
+            self.events.append("flushed")
+            done(error)
+
+        self._soon(answer)
+
+    def _apply(self, offset: int, data: memoryview | None, length: int) -> None:
+        stop = offset + length
+        if data is not None:
+            self._view[offset:stop] = data
+            first, last = offset // GRAIN_BYTES, (stop - 1) // GRAIN_BYTES
+            self.written[first : last + 1] = b"\1" * (last + 1 - first)
+        else:
+            self._view[offset:stop] = bytes(length)
+            first, last = -(-offset // GRAIN_BYTES), stop // GRAIN_BYTES
+            if last > first:
+                self.written[first:last] = bytes(last - first)
+
+    def _extents(self, offset: int, length: int, limit: int) -> Extents:
+        found: Extents = []
+        position, stop = offset, offset + length
+        while position < stop and len(found) < limit:
+            is_data = self.written[position // GRAIN_BYTES]
+            other = self.written.find(0 if is_data else 1, position // GRAIN_BYTES)
+            edge = stop if other < 0 else min(stop, other * GRAIN_BYTES)
+            found.append((edge - position, 0 if is_data else HOLE | ZERO))
+            position = edge
+        return found
