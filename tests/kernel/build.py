@@ -1,8 +1,8 @@
-"""Makes what a guest boots: Debian's cloud kernel, an initramfs with the programs that the tests need, and a disk with Python.
+"""Makes what a guest boots: Debian's cloud kernel, an initramfs with the tests' programs, and a disk with Python.
 
-Nothing is installed and no root is needed: the kernel's package is downloaded and unpacked, the initramfs is written here
-(newc is a simple format), the disk is made by `mke2fs -d`. Everything is kept in tests/kernel/.cache under a key of the
-versions it was made from. Known weakness: programs and libraries are those of this machine, found by `ldd`.
+Nothing is installed and no root is needed: the kernel's package is downloaded and unpacked, the initramfs is written
+here (newc is a simple format), the disk is made by `mke2fs -d`. Everything is kept in tests/kernel/.cache under a key
+of the versions it was made from. Known weakness: programs and libraries are those of this machine, found by `ldd`.
 """
 
 import gzip
@@ -62,7 +62,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """What a guest boots from. `python` is where the disk's Python lies, seen from the disk's root; `python_path` its libraries."""
+    """What a guest boots from. `python` and its libraries' `python_path` are seen from the root of the disk."""
 
     kernel: Path
     initramfs: Path
@@ -139,7 +139,7 @@ def unpack_kernel(package: str, folder: Path) -> Path:
 
 
 def module_order(tree: Path, wanted: Iterable[str]) -> list[Path]:
-    """The wanted modules and what they depend on, in the order of loading. Built-in ones have no file and are left out."""
+    """The wanted modules and what they depend on, in the order of loading. Built-in ones have no file: left out."""
     files = {path.stem.replace("-", "_"): path for path in tree.rglob("*.ko")}
     order: list[Path] = []
 

@@ -1,9 +1,9 @@
 """A virtual machine whose shell the tests drive: `guest.run("mkfs.ext4 /dev/nbd0")`.
 
-QEMU emulates the processor in software, so that it runs where there is no /dev/kvm; a guest boots in some seconds and is some ten
-times slower than its host. The kernel's messages go to a file, commands and answers over the second serial port (build.py has
-the other end). The host is 10.0.2.2 to the guest. A guest that is killed loses its memory, page cache included, and keeps what
-it had written to its disks: this is what a power cut does.
+QEMU emulates the processor in software, so that it runs where there is no /dev/kvm; a guest boots in some seconds and
+is some ten times slower than its host. The kernel's messages go to a file, commands and answers over the second serial
+port (build.py has the other end). The host is 10.0.2.2 to the guest. A guest that is killed loses its memory, page
+cache included, and keeps what it had written to its disks: this is what a power cut does.
 """
 
 import base64
@@ -39,8 +39,8 @@ class Guest:
         forward: Mapping[int, int] | None = None,
         memory_mib: int = MEMORY_MIB,
     ) -> None:
-        """Boot. `files` are put into the guest; `disks` are raw images (vda, vdb, ...; a read-only file is attached as such);
-        `forward` maps ports of the host's loopback to the guest's.
+        """Boot. `files` are put into the guest; `disks` are raw images (vda, vdb, ...), attached read-only if the file
+        is; `forward` maps ports of the host's loopback to the guest's.
         """
         initramfs = folder / "initramfs.gz"
         initramfs.write_bytes(images.initramfs.read_bytes() + overlay(dict(files or {})))
@@ -79,7 +79,7 @@ class Guest:
         self.kill()
 
     def kill(self) -> None:
-        """Cut the power."""
+        """Cut the power; idempotent."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):

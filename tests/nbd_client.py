@@ -1,0 +1,120 @@
+"""A small NBD client for tests that must know what was acknowledged, and when.
+
+Simple replies only, requests pipelined by the caller: `send` returns a cookie, `receive` the next reply in the order
+in which the server answers. ConnectionError when the server is gone.
+"""
+
+import itertools
+import socket
+from dataclasses import dataclass
+
+from protocol.nbd import (
+    CLIENT_FLAGS,
+    OPTION_HEADER,
+    OPTION_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    Command,
+    Greeting,
+    HandshakeFlag,
+    Info,
+    InfoExport,
+    InfoRequest,
+    Option,
+    OptionReply,
+    OptionReplyHeader,
+)
+
+
+class RefusedError(Exception):
+    """The server refused the export; the message is the server's."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer: `error` is 0 or an errno of the protocol, `data` what a READ returned."""
+
+    cookie: int
+    error: int
+    data: bytes
+
+
+class Client:
+    """One connection to one export."""
+
+    def __init__(self, address: tuple[str, int] | str, name: str, timeout_s: float = 10.0) -> None:
+        """Connect to (host, port) or the path of a unix socket. RefusedError, OSError."""
+        if isinstance(address, str):
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.settimeout(timeout_s)
+            self.socket.connect(address)
+        else:
+            self.socket = socket.create_connection(address, timeout_s)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._received = bytearray()
+        self._cookies = itertools.count(1)
+        self._read_lengths: dict[int, int] = {}
+        self.size_bytes, self.flags = self._go(name)
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def send(self, command: Command, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0) -> int:
+        """Send a request and return its cookie; a WRITE's length is its data's."""
+        cookie = next(self._cookies)
+        if command == Command.READ:
+            self._read_lengths[cookie] = length
+        head = REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, len(data) or length)
+        self.socket.sendall(head + data)
+        return cookie
+
+    def receive(self) -> Reply:
+        """Wait for the next reply."""
+        magic, error, cookie = SIMPLE_REPLY.unpack(self._take(SIMPLE_REPLY.size))
+        if magic != SIMPLE_REPLY_MAGIC:
+            raise AssertionError(f"a reply with magic {magic:#x}")
+        length = self._read_lengths.pop(cookie, 0)
+        return Reply(cookie, error, b"" if error else self._take(length))
+
+    def request(self, command: Command, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0) -> Reply:
+        """Send one request and wait for its reply; nothing else may be in flight."""
+        cookie = self.send(command, offset, length, data, flags)
+        reply = self.receive()
+        assert reply.cookie == cookie
+        return reply
+
+    def read(self, offset: int, length: int) -> bytes:
+        reply = self.request(Command.READ, offset, length)
+        if reply.error:
+            raise OSError(reply.error, f"reading {length} bytes at {offset}")
+        return reply.data
+
+    def _go(self, name: str) -> tuple[int, int]:
+        Greeting.parse(self._take(Greeting.sizeof()))
+        self.socket.sendall(CLIENT_FLAGS.pack(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
+        body = InfoRequest.build({"name": name.encode(), "items": []})
+        self.socket.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.GO, len(body)) + body)
+        answer = None
+        while True:
+            reply = OptionReplyHeader.parse(self._take(OptionReplyHeader.sizeof()))
+            body = self._take(reply.length)
+            if reply.type == OptionReply.ACK:
+                assert answer is not None, "GO was acknowledged without INFO_EXPORT"
+                return answer
+            if reply.type != OptionReply.INFO:
+                raise RefusedError(body.decode(errors="replace"))
+            if int.from_bytes(body[:2], "big") == Info.EXPORT:
+                export = InfoExport.parse(body)
+                answer = export.size_bytes, export.flags
+
+    def _take(self, length: int) -> bytes:
+        while len(self._received) < length:
+            data = self.socket.recv(1 << 18)
+            if not data:
+                raise ConnectionResetError("the server closed the connection")
+            self._received += data
+        taken = bytes(self._received[:length])
+        del self._received[:length]
+        return taken
