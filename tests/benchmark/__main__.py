@@ -232,6 +232,7 @@ def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> 
     try:
         measuring.prepare([subject], lambda worked_off_s, what: None)
         sample = profiler.profile(subject, row, duration_s, folded)
+        calls = profiler.system_calls(subject, row, 2.0, folded.with_suffix(".strace"))
     finally:
         subject.stop()
     text = folded.read_text()
@@ -245,6 +246,9 @@ def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> 
     console.print("\n  self  line", highlight=False)
     for line, alone in profiler.top_lines(text):
         console.print(f"{alone:5.1f} %  {line}", highlight=False, soft_wrap=True)
+    console.print("\n  system calls an operation", highlight=False)
+    for call, count in calls[:10]:
+        console.print(f"{count:7.3f}  {call}", highlight=False)
     console.print(f"\n{folded}", highlight=False)
 
 

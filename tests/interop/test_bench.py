@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmark.profiler import calls_per_operation, top_functions, top_lines
 from tests.benchmark.ratios import ratio_to_best_peer
 from tests.benchmark.targets import TARGETS
 
@@ -109,3 +110,36 @@ def test_the_ratio_is_against_the_best_peer_of_the_row() -> None:
 
 def test_there_is_no_ratio_without_a_peer() -> None:
     assert ratio_to_best_peer({"nbdserver": [1.0]}, "nbdserver") is None
+
+
+def test_system_calls_are_read_from_the_table_of_strace() -> None:
+    table = (
+        "% time     seconds  usecs/call     calls    errors syscall\n"
+        "------ ----------- ----------- --------- --------- ----------------\n"
+        " 60.00    0.000600           6       100        25 preadv2\n"
+        " 40.00    0.000400           8        50           sendmsg\n"
+        "------ ----------- ----------- --------- --------- ----------------\n"
+        "100.00    0.001000           6       150        25 total\n"
+    )
+    assert calls_per_operation(table, 100) == [("preadv2", 1.0), ("sendmsg", 0.5)]
+
+
+def test_the_profile_names_the_functions_that_cost_most_by_themselves() -> None:
+    folded = "main (a.py:1);read (b.py:10) 30\nmain (a.py:1);read (b.py:11) 30\nmain (a.py:2) 40\n"
+    assert top_functions(folded) == [("read (b.py)", 60.0, 60.0), ("main (a.py)", 40.0, 100.0)]
+    assert top_lines(folded)[0] == ("main (a.py:2)", 40.0)
+
+
+def test_maps_open_and_recovery_are_measured_and_plotted(tmp_path: Path) -> None:
+    place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
+    done = bench("--sizes", "1G,16T", "--blocks", "20000", *place, module="tests.benchmark.scale")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "results").glob("scale-*.json")
+    small, large = json.loads(path.read_text())["rows"]
+    assert (small["size_bytes"], large["size_bytes"]) == (1 << 30, 16 << 40)
+    for row in (small, large):
+        assert row["mapped_blocks"] == 20000
+        assert row["lookups_cold"] > 0
+        assert 0 < row["lookup_warm_p50_us"] < row["lookup_cold_p50_us"]
+        assert row["recovery_s"] > 0
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
