@@ -124,6 +124,7 @@ def _try_setting(
     try:
         advance(0, f"{target.title}: trying {setting.name}")
         target.start(setting)
+        target.warm()
         for row in rows:
             rate = measure(target, row, SEARCH_S, seed=1).operations_per_s
             rates[row.name][setting.name] = max(rate, rates[row.name].get(setting.name, 0.0))
@@ -150,6 +151,7 @@ def measure_rows(
         of_row: dict[str, list[Sample]] = {target.name: [] for target in targets}
         for target in targets:
             target.start(setting_of(target, row))
+            target.warm()
         for number in range(rounds):
             first = number % len(targets)
             for target in targets[first:] + targets[:first]:
