@@ -11,7 +11,8 @@ Rules of this file
 - Syncs go through one thread in the order they were asked for. A failed one is reported once and never repeated.
 
 Known weakness: os.preadv has no form that returns bytes, so a short `read_cached` copies out of a reusable buffer and a
-long one clears its memory first; some 0.4 µs for 4 KiB, a sixth of the time for 128 KiB. A file system without RWF_NOWAIT sends every read through the threads.
+long one clears its memory first; some 0.4 µs for 4 KiB, a sixth of the time for 128 KiB. A file system without
+RWF_NOWAIT sends every read through the threads.
 """
 
 import errno
