@@ -1,7 +1,7 @@
 """The NBD server: accepts connections and keeps their sessions.
 
-Rules: at most `client_limit` connections; one more is closed at once. `drain` stops listening, lets every session finish what it took,
-and drops those that are not finished in time.
+Rules: at most `client_limit` connections; one more is closed at once. `drain` stops listening, lets every session
+finish what it took, and drops those that are not finished in time.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,22 @@ class Server:
         self._client_limit = client_limit
         self._sessions: dict[int, Session] = {}
         self._last_id = 0
-        self._stop_listening: list[Callable[[], None]] = []
+        self._stop_listening: dict[str, Callable[[], None]] = {}
         self._drained: Callable[[], None] | None = None
         self._drain_timer: Timer | None = None
 
+    def addresses(self) -> list[str]:
+        """Where clients are accepted."""
+        return list(self._stop_listening)
+
     def listen(self, address: str) -> None:
         """Accept clients at `HOST:PORT`, `[V6]:PORT` or `unix:PATH` too. OSError or ValueError if it cannot."""
-        self._stop_listening.append(self._network.listen(address, self._accept))
+        if address not in self._stop_listening:
+            self._stop_listening[address] = self._network.listen(address, self._accept)
+
+    def stop_listening(self, address: str) -> None:
+        """Accept no more clients at `address`; those that are there stay."""
+        self._stop_listening.pop(address)()
 
     def clients(self) -> list[ClientInfo]:
         """Every connection, the oldest first."""
@@ -53,10 +62,9 @@ class Server:
         return True
 
     def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
-        """Stop listening, finish and close every session; `done()` when none is left, at the latest after `timeout_s`."""
-        for stop in self._stop_listening:
-            stop()
-        self._stop_listening.clear()
+        """Stop listening, finish and close every session; `done()` when none is left or `timeout_s` is over."""
+        for address in self.addresses():
+            self.stop_listening(address)
         self._drained = done
         self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
         for session in list(self._sessions.values()):

@@ -1,0 +1,208 @@
+"""The HTTP API: one FastAPI application over the control process. `/openapi.json` documents it; there is no page
+that would load anything from another host.
+
+Rules: handlers are coroutines and call the node; nothing is decided here. A refusal is `{"error": "one line"}` with
+400 (cannot be meant), 404, 409 (does not go with what is there), 401 (token) or 500.
+"""
+
+import asyncio
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from metadata.registry import RegistryError
+from nbdserver.api.metrics import Figures, exposition
+from nbdserver.node.control import Node
+from nbdserver.node.errors import NodeError, WrongInputError
+
+MAX_WAIT_S = 30.0
+"""Longest that a request for events is held open."""
+
+
+class VolumeRequest(BaseModel):
+    """What POST /v1/volumes takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="the volume's name, which clients attach by")
+    size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
+
+
+class Settings(BaseModel):
+    """What a volume says about its export."""
+
+    read_only: bool
+    description: str
+    shared: bool
+    allowed_clients: list[str]
+
+
+class Volume(BaseModel):
+    """A volume and how it is doing."""
+
+    name: str
+    size_bytes: int
+    state: str = Field(description="serving, or failed")
+    reason: str = Field(description="why it failed")
+    generation: int = Field(description="raised when acknowledged writes may have been lost")
+    epoch: int
+    family: str
+    settings: Settings
+    clients: int = Field(description="client connections")
+    disk: dict[str, Any] = Field(description="what the log-structured disk says of itself")
+
+
+class Status(BaseModel):
+    """The node."""
+
+    version: str
+    pid: int
+    data_pid: int | None
+    uptime_s: float
+    data: str
+    listen: list[str]
+    free_bytes: int
+    checksum: str
+    warnings: list[str]
+    volumes: list[Volume]
+
+
+def program_version() -> str:
+    """Return the installed version, or "source" when run from a source tree."""
+    try:
+        return version("nbdserver")
+    except PackageNotFoundError:
+        return "source"
+
+
+def make_app(node: Node) -> FastAPI:
+    """Return the API of `node`, without any access control."""
+    app = FastAPI(
+        title="nbdserver",
+        version=program_version(),
+        summary="A Network Block Device server",
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_errors(app)
+    _add_node(app, node)
+    _add_volumes(app, node)
+    _add_clients(app, node)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(NodeError)
+    async def node_error(_: Request, error: NodeError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, error.http_status)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_path(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": f"{error.detail}; /openapi.json says what there is"}, error.status_code)
+
+    @app.exception_handler(RegistryError)
+    async def registry_error(_: Request, error: RegistryError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 409)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"error": f"{where}: {first['msg']}; /openapi.json says what is right"}, 400)
+
+
+def _add_node(app: FastAPI, node: Node) -> None:
+    started_s = time.time()
+
+    @app.get("/healthz", response_class=PlainTextResponse, summary="200 while the data process answers")
+    async def healthz() -> Response:
+        try:
+            await node.call("volumes")
+        except NodeError as error:
+            return PlainTextResponse(f"{error}\n", 503)
+        return PlainTextResponse("ok\n")
+
+    @app.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")
+    async def metrics() -> Response:
+        gauges: dict[str, Any] = {"start_time_seconds": started_s, "free_bytes": node.free_bytes(), "up": 0}
+        counters: dict[str, Any] = {}
+        live: dict[str, Any] = {}
+        try:
+            answer = await node.call("counters")
+            gauges |= answer["node"]["gauges"] | {"up": 1}
+            counters, live = answer["node"]["counters"], answer["volumes"]
+        except NodeError:
+            pass  # `up` says so
+        volumes: dict[str, Figures] = {}
+        for family in node.families():
+            own = {"volume_size_bytes": family.size_bytes, "volume_generation": family.generation}
+            figures = live.get(family.volume, {"counters": {}, "gauges": {}})
+            volumes[family.volume] = Figures(figures["counters"], figures["gauges"] | own)
+        text = exposition(Figures(counters, gauges), volumes)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/status", summary="The node and its volumes")
+    async def status() -> Status:
+        return Status(version=program_version(), **await node.status())
+
+    @app.get("/v1/events", summary="What happened, oldest first")
+    async def events(
+        after: Annotated[int, Query(ge=0, description="only events with a higher sequence number")] = 0,
+        limit: Annotated[int, Query(ge=1, le=2000)] = 200,
+        wait_s: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="wait so long for the first")] = 0,
+    ) -> list[dict[str, Any]]:
+        if wait_s and node.events.last_sequence <= after:
+            await _next_event(node, wait_s)
+        return node.events.since(after, limit)
+
+
+async def _next_event(node: Node, wait_s: float) -> None:
+    happened = asyncio.Event()
+    unfollow = node.events.follow(happened.set)
+    try:
+        async with asyncio.timeout(wait_s):
+            await happened.wait()
+    except TimeoutError:
+        pass
+    finally:
+        unfollow()
+
+
+def _add_volumes(app: FastAPI, node: Node) -> None:
+    @app.get("/v1/volumes", summary="Every volume")
+    async def list_volumes() -> list[Volume]:
+        return [Volume(**volume) for volume in await node.volumes.list()]
+
+    @app.post("/v1/volumes", status_code=201, summary="Make an empty volume")
+    async def create_volume(request: VolumeRequest) -> Volume:
+        return Volume(**await node.volumes.create(request.name, request.size_bytes))
+
+    @app.get("/v1/volumes/{name:path}", summary="One volume")
+    async def show_volume(name: str) -> Volume:
+        return Volume(**await node.volumes.show(name))
+
+    @app.patch("/v1/volumes/{name:path}", summary="Change settings: all of them or none")
+    async def set_volume(name: str, changes: dict[str, str]) -> Volume:
+        return Volume(**await node.volumes.set(name, changes))
+
+    @app.delete("/v1/volumes/{name:path}", status_code=204, summary="Delete a volume and its data")
+    async def delete_volume(name: str, force: bool = False) -> None:
+        await node.volumes.delete(name, force)
+
+
+def _add_clients(app: FastAPI, node: Node) -> None:
+    @app.get("/v1/clients", summary="Every client connection")
+    async def list_clients() -> list[dict[str, Any]]:
+        clients: list[dict[str, Any]] = await node.call("clients")
+        return clients
+
+    @app.delete("/v1/clients/{client_id}", status_code=204, summary="Disconnect a client")
+    async def disconnect(client_id: int) -> None:
+        if not await node.call("disconnect", client=client_id):
+            raise WrongInputError(f"there is no client {client_id}; `nbdserver client list` shows them")

@@ -1,0 +1,98 @@
+"""The data process's counters as Prometheus text.
+
+Theory: the data process counts in plain integers and bucket lists, which cost the hot path nothing; here, in the
+other process, they become metric families when somebody scrapes. There are two kinds of figures: *counters* only
+grow and get the suffix `_total`; *gauges* are what is now. A list among the counters is a histogram by powers of
+two (bucket `i` counts values below 2**i), whose `<name>_count` and `<name>_total` stand beside it.
+
+Each volume's figures carry the label `volume`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+PREFIX = "nbdserver_"
+
+HELP = {
+    "up": "1 while the data process answers",
+    "start_time_seconds": "when the node was started, on the wall clock",
+    "free_bytes": "room on the file system of the data directory",
+    "connections": "client connections, those in their handshake too",
+    "volume_size_bytes": "size of the volume",
+    "volume_generation": "raised when acknowledged writes may have been lost",
+    "clients": "client connections of the volume",
+    "batches": "wakes of the loop that brought requests",
+    "batch_requests": "requests a batch",
+    "deferred": "requests that had to wait for the device",
+    "latency_us": "microseconds from a request's arrival to its reply",
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one volume, or the node, reports."""
+
+    counters: Mapping[str, Any] = field(default_factory=dict)
+    gauges: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Snapshot(Collector):
+    def __init__(self, node: Figures, volumes: Mapping[str, Figures]) -> None:
+        self._node = node
+        self._volumes = volumes
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _families([([], self._node)], [])
+        yield from _families([([name], figures) for name, figures in self._volumes.items()], ["volume"])
+
+
+def _families(sources: list[tuple[list[str], Figures]], labels: list[str]) -> Iterator[Metric]:
+    for name in sorted({name for _, figures in sources for name in figures.gauges}):
+        gauge = GaugeMetricFamily(PREFIX + name, _help(name), labels=labels)
+        for values, figures in sources:
+            if name in figures.gauges:
+                gauge.add_metric(values, figures.gauges[name])
+        yield gauge
+    everything = {name: value for _, figures in sources for name, value in figures.counters.items()}
+    histograms = {name for name, value in everything.items() if isinstance(value, list)}
+    beside = {name + suffix for name in histograms for suffix in ("_count", "_total")}
+    for name in sorted(set(everything) - beside):
+        family: CounterMetricFamily | HistogramMetricFamily
+        if name in histograms:
+            family = HistogramMetricFamily(PREFIX + name, _help(name), labels=labels)
+        else:
+            family = CounterMetricFamily(PREFIX + name, _help(name), labels=labels)
+        for values, figures in sources:
+            if name not in figures.counters:
+                continue
+            if isinstance(family, HistogramMetricFamily):
+                family.add_metric(values, _cumulative(figures.counters[name]), figures.counters[f"{name}_total"])
+            else:
+                family.add_metric(values, figures.counters[name])
+        yield family
+
+
+def _help(name: str) -> str:
+    return HELP.get(name, name.replace("_", " "))
+
+
+def _cumulative(buckets: list[int]) -> list[tuple[str, float]]:
+    """Return Prometheus's buckets, each with all that is at or below its bound; the last one has none."""
+    found: list[tuple[str, float]] = []
+    total = 0
+    for power, count in enumerate(buckets):
+        total += count
+        found.append((str((1 << power) - 1) if power < len(buckets) - 1 else "+Inf", total))
+    return found
+
+
+def exposition(node: Figures, volumes: Mapping[str, Figures]) -> bytes:
+    """Return the Prometheus text of the node's figures and of each volume's."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(node, volumes))
+    return generate_latest(registry)

@@ -1,0 +1,68 @@
+"""The node's HTTP API, as the commands use it: over DATA/api.sock, one request at a time.
+
+Rules: whatever goes wrong becomes one line and an exit code. httpx is imported when a request is made, not for
+`--help`.
+"""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from nbdserver.node.addresses import MAX_SOCKET_PATH_BYTES
+from nbdserver.node.errors import NodeError, NotRunningError, WrongInputError
+
+TIMEOUT_S = 600.0
+"""Deleting a volume unlinks its segments first: on a slow disk that takes a while."""
+
+
+class NodeClient:
+    """Talks to the node that serves a data directory."""
+
+    def __init__(self, data: Path) -> None:
+        import httpx
+
+        self._data = data
+        self._socket = data.absolute() / "api.sock"
+        if len(str(self._socket).encode()) > MAX_SOCKET_PATH_BYTES:
+            raise WrongInputError(f"{self._socket} is longer than a socket path can be ({MAX_SOCKET_PATH_BYTES} bytes)")
+        transport = httpx.HTTPTransport(uds=str(self._socket))
+        self._http = httpx.Client(transport=transport, base_url="http://node", timeout=TIMEOUT_S, trust_env=False)
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Return what the API answers. Raises NodeError (with its exit code)."""
+        return self._request("GET", path, params=query)
+
+    def post(self, path: str, content: Any) -> Any:
+        return self._request("POST", path, json=content)
+
+    def patch(self, path: str, content: Any) -> Any:
+        return self._request("PATCH", path, json=content)
+
+    def delete(self, path: str, **query: Any) -> Any:
+        return self._request("DELETE", path, params=query)
+
+    def _request(self, method: str, path: str, **arguments: Any) -> Any:
+        import httpx
+
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.ConnectError as error:
+            if "Permission" in str(error):
+                raise NodeError(f"{self._socket} may not be opened by this user; try with sudo") from None
+            raise NotRunningError(
+                f"no node is running on {self._data}; start one with: nbdserver serve --data {self._data}"
+            ) from None
+        except httpx.HTTPError as error:
+            raise NodeError(f"the node on {self._data} did not answer: {error or type(error).__name__}") from None
+        if response.status_code < 400:
+            return response.json() if response.content else None
+        try:
+            message = str(response.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            message = f"the node answered {response.status_code} without a reason; its output says more"
+        raise WrongInputError(message) if response.status_code < 500 else NodeError(message)
+
+
+def volume_path(name: str) -> str:
+    """Return the API's path of a volume; any name can be asked for, also one that cannot exist."""
+    return f"/v1/volumes/{quote(name, safe='')}"

@@ -1,0 +1,58 @@
+"""The tree of commands, in the order in which `--help` lists them."""
+
+from typing import Annotated
+
+import typer
+
+from nbdserver.cli import client_commands, node_commands, serve, service, volume_commands
+from nbdserver.cli.options import DataOption, JsonOption
+
+app = typer.Typer(
+    name="nbdserver",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 something broke, 2 wrong input (nothing changed), 3 no node is running.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"nbdserver {version('nbdserver')}")
+        except PackageNotFoundError:
+            print("nbdserver (source tree)")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    data: DataOption = None,
+    json_output: JsonOption = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Turn this machine into disks: a Network Block Device server over a log-structured store.
+
+    The data directory is --data, or NBDSERVER_DATA, or /var/lib/nbdserver as root, or ~/.local/share/nbdserver.
+
+    Examples:
+
+      nbdserver serve --create disk0=10G
+
+      nbdserver volume create scratch --size 200G
+
+      nbdserver status
+    """
+
+
+serve.add_to(app)
+app.add_typer(volume_commands.app, name="volume")
+app.add_typer(client_commands.app, name="client")
+node_commands.add_to(app)
+service.add_to(app)

@@ -1,0 +1,142 @@
+"""`nbdserver serve`: settings together, data directory taken, node run in the foreground."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nbdserver.cli.options import DataOption, JsonOption, data_path
+from nbdserver.node.addresses import check_address, check_socket_path, uri
+from nbdserver.node.errors import WrongInputError
+from nbdserver.node.sizes import SizeError, parse_volume_size
+
+if TYPE_CHECKING:
+    from nbdserver.node.config import NodeSettings
+    from nbdserver.node.control import Node
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Node settings (YAML).", show_default=False)
+    ] = None,
+    data: DataOption = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--listen",
+            metavar="HOST:PORT",
+            help="Where NBD clients connect; may be repeated.  [default: 127.0.0.1:10809]",
+            show_default=False,
+        ),
+    ] = None,
+    socket: Annotated[
+        Path | None,
+        typer.Option("--socket", metavar="PATH", help="A unix socket for NBD clients too.", show_default=False),
+    ] = None,
+    create: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--create",
+            metavar="NAME=SIZE",
+            help="Make this volume if it is not there yet; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    json_output: JsonOption = False,
+) -> int:
+    """Serve this node's volumes to NBD clients, in the foreground, until Ctrl-C.
+
+    Prints `ready: nbd://HOST:PORT/` when clients can attach. SIGTERM and Ctrl-C stop it cleanly; SIGHUP reloads
+    the settings file.
+
+    Examples:
+
+      nbdserver serve --create disk0=10G
+
+      nbdserver serve --config /etc/nbdserver/node.yaml
+
+      nbdserver serve --listen 0.0.0.0:10809 --listen '[::]:10809' --socket /run/nbdserver/nbd.sock
+    """
+    volumes = [parse_create(text) for text in create or []]
+    overrides: dict[str, Any] = {}
+    if listen:
+        overrides["listen"] = [check_address(address) for address in listen]
+    if socket:
+        overrides["socket"] = check_socket_path(socket)
+    import asyncio
+
+    from nbdserver.node.config import NodeSettings, load_settings
+
+    settings = (load_settings(config) if config else NodeSettings()).model_copy(update=overrides)
+    if data is None and context.find_root().params.get("data") is None and settings.data is not None:
+        directory = settings.data
+    else:
+        directory = data_path(context, data)
+    return asyncio.run(_serve(settings, config, overrides, directory, volumes))
+
+
+def parse_create(text: str) -> tuple[str, int]:
+    """Return (name, bytes) of `NAME=SIZE`. Raises WrongInputError."""
+    name, equals, size = text.partition("=")
+    if not equals or not name:
+        raise WrongInputError(f"--create {text!r:.60} is not NAME=SIZE; write for example --create disk0=10G")
+    try:
+        return name, parse_volume_size(size)
+    except SizeError as error:
+        raise WrongInputError(f"--create {name}: {error}") from None
+
+
+async def _serve(
+    settings: "NodeSettings", config: Path | None, overrides: dict[str, Any], path: Path, create: list[tuple[str, int]]
+) -> int:
+    from nbdserver.node.control import Node, say
+    from nbdserver.node.directory import DataDirectory
+
+    directory = DataDirectory(path)
+    directory.open()
+    try:
+        node = Node(settings, directory, config, overrides, say)
+        return await node.run(create, _start_api)
+    finally:
+        directory.release()
+
+
+async def _start_api(node: "Node") -> Any:
+    # FastAPI takes half a second to import: the data process opens its families meanwhile.
+    from nbdserver.api.server import serve_api
+
+    stop = await serve_api(node)
+    _print_how_to_attach(node)
+    return stop
+
+
+def _print_how_to_attach(node: "Node") -> None:
+    names = [family.volume for family in node.families()]
+    name = names[0] if names else "NAME"
+    lines = [
+        f"data: {node.directory.path}",
+        f"volumes: {', '.join(names) or 'none yet; nbdserver volume create NAME --size 10G'}",
+    ]
+    for address in node.addresses():
+        target = shlex.quote(uri(address, name))
+        if address.startswith("unix:"):
+            attach = f"nbd-client -unix {shlex.quote(address.removeprefix('unix:'))} -N {name} /dev/nbd0"
+        else:
+            host, _, port = address.rpartition(":")
+            attach = f"nbd-client {host.strip('[]')} {port} -N {name} /dev/nbd0"
+        lines += [
+            f"to attach by {uri(address)}",
+            f"  sudo modprobe nbd && sudo {attach}",
+            f"  nbdinfo {target}",
+            f"  qemu-img info {target}",
+            f"  qemu-io -f raw -c 'read 0 4k' {target}",
+        ]
+    print("\n".join(lines), flush=True)
+    sys.stdout.flush()

@@ -1,0 +1,63 @@
+"""`nbdserver install-service`: system user, systemd unit, /etc/nbdserver."""
+
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdserver.cli.options import JsonOption, print_json, wants_json
+from nbdserver.node.errors import NodeError
+
+FILES = {
+    "nbdserver.service": "etc/systemd/system/nbdserver.service",
+    "nbdserver.sysusers": "etc/sysusers.d/nbdserver.conf",
+    "node.yaml": "etc/nbdserver/node.yaml",
+}
+
+KEPT = ("node.yaml",)
+"""What belongs to the administrator once it is there."""
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("install-service")(install_service)
+
+
+def install_service(
+    context: typer.Context,
+    root: Annotated[Path, typer.Option("--root", metavar="DIR", help="Install below this directory.")] = Path("/"),
+    json_output: JsonOption = False,
+) -> None:
+    """Install the systemd unit, the system user's description and an example /etc/nbdserver/node.yaml. Starts nothing.
+
+    An existing node.yaml is kept. Needs root, unless --root names a directory that you may write.
+
+    Example:
+
+      sudo nbdserver install-service
+    """
+    if root == Path("/") and os.geteuid() != 0:
+        raise NodeError("installing the service needs root; try: sudo nbdserver install-service")
+    program = Path(sys.executable).parent / "nbdserver"
+    done: list[dict[str, str]] = []
+    for name, target in FILES.items():
+        path = root / target
+        text = files("nbdserver.node").joinpath("systemd", name).read_text().replace("@PROGRAM@", str(program))
+        if name in KEPT and path.exists():
+            done.append({"file": str(path), "action": "kept"})
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o644)
+        except OSError as error:
+            raise NodeError(f"{path} cannot be written: {error.strerror}") from None
+        done.append({"file": str(path), "action": "written"})
+    if wants_json(context, json_output):
+        print_json(done)
+        return
+    for item in done:
+        print(f"{item['action']} {item['file']}")
+    print("next: systemd-sysusers && systemctl daemon-reload && systemctl enable --now nbdserver")

@@ -1,0 +1,167 @@
+"""`nbdserver volume ...`: talks to the running node."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbdserver.cli.client import NodeClient, volume_path
+from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, print_table, wants_json
+from nbdserver.node.errors import WrongInputError
+from nbdserver.node.sizes import SizeError, format_size, parse_volume_size
+
+app = typer.Typer(no_args_is_help=True, help="Make, list, change and delete volumes.")
+
+Name = Annotated[str, typer.Argument(help="The volume's name.", show_default=False)]
+
+
+def _client(context: typer.Context, data: Path | None) -> NodeClient:
+    return NodeClient(data_path(context, data))
+
+
+@app.command("create")
+def create(
+    context: typer.Context,
+    name: Name,
+    size: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="10G, 512M, 1.5T: powers of 1024.", show_default=False)
+    ],
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Make an empty, thin volume: it takes room as it is written.
+
+    Example:
+
+      nbdserver volume create disk1 --size 200G
+    """
+    try:
+        size_bytes = parse_volume_size(size)
+    except SizeError as error:
+        raise WrongInputError(f"--size: {error}") from None
+    volume = _client(context, data).post("/v1/volumes", {"name": name, "size_bytes": size_bytes})
+    if wants_json(context, json_output):
+        print_json(volume)
+    else:
+        print(f"made volume {name} of {format_size(size_bytes)}")
+
+
+@app.command("list")
+def list_volumes(context: typer.Context, data: DataOption = None, json_output: JsonOption = False) -> None:
+    """List the volumes of the node.
+
+    Example:
+
+      nbdserver volume list --json
+    """
+    volumes = _client(context, data).get("/v1/volumes")
+    if wants_json(context, json_output):
+        print_json(volumes)
+    else:
+        print_volumes(volumes)
+
+
+def print_volumes(volumes: list[dict[str, Any]]) -> None:
+    """Print a table of volumes."""
+    headings = ["NAME", ">SIZE", "STATE", ">CLIENTS", ">GENERATION", "SETTINGS"]
+    rows = [
+        [
+            volume["name"],
+            format_size(volume["size_bytes"]),
+            volume["state"],
+            str(volume["clients"]),
+            str(volume["generation"]),
+            _short(volume["settings"]),
+        ]
+        for volume in volumes
+    ]
+    print_table(headings, rows)
+
+
+def _short(settings: dict[str, Any]) -> str:
+    words = [key.replace("_", "-") for key in ("read_only", "shared") if settings[key]]
+    if settings["allowed_clients"]:
+        words.append("allowed-clients=" + ",".join(settings["allowed_clients"]))
+    return " ".join(words)
+
+
+@app.command("show")
+def show(context: typer.Context, name: Name, data: DataOption = None, json_output: JsonOption = False) -> None:
+    """Show one volume: size, settings, state, and what its disk says of itself.
+
+    Example:
+
+      nbdserver volume show disk0
+    """
+    print_one(context, _client(context, data).get(volume_path(name)), json_output)
+
+
+def print_one(context: typer.Context, volume: dict[str, Any], json_output: bool) -> None:
+    if wants_json(context, json_output):
+        print_json(volume)
+        return
+    flat = {**volume, **{f"disk.{key}": value for key, value in volume["disk"].items()}, **volume["settings"]}
+    flat["size"] = format_size(volume["size_bytes"])
+    for key in ("disk", "settings"):
+        del flat[key]
+    if not flat["reason"]:
+        del flat["reason"]
+    width = max(len(key) for key in flat)
+    for key, value in flat.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"{key.replace('_', '-').ljust(width)}  {shown}".rstrip())
+
+
+@app.command("set")
+def set_settings(
+    context: typer.Context,
+    name: Name,
+    changes: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="What to change.", show_default=False)],
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Change settings of a volume, live: all that are given, or none.
+
+    Keys: read-only=true|false; shared=true|false (more than one host may write, which needs a cluster file system);
+    description=TEXT; allowed-clients=CIDR,CIDR (empty: everybody).
+
+    Examples:
+
+      nbdserver volume set disk0 read-only=true
+
+      nbdserver volume set disk0 allowed-clients=10.0.0.0/8,fd00::/8 description='build farm'
+    """
+    wanted: dict[str, str] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise WrongInputError(f"{change!r:.60} is not KEY=VALUE; write for example read-only=true")
+        if key in wanted:
+            raise WrongInputError(f"{key} is given twice; keep one")
+        wanted[key] = value
+    volume = _client(context, data).patch(volume_path(name), wanted)
+    if wants_json(context, json_output):
+        print_json(volume)
+    else:
+        print(f"changed {name}: {', '.join(wanted)}")
+
+
+@app.command("delete")
+def delete(
+    context: typer.Context,
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Disconnect its clients first.")] = False,
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Delete a volume and its data, for good. Refused while clients are attached, unless --force.
+
+    Example:
+
+      nbdserver volume delete disk1
+    """
+    _client(context, data).delete(volume_path(name), force=str(force).lower())
+    if wants_json(context, json_output):
+        print_json({"deleted": name})
+    else:
+        print(f"deleted volume {name}")

@@ -1,0 +1,213 @@
+"""Node settings: one YAML file, checked whole before anything is opened.
+
+Rules: unknown and repeated keys are errors; every message is one line that names the file, the line, the key, what
+is wrong and what would be right. Sizes are as in `sizes.py`. Settings of a volume are not here: they belong to the
+volume and are set live. What the command line gives replaces what the file gives. `LIVE_KEYS` are taken over by
+SIGHUP; the rest needs a restart.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+
+from nbdserver.node.addresses import check_address, check_socket_path
+from nbdserver.node.errors import WrongInputError
+from nbdserver.node.sizes import SizeError, format_size, parse_size
+
+LIVE_KEYS = ("listen", "socket", "http.public_read", "http.token_file")
+
+MAX_FILE_BYTES = 1 << 20
+"""A settings file is a page of text: what is larger is the wrong file."""
+
+_MIB = 1 << 20
+
+
+def _size(least_bytes: int, most_bytes: int, power_of_two: bool = False) -> Any:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError("is not a size; write for example 512M")
+        size_bytes = parse_size(str(value))
+        if not least_bytes <= size_bytes <= most_bytes:
+            raise ValueError(f"{value} is outside {format_size(least_bytes)} to {format_size(most_bytes)}")
+        if power_of_two and size_bytes & (size_bytes - 1):
+            raise ValueError(
+                f"{value} is not a power of two; write for example {format_size(1 << size_bytes.bit_length() - 1)}"
+            )
+        return size_bytes
+
+    return BeforeValidator(check)
+
+
+def _address(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not HOST:PORT; write for example 127.0.0.1:10809")
+    address: str = _checked(check_address, value)
+    return address
+
+
+def _addresses(value: object) -> object:
+    return [value] if isinstance(value, (str, int)) else value
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is not a path; write for example /var/lib/nbdserver")
+    return Path(value)
+
+
+def _socket_path(value: object) -> Path:
+    path: Path = _checked(check_socket_path, _path(value))
+    return path
+
+
+def _checked(check: Any, value: Any) -> Any:
+    try:
+        return check(value)
+    except WrongInputError as error:
+        raise ValueError(str(error)) from None
+
+
+Address = Annotated[str, BeforeValidator(_address)]
+PathValue = Annotated[Path, BeforeValidator(_path)]
+SocketPath = Annotated[Path, BeforeValidator(_socket_path)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HttpSettings(_Model):
+    """The API on TCP; off unless `listen` is given."""
+
+    listen: Address | None = Field(
+        default=None, description="HOST:PORT for /metrics, /healthz and the API; off when absent"
+    )
+    public_read: StrictBool = Field(default=False, description="let anybody read without a token")
+    token_file: PathValue | None = Field(
+        default=None, description="file with the token; default DATA/api.token, made at start"
+    )
+
+
+class NodeSettings(_Model):
+    """A node's settings file."""
+
+    data: PathValue | None = Field(default=None, description="data directory")
+    listen: Annotated[list[Address], BeforeValidator(_addresses), Field(max_length=64)] = Field(
+        default=["127.0.0.1:10809"], description="HOST:PORT, or a list of them, for NBD clients"
+    )
+    socket: SocketPath | None = Field(default=None, description="unix socket for NBD clients")
+    cache: Annotated[int, _size(16 * _MIB, 1 << 40)] = Field(default=512 * _MIB, description="memory for the maps")
+    segment: Annotated[int, _size(_MIB, 1 << 30, power_of_two=True)] = Field(
+        default=64 * _MIB, description="segment file size of new volumes"
+    )
+    max_connections: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
+        default=1024, description="NBD connections at a time"
+    )
+    http: HttpSettings = HttpSettings()
+
+
+class ConfigError(WrongInputError):
+    """A settings file that cannot be used. `problems` holds every line; the message is the first of them."""
+
+    def __init__(self, problems: list[str]) -> None:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+        self.problems = problems
+
+
+def load_settings(path: Path) -> NodeSettings:
+    """Read and check a settings file. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}; name a YAML file of node settings"]) from None
+    if len(text) > MAX_FILE_BYTES:
+        raise ConfigError([f"{path}: is larger than 1 MiB; name a YAML file of node settings"])
+    return parse_settings(text, str(path))
+
+
+def parse_settings(text: bytes, name: str) -> NodeSettings:
+    """Check the text of a settings file called `name`. Raises ConfigError."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        repeated = _repeated_keys(tree, name)
+        content = yaml.safe_load(text) if not repeated else None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError([f"{name}{where}: is not YAML: {problem}; write lines of `key: value`"]) from None
+    if repeated:
+        raise ConfigError(repeated)
+    if content is None:
+        return NodeSettings()
+    if not isinstance(content, dict):
+        raise ConfigError([f"{name}: holds {content!r:.40}, not settings; write lines of `key: value`"])
+    try:
+        return NodeSettings.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError([_sentence(name, tree, problem) for problem in error.errors()]) from None
+
+
+def _sentence(name: str, tree: yaml.Node | None, problem: Any) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, (str, int))]
+    key = ".".join(str(part) for part in location)
+    prefix = f"{name}:{_line(tree, location)}: {key}"
+    kind, message = problem["type"], str(problem["msg"])
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "known here: " + ", ".join(known)
+        return f"{prefix}: unknown key; {hint}"
+    if kind == "value_error":
+        return f"{prefix}: {problem['ctx']['error']}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{prefix}: needs keys of its own below it: {', '.join(_known_keys(location))}"
+    if kind == "bool_type":
+        return f"{prefix}: {problem['input']!r} is not true or false; write true or false, without quotes"
+    return f"{prefix}: {problem['input']!r:.60} is wrong: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys(location: list[str | int]) -> list[str]:
+    return list(HttpSettings.model_fields if location[:1] == ["http"] else NodeSettings.model_fields)
+
+
+def _line(tree: yaml.Node | None, location: list[str | int]) -> int:
+    """Return the line of the key at `location`, or of the innermost one that the file has."""
+    line = 1
+    node = tree
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _repeated_keys(tree: yaml.Node | None, name: str) -> list[str]:
+    if not isinstance(tree, yaml.MappingNode):
+        return []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for key, value in tree.value:
+        line = key.start_mark.line + 1
+        if str(key.value) in seen:
+            problems.append(
+                f"{name}:{line}: {key.value}: is given twice (first in line {seen[str(key.value)]}); keep one"
+            )
+        seen.setdefault(str(key.value), line)
+        problems += _repeated_keys(value, name)
+    return problems
+
+
+__all__ = ["LIVE_KEYS", "ConfigError", "HttpSettings", "NodeSettings", "SizeError", "load_settings", "parse_settings"]

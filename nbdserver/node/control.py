@@ -1,0 +1,276 @@
+"""The control process: takes the data directory, keeps a data process alive, answers the API, stops cleanly.
+
+Order of a start: settings, data directory and lock, registry, data process, every family opened, then the NBD
+addresses, then the API; only then `ready`. Order of a stop: NBD clients, families (closed cleanly), API, lock. A
+second SIGINT or SIGTERM stops waiting: the log makes that safe, the next start only has to replay it.
+
+Rules: nothing of a client's data passes here. A data process that dies is started again, with every epoch raised;
+one that dies MAX_RESTARTS times within RESTART_WINDOW_S ends the node, so that whoever supervises it hears of it.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metadata.leveldb import LevelSettings, LevelStore
+from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
+from nbdserver.node import systemd_notify
+from nbdserver.node.addresses import port_holder, split_address, uri
+from nbdserver.node.config import NodeSettings, load_settings
+from nbdserver.node.data_process import DataProcess, DataProcessError
+from nbdserver.node.directory import DataDirectory
+from nbdserver.node.errors import NodeError, WrongInputError
+from nbdserver.node.events import EventLog
+from nbdserver.node.volumes import Volumes
+from protocol.invariant import InvariantError
+
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 60.0
+
+SECOND_SIGNAL_S = 0.5
+"""A terminal and a wrapper may both deliver one Ctrl-C: what comes sooner is the same wish."""
+
+Say = Callable[[str], None]
+
+
+class Node:
+    """A node, from the opened data directory to its clean stop."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        directory: DataDirectory,
+        config_path: Path | None,
+        overrides: dict[str, Any],
+        say: Say,
+    ) -> None:
+        """`settings` are those of `config_path` with `overrides` (from the command line) put over them."""
+        self.settings = settings
+        self.directory = directory
+        self.started_s = time.monotonic()
+        self._config_path = config_path
+        self._overrides = overrides
+        self._say = say
+        self.events = EventLog(directory.events, time.monotonic)
+        self._registry = open_registry(directory)
+        self._families = Families(self._registry, owner="local")
+        self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment)
+        self._data: DataProcess | None = None
+        self._hello: dict[str, Any] = {}
+        self._stopping = asyncio.Event()
+        self._stop_asked_s = 0.0
+        self._exit_code = 0
+
+    async def run(self, create: list[tuple[str, int]], serve_api: Callable[["Node"], Any]) -> int:
+        """Serve until a signal; returns the exit code. `serve_api` starts the API and returns an awaitable stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop_signal)
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
+        await self.volumes.remove_scraps()
+        try:
+            await self._start_data()
+            for name, size_bytes in create:
+                await self.volumes.create(name, size_bytes, exist_ok=True)
+            await self._listen()
+        except BaseException:
+            await self._stop_data()
+            raise
+        supervisor = loop.create_task(self._supervise())
+        try:
+            stop_api = await serve_api(self)
+        except BaseException:
+            supervisor.cancel()
+            await self._stop_data()
+            raise
+        self.events.add("node-started", {"pid": os.getpid()})
+        self._announce()
+        await self._stopping.wait()
+        systemd_notify.notify("STOPPING=1")
+        supervisor.cancel()
+        self.events.add("node-stopping", {})
+        await self._stop_data()
+        await stop_api()
+        self.close()
+        return self._exit_code
+
+    async def call(self, name: str, **arguments: Any) -> Any:
+        """Ask the data process. Raises DataProcessError, also while it is not running."""
+        if self._data is None:
+            raise DataProcessError("the data process is being started again; try again in a moment")
+        return await self._data.call(name, **arguments)
+
+    async def status(self) -> dict[str, Any]:
+        """Return what `nbdserver status` shows."""
+        return {
+            "pid": os.getpid(),
+            "data_pid": self._data.pid if self._data else None,
+            "uptime_s": round(time.monotonic() - self.started_s, 1),
+            "data": str(self.directory.path),
+            "listen": self.addresses(),
+            "free_bytes": self.free_bytes(),
+            "checksum": self._hello.get("checksum", ""),
+            "warnings": self._warnings(),
+            "volumes": await self.volumes.list(),
+        }
+
+    def free_bytes(self) -> int:
+        """Return the room on the file system of the data directory."""
+        statistics = os.statvfs(self.directory.path)
+        return statistics.f_bavail * statistics.f_frsize
+
+    def families(self) -> list[Family]:
+        """Return what the registry knows."""
+        return self._families.all()
+
+    def addresses(self) -> list[str]:
+        """Return what NBD clients can connect to, as `HOST:PORT` and `unix:PATH`."""
+        sockets = [f"unix:{self.settings.socket}"] if self.settings.socket else []
+        return [*self.settings.listen, *sockets]
+
+    async def reload(self) -> None:
+        """Take over what the settings file says now, as far as it can change without a restart (SIGHUP)."""
+        try:
+            fresh = (
+                load_settings(self._config_path).model_copy(update=self._overrides)
+                if self._config_path
+                else self.settings
+            )
+            live = {"listen": fresh.listen, "socket": fresh.socket}
+            http = {"public_read": fresh.http.public_read, "token_file": fresh.http.token_file}
+            old = self.settings
+            self.settings = old.model_copy(update=live | {"http": old.http.model_copy(update=http)})
+            try:
+                await self._listen()
+            except NodeError:
+                self.settings = old
+                raise
+            restart = [
+                name for name in type(fresh).model_fields if getattr(fresh, name) != getattr(self.settings, name)
+            ]
+            self.events.add("settings-reloaded", {"needs_restart": restart})
+            self._say("settings reloaded" + (f"; a restart is needed for: {', '.join(restart)}" if restart else ""))
+        except NodeError as error:
+            self.events.add("settings-not-reloaded", {"reason": str(error)})
+            self._say(f"settings not reloaded, the old ones stay: {error}")
+
+    def close(self) -> None:
+        """Give back everything but the lock."""
+        self.events.add("node-stopped", {})
+        self.events.close()
+        self._registry.close()
+
+    async def _start_data(self) -> None:
+        self._data = await DataProcess.start(self.directory.lock_descriptor, self._data_event)
+        self._hello = await self._data.call(
+            "start",
+            cache_bytes=self.settings.cache,
+            max_connections=self.settings.max_connections,
+        )
+        for warning in self._warnings():
+            self._say(f"WARNING: {warning}")
+        await self.volumes.open_all()
+
+    async def _stop_data(self) -> None:
+        data, self._data = self._data, None
+        if data is None:
+            return
+        try:
+            await data.call("stop")
+        except DataProcessError as error:
+            self.events.add("data-process-stopped-badly", {"reason": str(error)})
+        data.kill() if self._exit_code else None
+        await data.wait()
+
+    async def _listen(self) -> None:
+        try:
+            await self.call("listen", addresses=self.addresses())
+        except DataProcessError as error:
+            if error.kind != "ListenError":
+                raise
+            raise WrongInputError(self._taken(str(error))) from None
+
+    def _taken(self, reason: str) -> str:
+        address, _, problem = reason.partition(" ")
+        if problem != "EADDRINUSE" or address.startswith("unix:"):
+            option = "--socket" if address.startswith("unix:") else "--listen"
+            return f"cannot listen on {address}: {problem}; choose another with {option}"
+        host, port = split_address(address)
+        free = f"[{host}]" if ":" in host else host
+        another = f"--listen {free}:{port % 65535 + 1}"
+        return f"port {port} is taken by {port_holder(port)}; choose another, for example {another}"
+
+    async def _supervise(self) -> None:
+        ends: deque[float] = deque(maxlen=MAX_RESTARTS)
+        while self._data is not None:
+            code = await self._data.wait()
+            self._data = None
+            self.events.add("data-process-ended", {"exit_code": code})
+            self._say(f"the data process ended with {code}; starting it again")
+            ends.append(time.monotonic())
+            if len(ends) == MAX_RESTARTS and ends[-1] - ends[0] < RESTART_WINDOW_S:
+                self._say(f"the data process ended {MAX_RESTARTS} times within {RESTART_WINDOW_S:.0f} s; giving up")
+                self._exit_code = 1
+                self._stopping.set()
+                return
+            try:
+                await self._start_data()
+                await self._listen()
+            except NodeError as error:
+                self._say(f"the data process could not be started again: {error}")
+                if self._data is not None:
+                    self._data.kill()
+
+    def _data_event(self, kind: str, fields: dict[str, Any]) -> None:
+        self.events.add(kind, fields)
+        if kind == "generation-raised":
+            self.volumes.generation_raised(fields["family"], int(fields["generation"]))
+
+    def _stop_signal(self) -> None:
+        now_s = time.monotonic()
+        if self._stopping.is_set() and now_s - self._stop_asked_s > SECOND_SIGNAL_S:
+            self._say("stopped without waiting; the next start replays the log")
+            os._exit(1)
+        if not self._stopping.is_set():
+            self._stop_asked_s = now_s
+            self._stopping.set()
+
+    def _announce(self) -> None:
+        self._say(f"ready: {uri(self.addresses()[0])}")
+        systemd_notify.notify("READY=1")
+
+    def _warnings(self) -> list[str]:
+        if self._hello and not self._hello.get("checksum_is_fast", True):
+            library = self._hello.get("checksum", "")
+            return [f"checksums are computed by {library}, far too slowly: install google-crc32c with its C extension"]
+        return []
+
+
+def open_registry(directory: DataDirectory) -> EmbeddedRegistry:
+    """Open, or make, the registry of a data directory. Raises NodeError."""
+    small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=1 << 20)
+    try:
+        return EmbeddedRegistry(LevelStore(str(directory.registry), _NO_THREADS, _NO_THREADS, small))
+    except (OSError, RegistryError) as error:
+        raise NodeError(f"the registry in {directory.registry} cannot be opened: {error}") from None
+
+
+class _NoThreads:
+    """The registry is read and written on the caller's thread: nothing is handed to another."""
+
+    def run(self, done: Callable[..., None], work: Callable[..., tuple[Any, ...]], *arguments: Any) -> None:
+        raise InvariantError("the registry has no threads")
+
+
+_NO_THREADS = _NoThreads()
+
+
+def say(line: str) -> None:
+    """Print a line for the person at the terminal, at once."""
+    print(line, file=sys.stdout, flush=True)

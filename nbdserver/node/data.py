@@ -1,0 +1,249 @@
+"""The data process: one asyncio loop with the NBD sessions, the exports and the log disks of this node.
+
+Started by the control process as `python -m nbdserver.node.data DESCRIPTOR PARENT_PID`, where DESCRIPTOR is its end
+of the channel. It does what the channel asks (`Worker`), and reports events on it.
+
+Rules
+- The first thing it does is to ask the kernel to be killed with its parent; then it looks whether the parent is
+  still there.
+- SIGINT and SIGTERM are the control process's affair (a terminal sends Ctrl-C to both): ignored here.
+- The cyclic garbage collector is frozen and off: nothing on the hot path makes cycles, and a full collection would
+  stop every client.
+- Nothing of FastAPI, pydantic or typer is imported here.
+"""
+
+import asyncio
+import ctypes
+import errno
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from nbdserver.frontend.server import Server
+from nbdserver.host.clock import HostClock
+from nbdserver.host.network import SocketNetwork
+from nbdserver.logdisk.disk import DiskSettings
+from nbdserver.node.channel import Channel
+from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
+from nbdserver.volume.export import Export, Exports
+from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
+
+PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+DRAIN_TIMEOUT_S = 10.0
+"""How long a stop waits for clients to take the replies to what they have asked."""
+
+
+class ListenError(Exception):
+    """An address could not be listened on: `ADDRESS ERRNO-NAME` or `ADDRESS reason`."""
+
+
+class Worker:
+    """What the control process can ask for: each public coroutine is a request of the channel."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._clock = HostClock(loop)
+        self._network = SocketNetwork(loop)
+        self._exports = Exports()
+        self._threads = StoreThreads(loop)
+        self._families: dict[str, OpenFamily] = {}
+        self._server: Server | None = None
+        self._settings = DiskSettings()
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self.channel: Channel | None = None
+        self.stopped = asyncio.Event()
+
+    async def handle(self, name: str, arguments: dict[str, Any]) -> Any:
+        """Do one request of the control process."""
+        return await getattr(self, f"do_{name}")(**arguments)
+
+    async def do_start(self, cache_bytes: int, max_connections: int) -> dict[str, Any]:
+        """Take the settings; the first request."""
+        self._settings = DiskSettings(cache_bytes=cache_bytes)
+        self._server = Server(self._network, self._clock, self._exports, self._report, max_connections)
+        return {"checksum": CHECKSUM_LIBRARY, "checksum_is_fast": CHECKSUM_IS_FAST}
+
+    async def do_format(self, directory: str, family: str, size_bytes: int, segment_bytes: int) -> None:
+        """Make an empty family."""
+        format_family(directory, self._threads, family, size_bytes, segment_bytes)
+
+    async def do_open(self, directory: str, family: str, volume: str, epoch: int, settings: dict[str, Any]) -> None:
+        """Open a family and export its volume."""
+        opened = OpenFamily(
+            family,
+            directory,
+            self._threads,
+            self._clock,
+            epoch,
+            self._boot_id,
+            self._settings,
+            self._reporter(family, volume),
+        )
+        opened.export = Export(
+            volume,
+            opened.disk,
+            description=settings["description"],
+            read_only=settings["read_only"],
+            shared=settings["shared"],
+            allowed=settings["allowed_clients"],
+        )
+        self._exports.add(opened.export)
+        self._families[family] = opened
+        gc.collect()
+        gc.freeze()
+
+    async def do_set(self, family: str, settings: dict[str, Any]) -> None:
+        """Change an export's settings, at once."""
+        export = self._export(family)
+        export.change(
+            description=settings["description"],
+            read_only=settings["read_only"],
+            shared=settings["shared"],
+            allowed=settings["allowed_clients"],
+        )
+
+    async def do_close(self, family: str, force: bool) -> int:
+        """Close a family for good. Returns how many client connections keep it from that, unless `force`."""
+        export = self._export(family)
+        if export.sessions and not force:
+            return len(export.sessions)
+        self._exports.remove(export.name)
+        await self._families.pop(family).close()
+        return 0
+
+    async def do_listen(self, addresses: list[str]) -> None:
+        """Accept clients at exactly these addresses; on failure everything stays as it was."""
+        assert self._server is not None
+        before = self._server.addresses()
+        for address in addresses:
+            try:
+                self._server.listen(address)
+            except (OSError, ValueError) as error:
+                for added in set(self._server.addresses()) - set(before):
+                    self._server.stop_listening(added)
+                number = getattr(error, "errno", None)
+                name = errno.errorcode.get(number, "") if number else ""
+                reason = "EADDRINUSE" if name == "EADDRINUSE" else getattr(error, "strerror", None) or str(error)
+                raise ListenError(f"{address} {reason}") from error
+        for gone in set(before) - set(addresses):
+            self._server.stop_listening(gone)
+
+    async def do_volumes(self) -> dict[str, Any]:
+        """What is live of each open family."""
+        return {
+            family_id: {"clients": len(family.export.sessions) if family.export else 0, "disk": family.disk.status()}
+            for family_id, family in self._families.items()
+        }
+
+    async def do_counters(self) -> dict[str, Any]:
+        """Counters (numbers that only grow, and histograms) and gauges: of the node, and of each volume."""
+        volumes: dict[str, Any] = {}
+        for family in self._families.values():
+            if family.export is None:
+                continue
+            disk = {f"disk_{name}": value for name, value in family.disk.counters().items()}
+            status = family.disk.status().items()
+            gauges = {f"disk_{name}": float(value) for name, value in status if isinstance(value, (int, float))}
+            volumes[family.export.name] = {
+                "counters": family.export.counters.as_dict() | disk,
+                "gauges": gauges | {"clients": len(family.export.sessions)},
+            }
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        node = {
+            "counters": {"data_process_cpu_seconds": usage.ru_utime + usage.ru_stime},
+            "gauges": {
+                "connections": len(self._server.clients()) if self._server else 0,
+                "data_process_peak_resident_bytes": usage.ru_maxrss * 1024,
+            },
+        }
+        return {"node": node, "volumes": volumes}
+
+    async def do_clients(self) -> list[dict[str, Any]]:
+        """Every connection."""
+        now_s = self._clock.now()
+        return [
+            {
+                "id": client.id,
+                "peer": client.peer_name,
+                "volume": client.export,
+                "connected_s": round(now_s - client.since_s, 1),
+                "in_flight": client.in_flight,
+                "received_bytes": client.received_bytes,
+                "unsent_bytes": client.unsent_bytes,
+            }
+            for client in (self._server.clients() if self._server else [])
+        ]
+
+    async def do_disconnect(self, client: int) -> bool:
+        """Drop a connection; False if there is none of this id."""
+        return self._server.disconnect(client) if self._server else False
+
+    async def do_stop(self) -> None:
+        """Finish what clients have asked, close every family cleanly, and end after the reply."""
+        if self._server is not None:
+            drained = asyncio.Event()
+            self._server.drain(DRAIN_TIMEOUT_S, drained.set)
+            await drained.wait()
+        problems: list[str] = []
+        for family in list(self._families.values()):
+            if family.disk.failure:
+                problems.append(f"{family.export.name if family.export else family.id}: {family.disk.failure}")
+            await family.close()
+        self._families.clear()
+        self._loop.call_soon(self.stopped.set)
+        if problems:
+            raise FamilyError("not closed cleanly: " + "; ".join(problems))
+
+    def _report(self, kind: str, fields: dict[str, Any]) -> None:
+        if self.channel is not None:
+            self.channel.notify(kind, fields)
+
+    def _export(self, family: str) -> Export:
+        opened = self._families.get(family)
+        if opened is None or opened.export is None:
+            raise FamilyError("this volume is not open; `nbdserver status` says why")
+        return opened.export
+
+    def _reporter(self, family: str, volume: str) -> Any:
+        return lambda kind, fields: self._report(kind, {"family": family, "volume": volume, **fields})
+
+
+async def serve(sock: socket.socket) -> None:
+    """Serve the channel until it asks for the end, or ends."""
+    worker = Worker(asyncio.get_running_loop())
+
+    def channel_ended() -> None:
+        if not worker.stopped.is_set():
+            os._exit(1)  # the parent is gone: kill -9 loses nothing acknowledged, and nor does this
+
+    worker.channel = await Channel.connect(sock, worker.handle, lambda kind, fields: None, channel_ended)
+    await worker.stopped.wait()
+    await worker.channel.close()
+
+
+def main() -> None:
+    """The data process."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.disable()
+    sock = socket.socket(fileno=descriptor)
+    logging.basicConfig(level=logging.WARNING, format="nbdserver data process: %(levelname)s: %(name)s: %(message)s")
+    asyncio.run(serve(sock))
+
+
+if __name__ == "__main__":
+    main()

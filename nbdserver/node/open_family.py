@@ -1,0 +1,115 @@
+"""One open family in the data process: its files, its store, its log disk and the export that clients see.
+
+Rules: opened under an epoch that the registry was given before; closed in the order export, disk, store, files.
+What opening finds wrong is one sentence (FamilyError) and leaves nothing open.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+from metadata.leveldb import LevelSettings, LevelStore
+from nbdserver.host.clock import HostClock
+from nbdserver.host.completions import Completions, Workers
+from nbdserver.host.files import HostFiles
+from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
+from nbdserver.volume.export import Export
+
+_STORE_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
+"""The map pages have a cache of their own above it."""
+
+
+class FamilyError(Exception):
+    """A family cannot be made or opened; one line."""
+
+
+class StoreThreads:
+    """The threads in which every family's LevelDB works: two that read, one that writes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.completions = Completions(loop)
+        self.readers = Workers(self.completions, 2, "nbdserver-store-read")
+        self.writer = Workers(self.completions, 1, "nbdserver-store-write")
+
+    def close(self) -> None:
+        self.readers.close()
+        self.writer.close()
+
+
+class _Room:
+    """Files and store of one family's directory."""
+
+    def __init__(self, directory: str, threads: StoreThreads) -> None:
+        self.files = HostFiles(directory, threads.completions)
+        try:
+            self.store = LevelStore(os.path.join(directory, "maps"), threads.readers, threads.writer, _STORE_SETTINGS)
+        except BaseException:
+            self.files.shut_down()
+            raise
+
+    def close(self) -> None:
+        self.store.close()
+        self.files.shut_down()
+
+
+def format_family(directory: str, threads: StoreThreads, family_id: str, size_bytes: int, segment_bytes: int) -> None:
+    """Make a family's directory with an empty log and empty maps. Raises FamilyError."""
+    try:
+        os.mkdir(directory, 0o700)
+        room = _Room(directory, threads)
+        try:
+            LogDisk.format(room.files, room.store, bytes.fromhex(family_id), size_bytes, segment_bytes, random.Random())
+        finally:
+            room.close()
+        _sync_directory(directory)
+        _sync_directory(os.path.dirname(directory))
+    except (OSError, DiskError) as error:
+        raise FamilyError(f"the volume cannot be made: {error}") from error
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class OpenFamily:
+    """A family that is open for writing."""
+
+    def __init__(
+        self,
+        family_id: str,
+        directory: str,
+        threads: StoreThreads,
+        clock: HostClock,
+        epoch: int,
+        boot_id: str,
+        settings: DiskSettings,
+        report: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Open it: replays its log, which waits for the disk. Raises FamilyError."""
+        self.id = family_id
+        self.export: Export | None = None
+        try:
+            self._room = _Room(directory, threads)
+        except OSError as error:
+            raise FamilyError(f"{directory} cannot be opened: {error}") from error
+        try:
+            self.disk = LogDisk.open(
+                self._room.files, self._room.store, clock, random.Random(), settings, epoch, boot_id, report
+            )
+        except (OSError, DiskError) as error:
+            self._room.close()
+            raise FamilyError(str(error)) from error
+
+    async def close(self) -> None:
+        """Close the disk, cleanly unless it had failed, then store and files. No operation may be under way."""
+        closed = asyncio.Event()
+        self.disk.close(closed.set)
+        await closed.wait()
+        # Waits for threads: these are short by now, and nobody is served from this family any more.
+        self._room.close()
