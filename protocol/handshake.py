@@ -1,16 +1,17 @@
 """The server's side of the fixed newstyle handshake: bytes in, events out.
 
-Theory: a state machine as a table (`TRANSITIONS`). Bytes are put in with `receive`; `next_event` then returns one event at a
-time, or None when it needs more bytes. A move that is missing from the table is a violation by the peer: the connection
-closes. (`_move` treats one as our own fault: everything that a peer can do has its move.) One call handles at most one option, so the caller can stop asking while its client does not take the replies.
-What exports there are, and who may enter them, is asked of `Offers`; refusals are `OptionRefused`.
+Theory: a state machine as a table (`TRANSITIONS`). Bytes are put in with `receive`; `next_event` then returns one
+event at a time, or None when it needs more bytes. A move that is missing from the table is a violation by the peer:
+the connection closes. (`_move` treats one as our own fault: everything that a peer can do has its move.) One call
+handles at most one option, so the caller can stop asking while its client does not take the replies. What exports
+there are, and who may enter them, is asked of `Offers`; refusals are `OptionRefusedError`.
 
 Rules
-- Every option but EXPORT_NAME gets a final reply; an option that is unknown, too long or malformed gets an error and is
-  skipped to its last byte, so that the stream stays in step.
+- Every option but EXPORT_NAME gets a final reply; an option that is unknown, too long or malformed gets an error and
+  is skipped to its last byte, so that the stream stays in step.
 - What an option negotiated counts only if the option succeeded; a failed SET_META_CONTEXT clears the contexts.
-- After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the connection
-  closes.
+- After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the
+  connection closes.
 
 Known weakness: a client may pipeline options, which the protocol forbids; they are answered in order.
 """
@@ -98,7 +99,7 @@ class Offer:
     description: str = ""
 
 
-class OptionRefused(Exception):
+class OptionRefusedError(Exception):
     """An option that gets an error reply of this type, with a sentence for the user."""
 
     def __init__(self, reply: OptionReply, message: str) -> None:
@@ -113,10 +114,10 @@ class Offers(Protocol):
         """(name, description) of the exports that the peer may see."""
 
     def offer(self, name: str) -> Offer:
-        """The export of this name ("" is the default export); OptionRefused if there is none for this peer."""
+        """The export of this name ("" is the default export); OptionRefusedError if there is none for this peer."""
 
     def enter(self, name: str) -> Offer:
-        """As `offer`, and the connection now uses it; OptionRefused if it may not."""
+        """As `offer`, and the connection now uses it; OptionRefusedError if it may not."""
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,9 @@ class Handshake:
         answer = self._answers.get(self._option)
         try:
             if answer is None:
-                raise OptionRefused(OptionReply.ERR_UNSUP, f"option {self._option} is not known here")
+                raise OptionRefusedError(OptionReply.ERR_UNSUP, f"option {self._option} is not known here")
             event = answer(data)
-        except OptionRefused as refused:
+        except OptionRefusedError as refused:
             event = Reply(self._error(refused.reply, str(refused)))
         if isinstance(event, Reply):
             self._move(Move.ANSWERED)
@@ -307,15 +308,15 @@ class Handshake:
 
     def _refuse_data(self, data: bytes) -> None:
         if data:
-            raise OptionRefused(OptionReply.ERR_INVALID, f"{Option(self._option).name} takes no data")
+            raise OptionRefusedError(OptionReply.ERR_INVALID, f"{Option(self._option).name} takes no data")
 
     def _export_name(self, data: bytes) -> Event:
         """EXPORT_NAME cannot report an error: what is refused ends the connection."""
         try:
             if self._style is ReplyStyle.EXTENDED:
-                raise OptionRefused(OptionReply.ERR_INVALID, "extended headers need GO in place of EXPORT_NAME")
+                raise OptionRefusedError(OptionReply.ERR_INVALID, "extended headers need GO in place of EXPORT_NAME")
             offer = self._offers.enter(_text(data))
-        except OptionRefused as refused:
+        except OptionRefusedError as refused:
             return self._violation(str(refused))
         agreement = self._agree(offer)
         frame = nbd.ExportNameReply if self._no_zeroes else nbd.ExportNameReplyPadded
@@ -340,9 +341,9 @@ class Handshake:
     def _starttls(self, data: bytes) -> Event:
         self._refuse_data(data)
         if self._tls_done:
-            raise OptionRefused(OptionReply.ERR_INVALID, "TLS is already in use")
+            raise OptionRefusedError(OptionReply.ERR_INVALID, "TLS is already in use")
         if not self._tls_offered:
-            raise OptionRefused(OptionReply.ERR_POLICY, "this server is not set up for TLS")
+            raise OptionRefusedError(OptionReply.ERR_POLICY, "this server is not set up for TLS")
         if self._received:
             return self._violation("bytes in clear text behind STARTTLS")
         reply = self._acknowledge()
@@ -352,7 +353,7 @@ class Handshake:
     def _structured_reply(self, data: bytes) -> Event:
         self._refuse_data(data)
         if self._style is ReplyStyle.EXTENDED:
-            raise OptionRefused(OptionReply.ERR_EXT_HEADER_REQD, "extended headers are already in use")
+            raise OptionRefusedError(OptionReply.ERR_EXT_HEADER_REQD, "extended headers are already in use")
         self._style = ReplyStyle.STRUCTURED
         return Reply(self._acknowledge())
 
@@ -414,12 +415,12 @@ class Handshake:
 
     def _parse_meta_context(self, data: bytes) -> tuple[Offer, list[str]]:
         if self._style is ReplyStyle.SIMPLE:
-            raise OptionRefused(
+            raise OptionRefusedError(
                 OptionReply.ERR_INVALID, "metadata contexts need structured replies or extended headers"
             )
         parsed = _parse(nbd.MetaContextRequest, data)
         if len(parsed.queries) > QUERY_LIMIT:
-            raise OptionRefused(OptionReply.ERR_TOO_BIG, f"at most {QUERY_LIMIT} queries in one option")
+            raise OptionRefusedError(OptionReply.ERR_TOO_BIG, f"at most {QUERY_LIMIT} queries in one option")
         return self._offers.offer(_text(parsed.name)), [_text(query) for query in parsed.queries]
 
     def _agree(self, offer: Offer) -> Agreement:
@@ -466,18 +467,18 @@ def _parse(frame: Any, data: bytes) -> Any:
     try:
         return frame.parse(data)
     except ConstructError as error:
-        raise OptionRefused(OptionReply.ERR_INVALID, "the lengths in the option's data do not add up") from error
+        raise OptionRefusedError(OptionReply.ERR_INVALID, "the lengths in the option's data do not add up") from error
 
 
 def _text(data: bytes) -> str:
     if len(data) > nbd.STRING_LIMIT_BYTES:
-        raise OptionRefused(OptionReply.ERR_TOO_BIG, f"strings are limited to {nbd.STRING_LIMIT_BYTES} bytes")
+        raise OptionRefusedError(OptionReply.ERR_TOO_BIG, f"strings are limited to {nbd.STRING_LIMIT_BYTES} bytes")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise OptionRefused(OptionReply.ERR_INVALID, "a string is not UTF-8") from error
+        raise OptionRefusedError(OptionReply.ERR_INVALID, "a string is not UTF-8") from error
     if "\0" in text:
-        raise OptionRefused(OptionReply.ERR_INVALID, "a string holds a zero byte")
+        raise OptionRefusedError(OptionReply.ERR_INVALID, "a string holds a zero byte")
     return text
 
 

@@ -1,9 +1,9 @@
 """The NBD protocol's constants and frames, each declared once.
 
 Theory: a frame is a `construct` declaration named after the message in the protocol's specification
-(NetworkBlockDevice/nbd, doc/proto.md, with the EXTENDED_HEADERS extension). What is parsed or packed once a connection goes
-through construct; what is parsed or packed once a request goes through the `struct.Struct` that `derive` makes of the same
-declaration, written in capitals: `Request` is the declaration, `REQUEST` its fast twin.
+(NetworkBlockDevice/nbd, doc/proto.md, with the EXTENDED_HEADERS extension). What is parsed or packed once a
+connection goes through construct; what is parsed or packed once a request goes through the `struct.Struct` that
+`derive` makes of the same declaration, written in capitals: `Request` is the declaration, `REQUEST` its fast twin.
 
 ```
 server: Greeting            client: ClientFlags
@@ -13,8 +13,8 @@ client: Request [payload]   server: StructuredReply payload, ...  | structured r
 client: ExtendedRequest ... server: ExtendedReply payload, ...    | extended headers
 ```
 
-Rules: big-endian everywhere. Lengths that a peer sends are bounded by whoever reads the frame, not here. Members of the
-enums are ints; the hot path binds them to plain ints first.
+Rules: big-endian everywhere. Lengths that a peer sends are bounded by whoever reads the frame, not here. Members of
+the enums are ints; the hot path binds them to plain ints first.
 """
 
 from enum import IntEnum, IntFlag
@@ -185,7 +185,7 @@ class ExtentFlag(IntFlag):
     ZERO = 1 << 1
 
 
-# --- handshake ---------------------------------------------------------------------------------------------------------
+# --- handshake ---
 
 Greeting = Struct(
     "magic" / Const(GREETING_MAGIC, Int64ub),
@@ -215,7 +215,7 @@ InfoBlockSize = Struct(
 MetaContextRequest = Struct("name" / _String, "queries" / PrefixedArray(Int32ub, _String), Terminated)
 MetaContextReply = Struct("context_id" / Int32ub, "name" / GreedyBytes)
 
-# --- transmission ------------------------------------------------------------------------------------------------------
+# --- transmission ---
 
 Request = Struct(
     "magic" / Const(REQUEST_MAGIC, Int32ub),
@@ -266,7 +266,7 @@ Error = Struct("error" / Int32ub, "message" / Prefixed(Int16ub, GreedyBytes))
 ErrorOffset = Struct(*Error.subcons, "offset" / Int64ub)
 BlockStatusPayload = Struct("length" / Int64ub, "context_ids" / GreedyRange(Int32ub), Terminated)
 
-# --- derived, for what is parsed or packed once a request --------------------------------------------------------------
+# --- derived, for what is parsed or packed once a request ---
 
 OPTION_HEADER = derive(OptionHeader)
 CLIENT_FLAGS = derive(ClientFlags)

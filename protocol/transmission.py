@@ -1,14 +1,15 @@
 """The transmission phase: what a request may ask, and how replies look. Pure functions and packers, no state.
 
-Theory: a request is a header of fixed size, with a payload behind it or not; `payload_bytes` says how much, `refuse` says why a
-request is answered with an error before anything is done. A reply has one of three styles, agreed in the handshake: each
-style is a class with the same methods, whose results are buffers ready to be sent. The session's hot path inlines the two
-commonest requests and their replies with the same derived structs; a test holds both to one another.
+Theory: a request is a header of fixed size, with a payload behind it or not; `payload_bytes` says how much, `refuse`
+says why a request is answered with an error before anything is done. A reply has one of three styles, agreed in the
+handshake: each style is a class with the same methods, whose results are buffers ready to be sent. The session's hot
+path inlines the two commonest requests and their replies with the same derived structs; a test holds both to one
+another.
 
 Rules
 - `refuse` sees every request but those that the hot path has checked by itself, and knows nothing of devices.
-- With structured replies a success without data is still told by a simple reply (the protocol allows it; it is shorter);
-  errors travel in chunks, which carry a sentence.
+- With structured replies a success without data is still told by a simple reply (the protocol allows it; it is
+  shorter); errors travel in chunks, which carry a sentence.
 - A read is answered by at most one content chunk if its DF flag is set.
 """
 

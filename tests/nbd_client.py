@@ -94,7 +94,7 @@ class Client:
     def _go(self, name: str) -> tuple[int, int]:
         Greeting.parse(self._take(Greeting.sizeof()))
         self.socket.sendall(CLIENT_FLAGS.pack(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
-        body = InfoRequest.build({"name": name.encode(), "items": []})
+        body = InfoRequest.build({"name": name.encode(), "wanted": []})
         self.socket.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.GO, len(body)) + body)
         answer = None
         while True:

@@ -1,12 +1,13 @@
 """Requests of one connection that cannot be answered inline, and the bound on them.
 
-Theory: `BlockDevice.later` and `flush` answer by callback. Each request that waits for one counts against the connection's bounds
-until its reply is handed over; with the bounds reached, the connection stops taking requests (and soon stops being read). A
-reply goes out at once if nothing else is waiting; otherwise the replies that come in one turn of the loop leave together.
+Theory: `BlockDevice.later` and `flush` answer by callback. Each request that waits for one counts against the
+connection's bounds until its reply is handed over; with the bounds reached, the connection stops taking requests (and
+soon stops being read). A reply goes out at once if nothing else is waiting; otherwise the replies that come in one
+turn of the loop leave together.
 
 Rules
-- Bounds: `OPERATION_LIMIT` requests, `BYTES_LIMIT` of data; a request larger than the rest of the room waits, but one alone may
-  always go.
+- Bounds: `OPERATION_LIMIT` requests, `BYTES_LIMIT` of data; a request larger than the rest of the room waits, but one
+  alone may always go.
 - A reply with FUA is sent only after a flush that began after the write was acknowledged by the device.
 - When the connection is gone, operations run to their end and their replies are dropped.
 """

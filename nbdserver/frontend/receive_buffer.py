@@ -1,11 +1,11 @@
 """The buffer that a connection receives into.
 
-Theory: requests and their payloads are used where they landed. Bytes between `start` and `end` are received and not used yet; the
-connection writes behind `end`. When all is used both go back to 0, so that a busy connection works in memory that is in the
-CPU's cache; only the remains of a cut-off request are ever moved.
+Theory: requests and their payloads are used where they landed. Bytes between `start` and `end` are received and not
+used yet; the connection writes behind `end`. When all is used both go back to 0, so that a busy connection works in
+memory that is in the CPU's cache; only the remains of a cut-off request are ever moved.
 
-Rules: a view that was given out is valid until the next `room`. The buffer grows only to hold one request whole and shrinks back
-when the caller says so; it is replaced, never resized, because views of it may still be held.
+Rules: a view that was given out is valid until the next `room`. The buffer grows only to hold one request whole and
+shrinks back when the caller says so; it is replaced, never resized, because views of it may still be held.
 """
 
 from protocol.invariant import invariant

@@ -1,7 +1,8 @@
 """One NBD client: the handshake, then the requests, over a connection.
 
-Theory: a session is the Receiver of its connection. It owns the receive buffer and has two phases: bytes go to `Handshake`, and
-after an agreement to `Transmission`. It knows its export from the agreement until the connection is gone.
+Theory: a session is the Receiver of its connection. It owns the receive buffer and has two phases: bytes go to
+`Handshake`, and after an agreement to `Transmission`. It knows its export from the agreement until the connection is
+gone.
 
 Rules
 - The handshake has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being answered.
@@ -15,7 +16,7 @@ from metadata.seams import Clock, Connection, Timer
 from nbdserver.frontend.receive_buffer import ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
 from nbdserver.volume.export import Export, ExportError, Exports, peer_host
-from protocol.handshake import Close, Enter, Handshake, Offer, OptionRefused, Reply
+from protocol.handshake import Close, Enter, Handshake, Offer, OptionRefusedError, Reply
 from protocol.nbd import OptionReply
 
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -163,7 +164,7 @@ class Session:
         try:
             export.enter(self)
         except ExportError as error:
-            raise OptionRefused(OptionReply.ERR_POLICY, str(error)) from error
+            raise OptionRefusedError(OptionReply.ERR_POLICY, str(error)) from error
         self.export = export
         return self._offer_of(export)
 
@@ -171,7 +172,7 @@ class Session:
         export = self._exports.lookup(name) if name else self._exports.default(self.peer_name)
         if export is None or not export.allows(self.peer_name):
             wanted = f"there is no export {name!r}" if name else "there is no default export: name one"
-            raise OptionRefused(OptionReply.ERR_UNKNOWN, wanted)
+            raise OptionRefusedError(OptionReply.ERR_UNKNOWN, wanted)
         return export
 
     def _offer_of(self, export: Export) -> Offer:

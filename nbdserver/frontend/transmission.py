@@ -1,17 +1,20 @@
 """The transmission phase of one connection: all requests of a wake as one batch.
 
-Theory: `process` walks over everything that was received. The two commonest requests, READ and WRITE without flags, are checked and
-done right there, with local names and no object a request; every other request goes through `_other`. Successful changes
-collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the batch one `commit` decides over all
-of them and one `send` carries all replies. FLUSH and FUA share one flush, begun after the commit.
+Theory: `process` walks over everything that was received. The two commonest requests, READ and WRITE without flags,
+are checked and done right there, with local names and no object a request; every other request goes through `_other`.
+Successful changes collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the
+batch one `commit` decides over all of them and one `send` carries all replies. FLUSH and FUA share one flush, begun
+after the commit.
 
 Rules
-- Nothing that changes data is acknowledged before `commit` returned 0; if it fails, all changes of the batch get its error.
-- Payloads are used in the receive buffer; they stay where they are until `commit`, because only `buffer.used` and `buffer.reserve` move
-  them, at the end of `process`.
+- Nothing that changes data is acknowledged before `commit` returned 0; if it fails, all changes of the batch get its
+  error.
+- Payloads are used in the receive buffer; they stay where they are until `commit`, because only `buffer.used` and
+  `buffer.reserve` move them, at the end of `process`.
 - The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
-- Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing more is done for it
-  until all of them left), waiting requests (`Deferred`). What is not processed stays in the buffer, and the connection is not read.
+- Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing
+  more is done for it until all of them left), waiting requests (`Deferred`). What is not processed stays in the
+  buffer, and the connection is not read.
 
 Known weakness: a read of up to 32 MiB from memory is one piece of work for the loop, some milliseconds.
 """

@@ -1,9 +1,9 @@
 """The real Network: TCP and unix sockets, read and written without asyncio's transports.
 
-Theory: all sockets sit in one epoll instance of our own, and only that instance's descriptor is known to the asyncio loop. One wake
-of the loop so serves every ready connection, and *spins*: after a batch it asks the epoll again, without sleeping, for up to
-`SPIN_S`. The next request of a client that waits for its reply arrives within that time, and is then not paid for with a sleep
-and a wake-up of the process, which cost more than the request itself.
+Theory: all sockets sit in one epoll instance of our own, and only that instance's descriptor is known to the asyncio
+loop. One wake of the loop so serves every ready connection, and *spins*: after a batch it asks the epoll again,
+without sleeping, for up to `SPIN_S`. The next request of a client that waits for its reply arrives within that time,
+and is then not paid for with a sleep and a wake-up of the process, which cost more than the request itself.
 
 Rules
 - Each ready connection gets one `received` a round; nobody is served twice while another one waits.
@@ -334,7 +334,7 @@ class SocketConnection:
             skip_bytes = 0
 
     def _watch(self) -> None:
-        """Register for the events that are wanted now; with none wanted epoll would still report a hang-up, so it goes."""
+        """Register for the events that are wanted now; for none, leave: epoll reports a hang-up unasked."""
         if self._closed or (self._receiver is None and not self._closing):
             return
         mask = (_READABLE if self._reading else 0) | (_WRITABLE if self._queue else 0)

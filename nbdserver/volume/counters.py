@@ -1,7 +1,7 @@
 """Counters of an export, raised once a batch and read by whoever reports.
 
-Rules: plain integers that only grow. A histogram has one bucket a power of two: bucket `i` counts values below 2**i (and not
-below 2**(i-1)), so that counting is one `bit_length`.
+Rules: plain integers that only grow. A histogram has one bucket a power of two: bucket `i` counts values below 2**i
+(and not below 2**(i-1)), so that counting is one `bit_length`.
 """
 
 HISTOGRAM_BUCKETS = 32

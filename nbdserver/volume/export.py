@@ -1,17 +1,17 @@
 """Exports: what NBD clients name, their live settings, and who uses them.
 
-Theory: an `Export` joins a block device with a name and settings. `Exports` is the node's directory of them. A session enters an
-export at the end of its handshake and leaves it when its connection is gone; in between the export knows it, so that a changed
-setting acts at once.
+Theory: an `Export` joins a block device with a name and settings. `Exports` is the node's directory of them. A
+session enters an export at the end of its handshake and leaves it when its connection is gone; in between the export
+knows it, so that a changed setting acts at once.
 
 Rules
-- *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is refused as long
-  as sessions of the first are connected, unless the export is `shared`. Hosts are told apart by address; every peer on
-  a unix socket or a loopback address is the local host.
-- A client outside `allowed` neither sees nor enters an export. Peers on a unix socket are always allowed: the socket's file mode
-  is their access control.
-- Settings change live: an export made read-only refuses its writers' next write; clients that are no longer allowed are
-  disconnected.
+- *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is
+  refused as long as sessions of the first are connected, unless the export is `shared`. Hosts are told apart by
+  address; every peer on a unix socket or a loopback address is the local host.
+- A client outside `allowed` neither sees nor enters an export. Peers on a unix socket are always allowed: the
+  socket's file mode is their access control.
+- Settings change live: an export made read-only refuses its writers' next write; clients that are no longer allowed
+  are disconnected.
 
 Known weakness: hosts behind one address translation look like one host.
 """
@@ -103,7 +103,8 @@ class Export:
             others = self.hosts() - {session.peer_host}
             if others:
                 raise ExportError(
-                    f"{self.name} is in use by {', '.join(sorted(others))}; disconnect it, or set {self.name} to shared=true"
+                    f"{self.name} is in use by {', '.join(sorted(others))};"
+                    f" disconnect it, or set {self.name} to shared=true"
                 )
         self.sessions.add(session)
 
@@ -131,7 +132,8 @@ class Export:
             _check_text("a description", description)
         if not new_shared and not new_read_only and len(self.hosts()) > 1:
             raise ExportError(
-                f"{self.name} is in use by {', '.join(sorted(self.hosts()))}; disconnect all but one of these hosts first"
+                f"{self.name} is in use by {', '.join(sorted(self.hosts()))};"
+                " disconnect all but one of these hosts first"
             )
         self.shared, self.read_only, self.allowed = new_shared, new_read_only, networks
         if description is not None:
@@ -177,7 +179,7 @@ class Exports:
         self._exports[export.name] = export
 
     def remove(self, name: str) -> Export:
-        """Take an export out and disconnect its sessions; the caller closes the device. ExportError if there is none."""
+        """Take an export out and disconnect its sessions; the caller closes the device. ExportError without one."""
         export = self._exports.pop(name, None)
         if export is None:
             raise ExportError(f"there is no export {name}")

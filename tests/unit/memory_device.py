@@ -1,7 +1,7 @@
 """A BlockDevice in memory: the twin of a disk, for tests of what stands before it.
 
-In the mode `deferring` nothing is answered inline, so that every request goes through `later`. `fail(errno)` makes the next commit
-fail; `events` tells the order of commits, flushes and completions.
+In the mode `deferring` nothing is answered inline, so that every request goes through `later`. `commit_error`,
+`flush_error` and `later_error` make the next one fail; `events` tells the order of commits, flushes and completions.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +72,8 @@ class MemoryDevice:
             elif operation is Operation.READ:
                 result = [bytes(self._view[offset : offset + length])]
             elif operation is Operation.WRITE:
-                assert data is not None and len(data) == length
+                assert data is not None
+                assert len(data) == length
                 self._apply(offset, memoryview(data), length)
             elif operation is Operation.DISCARD:
                 self._apply(offset, None, length)
