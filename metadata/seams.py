@@ -105,6 +105,9 @@ class Files(Protocol):
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
         """fdatasync them in the order given; stops at the first failure."""
 
+    def fdatasync(self, handles: Sequence[int]) -> None:
+        """The same at once; waits for the device: starting only."""
+
     def prepare_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
         """Make a file *written* with zeros and synced, its directory entry too; `done(errno, handle)`."""
 
@@ -144,8 +147,9 @@ class Store(Protocol):
         self,
         ranges: Sequence[tuple[bytes, bytes]],
         done: Callable[[int, list[list[tuple[bytes, bytes]]]], None],
+        limit: int = 0,
     ) -> None:
-        """The items of each range, read off the loop."""
+        """The items of each range, at most `limit` of each (0: all), read off the loop."""
 
     def batch(self) -> Batch: ...
 

@@ -167,6 +167,11 @@ class HostFiles:
         """Read (length, offset) extents in a thread; an extent that ends past the file is EIO."""
         self._readers.run(done, _read_extents, handle, extents)
 
+    def fdatasync(self, handles: Sequence[int]) -> None:
+        """fdatasync in the order given, waiting for the device; OSError at the first failure."""
+        for handle in handles:
+            os.fdatasync(handle)
+
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
         """fdatasync in the order given, in the one sync thread; the first failure ends it."""
         self._syncer.run(done, _sync_all, tuple(handles))

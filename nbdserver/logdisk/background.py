@@ -1,0 +1,171 @@
+"""What goes on beside the clients: when a checkpoint, the cleaner, the hole worker and the pool of files get their turn.
+
+Theory. One place decides, from a few numbers, on each new segment, every some records, and four times a second:
+- a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be freed, or after
+  `checkpoint_interval_s` with any change;
+- the cleaner when there is more garbage than may lie about (more may under load than at rest), or when the disk is full;
+- writes are *blocked* (sent to the slow path, where they wait or get ENOSPC) while no further segment can be had for clients or the
+  pages that wait for a checkpoint fill the cache.
+
+The hole worker settles what lies under pending holes (maps.py), the pages in memory first, then those that LevelDB has.
+"""
+
+from typing import TYPE_CHECKING
+
+from metadata.family_state import PendingHole
+from metadata.pages import PAGE_SHIFT
+from metadata.seams import Clock, Timer
+from protocol.disk import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from nbdserver.logdisk.disk import LogDisk
+
+_TICK_S = 0.25
+_TRIM_SPARE_TICKS = 80  # 20 s: what lay unused for two looks is gone within a minute
+_PINNED_SHARE = 0.5  # of the cache's pages that may wait for a checkpoint before one starts
+_BLOCKING_SHARE = 0.9
+_WORTHWHILE_GAIN = 0.02  # of the live data: less garbage than that is not cleaned up even on a full disk
+_WAITING_SEGMENTS = 4  # empty segments that are worth a checkpoint
+_HOLE_PAGES = 16  # settled at a time
+_HOLE_KEYS = 256  # looked at in LevelDB at a time
+
+
+class Background:
+    """Schedules the background work of one LogDisk."""
+
+    def __init__(self, disk: "LogDisk", clock: Clock) -> None:
+        self.busy = False  # a hole is being worked in
+        self._disk = disk
+        self._clock = clock
+        self._stopped = False
+        self._ticks = 0
+        self._last_lsn = disk.log.lsn
+        self._changed_since = 0.0
+        self._timer: Timer = clock.call_later(_TICK_S, self._tick)
+        if disk.maps.holes:
+            clock.call_soon(self.hole_added)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopped = True
+        self._timer.cancel()
+
+    # -- deciding
+
+    def segment_begun(self) -> None:
+        """The log went to another segment."""
+        self._clock.call_soon(self.check)
+
+    def check(self) -> None:
+        """Start what is due."""
+        disk = self._disk
+        if self._stopped or disk.failure:
+            return
+        if self._checkpoint_due():
+            disk.checkpointer.start()
+        room = disk.pool.can_take()
+        disk.cleaner.urgent = not room
+        if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.lsn == self._last_lsn):
+            disk.cleaner.start()
+        disk.set_blocked(not room or self.must_wait_for_checkpoint())
+        disk.slow_path.wake()
+
+    def can_gain_room(self) -> bool:
+        """Whether waiting may bring room: something is being freed or cleaned, or could be."""
+        disk = self._disk
+        if disk.checkpointer.running or disk.cleaner.running:
+            return True
+        if self._empty_segments():
+            disk.checkpointer.start()
+            return True
+        disk.cleaner.urgent = True
+        gain = max(disk.pool.segment_bytes, int(disk.maps.live_blocks * BLOCK_BYTES * _WORTHWHILE_GAIN))
+        return disk.cleaner.garbage_bytes > gain and disk.cleaner.start()
+
+    def must_wait_for_checkpoint(self) -> bool:
+        """Whether so many pages wait for a checkpoint that no further one may be changed."""
+        return self._pinned_share() > _BLOCKING_SHARE
+
+    def _checkpoint_due(self) -> bool:
+        disk = self._disk
+        if disk.checkpointer.running or disk.log.lsn == disk.checkpointer.last_lsn:
+            return False
+        empty = self._empty_segments()
+        return (
+            disk.checkpointer.bytes_since >= disk.settings.checkpoint_bytes
+            or self._pinned_share() > _PINNED_SHARE
+            or empty >= _WAITING_SEGMENTS
+            or (empty > 0 and not disk.pool.can_take())
+            or self._clock.now() - self._changed_since > disk.settings.checkpoint_interval_s
+        )
+
+    def _empty_segments(self) -> int:
+        live = self._disk.maps.segments.live
+        return sum(1 for segment in self._disk.maps.segments.in_use if not live[segment]) - 1
+
+    def _pinned_share(self) -> float:
+        maps = self._disk.maps
+        return max(each.pinned_pages / each.limit_pages for each in (maps.logical, maps.middle))
+
+    def _tick(self) -> None:
+        disk = self._disk
+        if self._stopped or disk.failure:
+            return
+        if disk.log.lsn == disk.checkpointer.last_lsn:
+            self._changed_since = self._clock.now()
+        self.check()
+        self._ticks += 1
+        if self._ticks % _TRIM_SPARE_TICKS == 0:
+            disk.pool.trim_spare(disk.maps.live_blocks << 12)
+            if self._empty_segments() > 0:
+                disk.checkpointer.start()
+        self._last_lsn = disk.log.lsn
+        self._timer = self._clock.call_later(_TICK_S, self._tick)
+
+    # -- holes
+
+    def hole_added(self) -> None:
+        """Work pending holes in, oldest first."""
+        if not self.busy and not self._stopped and self._disk.maps.holes:
+            self.busy = True
+            self._work_hole(self._disk.maps.holes[0])
+
+    def _work_hole(self, hole: PendingHole) -> None:
+        maps = self._disk.maps
+        if self._stopped or self._disk.failure:
+            self.busy = False
+            return
+        stale = sorted(list(maps.stale)[:_HOLE_PAGES])
+        if stale:
+            maps.load([(maps.logical, number) for number in stale], lambda: self._work_hole(hole))
+            return
+        last = (hole.first_lba + hole.count - 1) >> PAGE_SHIFT
+        if hole.cursor > last:
+            maps.hole_done(hole)
+            self.busy = False
+            self.hole_added()
+            self._disk.slow_path.wake()
+            return
+        start = maps.logical.key_range(hole.cursor)[0]
+        stop = maps.logical.key_range(last)[1]
+        self._disk.read_store([(start, stop)], lambda items: self._found(hole, last, items[0]), _HOLE_KEYS)
+
+    def _found(self, hole: PendingHole, last: int, items: list[tuple[bytes, bytes]]) -> None:
+        maps = self._disk.maps
+        numbers = sorted({maps.logical.page_of_key(key) for key, _ in items})
+        if not numbers:
+            hole.cursor = last + 1
+            self._work_hole(hole)
+            return
+        here = numbers[:_HOLE_PAGES]
+
+        def settled() -> None:
+            if not any(number <= here[-1] for number in maps.stale):
+                hole.cursor = max(hole.cursor, here[-1] + 1)
+            self._clock.call_soon(lambda: self._work_hole(hole))
+
+        missing = [number for number in here if maps.logical.get(number) is None]
+        if missing:
+            maps.load([(maps.logical, number) for number in missing], settled)
+        else:
+            settled()

@@ -1,0 +1,182 @@
+"""Checkpoints: the state at exactly one txid goes from memory to LevelDB in one atomic, synced batch.
+
+    freeze ──► encode in slices of the loop ──┐
+       └─────► fdatasync of the log, off the loop ─┴─► synced batch ──► segments without live blocks are free
+
+Theory. `freeze` notes the position of the log and moves the sets of changes aside, in constant time; copy-on-write (metadata/pages)
+keeps the values. Meanwhile clients go on. The batch is written when it is built *and* the log is synced up to the frozen position, so the maps never
+name a block that a power cut can take back.
+
+Rules
+- The batch is written only behind an fdatasync that covers the frozen lsn (Rule.CHECKPOINT_BEHIND_SYNC).
+- A segment becomes free only here: its last live block was gone in the frozen state and it holds no newer record
+  (Rule.FREE_ONLY_IN_CHECKPOINT), and it is handed out only when the batch is synced (Rule.REUSE_AFTER_BATCH_SYNCED).
+- One checkpoint at a time. A batch that cannot be written is fatal for the family: memory and LevelDB have parted.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from metadata.family_state import Checkpoint, PendingHole, put_checkpoint, put_pending_holes
+from metadata.seams import Batch, Clock, Store
+from metadata.segment_table import FrozenRows
+from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.maps import Maps
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.pacing import Job
+from nbdserver.logdisk.segments import SegmentPool
+
+
+@dataclass
+class _Frozen:
+    position: Checkpoint
+    rows: FrozenRows
+    holes: list[PendingHole]
+    holes_gone: list[int]
+    stamp: int
+    stale: frozenset[int]
+
+
+class Checkpointer:
+    """Makes checkpoints of one family; `start` when one is wanted."""
+
+    def __init__(
+        self, clock: Clock, store: Store, log: Log, maps: Maps, pool: SegmentPool, failed: Callable[[str], None]
+    ) -> None:
+        self.running = False
+        self.count = 0
+        self.values_written = 0
+        self.last_position_bytes = log.appended_bytes
+        self.last_lsn = log.lsn
+        self._clock = clock
+        self._store = store
+        self._log = log
+        self._maps = maps
+        self._pool = pool
+        self._failed = failed
+        self._written_holes: set[int] = {hole.hole for hole in maps.holes}
+        self._waiting: list[Callable[[], None]] = []
+        self._again = False
+        self._job: Job | None = None
+
+    @property
+    def bytes_since(self) -> int:
+        """Bytes of log that a recovery would have to replay, since the last one started."""
+        return self._log.appended_bytes - self.last_position_bytes
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Start one, or another one if one is running, and call back after it."""
+        self._waiting.append(callback)
+        if self.running:
+            self._again = True
+        else:
+            self.start()
+
+    def start(self) -> None:
+        """Begin a checkpoint unless one is running."""
+        if self.running or self._log.is_failed:
+            return
+        self.running = True
+        if not holds(Rule.FREE_ONLY_IN_CHECKPOINT):
+            live = self._maps.segments.live
+            self._free([each for each in self._maps.segments.in_use if not live[each] and each != self._log.segment])
+        frozen = self._freeze()
+        batch = self._store.batch()
+        waiting, self._waiting = self._waiting, []
+        parts = 2
+
+        def part_done() -> None:
+            nonlocal parts
+            parts -= 1
+            if not parts and not self._log.is_failed:
+                self._write(batch, frozen, waiting)
+
+        crash_point("checkpoint-frozen")
+        self._job = Job(self._clock, self._encode(batch, frozen), part_done, self._broken)
+        if holds(Rule.CHECKPOINT_BEHIND_SYNC):
+            self._log.sync(lambda errno: None if errno else part_done())
+        else:
+            part_done()
+
+    def make_now(self) -> None:
+        """Make one at once, of a log that is synced; waits for the disk: starting only. OSError if it cannot."""
+        batch = self._store.batch()
+        frozen = self._freeze()
+        for _ in self._encode(batch, frozen):
+            pass
+        crash_point("checkpoint-before-batch")
+        self._store.write(batch)
+        self._finish(frozen)
+
+    def hurry(self) -> None:
+        """Finish encoding at once."""
+        if self._job is not None:
+            self._job.hurry()
+
+    def _freeze(self) -> _Frozen:
+        maps, log = self._maps, self._log
+        maps.logical.freeze()
+        maps.middle.freeze()
+        maps.regions.freeze()
+        self.last_position_bytes = log.appended_bytes
+        self.last_lsn = log.lsn
+        pending = {hole.hole for hole in maps.holes}
+        frozen = _Frozen(
+            log.position(maps.next_mba, maps.next_hole, maps.live_blocks),
+            maps.segments.freeze(log.segment if log.offset else 0),
+            [replace(hole) for hole in maps.holes],
+            sorted(self._written_holes - pending),
+            maps.next_hole - 1 if maps.holes else 0,
+            frozenset(maps.stale),
+        )
+        self._written_holes = pending
+        return frozen
+
+    def _encode(self, batch: Batch, frozen: _Frozen) -> Iterator[int]:
+        maps = self._maps
+        put_checkpoint(batch, frozen.position)
+        put_pending_holes(batch, frozen.holes, frozen.holes_gone)
+        for steps in (
+            maps.segments.encode(batch, frozen.rows),
+            maps.logical.encode(batch, frozen.stamp, maps.stale, frozen.stale),
+            maps.middle.encode(batch, 0, {}, frozenset()),
+            maps.regions.encode(batch),
+        ):
+            for values in steps:
+                self.values_written += values
+                yield values
+
+    def _write(self, batch: Batch, frozen: _Frozen, waiting: list[Callable[[], None]]) -> None:
+        crash_point("checkpoint-before-batch")
+        if not holds(Rule.REUSE_AFTER_BATCH_SYNCED):
+            self._free(frozen.rows.dead)
+            frozen.rows.dead.clear()
+        self._store.write_later(batch, lambda errno: self._written(errno, frozen, waiting))
+
+    def _written(self, errno: int, frozen: _Frozen, waiting: list[Callable[[], None]]) -> None:
+        if errno:
+            self._failed(f"LevelDB refused a checkpoint (errno {errno})")
+            return
+        self._finish(frozen)
+        self.running = False
+        self._job = None
+        for callback in waiting:
+            callback()
+        if self._again:
+            self._again = False
+            self.start()
+
+    def _finish(self, frozen: _Frozen) -> None:
+        crash_point("checkpoint-after-batch")
+        self._maps.logical.thaw()
+        self._maps.middle.thaw()
+        self._free(frozen.rows.dead)
+        self.count += 1
+
+    def _free(self, dead: list[int]) -> None:
+        for segment in dead:
+            self._maps.segments.free(segment)
+            self._pool.freed(segment)
+
+    def _broken(self, error: Exception) -> None:
+        self._failed(f"a checkpoint could not be built: {error!r}")

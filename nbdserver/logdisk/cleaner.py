@@ -1,0 +1,279 @@
+"""Cleaning: live blocks of thinly used segments move to the end of the log, so that the next checkpoint frees the segments.
+
+Theory. The victim is chosen by cost-benefit, (1 - u) · age / (1 + u) with u the live share (Rosenblum and Ousterhout, "The Design and
+Implementation of a Log-Structured File System", 1992): a cold segment is worth cleaning at a higher u than a hot one, whose blocks die by
+themselves. Under load garbage may grow to a share of the live data, because what waits longer is emptier; at rest it is
+brought down further, so that `df` comes close to the live data.
+
+A move is (MBA, old PBA, new PBA). It changes only the middle map, however many layers refer to the MBA, and takes effect only if
+the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED). The victim's headers say which MBAs were written there; the middle map says
+which of them still are.
+
+Rules
+- A block is moved only if its CRC is right; a segment with a wrong one is kept, and reported once.
+- Moves use the reserve of segments, because they are how a full disk gets room.
+- One victim at a time, read in large pieces off the loop, worked through in slices.
+
+Known weakness: one open segment serves clients and cleaner, so hot and cold blocks mix.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator
+
+from metadata.pages import PAGE_MASK, PAGE_SHIFT
+from metadata.seams import Clock, Files
+from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.pacing import Job
+from nbdserver.logdisk.records import Record, body_length, parse_record
+from nbdserver.logdisk.segments import SegmentPool
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, MOVE, RECORD_HEADER_BYTES, SEAL, SEGMENT_HEADER_BYTES, chain_key
+
+_READ_BYTES = 1 << 20
+_MOVE_BLOCKS = 32  # a record: some 0.1 ms on the loop
+BUSY_GARBAGE = 0.5  # of the live data: what may lie about while clients write
+IDLE_GARBAGE = 0.15
+_SPARED_SEGMENTS = 8  # garbage that is never worth the trouble
+_WORTHWHILE = 0.95  # live share above which a segment is not cleaned
+
+
+class Cleaner:
+    """Cleans one victim after the other while `wanted` says so."""
+
+    def __init__(
+        self,
+        files: Files,
+        clock: Clock,
+        log: Log,
+        maps: Maps,
+        pool: SegmentPool,
+        make_room: Callable[[], bool],
+        moved: Callable[[], None],
+        report: Callable[[str, dict[str, object]], None],
+    ) -> None:
+        self.running = False
+        self.blocks_moved = 0
+        self.blocks_skipped = 0
+        self.segments_cleaned = 0
+        self.urgent = False  # the disk is full: anything gained is worth it
+        self._files = files
+        self._clock = clock
+        self._log = log
+        self._maps = maps
+        self._pool = pool
+        self._make_room = make_room
+        self._moved = moved
+        self._report = report
+        self._damaged: set[int] = set()
+        self._victim = 0
+        self._offset = 0
+        self._stopped = False
+        self._block_share = BLOCK_BYTES / pool.segment_bytes
+
+    # -- when and what
+
+    @property
+    def garbage_bytes(self) -> int:
+        """Bytes in segments with live blocks, beyond the live ones."""
+        live = self._maps.segments.live
+        used = sum(1 for segment in self._maps.segments.in_use if live[segment])
+        return used * self._pool.segment_bytes - self._maps.live_blocks * BLOCK_BYTES
+
+    def wanted(self, idle: bool) -> bool:
+        """Whether there is more garbage than may lie about."""
+        if self.urgent:
+            return True
+        share = IDLE_GARBAGE if idle else BUSY_GARBAGE
+        allowed = max(_SPARED_SEGMENTS * self._pool.segment_bytes, int(self._maps.live_blocks * BLOCK_BYTES * share))
+        return self.garbage_bytes > allowed
+
+    def choose(self) -> int:
+        """The best victim, or 0."""
+        table = self._maps.segments
+        live, lsns = table.live, table.lsn
+        newest = self._log.lsn
+        best, best_score = 0, 0.0
+        for segment in table.in_use:
+            blocks = live[segment]
+            if not blocks or segment == self._log.segment or segment in self._damaged:
+                continue
+            used = min(1.0, blocks * self._block_share)
+            if used > _WORTHWHILE and not self.urgent:
+                continue
+            score = (1 - used) * (newest - lsns[segment] + 1) / (1 + used)
+            if score > best_score:
+                best, best_score = segment, score
+        return best
+
+    def start(self) -> bool:
+        """Clean the best victim; False if there is none."""
+        if self.running or self._stopped or self._log.is_failed:
+            return self.running
+        victim = self.choose()
+        if not victim:
+            return False
+        self.running = True
+        self._victim = victim
+        self._offset = SEGMENT_HEADER_BYTES
+        self._pool.begin_read(victim)
+        self._read(_READ_BYTES)
+        return True
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopped = True
+
+    # -- one victim
+
+    def _read(self, length: int) -> None:
+        end = self._maps.segments.end[self._victim]
+        length = min(length, end - self._offset)
+        if length <= 0 or not self._maps.segments.live[self._victim] or self._stopped:
+            self._finish()
+            return
+        offset = self._offset
+        self._files.read_later(
+            self._pool.handles[self._victim],
+            [(length, offset)],
+            lambda errno, data: self._got(errno, data[0] if data else b"", offset),
+        )
+
+    def _got(self, errno: int, data: bytes, base: int) -> None:
+        if errno or not data:
+            self._give_up("it cannot be read", errno)
+            return
+        records, needed = self._parse(data, base)
+        if not records:
+            if needed > len(data) and base + needed <= self._maps.segments.end[self._victim]:
+                self._read(needed)
+            else:
+                self._give_up("its chain of records is broken", 0)
+            return
+        self._offset = records[-1].end
+        Job(self._clock, self._work(records, data, base), lambda: None, self._failed)
+
+    def _parse(self, data: bytes, base: int) -> tuple[list[Record], int]:
+        """Whole records in the piece of the victim that begins at `base`, and the bytes that the first one takes."""
+        table = self._maps.segments
+        key = chain_key(table.sequence[self._victim], table.salt[self._victim])
+        records: list[Record] = []
+        at = 0
+        while True:
+            header = data[at : at + RECORD_HEADER_BYTES]
+            length = body_length(header)
+            if length is None:
+                return records, RECORD_HEADER_BYTES if len(header) < RECORD_HEADER_BYTES else 0
+            body = data[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length]
+            if len(body) < length:
+                return records, RECORD_HEADER_BYTES + length
+            record = parse_record(key, header, body, base + at)
+            if record is None:
+                return records, 0
+            if record.end - base > len(data):
+                return records, record.end - base
+            records.append(record)
+            at = record.end - base
+            if record.kind == SEAL or base + at >= table.end[self._victim]:
+                return records, 0
+
+    def _work(self, records: list[Record], data: bytes, base: int) -> Iterator[None]:
+        """Move the live blocks of `records`, then ask for the next piece; a step for each few blocks."""
+        for position, record in enumerate(records):
+            for first in range(0, record.blocks, _MOVE_BLOCKS):
+                blocks = range(first, min(first + _MOVE_BLOCKS, record.blocks))
+                need = self._missing(record, blocks)
+                if need:
+                    # Come back for the rest when the middle map's pages are there.
+                    rest = [_tail_of(record, first), *records[position + 1 :]]
+                    self._maps.load(need, lambda: self._resume(rest, data, base))
+                    return
+                if not self._move(record, blocks, data, base):
+                    self._give_up("there is no room to move its blocks to", 0)
+                    return
+                yield
+        self._read(_READ_BYTES)
+
+    def _resume(self, records: list[Record], data: bytes, base: int) -> None:
+        Job(self._clock, self._work(records, data, base), lambda: None, self._failed)
+
+    def _missing(self, record: Record, blocks: range) -> Need:
+        middle = self._maps.middle
+        pages = {record.mbas[block] >> PAGE_SHIFT for block in blocks}
+        return [(middle, number) for number in pages if middle.get(number) is None]
+
+    def _move(self, record: Record, blocks: range, data: bytes, base: int) -> bool:
+        maps, victim = self._maps, self._victim
+        mbas, old, checksums = array("Q"), array("I"), array("I")
+        moved: list[bytes] = []
+        for block in blocks:
+            mba = record.mbas[block]
+            page = maps.middle.get(mba >> PAGE_SHIFT)
+            if page is None:
+                return True  # evicted between two looks: the next round takes it
+            index = mba & PAGE_MASK
+            offset = record.data_offset + block * BLOCK_BYTES
+            unchanged = page[index] == victim and page[OFFSET + index] == offset
+            if not unchanged and holds(Rule.MOVE_ONLY_IF_UNCHANGED):
+                self.blocks_skipped += 1
+                continue
+            content = data[offset - base : offset - base + BLOCK_BYTES]
+            if crc32c(content) != page[CHECKSUM + index]:
+                self._damaged_block(record, mba, offset)
+                continue
+            mbas.append(mba)
+            old.extend((victim, offset))
+            checksums.append(page[CHECKSUM + index])
+            moved.append(content)
+        if not mbas:
+            return True
+        crash_point("clean-before-append")
+        while self._log.room_blocks(MOVE, 0) < len(mbas):
+            if not self._make_room():
+                return False
+        offset = self._log.append_move(mbas, old, checksums, moved)
+        crash_point("clean-after-append")
+        for block, mba in enumerate(mbas):
+            maps.set_middle(mba, self._log.segment, offset + block * BLOCK_BYTES, checksums[block])
+        self.blocks_moved += len(mbas)
+        self._moved()
+        return True
+
+    def _finish(self) -> None:
+        victim, self._victim = self._victim, 0
+        self._pool.end_read(victim)
+        if not self._maps.segments.live[victim]:
+            self.segments_cleaned += 1
+        elif not self._stopped:
+            # Blocks that no record of it names: their middle pages went while it was worked through, or it is damaged.
+            self._damaged.add(victim)
+        self.running = False
+        self._moved()
+
+    def _give_up(self, why: str, errno: int) -> None:
+        victim = self._victim
+        self._damaged.add(victim)
+        self._pool.end_read(victim)
+        self._victim = 0
+        self.running = False
+        self._report("segment-not-cleaned", {"segment": victim, "reason": why, "errno": errno})
+        self._moved()
+
+    def _failed(self, error: Exception) -> None:
+        self._give_up(repr(error), getattr(error, "errno", 0) or 0)
+
+    def _damaged_block(self, record: Record, mba: int, offset: int) -> None:
+        self._damaged.add(self._victim)
+        self._report("checksum-error", {"mba": mba, "segment": self._victim, "offset": offset, "by": "cleaner"})
+
+
+def _tail_of(record: Record, first: int) -> Record:
+    """The record without its first blocks, which were worked through."""
+    return Record(
+        record.kind, record.layer, record.epoch, record.txid, record.lsn, record.durable_lsn, record.previous_crc,
+        record.crc, record.offset, record.data_offset + first * BLOCK_BYTES, record.blocks - first,
+        record.extents, record.mbas[first:], record.old, record.checksums[first:], record.successor,
+        record.successor_salt,
+    )  # fmt: skip
+

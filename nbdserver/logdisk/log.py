@@ -1,0 +1,258 @@
+"""The log of one family: appends records to the open segment, goes from segment to segment, makes what was appended durable.
+
+    segment 3                          segment 7 (its successor)
+    | header | record | record | SEAL ──►| header | record | ...
+
+Theory. One batch is one record is one `pwritev` at the end of the open segment; nothing else touches a disk in the write path. Each header's CRC
+is the next one's `previous_crc`, across segments too, so the log is one chain and replay needs no other index. When a record
+does not fit, a seal names the successor and its salt and the successor's header goes on with the chain.
+
+Flush. One fdatasync in flight at a time, off the loop; whoever asks meanwhile shares the next one. It covers every segment with
+unsynced records, the oldest first, because a later segment is reached only through the earlier ones.
+
+Rules
+- A record is acknowledged only after its `pwritev` returned (Rule.ACK_AFTER_APPEND).
+- A failed fdatasync is fatal (Rule.FSYNC_FAILURE_IS_FATAL): `failed` is called, no flush is ever answered with success again.
+- After a failed append the same bytes are written again or nothing is: the chain did not move.
+
+Known weakness: a batch larger than what is left of the open segment is cut in two; the rest of the room of a segment
+that is smaller than one block and its header stays unused.
+"""
+
+import errno as errnos
+import random
+from array import array
+from collections.abc import Callable, Sequence
+
+from metadata.family_state import Checkpoint
+from metadata.seams import Buffer, Done, Files
+from metadata.segment_table import SegmentTable
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.segments import SegmentPool
+from protocol.disk import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    MOVE,
+    MOVE_BLOCK_BYTES,
+    RECORD_HEADER_BYTES,
+    SEAL,
+    SEAL_BODY,
+    SEAL_BYTES,
+    SEGMENT_HEADER_BYTES,
+    WRITE,
+    WRITE_BLOCK_BYTES,
+    chain_key,
+    pack_record_header,
+    pack_segment_header,
+)
+from protocol.invariant import invariant
+
+
+class Log:
+    """The append end of a family's log. Positions are of the *next* record."""
+
+    def __init__(
+        self,
+        files: Files,
+        pool: SegmentPool,
+        table: SegmentTable,
+        rng: random.Random,
+        family: bytes,
+        position: Checkpoint,
+        epoch: int,
+        failed: Callable[[str], None],
+    ) -> None:
+        self.segment = position.segment
+        self.offset = position.offset  # 0: the segment's life has not begun
+        self.lsn = position.lsn  # of the last record
+        self.txid = position.txid
+        self.epoch = epoch
+        self.previous_crc = position.previous_crc
+        self.sequence = position.sequence
+        self.salt = position.salt
+        self.durable_lsn = position.lsn
+        self.appended_bytes = 0
+        self.records = 0
+        self.syncs = 0
+        self.sync_requests = 0
+        self.is_failed = False
+        self._key = chain_key(position.sequence, position.salt)
+        self._files = files
+        self._pool = pool
+        self._table = table
+        self._random = rng
+        self._family = family
+        self._failed = failed
+        self._unsynced: list[int] = []  # segments, oldest first
+        self._syncing = False
+        self._waiting: list[tuple[int, Done]] = []  # (lsn, done)
+
+    # -- room
+
+    def room_blocks(self, kind: int, extents: int) -> int:
+        """Blocks that one record of that many extents may still have in the open segment; below 0: not even the header."""
+        offset = self.offset or SEGMENT_HEADER_BYTES
+        room = self._pool.segment_bytes - SEAL_BYTES - offset - RECORD_HEADER_BYTES
+        a_block = BLOCK_BYTES + (WRITE_BLOCK_BYTES if kind == WRITE else MOVE_BLOCK_BYTES)
+        return (room - extents * EXTENT_BYTES) // a_block
+
+    def begin_if_needed(self) -> bool:
+        """Begin the life of a family's first segment; False if there is no room for it."""
+        if self.offset:
+            return True
+        if not self._pool.take_number(self.segment):
+            return False
+        self._begin(self.segment, self.sequence, self.salt)
+        return True
+
+    def next_segment(self, reserved: bool) -> bool:
+        """Seal the open segment and go on in another; False (and nothing done) if no segment file is to be had."""
+        successor = self._pool.take(reserved)
+        if not successor:
+            return False
+        salt = self._random.randbytes(8) if holds(Rule.SALT_DRAWN_PER_LIFE) else bytes(8)
+        body = SEAL_BODY.pack(successor, 0, salt)
+        try:
+            self._append(SEAL, 0, 0, 0, body, ())
+        except OSError:
+            self._pool.return_unused(successor)
+            raise
+        crash_point("segment-after-seal")
+        self._begin(successor, self.sequence + 1, salt)
+        return True
+
+    def start_over(self, segment: int) -> None:
+        """After recovery: go on in a fresh segment, whatever is in the last one behind its last good record."""
+        self._begin(segment, self.sequence + 1, self._random.randbytes(8))
+
+    # -- records
+
+    def append_write(
+        self, layer: int, extents: "array[int]", mbas: "array[int]", checksums: "array[int]", data: Sequence[Buffer]
+    ) -> int:
+        """Append one modification and return the offset of its first data block in the open segment.
+
+        `extents` holds (lba, count | kind << 32) pairs. Raises OSError; the log is then as before.
+        """
+        body = extents.tobytes() + mbas.tobytes() + checksums.tobytes()
+        self.txid += 1
+        try:
+            return self._append(WRITE, layer, len(extents) >> 1, len(mbas), body, data)
+        except OSError:
+            self.txid -= 1
+            raise
+
+    def append_move(
+        self, mbas: "array[int]", old: "array[int]", checksums: "array[int]", data: Sequence[Buffer]
+    ) -> int:
+        """Append moved blocks (`old`: segment and offset pairs) and return the offset of the first. Raises OSError."""
+        return self._append(MOVE, 0, 0, len(mbas), mbas.tobytes() + old.tobytes() + checksums.tobytes(), data)
+
+    def _append(
+        self, kind: int, layer: int, extents: int, blocks: int, body: bytes, data: Sequence[Buffer]
+    ) -> int:
+        header, crc = pack_record_header(
+            self._key,
+            kind,
+            extents,
+            layer,
+            self.epoch,
+            self.previous_crc,
+            self.txid,
+            self.lsn + 1,
+            self.durable_lsn,
+            blocks,
+            body,
+        )
+        offset = self.offset
+        data_offset = offset + len(header)
+        end = data_offset + blocks * BLOCK_BYTES
+        crash_point("append-before")
+        self._files.append(self._pool.handles[self.segment], (header, *data), offset)
+        crash_point("append-after")
+        self.previous_crc = crc
+        self.lsn += 1
+        self.offset = end
+        self.records += 1
+        self.appended_bytes += end - offset
+        if not self._unsynced or self._unsynced[-1] != self.segment:
+            self._unsynced.append(self.segment)
+        self._table.appended(self.segment, end, self.txid, self.lsn)
+        return data_offset
+
+    def _begin(self, segment: int, sequence: int, salt: bytes) -> None:
+        crash_point("segment-before-open")
+        header = pack_segment_header(self._family, segment, self.epoch, sequence, salt, self.previous_crc)
+        self._files.append(self._pool.handles[segment], (header,), 0)
+        self._table.begin(segment, sequence, salt)
+        self._table.appended(segment, SEGMENT_HEADER_BYTES, self.txid, self.lsn)
+        self.segment, self.sequence, self.salt = segment, sequence, salt
+        self.offset = SEGMENT_HEADER_BYTES
+        self._key = chain_key(sequence, salt)
+        self._unsynced.append(segment)
+        self._pool.keep_ready()
+
+    # -- durability
+
+    def sync(self, done: Done) -> None:
+        """`done(0)` when every record appended before this call is durable, `done(EIO)` if that can never be said."""
+        self.sync_requests += 1
+        self._waiting.append((self.lsn, done))
+        if not self._syncing:
+            self._start_sync()
+
+    def _start_sync(self) -> None:
+        covered = self.lsn
+        segments = list(self._unsynced)
+        if not holds(Rule.FLUSH_OLDEST_FIRST):
+            segments = segments[-1:]
+        self._syncing = True
+        self.syncs += 1
+        crash_point("flush-before-sync")
+        handles = [self._pool.handles[segment] for segment in segments]
+        in_sync = set(self._unsynced)
+        self._files.fdatasync_later(handles, lambda errno: self._synced(errno, covered, in_sync))
+
+    def _synced(self, errno: int, covered: int, segments: set[int]) -> None:
+        crash_point("flush-after-sync")
+        self._syncing = False
+        if errno and holds(Rule.FSYNC_FAILURE_IS_FATAL):
+            self.fail(f"fdatasync failed with errno {errno}")
+            return
+        invariant(covered >= self.durable_lsn, "durable lsn only rises")
+        self.durable_lsn = covered
+        # What was appended to a segment while it was synced needs another sync.
+        newest = self._table.lsn
+        self._unsynced = [each for each in self._unsynced if each not in segments or newest[each] > covered]
+        ready = [done for lsn, done in self._waiting if lsn <= covered]
+        self._waiting = [(lsn, done) for lsn, done in self._waiting if lsn > covered]
+        if self._waiting:
+            self._start_sync()
+        for done in ready:
+            done(0)
+
+    def fail(self, reason: str) -> None:
+        """Nothing of this log can be promised any more: everyone who waits gets EIO."""
+        if self.is_failed:
+            return
+        self.is_failed = True
+        waiting, self._waiting = self._waiting, []
+        self._failed(reason)
+        for _, done in waiting:
+            done(errnos.EIO)
+
+    def position(self, next_mba: int, next_hole: int, live_blocks: int) -> Checkpoint:
+        """Where replay goes on after the present state."""
+        return Checkpoint(
+            self.lsn,
+            self.txid,
+            self.epoch,
+            self.segment,
+            self.offset,
+            self.previous_crc,
+            self.sequence,
+            self.salt,
+            next_mba,
+            next_hole,
+            live_blocks,
+        )

@@ -1,0 +1,288 @@
+"""The two maps of a family and what keeps them in step: which pages are resident, which discarded ranges are still pending.
+
+    LBA ──logical map──► MBA ──middle map──► PBA = (segment, offset), CRC-32C
+
+A logical entry is one u64: 0 is nothing, otherwise an MBA. A middle entry is three u32: segment, offset, checksum; segment 0
+is nothing. Overwriting a block that the head layer owns changes the middle map alone.
+
+Discards. A small one is worked into both maps at once. One of a terabyte cannot be: it becomes a *pending hole*, a range and
+a number. Resident logical pages under it are set aside (`stale`), so that the hot path, which looks into `pages` only, cannot meet them. A page comes
+back through `settle`, which clears what the hole covers and frees its MBAs first; a worker settles the rest in the background. In LevelDB a page
+carries the number of the last hole that was applied to it (its stamp), written only while holes are pending; a page loaded with
+a lower stamp is settled first.
+
+Rules
+- A logical page in `logical.pages` has every pending hole applied.
+- `live` of a segment counts the middle entries that point into it, always.
+- At most MAX_PENDING_HOLES are pending; the caller makes others wait.
+
+Known weakness: reading `extents` under a pending hole settles page by page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from metadata.family_state import PendingHole
+from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
+from metadata.region_table import RegionTable
+from metadata.seams import Store
+from metadata.segment_table import SegmentTable
+from protocol.disk import DamagedValueError
+from protocol.invariant import invariant
+
+MAX_PENDING_HOLES = 256
+SEGMENT = 0  # item offsets in a middle page
+OFFSET = PAGE_BLOCKS
+CHECKSUM = 2 * PAGE_BLOCKS
+EPOCH_SHIFT = 40  # MBA = epoch ‖ counter
+
+Need = list[tuple[PageMap, int]]
+"""Pages that have to be resident first."""
+
+
+class Maps:
+    """Logical and middle map, segment usage and regions of one family."""
+
+    def __init__(self, store: Store, cache_bytes: int, failed: Callable[[str], None]) -> None:
+        # 2 KiB of logical and 3 KiB of middle page for the same 256 blocks, when they were written in order.
+        self.logical = PageMap(b"L\x00\x00\x00\x01", "Q", 1, 0)
+        self.middle = PageMap(b"M", "I", 3, 0)
+        pair = self.logical.page_bytes + self.middle.page_bytes
+        self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
+        self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
+        self.segments = SegmentTable()
+        self.regions = RegionTable()
+        self.next_mba = 0
+        self.next_hole = 1
+        self.holes: list[PendingHole] = []  # oldest first
+        self.stale: dict[int, Page] = {}
+        self.logical_updates = 0
+        self.middle_updates = 0
+        self.live_blocks = 0
+        self._stale_since: dict[int, int] = {}  # page → lowest hole number that may not be applied
+        self._store = store
+        self._failed = failed
+        self._loading: dict[tuple[bytes, int], list[Callable[[], None]]] = {}
+
+    # -- residence
+
+    def logical_page(self, number: int) -> Page | None:
+        """The page with every hole applied, or None: `load` it."""
+        return self.logical.get(number)
+
+    def needed(self, lba: int, count: int, most: int = PAGE_BLOCKS) -> Need:
+        """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`."""
+        need: Need = []
+        stop = lba + count
+        while lba < stop and len(need) < most:
+            number = lba >> PAGE_SHIFT
+            index = lba & PAGE_MASK
+            blocks = min(stop - lba, PAGE_BLOCKS - index)
+            page = self.logical.get(number)
+            if page is None:
+                need.append((self.logical, number))
+            else:
+                need += [(self.middle, missing) for missing in self._missing_middle(page, index, blocks)]
+            lba += blocks
+        return need
+
+    def load(self, need: Need, done: Callable[[], None]) -> None:
+        """Bring the pages in; `done` when they were there (they may be gone again: ask `needed` once more)."""
+        waiting = len(need)
+        invariant(waiting > 0, "there is something to load")
+
+        def one_loaded() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if not waiting:
+                done()
+
+        to_load: Need = []
+        for page_map, number in need:
+            key = (page_map.prefix, number)
+            waiters = self._loading.get(key)
+            if waiters is not None:
+                waiters.append(one_loaded)
+                continue
+            self._loading[key] = [one_loaded]
+            to_load.append((page_map, number))
+        from_store: Need = []
+        for page_map, number in to_load:
+            if page_map is self.logical and number in self.stale:
+                self._settle_then_tell(number)
+            else:
+                from_store.append((page_map, number))
+        if from_store:
+            ranges = [page_map.key_range(number) for page_map, number in from_store]
+            self._store.range_later(ranges, lambda errno, items: self._loaded(errno, from_store, items))
+
+    def _loaded(self, errno: int, need: Need, items: list[list[tuple[bytes, bytes]]]) -> None:
+        if errno:
+            self._failed(f"LevelDB could not read map pages (errno {errno})")
+            items = [[] for _ in need]
+        for (page_map, number), page_items in zip(need, items, strict=True):
+            try:
+                self.install(page_map, number, [] if errno else page_items)
+            except DamagedValueError as error:
+                self._failed(str(error))
+                errno = errno or 5
+            if not errno and page_map is self.logical and number in self.stale:
+                self._settle_then_tell(number)
+            else:
+                self._tell(page_map, number)
+
+    def install(self, page_map: PageMap, number: int, items: list[tuple[bytes, bytes]]) -> None:
+        if page_map is self.logical and number in self.stale:
+            return  # set aside while it was being loaded, by a hole that came meanwhile
+        page_map.install(number, items)
+        if page_map is self.logical and self._pending_over(number, page_map.stamp(number)):
+            self._set_aside(number, page_map.stamp(number) + 1)
+
+    def _tell(self, page_map: PageMap, number: int) -> None:
+        for waiter in self._loading.pop((page_map.prefix, number), ()):
+            waiter()
+
+    def _missing_middle(self, page: Page, index: int, blocks: int) -> list[int]:
+        pages = {mba >> PAGE_SHIFT for mba in page[index : index + blocks] if mba}
+        return [number for number in pages if self.middle.get(number) is None]
+
+    # -- changes
+
+    def allocate_mba(self) -> int:
+        """The next MBA, its page resident."""
+        mba = self.next_mba
+        self.next_mba = mba + 1
+        if not mba & PAGE_MASK:
+            self.middle.pinned = mba >> PAGE_SHIFT
+            self.middle.create(mba >> PAGE_SHIFT)
+        return mba
+
+    def begin_epoch(self, epoch: int) -> None:
+        """MBAs of a new epoch begin in a page of their own."""
+        self.next_mba = epoch << EPOCH_SHIFT
+
+    def set_logical(self, lba: int, mba: int) -> None:
+        """Point an LBA of a resident page at an MBA."""
+        number = lba >> PAGE_SHIFT
+        logical = self.logical
+        (logical.changed.get(number) or logical.first_change(number)).append(lba & PAGE_MASK)
+        logical.pages[number][lba & PAGE_MASK] = mba
+        self.logical_updates += 1
+
+    def set_middle(self, mba: int, segment: int, offset: int, checksum: int) -> None:
+        """Point an MBA of a resident page at a PBA, counting live blocks."""
+        middle = self.middle
+        number = mba >> PAGE_SHIFT
+        index = mba & PAGE_MASK
+        page = middle.get(number)
+        assert page is not None
+        (middle.changed.get(number) or middle.first_change(number)).append(index)
+        live = self.segments.live
+        old = page[index]
+        if old:
+            live[old] -= 1
+            self.live_blocks -= 1
+        if segment:
+            live[segment] += 1
+            self.live_blocks += 1
+        page[index] = segment
+        page[OFFSET + index] = offset
+        page[CHECKSUM + index] = checksum
+        self.middle_updates += 1
+
+    # -- holes
+
+    def clear(self, lba: int, count: int) -> None:
+        """Take the blocks out of both maps; what `needed` names must be resident."""
+        stop = lba + count
+        while lba < stop:
+            number = lba >> PAGE_SHIFT
+            index = lba & PAGE_MASK
+            blocks = min(stop - lba, PAGE_BLOCKS - index)
+            page = self.logical.pages[number]
+            if any(page[index : index + blocks]):
+                self._clear_in_page(number, page, index, index + blocks)
+            lba += blocks
+
+    def _clear_in_page(self, number: int, page: Page, start: int, stop: int) -> bool:
+        """Clear the entries whose middle page is resident; whether all were."""
+        changed = self.logical.changed.get(number) or self.logical.first_change(number)
+        complete = True
+        for index in range(start, stop):
+            mba = page[index]
+            if not mba:
+                continue
+            if self.middle.get(mba >> PAGE_SHIFT) is None:
+                complete = False
+                continue
+            self.set_middle(mba, 0, 0, 0)
+            changed.append(index)
+            page[index] = 0
+            self.logical_updates += 1
+        if not changed:
+            changed.append(start)
+        return complete
+
+    def add_hole(self, lba: int, count: int) -> PendingHole:
+        """Make a range read as zeros in time that does not depend on its length."""
+        hole = PendingHole(self.next_hole, lba, count, lba >> PAGE_SHIFT)
+        self.next_hole += 1
+        self.holes.append(hole)
+        first, last = lba >> PAGE_SHIFT, (lba + count - 1) >> PAGE_SHIFT
+        for number, page in self.logical.take_out(first, last + 1):
+            self.stale[number] = page
+            self._stale_since[number] = hole.hole
+        return hole
+
+    def _set_aside(self, number: int, since: int) -> None:
+        for taken, page in self.logical.take_out(number, number + 1):
+            self.stale[taken] = page
+            self._stale_since[taken] = since
+
+    def _pending_over(self, number: int, stamp: int) -> list[PendingHole]:
+        first, stop = number << PAGE_SHIFT, (number + 1) << PAGE_SHIFT
+        return [
+            hole
+            for hole in self.holes
+            if hole.hole > stamp and hole.cursor <= number and hole.first_lba < stop and hole.first_lba + hole.count > first
+        ]
+
+    def settle(self, number: int) -> Need:
+        """Apply the pending holes to a stale page and put it back; or the middle pages that are needed first."""
+        page = self.stale[number]
+        first = number << PAGE_SHIFT
+        complete = True
+        remaining: list[tuple[int, int]] = []
+        for hole in self._pending_over(number, self._stale_since[number] - 1):
+            start = max(hole.first_lba - first, 0)
+            stop = min(hole.first_lba + hole.count - first, PAGE_BLOCKS)
+            if any(page[start:stop]) and not self._clear_stale(number, page, start, stop):
+                complete = False
+                remaining.append((start, stop))
+        if complete:
+            del self.stale[number], self._stale_since[number]
+            self.logical.put_back(number, page)
+            return []
+        missing = {number for start, stop in remaining for number in self._missing_middle(page, start, stop - start)}
+        return [(self.middle, number) for number in missing]
+
+    def _clear_stale(self, number: int, page: Page, start: int, stop: int) -> bool:
+        if number not in self.logical.changed:
+            # `first_change` copies a frozen page; it has to find it.
+            self.logical.pages[number] = page
+            self.logical.first_change(number).append(start)
+            del self.logical.pages[number]
+        return self._clear_in_page(number, page, start, stop)
+
+    def _settle_then_tell(self, number: int) -> None:
+        if number in self.stale:
+            need = self.settle(number)
+            if need:
+                self.load(need, lambda: self._settle_then_tell(number))
+                return
+        self._tell(self.logical, number)
+
+    def hole_done(self, hole: PendingHole) -> None:
+        """Every page under the hole has it applied."""
+        self.holes.remove(hole)

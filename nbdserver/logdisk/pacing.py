@@ -1,0 +1,60 @@
+"""Long work on the loop, in slices.
+
+A background job is a generator that yields after each small step. A slice runs steps until its time is used up, then lets the
+loop serve clients; when clients are busy the gaps grow with the slices, so that a job takes at most a share of the loop.
+
+Rule: a step must stay well under SLICE_S by itself, because nothing interrupts it.
+"""
+
+from collections.abc import Callable, Iterator
+
+from metadata.seams import Clock
+
+SLICE_S = 0.0004
+_SHARE = 0.25  # of the loop's time that one job may take
+
+
+class Job:
+    """Runs `steps` in slices and calls `finished` at its end; `failed` with what a step raised."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        steps: Iterator[object],
+        finished: Callable[[], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._clock = clock
+        self._steps = steps
+        self._finished = finished
+        self._failed = failed
+        self._stopped = False
+        clock.call_soon(self._slice)
+
+    def stop(self) -> None:
+        """Run no further step and call nothing."""
+        self._stopped = True
+
+    def hurry(self) -> None:
+        """Run what is left at once: someone waits for it."""
+        while not self._stopped:
+            self._run(float("inf"))
+
+    def _slice(self) -> None:
+        if not self._stopped:
+            self._run(self._clock.now() + SLICE_S)
+            if not self._stopped:
+                self._clock.call_later(SLICE_S * (1 / _SHARE - 1), self._slice)
+
+    def _run(self, until: float) -> None:
+        now = self._clock.now
+        try:
+            for _ in self._steps:
+                if now() >= until or self._stopped:
+                    return
+        except Exception as error:
+            self._stopped = True
+            self._failed(error)
+            return
+        self._stopped = True
+        self._finished()

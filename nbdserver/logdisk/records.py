@@ -1,0 +1,143 @@
+"""Reading a segment back: its records in the order of their chain, until the chain ends.
+
+`parse_record` is pure: bytes in, a record or the reason why there is none out. Replay, the cleaner and the offline check
+read segments through it.
+"""
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from protocol.checksum import crc32c
+from protocol.disk import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    MOVE,
+    RECORD_HEADER,
+    RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
+    SEAL,
+    SEAL_BODY,
+    SEGMENT_HEADER,
+    SEGMENT_HEADER_BYTES,
+    SEGMENT_MAGIC,
+    WRITE,
+    block_splitter,
+    body_bytes,
+    record_crc,
+)
+
+_SPLIT_BLOCKS = 256
+
+
+@dataclass(slots=True)
+class SegmentStart:
+    """A valid segment header."""
+
+    family: bytes
+    segment: int
+    epoch: int
+    sequence: int
+    salt: bytes
+    previous_crc: int
+    crc: int
+
+
+@dataclass(slots=True)
+class Record:
+    """A record whose header is a valid link of its chain; its data blocks are at `data_offset` in the segment."""
+
+    kind: int
+    layer: int
+    epoch: int
+    txid: int
+    lsn: int
+    durable_lsn: int
+    previous_crc: int
+    crc: int
+    offset: int
+    data_offset: int
+    blocks: int
+    extents: "array[int]"  # (lba, count | kind << 32) pairs
+    mbas: "array[int]"
+    old: "array[int]"  # (segment, offset) pairs of a MOVE
+    checksums: "array[int]"
+    successor: int
+    successor_salt: bytes
+
+    @property
+    def end(self) -> int:
+        """Offset of the next record."""
+        return self.data_offset + self.blocks * BLOCK_BYTES
+
+
+def parse_segment_header(data: bytes) -> SegmentStart | None:
+    """The header at the start of a segment file, or None if it is not one."""
+    if len(data) < SEGMENT_HEADER_BYTES:
+        return None
+    magic, family, segment, epoch, sequence, salt, previous_crc, crc = SEGMENT_HEADER.unpack_from(data)
+    if magic != SEGMENT_MAGIC or crc32c(data[: SEGMENT_HEADER_BYTES - 4]) != crc:
+        return None
+    return SegmentStart(family, segment, epoch, sequence, salt, previous_crc, crc)
+
+
+def body_length(header: bytes) -> int | None:
+    """Length of the body that follows a record header, or None if this is no record header."""
+    if len(header) < RECORD_HEADER_BYTES:
+        return None
+    magic, kind, _, extents, blocks = RECORD_HEADER.unpack_from(header)[:5]
+    if magic != RECORD_MAGIC or kind not in (WRITE, MOVE, SEAL):
+        return None
+    return body_bytes(kind, extents, blocks)
+
+
+def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record | None:
+    """The record at `offset`, or None if its CRC says that it was not written in this life of the segment.
+
+    Whether it is the *next* link (`previous_crc`, lsn) is the caller's to check.
+    """
+    if body_length(header) != len(body):
+        return None
+    (_, kind, _, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, crc) = RECORD_HEADER.unpack(header)
+    if record_crc(key, header, body) != crc:
+        return None
+    extent_array, mbas, old, checksums = array("Q"), array("Q"), array("I"), array("I")
+    successor, successor_salt = 0, b""
+    if kind == WRITE:
+        cut = extents * EXTENT_BYTES
+        extent_array.frombytes(body[:cut])
+        mbas.frombytes(body[cut : cut + 8 * blocks])
+        checksums.frombytes(body[cut + 8 * blocks :])
+    elif kind == MOVE:
+        mbas.frombytes(body[: 8 * blocks])
+        old.frombytes(body[8 * blocks : 16 * blocks])
+        checksums.frombytes(body[16 * blocks :])
+    else:
+        successor, _, successor_salt = SEAL_BODY.unpack(body)
+    data_offset = offset + len(header) + len(body)
+    return Record(
+        kind, layer, epoch, txid, lsn, durable_lsn, previous_crc, crc, offset, data_offset, blocks,
+        extent_array, mbas, old, checksums, successor, successor_salt,
+    )  # fmt: skip
+
+
+def wrong_blocks(data: bytes, checksums: "array[int]") -> list[int]:
+    """Indexes of the blocks in `data` whose CRC is not the one given; missing bytes are wrong."""
+    wrong: list[int] = []
+    whole = len(data) // BLOCK_BYTES
+    for first in range(0, whole, _SPLIT_BLOCKS):
+        count = min(_SPLIT_BLOCKS, whole - first)
+        blocks = block_splitter(count).unpack_from(data, first * BLOCK_BYTES)
+        found = array("I", map(crc32c, blocks))
+        expected = checksums[first : first + count]
+        if found != expected:
+            wrong += [first + index for index in range(count) if found[index] != expected[index]]
+    return wrong + list(range(whole, len(checksums)))
+
+
+def extents_of(record: Record) -> Iterator[tuple[int, int, int]]:
+    """(lba, count, kind) of a WRITE record."""
+    values = record.extents
+    for index in range(0, len(values), 2):
+        packed = values[index + 1]
+        yield values[index], packed & 0xFFFFFFFF, packed >> 32

@@ -1,0 +1,292 @@
+"""Recovery: from the last checkpoint along the chain to the end of the log.
+
+Theory. LevelDB holds the maps as of one lsn and the place in the log behind it. Replay takes each record that is the next link
+of the chain (its CRC covers salt, sequence number and the previous header's CRC) and whose data has the CRCs that the header names,
+and does again what it did. The chain may end only where a crash could have torn it: in what was never known durable.
+If any valid header of this log behind the break knows a later lsn durable, the break is damage, not an end, and recovery refuses to go on.
+
+Rules
+- Data is verified too (Rule.REPLAY_VERIFIES_DATA): a header can reach the disk without its data.
+- A move takes effect only if the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED).
+- The tail that was replayed is written again in place and synced before anything is served from it
+  (Rule.TAIL_SYNCED_BEFORE_SERVING): after a failed fsync the page cache may hold as clean what the disk never got.
+- Appending goes on in another segment, and a checkpoint at the recovered lsn is synced first, so what lies behind the last
+  good record can never be reached again.
+- Everything here waits for the disk: it runs before the family serves anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from metadata.family_state import Checkpoint
+from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page, PageMap
+from metadata.seams import Files, Store
+from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.maps import OFFSET, Maps
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.records import (
+    Record,
+    body_length,
+    extents_of,
+    parse_record,
+    parse_segment_header,
+    wrong_blocks,
+)
+from nbdserver.logdisk.segments import SegmentPool
+from protocol.disk import (
+    BLOCK_BYTES,
+    EXTENT_HOLE,
+    MOVE,
+    RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
+    SEAL,
+    SEGMENT_HEADER_BYTES,
+    WRITE,
+    chain_key,
+)
+
+_COPY_BYTES = 1 << 20
+_LARGE_HOLE_BLOCKS = 4096
+
+
+class RecoveryError(Exception):
+    """The log is damaged where it was known durable: serving it would lose acknowledged data silently."""
+
+
+@dataclass
+class Recovered:
+    """What replay found."""
+
+    position: Checkpoint  # of the next record
+    records: int
+    blocks: int
+    tail: list[tuple[int, int, int]]  # (segment, start, end) of what was replayed
+
+
+class Replay:
+    """Replays one family's log into `maps`. `progress(bytes done)` is called now and then."""
+
+    def __init__(
+        self, files: Files, store: Store, pool: SegmentPool, maps: Maps, family: bytes, progress: Callable[[int], None]
+    ) -> None:
+        self._files = files
+        self._store = store
+        self._pool = pool
+        self._maps = maps
+        self._family = family
+        self._progress = progress
+
+    def run(self, start: Checkpoint) -> Recovered:
+        """Replay from `start`; raises RecoveryError, DamagedValueError or OSError."""
+        maps = self._maps
+        segment, offset, sequence, salt = start.segment, start.offset, start.sequence, start.salt
+        previous_crc, lsn, txid = start.previous_crc, start.lsn, start.txid
+        tail: list[tuple[int, int, int]] = []
+        records = blocks = 0
+        while True:
+            if not self._begin(segment, offset, sequence, salt, previous_crc, lsn, txid):
+                self._refuse_if_durable(lsn, sequence, segment, 0)
+                break
+            offset = offset or SEGMENT_HEADER_BYTES
+            first = offset
+            record = None
+            for record in self._chain(segment, offset, chain_key(sequence, salt), previous_crc, lsn):
+                self._apply(record, segment)
+                offset, previous_crc, lsn, txid = record.end, record.crc, record.lsn, record.txid
+                maps.segments.appended(segment, offset, txid, lsn)
+                records += 1
+                blocks += record.blocks
+                if not records & 255:
+                    self._progress(record.end - first)
+            tail.append((segment, 0 if first == SEGMENT_HEADER_BYTES else first, offset))
+            if record is None or record.kind != SEAL:
+                self._refuse_if_durable(lsn, sequence, segment, offset)
+                break
+            segment, offset, sequence, salt = record.successor, 0, sequence + 1, record.successor_salt
+        position = Checkpoint(
+            lsn, txid, start.epoch, segment, offset, previous_crc, sequence, salt, maps.next_mba, maps.next_hole,
+            maps.live_blocks,
+        )  # fmt: skip
+        return Recovered(position, records, blocks, tail)
+
+    def rewrite_tail(self, tail: list[tuple[int, int, int]]) -> list[int]:
+        """Write what was replayed again, byte for byte in place; returns the handles to sync, oldest first."""
+        crash_point("replay-before-tail")
+        handles: list[int] = []
+        for segment, start, end in tail:
+            handle = self._pool.handles[segment]
+            for offset in range(start, end, _COPY_BYTES):
+                data = self._files.read(handle, min(_COPY_BYTES, end - offset), offset)
+                self._files.append(handle, (data,), offset)
+            handles.append(handle)
+        return handles
+
+    def begin_fresh_segment(self, log: Log) -> None:
+        """Let the log go on in another segment than the one that it ended in, if that was ever written."""
+        if log.segment >= len(self._pool.handles) or self._pool.handles[log.segment] < 0:
+            return  # a family's first segment, not begun yet
+        segment = self._pool.take(reserved=True)
+        if segment:
+            log.start_over(segment)
+        elif not log.begin_if_needed():
+            raise RecoveryError("there is no room for the log to go on: free some space on the file system")
+
+    # -- the chain
+
+    def _begin(
+        self, segment: int, offset: int, sequence: int, salt: bytes, previous_crc: int, lsn: int, txid: int
+    ) -> bool:
+        """Stand at the start of a segment's life, if it began; `offset` > 0: inside one that the checkpoint knows."""
+        if offset:
+            return True
+        if not self._pool.open_if_present(segment):
+            return False
+        data = self._files.read(self._pool.handles[segment], SEGMENT_HEADER_BYTES, 0)
+        start = parse_segment_header(data)
+        if (
+            start is None
+            or (start.family, start.segment, start.sequence, start.salt) != (self._family, segment, sequence, salt)
+            or start.previous_crc != previous_crc
+        ):
+            return False
+        self._pool.keep(segment)
+        self._maps.segments.begin(segment, sequence, salt)
+        self._maps.segments.appended(segment, SEGMENT_HEADER_BYTES, txid, lsn)
+        return True
+
+    def _chain(self, segment: int, offset: int, key: bytes, previous_crc: int, lsn: int) -> Iterator[Record]:
+        """The records from `offset` on that are next links with good data."""
+        while True:
+            record = read_record(self._files, self._pool.handles[segment], key, offset)
+            if record is None or record.previous_crc != previous_crc or record.lsn != lsn + 1:
+                return
+            if record.blocks and holds(Rule.REPLAY_VERIFIES_DATA):
+                length = record.blocks * BLOCK_BYTES
+                data = self._files.read(self._pool.handles[segment], length, record.data_offset)
+                if wrong_blocks(data, record.checksums):
+                    return
+            yield record
+            if record.kind == SEAL:
+                return
+            offset, previous_crc, lsn = record.end, record.crc, record.lsn
+
+    def _refuse_if_durable(self, lsn: int, sequence: int, segment: int, offset: int) -> None:
+        """Raise RecoveryError if a header behind the break says that more than `lsn` was durable."""
+        if not holds(Rule.LOG_ENDS_ONLY_ABOVE_DURABLE):
+            return
+        for number, handle in enumerate(self._pool.handles):
+            if handle < 0:
+                continue
+            start = parse_segment_header(self._files.read(handle, SEGMENT_HEADER_BYTES, 0))
+            if start is None or start.family != self._family or start.segment != number or start.sequence < sequence:
+                continue
+            begin = offset if number == segment else SEGMENT_HEADER_BYTES
+            durable = self._durable_in(handle, chain_key(start.sequence, start.salt), begin)
+            if durable > lsn:
+                raise RecoveryError(
+                    f"the log is damaged: record {lsn + 1} cannot be read (expected in segment {segment} at byte "
+                    f"{offset}), but segment {number} knows records up to {durable} durable"
+                )
+
+    def _durable_in(self, handle: int, key: bytes, offset: int) -> int:
+        """The highest `durable_lsn` of any header of this life of a segment from `offset` on, wherever it stands."""
+        magic = RECORD_MAGIC.to_bytes(4, "little")
+        data = self._files.read(handle, self._pool.segment_bytes - offset, offset)
+        durable = 0
+        found = data.find(magic)
+        while found >= 0:
+            header = data[found : found + RECORD_HEADER_BYTES]
+            length = body_length(header)
+            if length is not None:
+                body = data[found + RECORD_HEADER_BYTES : found + RECORD_HEADER_BYTES + length]
+                record = parse_record(key, header, body, 0)
+                if record is not None:
+                    durable = max(durable, record.durable_lsn)
+            found = data.find(magic, found + 1)
+        return durable
+
+    # -- doing it again
+
+    def _apply(self, record: Record, segment: int) -> None:
+        if record.kind == WRITE:
+            self._apply_write(record, segment)
+        elif record.kind == MOVE:
+            self._apply_move(record, segment)
+
+    def _apply_write(self, record: Record, segment: int) -> None:
+        maps = self._maps
+        block = 0
+        for lba, count, kind in extents_of(record):
+            maps.regions.mark(lba, count, record.txid)
+            if kind == EXTENT_HOLE:
+                self._apply_hole(lba, count)
+                continue
+            for current in range(lba, lba + count):
+                mba = record.mbas[block]
+                self._logical(current)
+                self._middle(mba)
+                page = maps.logical.pages[current >> PAGE_SHIFT]
+                if page[current & PAGE_MASK] != mba:
+                    maps.set_logical(current, mba)
+                maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
+                maps.next_mba = max(maps.next_mba, mba + 1)
+                block += 1
+
+    def _apply_move(self, record: Record, segment: int) -> None:
+        for block, mba in enumerate(record.mbas):
+            index = mba & PAGE_MASK
+            page = self._middle(mba)
+            old = (record.old[2 * block], record.old[2 * block + 1])
+            if (page[index], page[OFFSET + index]) == old or not holds(Rule.MOVE_ONLY_IF_UNCHANGED):
+                self._maps.set_middle(
+                    mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block]
+                )
+
+    def _apply_hole(self, lba: int, count: int) -> None:
+        maps = self._maps
+        if count > _LARGE_HOLE_BLOCKS:
+            maps.add_hole(lba, count)
+            return
+        for current in range(lba, lba + count):
+            page = self._logical(current)
+            mba = page[current & PAGE_MASK]
+            if mba:
+                self._middle(mba)
+                maps.clear(current, 1)
+
+    def _logical(self, lba: int) -> Page:
+        number = lba >> PAGE_SHIFT
+        maps = self._maps
+        while True:
+            page = maps.logical.get(number)
+            if page is not None:
+                return page
+            if number not in maps.stale:
+                self._load(maps.logical, number)
+            while number in maps.stale:
+                for page_map, needed in maps.settle(number):
+                    self._load(page_map, needed)
+
+    def _middle(self, mba: int) -> Page:
+        number = mba >> PAGE_SHIFT
+        page = self._maps.middle.get(number)
+        if page is None:
+            self._load(self._maps.middle, number)
+            page = self._maps.middle.get(number)
+        assert page is not None
+        return page
+
+    def _load(self, page_map: PageMap, number: int) -> None:
+        self._maps.install(page_map, number, list(self._store.range(*page_map.key_range(number))))
+
+
+def read_record(files: Files, handle: int, key: bytes, offset: int) -> Record | None:
+    """The record at `offset` of a segment in the life that `key` names, or None; waits for the disk."""
+    header = files.read(handle, RECORD_HEADER_BYTES, offset)
+    length = body_length(header)
+    if length is None:
+        return None
+    body = files.read(handle, length, offset + RECORD_HEADER_BYTES)
+    return parse_record(key, header, body, offset)

@@ -1,0 +1,246 @@
+"""The segment files of one family: which are open, spare, awaiting their readers, or to be unlinked.
+
+Theory. A recycled file's blocks are allocated and its pages are cached, which makes an append three times cheaper than
+one to a new file. So a freed segment goes on a stack and the next life takes the most recently freed one. At rest only
+max(8, 2 % of the live data) stay spare; what was not needed for a while is unlinked, so that `df` tells the truth.
+
+Full disk. `RESERVE_SEGMENTS` written-ahead files are never given to clients: the cleaner and discards append with them,
+and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it is unlinked when the file
+system runs full, because LevelDB turns read-only when it meets the end itself.
+
+Rules
+- A file is given out only after `freed`, that is when the checkpoint batch that no longer names it is synced, and only
+  when no read that looked up an address in it is in flight.
+- Numbers start at 1 and the lowest unused one is taken, so that the lists indexed by number stay short.
+"""
+
+from collections.abc import Callable
+
+from metadata.seams import Files
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+
+RESERVE_SEGMENTS = 2
+SPARE_SEGMENTS = 8
+SPARE_FRACTION = 0.02
+DIRECTORY = "segments"
+BALLAST = "ballast"
+_BALLAST_BYTES = 16 << 20
+_FREE_FLOOR_BYTES = 64 << 20  # of the file system that is left to LevelDB and the neighbours
+
+
+def segment_path(segment: int) -> str:
+    """Path of a segment file below the family's directory."""
+    return f"{DIRECTORY}/{segment:08d}.seg"
+
+
+class SegmentPool:
+    """Files by segment number. `handles[number]` is an open handle, or -1."""
+
+    def __init__(self, files: Files, segment_bytes: int, report: Callable[[str, dict[str, object]], None]) -> None:
+        self.handles: list[int] = [-1]
+        self.segment_bytes = segment_bytes
+        self.spare: list[int] = []  # a stack
+        self.created = 0
+        self.recycled = 0
+        self.unlinked = 0
+        self.full = False
+        self._files = files
+        self._report = report
+        self._readers: dict[int, int] = {}
+        self._awaiting_readers: set[int] = set()
+        self._lowest_spare = 0  # since the last `trim_spare`
+        self._preparing = False
+        self._has_ballast = False
+
+    # -- opening
+
+    def adopt(self, in_use: set[int]) -> None:
+        """Open the files of the segments in use and take every other whole file as spare. OSError if one is missing."""
+        present: dict[str, int] = {}
+        for name in self._files.list(DIRECTORY):
+            stem, _, suffix = name.partition(".")
+            if suffix == "seg" and stem.isdigit():
+                present[name] = int(stem)
+        for segment in sorted(in_use):
+            self._set_handle(segment, self._files.open(segment_path(segment)))
+        for name, segment in sorted(present.items()):
+            if segment in in_use or segment < len(self.handles) and self.handles[segment] >= 0:
+                continue
+            handle = self._files.open(f"{DIRECTORY}/{name}")
+            if self._files.size_bytes(handle) != self.segment_bytes:
+                self._files.close(handle)  # cut off while it was made
+                self._files.unlink(f"{DIRECTORY}/{name}")
+                continue
+            self._set_handle(segment, handle)
+            self.spare.append(segment)
+        self._has_ballast = BALLAST in self._files.list(".")
+        self._lowest_spare = len(self.spare)
+
+    def open_if_present(self, segment: int) -> bool:
+        """Open a segment that replay met and the checkpoint does not know."""
+        if segment < len(self.handles) and self.handles[segment] >= 0:
+            return True
+        try:
+            handle = self._files.open(segment_path(segment))
+        except FileNotFoundError:
+            return False
+        self._set_handle(segment, handle)
+        return True
+
+    def keep(self, segment: int) -> None:
+        """Replay found the segment in use."""
+        if segment in self.spare:
+            self.spare.remove(segment)
+
+    def close(self) -> None:
+        for segment, handle in enumerate(self.handles):
+            if handle >= 0:
+                self._files.close(handle)
+                self.handles[segment] = -1
+
+    # -- giving out
+
+    def take(self, reserved: bool) -> int:
+        """A free segment file for a new life, or 0 when there is none. `reserved` may use the reserve."""
+        keep = 0 if reserved else RESERVE_SEGMENTS
+        segment = 0
+        if len(self.spare) > keep:
+            segment = self.spare.pop()
+            self.recycled += 1
+        elif self._has_room():
+            segment = self._create()
+        self._lowest_spare = min(self._lowest_spare, len(self.spare))
+        self._set_full(not segment and not reserved)
+        if segment:
+            crash_point("segment-before-reuse")
+        return segment
+
+    def can_take(self) -> bool:
+        """Whether a client's write could get another segment now."""
+        return len(self.spare) > RESERVE_SEGMENTS or self._has_room()
+
+    def take_number(self, segment: int) -> bool:
+        """Make the file of one given number: a family's first."""
+        if segment in self.spare:
+            self.spare.remove(segment)
+            return True
+        if not self._has_room():
+            self._set_full(True)
+            return False
+        return self._create(segment) != 0
+
+    def return_unused(self, segment: int) -> None:
+        """Put back a file that was taken and not written."""
+        self.spare.append(segment)
+
+    # -- getting back
+
+    def freed(self, segment: int) -> None:
+        """The segment's life is over; it may be given out when its readers have left."""
+        if holds(Rule.REUSE_AFTER_READERS_LEFT) and self._readers.get(segment):
+            self._awaiting_readers.add(segment)
+        else:
+            self.spare.append(segment)
+            self._set_full(False)
+
+    def begin_read(self, segment: int) -> None:
+        """A read off the loop has looked up an address in the segment."""
+        self._readers[segment] = self._readers.get(segment, 0) + 1
+
+    def end_read(self, segment: int) -> None:
+        left = self._readers[segment] - 1
+        if left:
+            self._readers[segment] = left
+            return
+        del self._readers[segment]
+        if segment in self._awaiting_readers:
+            self._awaiting_readers.discard(segment)
+            self.freed(segment)
+
+    def keep_ready(self) -> None:
+        """Prepare what the next writes and a full disk will need, one file at a time, off the loop."""
+        if self._preparing or not self._has_room():
+            return
+        if not self._has_ballast:
+            self._preparing = True
+            self._has_ballast = True
+            self._files.prepare_later(BALLAST, _BALLAST_BYTES, self._ballast_prepared)
+        elif len(self.spare) < RESERVE_SEGMENTS + 1:
+            self._preparing = True
+            segment = self._unused_number()
+            self._set_handle(segment, -2)  # taken
+            self._files.prepare_later(
+                segment_path(segment), self.segment_bytes, lambda errno, handle: self._prepared(segment, errno, handle)
+            )
+
+    def trim_spare(self, live_bytes: int) -> None:
+        """Unlink spare files that were not needed since the last call, down to what may stay."""
+        stay = max(SPARE_SEGMENTS, int(live_bytes * SPARE_FRACTION) // self.segment_bytes)
+        surplus = min(self._lowest_spare, len(self.spare)) - stay
+        for _ in range(surplus):
+            segment = self.spare.pop(0)  # the longest unused one
+            self._files.close(self.handles[segment])
+            self.handles[segment] = -2
+            self._files.unlink_later(segment_path(segment), lambda _, number=segment: self._number_free(number))
+            self.unlinked += 1
+        self._lowest_spare = len(self.spare)
+
+    def release_ballast(self) -> None:
+        """LevelDB needs room."""
+        if self._has_ballast:
+            self._has_ballast = False
+            self._files.unlink(BALLAST)
+            self._report("ballast-released", {})
+
+    # -- inside
+
+    def _create(self, segment: int = 0) -> int:
+        segment = segment or self._unused_number()
+        try:
+            handle = self._files.create(segment_path(segment), self.segment_bytes)
+        except OSError:
+            return 0
+        self._set_handle(segment, handle)
+        # The name must be durable before a flush relies on it.
+        self._files.sync_directory(DIRECTORY)
+        self.created += 1
+        return segment
+
+    def _has_room(self) -> bool:
+        return self._files.free_bytes() >= self.segment_bytes + _FREE_FLOOR_BYTES
+
+    def _set_full(self, full: bool) -> None:
+        if full != self.full:
+            self.full = full
+            self._report("disk-full" if full else "disk-has-room", {"free_bytes": self._files.free_bytes()})
+
+    def _unused_number(self) -> int:
+        try:
+            return self.handles.index(-1, 1)
+        except ValueError:
+            return len(self.handles)
+
+    def _set_handle(self, segment: int, handle: int) -> None:
+        while len(self.handles) <= segment:
+            self.handles.append(-1)
+        self.handles[segment] = handle
+
+    def _number_free(self, segment: int) -> None:
+        self.handles[segment] = -1
+
+    def _prepared(self, segment: int, errno: int, handle: int) -> None:
+        self._preparing = False
+        if errno:
+            self._number_free(segment)
+            return
+        self._set_handle(segment, handle)
+        self.spare.insert(0, segment)
+        self.keep_ready()
+
+    def _ballast_prepared(self, errno: int, handle: int) -> None:
+        self._preparing = False
+        if errno:
+            self._has_ballast = False
+            return
+        self._files.close(handle)
+        self.keep_ready()

@@ -1,0 +1,367 @@
+"""Operations that have to wait: for map pages, for cold data, for room.
+
+Theory. An operation is cut into pieces of at most one logical page (1 MiB). Each piece is tried inline, exactly like on the hot
+path; if that fails, what it lacks is brought in off the loop and it is tried again. So every decision (which PBA, which content a
+partial block is merged with) is taken where the record is ordered, from the maps as they are then. A block that is read off the loop is used for a merge
+only if its MBA still has the PBA that was read.
+
+Rules
+- A read off the loop holds its segment (`begin_read`), so that the segment is not reused under it.
+- What cannot be had is said: EIO for a block whose checksum is wrong (its LBA is reported), ENOSPC when no room can be gained.
+- Every operation ends: with success, with an errno, or with EIO when the family fails.
+
+Known weakness: pieces of one operation go one after the other, so a large cold read does not use the device's whole queue.
+"""
+
+import errno as errnos
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
+from metadata.seams import Buffer, Clock, Files
+from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
+from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from nbdserver.logdisk.disk import LogDisk
+
+_PIECE_BYTES = PAGE_BLOCKS * BLOCK_BYTES
+_TRIES = 3  # with a large piece, before it is halved: its pages do not fit into the cache together
+_MOST_EXTENT_PAGES = 64  # looked at for one EXTENTS
+
+
+class SlowPath:
+    """Runs operations that could not be answered inline."""
+
+    def __init__(self, disk: "LogDisk", files: Files, clock: Clock) -> None:
+        self.under_way = 0
+        self.cold_reads = 0
+        self._disk = disk
+        self._files = files
+        self._clock = clock
+        self._parked: list[Callable[[], None]] = []
+
+    def submit(
+        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int
+    ) -> None:
+        """See BlockDevice.later."""
+        self.under_way += 1
+        _Waiting(self, self._disk, operation, offset, length, data, done, limit)
+
+    def wake(self) -> None:
+        """Something may have changed for those who wait for room."""
+        if self._parked:
+            parked, self._parked = self._parked, []
+            for retry in parked:
+                self._clock.call_soon(retry)
+
+    def park(self, retry: Callable[[], None]) -> None:
+        """Call `retry` at the next `wake`."""
+        self._parked.append(retry)
+
+
+class _Waiting:
+    """One operation under way."""
+
+    def __init__(
+        self,
+        slow_path: SlowPath,
+        disk: "LogDisk",
+        operation: Operation,
+        offset: int,
+        length: int,
+        data: bytes | None,
+        done: Later,
+        limit: int,
+    ) -> None:
+        self._slow_path = slow_path
+        self._disk = disk
+        self._operation = operation
+        self._at = offset
+        self._start = offset
+        self._end = offset + length
+        self._data = memoryview(data) if data is not None else memoryview(b"")
+        self._done = done
+        self._limit = limit
+        self._tries = 0
+        self._piece_bytes = _PIECE_BYTES
+        self._pieces: list[Buffer] = []
+        self._extents: Extents = []
+        self._extent_pages = 0
+        self._cold: dict[int, tuple[int, int, bytes]] = {}  # LBA → (segment, offset, content), for merging
+        slow_path._clock.call_soon(self._go_on)
+
+    # -- going on
+
+    def _go_on(self) -> None:
+        disk = self._disk
+        while True:
+            if disk.failure:
+                self._finish(errnos.EIO)
+                return
+            if self._at >= self._end:
+                self._finish(0)
+                return
+            piece_end = min(self._end, (self._at // self._piece_bytes + 1) * self._piece_bytes)
+            if not self._try(piece_end):
+                return
+            self._tries = 0
+
+    def _finish(self, errno: int) -> None:
+        self._slow_path.under_way -= 1
+        if errno:
+            self._done(errno, None)
+        elif self._operation == Operation.READ:
+            self._done(0, self._pieces)
+        elif self._operation == Operation.EXTENTS:
+            self._done(0, self._extents[: self._limit])
+        else:
+            self._done(0, None)
+
+    def _try(self, end: int) -> bool:
+        """Do the piece up to `end` and move on; False if a callback will call `_go_on` again, or the operation ended."""
+        operation = self._operation
+        if operation in (Operation.READ, Operation.CACHE):
+            return self._try_read(end)
+        if operation == Operation.EXTENTS:
+            return self._try_extents()
+        return self._try_change(end)
+
+    def _load(self, lba: int, count: int) -> bool:
+        """Whether the pages for these blocks are there; otherwise they are being loaded."""
+        need = self._disk.maps.needed(lba, count, MIN_PAGES // 2)
+        if not need:
+            return True
+        self._tries += 1
+        if self._tries > _TRIES and self._piece_bytes > BLOCK_BYTES:
+            self._piece_bytes >>= 1
+            self._tries = 0
+        self._disk.maps.load(need, self._go_on)
+        return False
+
+    # -- reading
+
+    def _try_read(self, end: int) -> bool:
+        disk = self._disk
+        found = disk.read(self._at, end - self._at)
+        if found is not None:
+            if self._operation == Operation.READ:
+                self._pieces += found
+            self._at = end
+            return True
+        lba = self._at >> 12
+        count = ((end + 4095) >> 12) - lba
+        if self._load(lba, count):
+            self._read_cold(lba, count, lambda blocks: self._cold_arrived(lba, blocks, end))
+        return False
+
+    def _cold_arrived(self, lba: int, blocks: list[bytes], end: int) -> None:
+        if self._operation == Operation.READ:
+            whole = b"".join(blocks)
+            begin = self._at - (lba << 12)
+            self._pieces.append(memoryview(whole)[begin : begin + end - self._at])
+        self._at = end
+        self._go_on()
+
+    def _read_cold(self, lba: int, count: int, arrived: Callable[[list[bytes]], None]) -> None:
+        """Read resident-mapped blocks of one piece off the loop and check them; EIO ends the operation."""
+        disk = self._disk
+        self._slow_path.cold_reads += 1
+        blocks: list[bytes] = [bytes(BLOCK_BYTES)] * count
+        by_segment: dict[int, list[tuple[int, int, int]]] = {}  # segment → (index, offset, checksum)
+        for index in range(count):
+            address = self._address(lba + index)
+            if address is not None:
+                segment, offset, checksum = address
+                by_segment.setdefault(segment, []).append((index, offset, checksum))
+        waiting = len(by_segment)
+        if not waiting:
+            self._slow_path._clock.call_soon(lambda: arrived(blocks))
+            return
+        errors: list[int] = []
+
+        def one_read(segment: int, wanted: list[tuple[int, int, int]], errno: int, data: list[bytes]) -> None:
+            nonlocal waiting
+            disk.pool.end_read(segment)
+            waiting -= 1
+            for position, (index, offset, checksum) in enumerate(wanted):
+                content = data[position] if not errno else b""
+                if len(content) != BLOCK_BYTES or crc32c(content) != checksum:
+                    errors.append(lba + index)
+                    disk.damaged(lba + index, segment, offset, errno)
+                blocks[index] = content
+            if not waiting:
+                if errors:
+                    self._finish(errnos.EIO)
+                else:
+                    arrived(blocks)
+
+        for segment, wanted in by_segment.items():
+            disk.pool.begin_read(segment)
+            self._slow_path._files.read_later(
+                disk.pool.handles[segment],
+                [(BLOCK_BYTES, offset) for _, offset, _ in wanted],
+                lambda errno, data, segment=segment, wanted=wanted: one_read(segment, wanted, errno, data),
+            )
+
+    def _address(self, lba: int) -> tuple[int, int, int] | None:
+        """(segment, offset, checksum) of a block whose pages are resident, None for a hole."""
+        maps = self._disk.maps
+        page = maps.logical.get(lba >> PAGE_SHIFT)
+        assert page is not None
+        mba = page[lba & PAGE_MASK]
+        if not mba:
+            return None
+        middle = maps.middle.get(mba >> PAGE_SHIFT)
+        assert middle is not None
+        index = mba & PAGE_MASK
+        return middle[index], middle[OFFSET + index], middle[CHECKSUM + index]
+
+    # -- changing
+
+    def _try_change(self, end: int) -> bool:
+        """WRITE and DISCARD."""
+        disk = self._disk
+        if disk.background.must_wait_for_checkpoint():
+            disk.checkpointer.when_done(self._go_on)
+            return False
+        if self._operation == Operation.DISCARD:
+            return self._try_discard(end)
+        aligned_end = self._aligned_end(end)
+        lba = self._at >> 12
+        if not self._load(lba, ((aligned_end + 4095) >> 12) - lba):
+            return False
+        begin = self._at - self._start
+        data = self._data[begin : begin + aligned_end - self._at]
+        if (self._at | aligned_end) & 4095:
+            held = self._held(lba)
+            if held is None:
+                return False
+            merged = bytearray(held)
+            within = self._at & 4095
+            merged[within : within + len(data)] = data
+            data = memoryview(bytes(merged))
+        return self._changed(disk.write_now(lba, data), aligned_end)
+
+    def _aligned_end(self, end: int) -> int:
+        """Where the piece from `_at` on ends so that it is whole blocks or lies in one block."""
+        if self._at & 4095:
+            return min(end, (self._at | 4095) + 1)
+        return end & ~4095 if end & ~4095 > self._at else end
+
+    def _held(self, lba: int) -> bytes | None:
+        """The present content of a block to be merged with, or None: it is being read."""
+        disk = self._disk
+        inline = disk.read(lba << 12, BLOCK_BYTES)
+        if inline is not None:
+            return b"".join(inline)
+        address = self._address(lba)
+        if address is None:
+            return bytes(BLOCK_BYTES)
+        cold = self._cold.get(lba)
+        if cold is not None and cold[:2] == address[:2]:
+            return cold[2]
+
+        def arrived(blocks: list[bytes]) -> None:
+            self._cold[lba] = (address[0], address[1], blocks[0])
+            self._go_on()
+
+        self._read_cold(lba, 1, arrived)
+        return None
+
+    def _try_discard(self, end: int) -> bool:
+        disk = self._disk
+        first = (self._at + 4095) >> 12
+        stop = self._end >> 12
+        if self._at & 4095 or stop <= first:
+            # An edge: zeros merged into one block, unless it holds zeros.
+            return self._zero_edge(min(self._end, (self._at | 4095) + 1))
+        if stop - first > disk.small_hole_blocks:
+            if len(disk.maps.holes) >= MAX_PENDING_HOLES:
+                self._slow_path.park(self._go_on)
+                return False
+            return self._changed(disk.discard_now(first, stop - first), stop << 12)
+        stop = min(stop, end >> 12) if end >> 12 > first else stop
+        stop = min(stop, first + max(1, self._piece_bytes >> 12))
+        if not self._load(first, stop - first):
+            return False
+        return self._changed(disk.discard_now(first, stop - first), stop << 12)
+
+    def _zero_edge(self, end: int) -> bool:
+        lba = self._at >> 12
+        if not self._load(lba, 1):
+            return False
+        held = self._held(lba)
+        if held is None:
+            return False
+        within = self._at & 4095
+        merged = bytearray(held)
+        merged[within : within + end - self._at] = bytes(end - self._at)
+        if merged == held:
+            self._at = end
+            return True
+        return self._changed(self._disk.write_now(lba, memoryview(bytes(merged))), end)
+
+    def _changed(self, errno: int, end: int) -> bool:
+        if errno == errnos.ENOSPC and self._disk.background.can_gain_room():
+            self._slow_path.park(self._go_on)
+            return False
+        if errno:
+            self._finish(errno)
+            return False
+        self._at = end
+        return True
+
+    # -- extents
+
+    def _try_extents(self) -> bool:
+        disk = self._disk
+        found = disk.extents(self._at, self._end - self._at, self._limit + 1)
+        if found is not None:
+            self._extents = self._joined(found)
+            self._finish(0)
+            return False
+        maps = disk.maps
+        number = self._at >> 12 >> PAGE_SHIFT
+        last = (self._end - 1) >> 12 >> PAGE_SHIFT
+        if maps.logical.get(number) is not None:
+            page_end = min(self._end, ((number + 1) << PAGE_SHIFT) << 12)
+            found = disk.extents(self._at, page_end - self._at, 1 << 16) or []
+            self._extents = self._joined(found)
+            self._at = page_end
+            self._extent_pages += 1
+            if len(self._extents) > self._limit or self._extent_pages >= _MOST_EXTENT_PAGES:
+                self._finish(0)
+                return False
+            return True
+        start, stop = maps.logical.key_range(number)[0], maps.logical.key_range(last)[1]
+        disk.read_store([(start, stop)], lambda items: self._next_page(number, last, items[0]), 1)
+        return False
+
+    def _next_page(self, number: int, last: int, items: list[tuple[bytes, bytes]]) -> None:
+        """Everything before the next page that exists anywhere is a hole."""
+        maps = self._disk.maps
+        following = maps.logical.page_of_key(items[0][0]) if items else last + 1
+        following = maps.logical.first_resident(number, following)
+        following = min((each for each in maps.stale if number <= each < following), default=following)
+        if following <= number:
+            if maps.logical.get(number) is None:
+                maps.load([(maps.logical, number)], self._go_on)
+            else:
+                self._go_on()
+            return
+        hole_end = min(self._end, (following << PAGE_SHIFT) << 12)
+        self._extents = self._joined([(hole_end - self._at, HOLE | ZERO)])
+        self._at = hole_end
+        self._go_on()
+
+    def _joined(self, more: Extents) -> Extents:
+        joined = list(self._extents)
+        for length, flags in more:
+            if joined and joined[-1][1] == flags:
+                joined[-1] = (joined[-1][0] + length, flags)
+            else:
+                joined.append((length, flags))
+        return joined[: self._limit + 1]
