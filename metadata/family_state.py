@@ -1,7 +1,8 @@
 """The fixed keys of a family's LevelDB: what it is, whether it was closed cleanly, and where its checkpoint stands.
 
-One value each, versioned and checksummed. `family` never changes but for the size; `open` is written, synced, when the family is opened for
-writing and when it is closed; `checkpoint` and the pending holes are part of every checkpoint's batch.
+One value each, versioned and checksummed. `family` never changes but for the size; `open` is written, synced, when
+the family is opened for writing and when it is closed; `checkpoint` and the pending holes are part of every
+checkpoint's batch.
 """
 
 from collections.abc import Sequence

@@ -1,21 +1,24 @@
 """A map of pages: the shape that the logical map and the middle map share.
 
 Theory. A map from 64-bit numbers to small fixed-size entries is cut into pages of 256 entries. A page in memory is one
-`array`; the hot path reads `pages[number >> 8][number & 255]` itself, without a call. In LevelDB a page is a *base* value (all
-entries) and *entry* values (one entry each) that override it. A checkpoint writes a page's base when many of its entries
-changed, single entries otherwise: a sequential gigabyte costs 12 bytes a block, and a random 4 KiB write over a terabyte one
-small key, which its next version replaces, so that LevelDB's compaction cost stays that of plain keys.
+`array`; the hot path reads `pages[number >> 8][number & 255]` itself, without a call. In LevelDB a page is a *base*
+value (all entries) and *entry* values (one entry each) that override it. A checkpoint writes a page's base when many
+of its entries changed, single entries otherwise: a sequential gigabyte costs 12 bytes a block, and a random 4 KiB
+write over a terabyte one small key, which its next version replaces, so that LevelDB's compaction cost stays that of
+plain keys.
 
 A checkpoint is the state at one instant, written over many slices of the loop. `freeze()` is constant time: the set of
-changed pages moves aside. The first change of a page after that finds no record in `changed` and comes to `first_change`,
-which copies the page if the checkpoint has not written it yet. So copy-on-write costs the hot path nothing.
+changed pages moves aside. The first change of a page after that finds no record in `changed` and comes to
+`first_change`, which copies the page if the checkpoint has not written it yet. So copy-on-write costs the hot path
+nothing.
 
 Eviction is by two generations: a page that is asked for moves to the young one; when the young one has filled half of
 the limit it becomes the old one, whose clean pages are dropped a few at each load. A hit in the young generation
 costs no bookkeeping.
 
 Rules
-- Whoever changes an entry calls `changed[page].append(index)`, or `first_change(page)` if there is none, before the change.
+- Whoever changes an entry calls `changed[page].append(index)`, or `first_change(page)` if there is none, before the
+  change.
 - A changed page is not evicted before the checkpoint that contains the change has been synced (`thaw`).
 - Only the loop's thread touches this.
 
@@ -53,8 +56,8 @@ _EVICTIONS_A_LOAD = 2  # so that dropping pages keeps up with loading them, and 
 class PageMap:
     """Pages of entries of `fields` items of typecode `typecode`, kept under `prefix` in LevelDB.
 
-    An entry's items lie `PAGE_BLOCKS` apart in the array: item k of entry i is `page[k * 256 + i]`. An entry of zeros is
-    absence.
+    An entry's items lie `PAGE_BLOCKS` apart in the array: item k of entry i is `page[k * 256 + i]`. An entry of zeros
+    is absence.
     """
 
     def __init__(self, prefix: bytes, typecode: str, fields: int, limit_pages: int) -> None:
@@ -199,13 +202,11 @@ class PageMap:
         invariant(not self._frozen, "one checkpoint at a time")
         self._frozen, self.changed = self.changed, {}
 
-    def encode(
-        self, batch: Batch, stamp: int, taken_out: dict[int, Page], unstamped: frozenset[int]
-    ) -> Iterator[int]:
+    def encode(self, batch: Batch, stamp: int, taken_out: dict[int, Page], unstamped: frozenset[int]) -> Iterator[int]:
         """Put the frozen pages into `batch`, one page a step, yielding the number of values put.
 
-        `stamp` is written beside each page when it is not 0 (logical map: the last hole applied to it), but for those in
-        `unstamped`; `taken_out` holds pages that are resident but not in `pages`.
+        `stamp` is written beside each page when it is not 0 (logical map: the last hole applied to it), but for those
+        in `unstamped`; `taken_out` holds pages that are resident but not in `pages`.
         """
         for number, changes in list(self._frozen.items()):
             page = self._copies.pop(number, None)

@@ -1,8 +1,9 @@
 """The region table: region (4 MiB of LBA) → txid of its last modification.
 
-A tracking bitmap for an absent replica is a view of it: the regions whose txid is later than what that replica has. The hot
-path does `recent[lba >> REGION_SHIFT] = txid`; a checkpoint swaps `recent` away in constant time and merges it into pages of 512
-regions (2 GiB) in slices. The pages stay in memory: 8 bytes for each 4 MiB of volume that was ever written, 32 MiB for 16 TiB.
+A tracking bitmap for an absent replica is a view of it: the regions whose txid is later than what that replica has.
+The hot path does `recent[lba >> REGION_SHIFT] = txid`; a checkpoint swaps `recent` away in constant time and merges
+it into pages of 512 regions (2 GiB) in slices. The pages stay in memory: 8 bytes for each 4 MiB of volume that was
+ever written, 32 MiB for 16 TiB.
 
 Known weakness: a region is marked by any write in it, so scattered small writes mark much.
 """

@@ -1,9 +1,9 @@
 """The five seams: everything that is not deterministic comes in through one of these, passed to a constructor.
 
 Production passes the classes of `nbdserver/host` and `metadata/leveldb.py`; the simulator passes its own and runs
-everything in one thread from one seed. All methods are called on the loop's thread, and every `done` callback is called
-there too, never from inside the call that took it. `later` in a name means: the work may wait for a device, so it is done
-off the loop.
+everything in one thread from one seed. All methods are called on the loop's thread, and every `done` callback is
+called there too, never from inside the call that took it. `later` in a name means: the work may wait for a device, so
+it is done off the loop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +80,7 @@ class Files(Protocol):
     """Segment files below one directory. A handle is a small integer. Every failure is an OSError or an errno."""
 
     def create(self, path: str, size_bytes: int) -> int:
-        """Make a file of `size_bytes` allocated zeros (fallocate) and return its handle; ENOSPC leaves nothing behind."""
+        """Make a file of `size_bytes` allocated zeros (fallocate), return its handle; ENOSPC leaves nothing behind."""
 
     def open(self, path: str) -> int: ...
 
@@ -89,7 +89,7 @@ class Files(Protocol):
     def size_bytes(self, handle: int) -> int: ...
 
     def append(self, handle: int, buffers: Sequence[Buffer], offset: int) -> None:
-        """Write all buffers one after the other at `offset` with one `pwritev`; OSError means an unknown part arrived."""
+        """Write all buffers one after the other at `offset` by one `pwritev`; OSError: an unknown part arrived."""
 
     def read_cached(self, handle: int, length: int, offset: int) -> bytes | None:
         """What the page cache holds (RWF_NOWAIT), or None when any of it would have to come from the device."""

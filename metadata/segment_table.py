@@ -1,13 +1,15 @@
 """The segment usage table (SUT): what the log knows about each segment in use.
 
-Per segment file: its life's sequence number and salt, where it ends, how many of its blocks are live, the txid and lsn of its
-last record. In memory it is a handful of lists indexed by segment number, because the hot path counts a live block up and a dead
-one down for every block written. `newest_first` walks it by last modification, which is how a returning column holder
-finds what it lacks, and how the cleaner tells old from young.
+Per segment file: its life's sequence number and salt, where it ends, how many of its blocks are live, the txid and
+lsn of its last record. In memory it is a handful of lists indexed by segment number, because the hot path counts a
+live block up and a dead one down for every block written. `newest_first` walks it by last modification, which is how
+a returning column holder finds what it lacks, and how the cleaner tells old from young.
 
 Rules
-- A segment is *in use* from `begin` to `free`; a checkpoint writes the rows that changed and deletes those without a live block.
-- Only the open segment's `end`, `txid` and `lsn` change; a row written after `freeze` takes its live blocks from the frozen copy.
+- A segment is *in use* from `begin` to `free`; a checkpoint writes the rows that changed and deletes those without a
+  live block.
+- Only the open segment's `end`, `txid` and `lsn` change; a row written after `freeze` takes its live blocks from the
+  frozen copy.
 - The number 0 names no segment: in a PBA it is absence.
 """
 
@@ -101,8 +103,9 @@ class SegmentTable:
         return FrozenRows(self.live[:], appended, open_segment, self.lsn[open_segment])
 
     def encode(self, batch: Batch, frozen: "FrozenRows") -> Iterator[int]:
-        """Put the rows that differ from the last checkpoint's into `batch`, some hundred segments a step; those whose last
-        live block was gone are deleted there and named in `frozen.dead`. Their `free` is the caller's, once the batch is synced."""
+        """Put the rows that differ from the last checkpoint's into `batch`, some hundred segments a step; those whose
+        last live block was gone are deleted there and named in `frozen.dead`. Their `free` is the caller's, once the
+        batch is synced."""
         live, written = frozen.live, self._written_live
         written += [0] * (len(live) - len(written))
         for first in range(0, len(live), _ROWS_A_STEP):

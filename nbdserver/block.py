@@ -1,14 +1,17 @@
 """The one narrow block interface between NBD sessions and what stores bytes.
 
-Theory: a wake of the loop brings many requests. Each is first tried *inline*: `read`, `write`, `discard` and `extents` answer
-at once or say that they cannot (None, False), at the cost of one function call and no object. What cannot be answered inline
-(a map page that is not in memory, a block that is not in the page cache, a full disk, a damaged block) goes to `later`, which
-takes a callback. So the hot path has no callbacks, and the slow path has one door.
+Theory: a wake of the loop brings many requests. Each is first tried *inline*: `read`, `write`, `discard` and
+`extents` answer at once or say that they cannot (None, False), at the cost of one function call and no object. What
+cannot be answered inline (a map page that is not in memory, a block that is not in the page cache, a full disk, a
+damaged block) goes to `later`, which takes a callback. So the hot path has no callbacks, and the slow path has one
+door.
 
 Rules
-- Offsets and lengths have been checked against `size_bytes` and the export's settings by the session: they are trusted here.
-- `write` and `discard` that returned True belong to the *open batch*; none of it is acknowledged before `commit` returned 0. The data
-  given to `write` must stay unchanged until then. Nothing may be awaited between the first of them and `commit`.
+- Offsets and lengths have been checked against `size_bytes` and the export's settings by the session: they are
+  trusted here.
+- `write` and `discard` that returned True belong to the *open batch*; none of it is acknowledged before `commit`
+  returned 0. The data given to `write` must stay unchanged until then. Nothing may be awaited between the first of
+  them and `commit`.
 - `later` operations commit themselves before their callback. Callbacks come from the loop, never from inside the call.
 - An operation that returned None or False changed nothing.
 """
@@ -60,7 +63,8 @@ class BlockDevice(Protocol):
         but never covers less than one byte; or None: ask `later`."""
 
     def commit(self) -> int:
-        """Append the open batch to the log as one record. 0: all of it is acknowledged; an errno: none of it happened."""
+        """Append the open batch to the log as one record. 0: all of it is acknowledged; an errno: none of it
+        happened."""
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

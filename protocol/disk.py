@@ -2,15 +2,17 @@
 
 All integers are little-endian, and so are the arrays: a big-endian host is refused at import. A segment file is
 
-    SegmentHeader | RecordHeader body data | RecordHeader body data | ... | RecordHeader(SEAL) body | rest of an old life
+    SegmentHeader | RecordHeader body data | RecordHeader body data | ... | RecordHeader(SEAL) body | rest of an old
+    life
 
 and every header is a link of one chain: its CRC covers the salt and sequence number of this life of the segment, its
-own fields (with the previous header's CRC among them) and its body. The salt is random for each life and never leaves the
-segment header, so that neither the remains of a former life nor client data that looks like a record can be a link.
+own fields (with the previous header's CRC among them) and its body. The salt is random for each life and never leaves
+the segment header, so that neither the remains of a former life nor client data that looks like a record can be a link.
 
-A body is, for WRITE: extents (lba, count | kind << 32) u64 pairs, then per block the MBA (u64), then per block the CRC-32C (u32);
-for MOVE: per block the MBA (u64), then per block old segment and old offset (u32 pairs), then per block the CRC-32C (u32);
-for SEAL: SealBody. Data blocks follow the body, 4,096 bytes each, in the order of the MBAs, at whatever offset that is.
+A body is, for WRITE: extents (lba, count | kind << 32) u64 pairs, then per block the MBA (u64), then per block the
+CRC-32C (u32); for MOVE: per block the MBA (u64), then per block old segment and old offset (u32 pairs), then per
+block the CRC-32C (u32); for SEAL: SealBody. Data blocks follow the body, 4,096 bytes each, in the order of the MBAs,
+at whatever offset that is.
 """
 
 import sys
@@ -92,7 +94,8 @@ SEAL_BODY = derive(SealBody)
 SEGMENT_HEADER_BYTES = SEGMENT_HEADER.size
 RECORD_HEADER_BYTES = RECORD_HEADER.size
 SEAL_BYTES = RECORD_HEADER.size + SEAL_BODY.size
-EXTENT_BYTES = Extent.sizeof()
+SEAL_BODY_BYTES = SEAL_BODY.size
+EXTENT_BYTES: int = Extent.sizeof()
 MAX_RECORD_EXTENTS = 0xFFFF
 WRITE_BLOCK_BYTES = 12  # of the body, a block
 MOVE_BLOCK_BYTES = 20
@@ -102,10 +105,12 @@ def body_bytes(kind: int, extents: int, blocks: int) -> int:
     """Length of a record's body."""
     if kind == WRITE:
         return EXTENT_BYTES * extents + WRITE_BLOCK_BYTES * blocks
-    return MOVE_BLOCK_BYTES * blocks if kind == MOVE else SEAL_BODY.size
+    return MOVE_BLOCK_BYTES * blocks if kind == MOVE else SEAL_BODY_BYTES
 
 
-def pack_segment_header(family: bytes, segment: int, epoch: int, sequence: int, salt: bytes, previous_crc: int) -> bytes:
+def pack_segment_header(
+    family: bytes, segment: int, epoch: int, sequence: int, salt: bytes, previous_crc: int
+) -> bytes:
     """The first SEGMENT_HEADER_BYTES of a segment file."""
     unsigned = SEGMENT_HEADER.pack(SEGMENT_MAGIC, family, segment, epoch, sequence, salt, previous_crc, 0)[:-4]
     return unsigned + crc32c(unsigned).to_bytes(4, "little")
@@ -117,8 +122,8 @@ def chain_key(sequence: int, salt: bytes) -> bytes:
 
 
 def pack_record_header(
-    key: bytes, kind: int, extents: int, layer: int, epoch: int, previous_crc: int, txid: int, lsn: int, durable_lsn: int,
-    blocks: int, body: bytes,
+    key: bytes, kind: int, extents: int, layer: int, epoch: int, previous_crc: int, txid: int, lsn: int, durable_lsn:
+    int, blocks: int, body: bytes,
 ) -> tuple[bytes, int]:  # fmt: skip
     """Return (header and body, CRC of the header, which is the next record's `previous_crc`)."""
     unsigned = RECORD_HEADER.pack(

@@ -1,4 +1,5 @@
-"""`invariant()`: a check that stays under `python -O`. Input is checked at the edge; inside, what must hold is asserted."""
+"""`invariant()`: a check that stays under `python -O`. Input is checked at the edge; inside, what must hold is
+asserted."""
 
 
 class InvariantError(Exception):

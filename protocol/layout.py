@@ -1,8 +1,9 @@
 """The one way from a construct declaration to a fast packer.
 
-construct parses a 28-byte header in some 8 µs, `struct` in 0.09. Formats are declared once, with construct; a fixed-size
-header on the hot path gets a `struct.Struct` *derived* from that declaration here, so that the two cannot drift. Nothing
-else in the code makes a `struct.Struct`; a property test packs and parses every derived format both ways.
+construct parses a 28-byte header in some 8 µs, `struct` in 0.09. Formats are declared once, with construct; a
+fixed-size header on the hot path gets a `struct.Struct` *derived* from that declaration here, so that the two cannot
+drift. Nothing else in the code makes a `struct.Struct`; a property test packs and parses every derived format both
+ways.
 
 Rules: only flat, fixed-size declarations of unsigned and signed integers of one byte order, constants of such types,
 enums over them, and `Bytes(n)`; anything else raises TypeError when the module is imported, not when a frame arrives.

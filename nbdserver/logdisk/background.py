@@ -1,11 +1,13 @@
-"""What goes on beside the clients: when a checkpoint, the cleaner, the hole worker and the pool of files get their turn.
+"""What goes on beside the clients: when a checkpoint, the cleaner, the hole worker and the pool of files get their
+turn.
 
 Theory. One place decides, from a few numbers, on each new segment, every some records, and four times a second:
-- a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be freed, or after
-  `checkpoint_interval_s` with any change;
-- the cleaner when there is more garbage than may lie about (more may under load than at rest), or when the disk is full;
-- writes are *blocked* (sent to the slow path, where they wait or get ENOSPC) while no further segment can be had for clients or the
-  pages that wait for a checkpoint fill the cache.
+- a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be
+  freed, or after `checkpoint_interval_s` with any change;
+- the cleaner when there is more garbage than may lie about (more may under load than at rest), or when the disk is
+  full;
+- writes are *blocked* (sent to the slow path, where they wait or get ENOSPC) while no further segment can be had for
+  clients or the pages that wait for a checkpoint fill the cache.
 
 The hole worker settles what lies under pending holes (maps.py), the pages in memory first, then those that LevelDB has.
 """

@@ -3,9 +3,9 @@
     freeze ──► encode in slices of the loop ──┐
        └─────► fdatasync of the log, off the loop ─┴─► synced batch ──► segments without live blocks are free
 
-Theory. `freeze` notes the position of the log and moves the sets of changes aside, in constant time; copy-on-write (metadata/pages)
-keeps the values. Meanwhile clients go on. The batch is written when it is built *and* the log is synced up to the frozen position, so the maps never
-name a block that a power cut can take back.
+Theory. `freeze` notes the position of the log and moves the sets of changes aside, in constant time; copy-on-write
+(metadata/pages) keeps the values. Meanwhile clients go on. The batch is written when it is built *and* the log is
+synced up to the frozen position, so the maps never name a block that a power cut can take back.
 
 Rules
 - The batch is written only behind an fdatasync that covers the frozen lsn (Rule.CHECKPOINT_BEHIND_SYNC).

@@ -1,13 +1,14 @@
-"""Cleaning: live blocks of thinly used segments move to the end of the log, so that the next checkpoint frees the segments.
+"""Cleaning: live blocks of thinly used segments move to the end of the log, so that the next checkpoint frees the
+segments.
 
-Theory. The victim is chosen by cost-benefit, (1 - u) · age / (1 + u) with u the live share (Rosenblum and Ousterhout, "The Design and
-Implementation of a Log-Structured File System", 1992): a cold segment is worth cleaning at a higher u than a hot one, whose blocks die by
-themselves. Under load garbage may grow to a share of the live data, because what waits longer is emptier; at rest it is
-brought down further, so that `df` comes close to the live data.
+Theory. The victim is chosen by cost-benefit, (1 - u) · age / (1 + u) with u the live share (Rosenblum and Ousterhout,
+"The Design and Implementation of a Log-Structured File System", 1992): a cold segment is worth cleaning at a higher u
+than a hot one, whose blocks die by themselves. Under load garbage may grow to a share of the live data, because what
+waits longer is emptier; at rest it is brought down further, so that `df` comes close to the live data.
 
-A move is (MBA, old PBA, new PBA). It changes only the middle map, however many layers refer to the MBA, and takes effect only if
-the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED). The victim's headers say which MBAs were written there; the middle map says
-which of them still are.
+A move is (MBA, old PBA, new PBA). It changes only the middle map, however many layers refer to the MBA, and takes
+effect only if the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED). The victim's headers say which MBAs were
+written there; the middle map says which of them still are.
 
 Rules
 - A block is moved only if its CRC is right; a segment with a wrong one is kept, and reported once.
@@ -19,6 +20,7 @@ Known weakness: one open segment serves clients and cleaner, so hot and cold blo
 
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from metadata.pages import PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Clock, Files
@@ -187,7 +189,7 @@ class Cleaner:
                 if need:
                     # Come back for the rest when the middle map's pages are there.
                     rest = [_tail_of(record, first), *records[position + 1 :]]
-                    self._maps.load(need, lambda: self._resume(rest, data, base))
+                    self._maps.load(need, partial(self._resume, rest, data, base))
                     return
                 if not self._move(record, blocks, data, base):
                     self._give_up("there is no room to move its blocks to", 0)
@@ -276,4 +278,3 @@ def _tail_of(record: Record, first: int) -> Record:
         record.extents, record.mbas[first:], record.old, record.checksums[first:], record.successor,
         record.successor_salt,
     )  # fmt: skip
-

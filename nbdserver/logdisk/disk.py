@@ -1,9 +1,10 @@
 """A disk kept in a log: the block interface over maps, log, checkpoints and cleaning of one family.
 
-Theory. What arrives in one wake becomes one record: `write` checks that the pages it needs are in memory and puts the data into the
-open batch; `commit` looks up or gives out the MBAs, appends one record with one `pwritev` and moves the middle map. A read is two
-lookups and one `preadv` from the page cache for each contiguous run, and every block's CRC is checked. Everything that has to wait
-(pages, cold data, room, damage) says None or False here and is asked again through `later` (slow_path).
+Theory. What arrives in one wake becomes one record: `write` checks that the pages it needs are in memory and puts the
+data into the open batch; `commit` looks up or gives out the MBAs, appends one record with one `pwritev` and moves the
+middle map. A read is two lookups and one `preadv` from the page cache for each contiguous run, and every block's CRC
+is checked. Everything that has to wait (pages, cold data, room, damage) says None or False here and is asked again
+through `later` (slow_path).
 
 Rules
 - Maps are changed only after the append returned: a failed append changed nothing.
@@ -424,9 +425,7 @@ class LogDisk:
         errno, self._batch_errno = errno or self._batch_errno, 0
         return errno
 
-    def _append_batch(
-        self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]
-    ) -> int:
+    def _append_batch(self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]) -> int:
         log = self.log
         if log.room_blocks(WRITE, len(lbas)) < len(checksums) or len(lbas) > 0xFFFF or not log.offset:
             return self._append_in_parts(lbas, counts, data, checksums)
@@ -511,9 +510,7 @@ class LogDisk:
         maps.live_blocks += gained
         maps.middle_updates += total
 
-    def _point_run(
-        self, page: Page, number: int, index: int, count: int, offset: int, checksums: array[int]
-    ) -> int:
+    def _point_run(self, page: Page, number: int, index: int, count: int, offset: int, checksums: array[int]) -> int:
         """The same for a run within one page; returns how many were not mapped before."""
         middle = self.maps.middle
         live = self._live
@@ -559,9 +556,7 @@ class LogDisk:
             lba += blocks
         return next_mba
 
-    def _append_in_parts(
-        self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]
-    ) -> int:
+    def _append_in_parts(self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]) -> int:
         """Cut a batch that does not fit into the open segment, and go on in the next one."""
         pieces = [(lba, count, memoryview(buffer)) for lba, count, buffer in zip(lbas, counts, data, strict=True)]
         at = 0
@@ -673,7 +668,8 @@ class LogDisk:
         self._blocked = blocked or bool(self.failure)
 
     def fail(self, reason: str) -> None:
-        """Nothing is promised or read any more: every operation is answered with EIO until the family is opened anew."""
+        """Nothing is promised or read any more: every operation is answered with EIO until the family is opened
+        anew."""
         if self.failure:
             return
         self.failure = reason
@@ -709,7 +705,6 @@ class LogDisk:
             done()
 
         wait()
-
 
     # -- looking at it
 

@@ -1,18 +1,21 @@
-"""The log of one family: appends records to the open segment, goes from segment to segment, makes what was appended durable.
+"""The log of one family: appends records to the open segment, goes from segment to segment, makes what was appended
+durable.
 
     segment 3                          segment 7 (its successor)
     | header | record | record | SEAL ──►| header | record | ...
 
-Theory. One batch is one record is one `pwritev` at the end of the open segment; nothing else touches a disk in the write path. Each header's CRC
-is the next one's `previous_crc`, across segments too, so the log is one chain and replay needs no other index. When a record
-does not fit, a seal names the successor and its salt and the successor's header goes on with the chain.
+Theory. One batch is one record is one `pwritev` at the end of the open segment; nothing else touches a disk in the
+write path. Each header's CRC is the next one's `previous_crc`, across segments too, so the log is one chain and
+replay needs no other index. When a record does not fit, a seal names the successor and its salt and the successor's
+header goes on with the chain.
 
-Flush. One fdatasync in flight at a time, off the loop; whoever asks meanwhile shares the next one. It covers every segment with
-unsynced records, the oldest first, because a later segment is reached only through the earlier ones.
+Flush. One fdatasync in flight at a time, off the loop; whoever asks meanwhile shares the next one. It covers every
+segment with unsynced records, the oldest first, because a later segment is reached only through the earlier ones.
 
 Rules
 - A record is acknowledged only after its `pwritev` returned (Rule.ACK_AFTER_APPEND).
-- A failed fdatasync is fatal (Rule.FSYNC_FAILURE_IS_FATAL): `failed` is called, no flush is ever answered with success again.
+- A failed fdatasync is fatal (Rule.FSYNC_FAILURE_IS_FATAL): `failed` is called, no flush is ever answered with
+  success again.
 - After a failed append the same bytes are written again or nothing is: the chain did not move.
 
 Known weakness: a batch larger than what is left of the open segment is cut in two; the rest of the room of a segment
@@ -90,7 +93,8 @@ class Log:
     # -- room
 
     def room_blocks(self, kind: int, extents: int) -> int:
-        """Blocks that one record of that many extents may still have in the open segment; below 0: not even the header."""
+        """Blocks that one record of that many extents may still have in the open segment; below 0: not even the
+        header."""
         offset = self.offset or SEGMENT_HEADER_BYTES
         room = self._pool.segment_bytes - SEAL_BYTES - offset - RECORD_HEADER_BYTES
         a_block = BLOCK_BYTES + (WRITE_BLOCK_BYTES if kind == WRITE else MOVE_BLOCK_BYTES)
@@ -148,9 +152,7 @@ class Log:
         """Append moved blocks (`old`: segment and offset pairs) and return the offset of the first. Raises OSError."""
         return self._append(MOVE, 0, 0, len(mbas), mbas.tobytes() + old.tobytes() + checksums.tobytes(), data)
 
-    def _append(
-        self, kind: int, layer: int, extents: int, blocks: int, body: bytes, data: Sequence[Buffer]
-    ) -> int:
+    def _append(self, kind: int, layer: int, extents: int, blocks: int, body: bytes, data: Sequence[Buffer]) -> int:
         header, crc = pack_record_header(
             self._key,
             kind,

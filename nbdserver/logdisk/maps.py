@@ -1,15 +1,16 @@
-"""The two maps of a family and what keeps them in step: which pages are resident, which discarded ranges are still pending.
+"""The two maps of a family and what keeps them in step: which pages are resident, which discarded ranges are still
+pending.
 
     LBA ──logical map──► MBA ──middle map──► PBA = (segment, offset), CRC-32C
 
-A logical entry is one u64: 0 is nothing, otherwise an MBA. A middle entry is three u32: segment, offset, checksum; segment 0
-is nothing. Overwriting a block that the head layer owns changes the middle map alone.
+A logical entry is one u64: 0 is nothing, otherwise an MBA. A middle entry is three u32: segment, offset, checksum;
+segment 0 is nothing. Overwriting a block that the head layer owns changes the middle map alone.
 
-Discards. A small one is worked into both maps at once. One of a terabyte cannot be: it becomes a *pending hole*, a range and
-a number. Resident logical pages under it are set aside (`stale`), so that the hot path, which looks into `pages` only, cannot meet them. A page comes
-back through `settle`, which clears what the hole covers and frees its MBAs first; a worker settles the rest in the background. In LevelDB a page
-carries the number of the last hole that was applied to it (its stamp), written only while holes are pending; a page loaded with
-a lower stamp is settled first.
+Discards. A small one is worked into both maps at once. One of a terabyte cannot be: it becomes a *pending hole*, a
+range and a number. Resident logical pages under it are set aside (`stale`), so that the hot path, which looks into
+`pages` only, cannot meet them. A page comes back through `settle`, which clears what the hole covers and frees its
+MBAs first; a worker settles the rest in the background. In LevelDB a page carries the number of the last hole that
+was applied to it (its stamp), written only while holes are pending; a page loaded with a lower stamp is settled first.
 
 Rules
 - A logical page in `logical.pages` has every pending hole applied.
@@ -245,7 +246,10 @@ class Maps:
         return [
             hole
             for hole in self.holes
-            if hole.hole > stamp and hole.cursor <= number and hole.first_lba < stop and hole.first_lba + hole.count > first
+            if hole.hole > stamp
+            and hole.cursor <= number
+            and hole.first_lba < stop
+            and hole.first_lba + hole.count > first
         ]
 
     def settle(self, number: int) -> Need:

@@ -1,7 +1,8 @@
 """Long work on the loop, in slices.
 
-A background job is a generator that yields after each small step. A slice runs steps until its time is used up, then lets the
-loop serve clients; when clients are busy the gaps grow with the slices, so that a job takes at most a share of the loop.
+A background job is a generator that yields after each small step. A slice runs steps until its time is used up, then
+lets the loop serve clients; when clients are busy the gaps grow with the slices, so that a job takes at most a share
+of the loop.
 
 Rule: a step must stay well under SLICE_S by itself, because nothing interrupts it.
 """

@@ -1,7 +1,7 @@
 """Reading a segment back: its records in the order of their chain, until the chain ends.
 
-`parse_record` is pure: bytes in, a record or the reason why there is none out. Replay, the cleaner and the offline check
-read segments through it.
+`parse_record` is pure: bytes in, a record or the reason why there is none out. Replay, the cleaner and the offline
+check read segments through it.
 """
 
 from array import array
@@ -98,7 +98,9 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     """
     if body_length(header) != len(body):
         return None
-    (_, kind, _, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, crc) = RECORD_HEADER.unpack(header)
+    (_, kind, _, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, crc) = RECORD_HEADER.unpack(
+        header
+    )
     if record_crc(key, header, body) != crc:
         return None
     extent_array, mbas, old, checksums = array("Q"), array("Q"), array("I"), array("I")

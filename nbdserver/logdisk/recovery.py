@@ -1,17 +1,18 @@
 """Recovery: from the last checkpoint along the chain to the end of the log.
 
-Theory. LevelDB holds the maps as of one lsn and the place in the log behind it. Replay takes each record that is the next link
-of the chain (its CRC covers salt, sequence number and the previous header's CRC) and whose data has the CRCs that the header names,
-and does again what it did. The chain may end only where a crash could have torn it: in what was never known durable.
-If any valid header of this log behind the break knows a later lsn durable, the break is damage, not an end, and recovery refuses to go on.
+Theory. LevelDB holds the maps as of one lsn and the place in the log behind it. Replay takes each record that is the
+next link of the chain (its CRC covers salt, sequence number and the previous header's CRC) and whose data has the
+CRCs that the header names, and does again what it did. The chain may end only where a crash could have torn it: in
+what was never known durable. If any valid header of this log behind the break knows a later lsn durable, the break is
+damage, not an end, and recovery refuses to go on.
 
 Rules
 - Data is verified too (Rule.REPLAY_VERIFIES_DATA): a header can reach the disk without its data.
 - A move takes effect only if the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED).
 - The tail that was replayed is written again in place and synced before anything is served from it
   (Rule.TAIL_SYNCED_BEFORE_SERVING): after a failed fsync the page cache may hold as clean what the disk never got.
-- Appending goes on in another segment, and a checkpoint at the recovered lsn is synced first, so what lies behind the last
-  good record can never be reached again.
+- Appending goes on in another segment, and a checkpoint at the recovered lsn is synced first, so what lies behind the
+  last good record can never be reached again.
 - Everything here waits for the disk: it runs before the family serves anyone.
 """
 
@@ -240,9 +241,7 @@ class Replay:
             page = self._middle(mba)
             old = (record.old[2 * block], record.old[2 * block + 1])
             if (page[index], page[OFFSET + index]) == old or not holds(Rule.MOVE_ONLY_IF_UNCHANGED):
-                self._maps.set_middle(
-                    mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block]
-                )
+                self._maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
 
     def _apply_hole(self, lba: int, count: int) -> None:
         maps = self._maps

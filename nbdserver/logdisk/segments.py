@@ -15,6 +15,7 @@ Rules
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from metadata.seams import Files
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
@@ -64,7 +65,7 @@ class SegmentPool:
         for segment in sorted(in_use):
             self._set_handle(segment, self._files.open(segment_path(segment)))
         for name, segment in sorted(present.items()):
-            if segment in in_use or segment < len(self.handles) and self.handles[segment] >= 0:
+            if segment in in_use or (segment < len(self.handles) and self.handles[segment] >= 0):
                 continue
             handle = self._files.open(f"{DIRECTORY}/{name}")
             if self._files.size_bytes(handle) != self.segment_bytes:
@@ -181,7 +182,7 @@ class SegmentPool:
             segment = self.spare.pop(0)  # the longest unused one
             self._files.close(self.handles[segment])
             self.handles[segment] = -2
-            self._files.unlink_later(segment_path(segment), lambda _, number=segment: self._number_free(number))
+            self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
             self.unlinked += 1
         self._lowest_spare = len(self.spare)
 
@@ -224,6 +225,10 @@ class SegmentPool:
         while len(self.handles) <= segment:
             self.handles.append(-1)
         self.handles[segment] = handle
+
+    def _unlinked(self, segment: int, errno: int) -> None:
+        if not errno:
+            self._number_free(segment)
 
     def _number_free(self, segment: int) -> None:
         self.handles[segment] = -1

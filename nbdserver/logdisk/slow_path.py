@@ -1,20 +1,23 @@
 """Operations that have to wait: for map pages, for cold data, for room.
 
-Theory. An operation is cut into pieces of at most one logical page (1 MiB). Each piece is tried inline, exactly like on the hot
-path; if that fails, what it lacks is brought in off the loop and it is tried again. So every decision (which PBA, which content a
-partial block is merged with) is taken where the record is ordered, from the maps as they are then. A block that is read off the loop is used for a merge
-only if its MBA still has the PBA that was read.
+Theory. An operation is cut into pieces of at most one logical page (1 MiB). Each piece is tried inline, exactly like
+on the hot path; if that fails, what it lacks is brought in off the loop and it is tried again. So every decision
+(which PBA, which content a partial block is merged with) is taken where the record is ordered, from the maps as they
+are then. A block that is read off the loop is used for a merge only if its MBA still has the PBA that was read.
 
 Rules
 - A read off the loop holds its segment (`begin_read`), so that the segment is not reused under it.
-- What cannot be had is said: EIO for a block whose checksum is wrong (its LBA is reported), ENOSPC when no room can be gained.
+- What cannot be had is said: EIO for a block whose checksum is wrong (its LBA is reported), ENOSPC when no room can
+  be gained.
 - Every operation ends: with success, with an errno, or with EIO when the family fails.
 
-Known weakness: pieces of one operation go one after the other, so a large cold read does not use the device's whole queue.
+Known weakness: pieces of one operation go one after the other, so a large cold read does not use the device's whole
+queue.
 """
 
 import errno as errnos
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
@@ -121,7 +124,8 @@ class _Waiting:
             self._done(0, None)
 
     def _try(self, end: int) -> bool:
-        """Do the piece up to `end` and move on; False if a callback will call `_go_on` again, or the operation ended."""
+        """Do the piece up to `end` and move on; False if a callback will call `_go_on` again, or the operation
+        ended."""
         operation = self._operation
         if operation in (Operation.READ, Operation.CACHE):
             return self._try_read(end)
@@ -203,7 +207,7 @@ class _Waiting:
             self._slow_path._files.read_later(
                 disk.pool.handles[segment],
                 [(BLOCK_BYTES, offset) for _, offset, _ in wanted],
-                lambda errno, data, segment=segment, wanted=wanted: one_read(segment, wanted, errno, data),
+                partial(one_read, segment, wanted),
             )
 
     def _address(self, lba: int) -> tuple[int, int, int] | None:
