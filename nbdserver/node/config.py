@@ -7,6 +7,7 @@ SIGHUP; the rest needs a restart.
 """
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ def _size(least_bytes: int, most_bytes: int, power_of_two: bool = False) -> Any:
             raise ValueError("is not a size; write for example 512M")
         size_bytes = parse_size(str(value))
         if not least_bytes <= size_bytes <= most_bytes:
-            raise ValueError(f"{value} is outside {format_size(least_bytes)} to {format_size(most_bytes)}")
+            raise ValueError(f"{value!s:.60} is outside {format_size(least_bytes)} to {format_size(most_bytes)}")
         if power_of_two and size_bytes & (size_bytes - 1):
             raise ValueError(
                 f"{value} is not a power of two; write for example {format_size(1 << size_bytes.bit_length() - 1)}"
@@ -43,7 +44,7 @@ def _size(least_bytes: int, most_bytes: int, power_of_two: bool = False) -> Any:
 
 def _address(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not HOST:PORT; write for example 127.0.0.1:10809")
+        raise ValueError(f"{reprlib.repr(value)} is not HOST:PORT; write for example 127.0.0.1:10809")
     address: str = _checked(check_address, value)
     return address
 
@@ -54,7 +55,7 @@ def _addresses(value: object) -> object:
 
 def _path(value: object) -> Path:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r} is not a path; write for example /var/lib/nbdserver")
+        raise ValueError(f"{reprlib.repr(value)} is not a path; write for example /var/lib/nbdserver")
     return Path(value)
 
 
@@ -134,7 +135,7 @@ def parse_settings(text: bytes, name: str) -> NodeSettings:
     """Check the text of a settings file called `name`. Raises ConfigError."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        repeated = _repeated_keys(tree, name)
+        repeated = _repeated_keys(tree, name, set())
         content = yaml.safe_load(text) if not repeated else None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -146,17 +147,20 @@ def parse_settings(text: bytes, name: str) -> NodeSettings:
     if content is None:
         return NodeSettings()
     if not isinstance(content, dict):
-        raise ConfigError([f"{name}: holds {content!r:.40}, not settings; write lines of `key: value`"])
+        raise ConfigError([f"{name}: holds {reprlib.repr(content)}, not settings; write lines of `key: value`"])
     try:
         return NodeSettings.model_validate(content)
     except ValidationError as error:
-        raise ConfigError([_sentence(name, tree, problem) for problem in error.errors()]) from None
+        problems = [(_line(tree, problem["loc"]), problem) for problem in error.errors()]
+        problems.sort(key=lambda item: item[0])
+        raise ConfigError([_sentence(name, line, problem) for line, problem in problems]) from None
 
 
-def _sentence(name: str, tree: yaml.Node | None, problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, (str, int))]
+def _sentence(name: str, line: int, problem: Any) -> str:
+    location = problem["loc"]
     key = ".".join(str(part) for part in location)
-    prefix = f"{name}:{_line(tree, location)}: {key}"
+    prefix = f"{name}:{line}: {key}"
+    given = reprlib.repr(problem["input"])
     kind, message = problem["type"], str(problem["msg"])
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -168,15 +172,15 @@ def _sentence(name: str, tree: yaml.Node | None, problem: Any) -> str:
     if kind in ("model_type", "model_attributes_type"):
         return f"{prefix}: needs keys of its own below it: {', '.join(_known_keys(location))}"
     if kind == "bool_type":
-        return f"{prefix}: {problem['input']!r} is not true or false; write true or false, without quotes"
-    return f"{prefix}: {problem['input']!r:.60} is wrong: {message[:1].lower()}{message[1:]}"
+        return f"{prefix}: {given} is not true or false; write true or false, without quotes"
+    return f"{prefix}: {given} is wrong: {message[:1].lower()}{message[1:]}"
 
 
-def _known_keys(location: list[str | int]) -> list[str]:
-    return list(HttpSettings.model_fields if location[:1] == ["http"] else NodeSettings.model_fields)
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    return list(HttpSettings.model_fields if location[:1] == ("http",) else NodeSettings.model_fields)
 
 
-def _line(tree: yaml.Node | None, location: list[str | int]) -> int:
+def _line(tree: yaml.Node | None, location: tuple[str | int, ...]) -> int:
     """Return the line of the key at `location`, or of the innermost one that the file has."""
     line = 1
     node = tree
@@ -194,9 +198,11 @@ def _line(tree: yaml.Node | None, location: list[str | int]) -> int:
     return line
 
 
-def _repeated_keys(tree: yaml.Node | None, name: str) -> list[str]:
-    if not isinstance(tree, yaml.MappingNode):
+def _repeated_keys(tree: yaml.Node | None, name: str, visited: set[int]) -> list[str]:
+    """Return a line for each key that a mapping has twice. Aliases make a tree of nodes a graph: each is visited once."""
+    if not isinstance(tree, yaml.MappingNode) or id(tree) in visited:
         return []
+    visited.add(id(tree))
     problems: list[str] = []
     seen: dict[str, int] = {}
     for key, value in tree.value:
@@ -206,7 +212,7 @@ def _repeated_keys(tree: yaml.Node | None, name: str) -> list[str]:
                 f"{name}:{line}: {key.value}: is given twice (first in line {seen[str(key.value)]}); keep one"
             )
         seen.setdefault(str(key.value), line)
-        problems += _repeated_keys(value, name)
+        problems += _repeated_keys(value, name, visited)
     return problems
 
 

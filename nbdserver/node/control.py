@@ -256,7 +256,7 @@ def open_registry(directory: DataDirectory) -> EmbeddedRegistry:
     """Open, or make, the registry of a data directory. Raises NodeError."""
     small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=1 << 20)
     try:
-        return EmbeddedRegistry(LevelStore(str(directory.registry), _NO_THREADS, _NO_THREADS, small))
+        return EmbeddedRegistry(LevelStore(str(directory.registry), NO_THREADS, NO_THREADS, small))
     except (OSError, RegistryError) as error:
         raise NodeError(f"the registry in {directory.registry} cannot be opened: {error}") from None
 
@@ -268,7 +268,7 @@ class _NoThreads:
         raise InvariantError("the registry has no threads")
 
 
-_NO_THREADS = _NoThreads()
+NO_THREADS = _NoThreads()
 
 
 def say(line: str) -> None:

@@ -1,0 +1,95 @@
+"""Node settings: what is accepted, and that every refusal names the file, the line, the key and what would be right."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from nbdserver.node.config import ConfigError, NodeSettings, load_settings, parse_settings
+
+WRONG: list[tuple[str, str]] = [
+    ("lisen: 127.0.0.1:1", r"node.yaml:1: lisen: unknown key; did you mean listen\?"),
+    ("zzz: 1", r"node.yaml:1: zzz: unknown key; known here: data, listen"),
+    ("http:\n  lissten: x", r"node.yaml:2: http.lissten: unknown key; did you mean listen\?"),
+    ("listen: 10809", r"node.yaml:1: listen.0: 10809 is not HOST:PORT; write for example"),
+    ("listen: [127.0.0.1:1, bad]", r"listen.1: 'bad' is not HOST:PORT"),
+    ("data: /x\nlisten:\n  - 127.0.0.1:1\n  - ::1:2", r"node.yaml:4: listen.1: '::1:2' needs brackets"),
+    ("listen: 127.0.0.1:99999", r"has port 99999; a port is 1 to 65535"),
+    ("listen: ':10809'", r"names no host; write 0.0.0.0:10809"),
+    ("listen: 300.1.1.1:1", r"has no host that could be meant"),
+    ("cache: 10GB", r"cache: '10GB' is ambiguous; write 10G"),
+    ("cache: 1M", r"cache: 1M is outside 16M to 1T"),
+    ("cache: true", r"cache: is not a size; write for example 512M"),
+    ("segment: 48M", r"segment: 48M is not a power of two; write for example 32M"),
+    ("max_connections: 0", r"max_connections: 0 is wrong: input should be greater than or equal to 1"),
+    ("max_connections: many", r"max_connections: 'many' is wrong"),
+    ("http: 9809", r"http: needs keys of its own below it: listen, public_read, token_file"),
+    ("http: {public_read: 'yes'}", r"http.public_read: 'yes' is not true or false"),
+    ("data: 5", r"data: 5 is not a path"),
+    ("socket: /" + "x" * 200, r"socket: the socket path /x+ has 201 bytes; Linux takes at most 107"),
+    ("cache: 64M\ncache: 32M", r"node.yaml:2: cache: is given twice \(first in line 1\); keep one"),
+    ("listen: [", r"node.yaml:1: is not YAML: "),
+    ("just text", r"node.yaml: holds 'just text', not settings"),
+    ("- 1", r"node.yaml: holds \[1\], not settings"),
+    ("data: !!python/object:os.system x", r"node.yaml:1: is not YAML"),
+    ("\x00", r"node.yaml.*is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG, ids=[text[:20] for text, _ in WRONG])
+def test_a_wrong_file_is_refused_in_one_line_that_says_what_would_be_right(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_settings(text.encode(), "node.yaml")
+    assert all("\n" not in problem for problem in caught.value.problems)
+
+
+@given(st.text())
+@example("a: &a [*a]")
+@example("&a {b: *a}")
+def test_any_text_is_accepted_or_refused_clearly(text: str) -> None:
+    try:
+        parse_settings(text.encode(errors="surrogatepass"), "node.yaml")
+    except ConfigError as error:
+        assert str(error).startswith("node.yaml")
+
+
+def test_aliases_that_multiply_are_refused_quickly() -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    with pytest.raises(ConfigError):
+        parse_settings("\n".join(lines).encode(), "node.yaml")
+
+
+def test_every_problem_is_kept_and_the_first_one_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key.* \(and 1 more\)$") as caught:
+        parse_settings(b"zzz: 1\ncache: 1M\n", "node.yaml")
+    assert len(caught.value.problems) == 2
+
+
+def test_an_empty_file_gives_the_defaults() -> None:
+    assert parse_settings(b"", "node.yaml") == NodeSettings()
+    assert NodeSettings().listen == ["127.0.0.1:10809"]
+
+
+def test_all_keys_are_taken() -> None:
+    text = (
+        b"data: /d\nlisten: ['[::1]:1', localhost:2]\nsocket: /s\ncache: 1G\nsegment: 32M\nmax_connections: 7\n"
+        b"http: {listen: 127.0.0.1:3, public_read: true, token_file: /t}\n"
+    )
+    settings = parse_settings(text, "node.yaml")
+    assert settings.listen == ["[::1]:1", "localhost:2"]
+    assert (settings.cache, settings.segment, settings.max_connections) == (1 << 30, 32 << 20, 7)
+    assert settings.http.public_read
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_settings(tmp_path / "node.yaml")
+
+
+def test_the_example_that_is_installed_is_good() -> None:
+    import nbdserver.node
+
+    assert nbdserver.node.__file__ is not None
+    settings = load_settings(Path(nbdserver.node.__file__).parent / "systemd" / "node.yaml")
+    assert settings.data == Path("/var/lib/nbdserver")
