@@ -5,6 +5,7 @@ Rule: all three packages lie side by side, or the program names the stranger and
 
 import sys
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbdserver
@@ -16,7 +17,8 @@ def stranger(search_path: list[str] | None = None) -> str:
     """Return one line that names a package that is not ours or is missing, or "" when all is well."""
     home = Path(nbdserver.__file__).resolve().parents[1]
     for name in PACKAGES:
-        found = PathFinder.find_spec(name, search_path)
+        # find_spec asks every finder: an editable install has one of its own.
+        found = find_spec(name) if search_path is None else PathFinder.find_spec(name, search_path)
         origin = Path(found.origin).resolve() if found and found.origin else None
         if origin is None:
             return f"the package `{name}` is missing beside {home / 'nbdserver'}; install nbdserver afresh"
