@@ -42,7 +42,6 @@ class Background:
         self._stopped = False
         self._ticks = 0
         self._last_lsn = disk.log.lsn
-        self._changed_since = 0.0
         self._timer: Timer = clock.call_later(_TICK_S, self._tick)
         if disk.maps.holes:
             clock.call_soon(self.hole_added)
@@ -98,7 +97,7 @@ class Background:
             or self._pinned_share() > _PINNED_SHARE
             or empty >= _WAITING_SEGMENTS
             or (empty > 0 and not disk.pool.can_take())
-            or self._clock.now() - self._changed_since > disk.settings.checkpoint_interval_s
+            or self._clock.now() - disk.checkpointer.started_at > disk.settings.checkpoint_interval_s
         )
 
     def _empty_segments(self) -> int:
@@ -113,8 +112,6 @@ class Background:
         disk = self._disk
         if self._stopped or disk.failure:
             return
-        if disk.log.lsn == disk.checkpointer.last_lsn:
-            self._changed_since = self._clock.now()
         self.check()
         self._ticks += 1
         if self._ticks % _TRIM_SPARE_TICKS == 0:

@@ -48,6 +48,7 @@ class Checkpointer:
         self.values_written = 0
         self.last_position_bytes = log.appended_bytes
         self.last_lsn = log.lsn
+        self.started_at = clock.now()
         self._clock = clock
         self._store = store
         self._log = log
@@ -120,6 +121,7 @@ class Checkpointer:
         maps.regions.freeze()
         self.last_position_bytes = log.appended_bytes
         self.last_lsn = log.lsn
+        self.started_at = self._clock.now()
         pending = {hole.hole for hole in maps.holes}
         frozen = _Frozen(
             log.position(maps.next_mba, maps.next_hole, maps.live_blocks),
