@@ -55,7 +55,7 @@ class Judge:
         self._dirty: set[int] = set()  # blocks with acknowledged versions above their floor
 
     def write_until(self, client: Client, deadline: float) -> None:
-        """Write, trim and flush until `deadline` (monotonic), leaving requests in flight. ConnectionError if cut off."""
+        """Write, trim and flush until `deadline` (monotonic), leaving requests in flight. ConnectionError if cut."""
         in_flight: dict[int, Request] = {}
         busy: set[int] = set()
         while time.monotonic() < deadline:

@@ -20,17 +20,28 @@ class Server:
     """One data directory and the node that serves it, on a TCP port of loopback. Restarting keeps both."""
 
     def __init__(
-        self, processes: Processes, data: Path, port: int, volumes: dict[str, str], arguments: Sequence[str] = ()
+        self,
+        processes: Processes,
+        data: Path,
+        port: int,
+        volumes: dict[str, str],
+        arguments: Sequence[str] = (),
+        program: Sequence[str] = PROGRAM,
+        cwd: Path | None = None,
     ) -> None:
+        """Start a node that makes `volumes` (name: size). `program` is the command before `serve`."""
         self._processes = processes
+        self._program = program
+        self._cwd = cwd
         self.data = data
         self.port = port
-        self._command = [
-            *PROGRAM, "serve", "--data", str(data), "--listen", f"127.0.0.1:{port}",
+        self._arguments = [
+            "--data", str(data), "--listen", f"127.0.0.1:{port}",
             *(part for name, size in volumes.items() for part in ("--create", f"{name}={size}")),
             *arguments,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
+        self.printed = ""
         self.start()
 
     def uri(self, name: str = "") -> str:
@@ -39,8 +50,9 @@ class Server:
     def start(self) -> None:
         """Start and wait for the `ready:` line. AssertionError with what it printed if there is none."""
         process = self._processes.start(
-            self._command,
-            env={"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+            [*self._program, "serve", *self._arguments],
+            cwd=self._cwd,
+            env=self._environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -56,6 +68,24 @@ class Server:
             if not data:
                 raise AssertionError(f"ended with {process.wait()}; it printed: {printed.decode()}")
             printed += data
+        self.printed = printed.decode()
+
+    def command(self, *arguments: str) -> str:
+        """Run another command of the program on this node and return what it prints. CalledProcessError."""
+        return subprocess.run(
+            [*self._program, "--data", str(self.data), *arguments],
+            cwd=self._cwd,
+            env={**os.environ, **self._environment()},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    def _environment(self) -> dict[str, str]:
+        """Only the program that runs from the source tree has to be told where it lies."""
+        if self._program is not PROGRAM:
+            return {}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
     def kill9(self) -> None:
         """kill -9, then wait until its data process has died with it."""
