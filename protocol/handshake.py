@@ -32,6 +32,9 @@ OPTION_LIMIT = 1024  # options a connection; a client that lists and asks about 
 QUERY_LIMIT = 64  # queries in one LIST_META_CONTEXT or SET_META_CONTEXT
 BASE_ALLOCATION_ID = 1
 
+# As an int: the complement of a flag enum holds only the bits that have a name.
+_CLIENT_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+
 
 class State(Enum):
     """Where a handshake stands."""
@@ -234,7 +237,7 @@ class Handshake:
                 if len(self._received) < nbd.CLIENT_FLAGS.size:
                     return None
                 (flags,) = nbd.CLIENT_FLAGS.unpack(self._take(nbd.CLIENT_FLAGS.size))
-                if flags & ~(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES):
+                if flags & ~_CLIENT_FLAGS:
                     return self._violation(f"client flags {flags:#x} are not among those offered")
                 self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
                 self._move(Move.FLAGS_AGREED)

@@ -33,16 +33,20 @@ _OFFSET_HOLE = int(Chunk.OFFSET_HOLE)
 _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
 _STATUS_PAYLOAD = int(nbd.TransmissionFlag.BLOCK_STATUS_PAYLOAD)
 
-# FUA is accepted on every command, because clients set it on every command.
+# FUA is accepted on every command, because clients set it on every command. Plain ints: the complement of a flag enum
+# holds only the bits that have a name.
 _FLAGS: dict[int, int] = {
-    Command.READ: CommandFlag.FUA | CommandFlag.DF,
-    Command.WRITE: CommandFlag.FUA | CommandFlag.PAYLOAD_LEN,
-    Command.DISC: CommandFlag.FUA,
-    Command.FLUSH: CommandFlag.FUA,
-    Command.TRIM: CommandFlag.FUA,
-    Command.CACHE: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
-    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE | CommandFlag.PAYLOAD_LEN,
+    int(command): int(CommandFlag.FUA | flags)
+    for command, flags in {
+        Command.READ: CommandFlag.DF,
+        Command.WRITE: CommandFlag.PAYLOAD_LEN,
+        Command.DISC: CommandFlag(0),
+        Command.FLUSH: CommandFlag(0),
+        Command.TRIM: CommandFlag(0),
+        Command.CACHE: CommandFlag(0),
+        Command.WRITE_ZEROES: CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+        Command.BLOCK_STATUS: CommandFlag.REQ_ONE | CommandFlag.PAYLOAD_LEN,
+    }.items()
 }
 _CHANGES = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 
