@@ -43,8 +43,6 @@ class Background:
         self._ticks = 0
         self._last_lsn = disk.log.lsn
         self._timer: Timer = clock.call_later(_TICK_S, self._tick)
-        if disk.maps.holes:
-            clock.call_soon(self.hole_added)
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -52,10 +50,6 @@ class Background:
         self._timer.cancel()
 
     # -- deciding
-
-    def segment_begun(self) -> None:
-        """The log went to another segment."""
-        self._clock.call_soon(self.check)
 
     def check(self) -> None:
         """Start what is due."""
@@ -68,7 +62,8 @@ class Background:
         disk.cleaner.urgent = not room
         if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.lsn == self._last_lsn):
             disk.cleaner.start()
-        disk.set_blocked(not room or self.must_wait_for_checkpoint())
+        disk.writer.blocked = not room or self.must_wait_for_checkpoint()
+        self._work_holes()
         disk.slow_path.wake()
 
     def can_gain_room(self) -> bool:
@@ -123,7 +118,7 @@ class Background:
 
     # -- holes
 
-    def hole_added(self) -> None:
+    def _work_holes(self) -> None:
         """Work pending holes in, oldest first."""
         if not self.busy and not self._stopped and self._disk.maps.holes:
             self.busy = True
@@ -142,7 +137,7 @@ class Background:
         if hole.cursor > last:
             maps.hole_done(hole)
             self.busy = False
-            self.hole_added()
+            self._work_holes()
             self._disk.slow_path.wake()
             return
         start = maps.logical.key_range(hole.cursor)[0]

@@ -57,6 +57,7 @@ class Checkpointer:
         self._failed = failed
         self._written_holes: set[int] = {hole.hole for hole in maps.holes}
         self._waiting: list[Callable[[], None]] = []
+        self._waiting_for_running: list[Callable[[], None]] = []
         self._again = False
         self._job: Job | None = None
 
@@ -83,14 +84,14 @@ class Checkpointer:
             self._free([each for each in self._maps.segments.in_use if not live[each] and each != self._log.segment])
         frozen = self._freeze()
         batch = self._store.batch()
-        waiting, self._waiting = self._waiting, []
+        self._waiting_for_running, self._waiting = self._waiting, []
         parts = 2
 
         def part_done() -> None:
             nonlocal parts
             parts -= 1
             if not parts and not self._log.is_failed:
-                self._write(batch, frozen, waiting)
+                self._write(batch, frozen)
 
         crash_point("checkpoint-frozen")
         self._job = Job(self._clock, self._encode(batch, frozen), part_done, self._broken)
@@ -108,6 +109,15 @@ class Checkpointer:
         crash_point("checkpoint-before-batch")
         self._store.write(batch)
         self._finish(frozen)
+
+    def abandon(self) -> None:
+        """The family failed: nothing is written any more; those who wait are told so that they can see it."""
+        if self._job is not None:
+            self._job.stop()
+        waiting, self._waiting = self._waiting + self._waiting_for_running, []
+        self._waiting_for_running = []
+        for callback in waiting:
+            self._clock.call_soon(callback)
 
     def hurry(self) -> None:
         """Finish encoding at once."""
@@ -148,20 +158,21 @@ class Checkpointer:
                 self.values_written += values
                 yield values
 
-    def _write(self, batch: Batch, frozen: _Frozen, waiting: list[Callable[[], None]]) -> None:
+    def _write(self, batch: Batch, frozen: _Frozen) -> None:
         crash_point("checkpoint-before-batch")
         if not holds(Rule.REUSE_AFTER_BATCH_SYNCED):
             self._free(frozen.rows.dead)
             frozen.rows.dead.clear()
-        self._store.write_later(batch, lambda errno: self._written(errno, frozen, waiting))
+        self._store.write_later(batch, lambda errno: self._written(errno, frozen))
 
-    def _written(self, errno: int, frozen: _Frozen, waiting: list[Callable[[], None]]) -> None:
+    def _written(self, errno: int, frozen: _Frozen) -> None:
         if errno:
             self._failed(f"LevelDB refused a checkpoint (errno {errno})")
             return
         self._finish(frozen)
         self.running = False
         self._job = None
+        waiting, self._waiting_for_running = self._waiting_for_running, []
         for callback in waiting:
             callback()
         if self._again:

@@ -52,7 +52,6 @@ class Cleaner:
         maps: Maps,
         pool: SegmentPool,
         make_room: Callable[[], bool],
-        moved: Callable[[], None],
         report: Callable[[str, dict[str, object]], None],
     ) -> None:
         self.running = False
@@ -66,7 +65,6 @@ class Cleaner:
         self._maps = maps
         self._pool = pool
         self._make_room = make_room
-        self._moved = moved
         self._report = report
         self._damaged: set[int] = set()
         self._victim = 0
@@ -239,7 +237,6 @@ class Cleaner:
         for block, mba in enumerate(mbas):
             maps.set_middle(mba, self._log.segment, offset + block * BLOCK_BYTES, checksums[block])
         self.blocks_moved += len(mbas)
-        self._moved()
         return True
 
     def _finish(self) -> None:
@@ -251,7 +248,6 @@ class Cleaner:
             # Blocks that no record of it names: their middle pages went while it was worked through, or it is damaged.
             self._damaged.add(victim)
         self.running = False
-        self._moved()
 
     def _give_up(self, why: str, errno: int) -> None:
         victim = self._victim
@@ -260,7 +256,6 @@ class Cleaner:
         self._victim = 0
         self.running = False
         self._report("segment-not-cleaned", {"segment": victim, "reason": why, "errno": errno})
-        self._moved()
 
     def _failed(self, error: Exception) -> None:
         self._give_up(repr(error), getattr(error, "errno", 0) or 0)

@@ -46,12 +46,9 @@ class Maps:
     """Logical and middle map, segment usage and regions of one family."""
 
     def __init__(self, store: Store, cache_bytes: int, failed: Callable[[str], None]) -> None:
-        # 2 KiB of logical and 3 KiB of middle page for the same 256 blocks, when they were written in order.
         self.logical = PageMap(b"L\x00\x00\x00\x01", "Q", 1, 0)
         self.middle = PageMap(b"M", "I", 3, 0)
-        pair = self.logical.page_bytes + self.middle.page_bytes
-        self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
-        self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
+        self.set_cache_bytes(cache_bytes)
         self.segments = SegmentTable()
         self.regions = RegionTable()
         self.next_mba = 0
@@ -67,6 +64,13 @@ class Maps:
         self._loading: dict[tuple[bytes, int], list[Callable[[], None]]] = {}
 
     # -- residence
+
+    def set_cache_bytes(self, cache_bytes: int) -> None:
+        """Change what both maps may keep in memory; pages over it go with the next loads."""
+        # 2 KiB of logical and 3 KiB of middle page for the same 256 blocks, when they were written in order.
+        pair = self.logical.page_bytes + self.middle.page_bytes
+        self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
+        self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
 
     def logical_page(self, number: int) -> Page | None:
         """The page with every hole applied, or None: `load` it."""

@@ -51,6 +51,7 @@ class SegmentPool:
         self._awaiting_readers: set[int] = set()
         self._lowest_spare = 0  # since the last `trim_spare`
         self._preparing = False
+        self._closed = False
         self._has_ballast = False
 
     # -- opening
@@ -94,6 +95,8 @@ class SegmentPool:
             self.spare.remove(segment)
 
     def close(self) -> None:
+        """Close every file."""
+        self._closed = True
         for segment, handle in enumerate(self.handles):
             if handle >= 0:
                 self._files.close(handle)
@@ -235,8 +238,10 @@ class SegmentPool:
 
     def _prepared(self, segment: int, errno: int, handle: int) -> None:
         self._preparing = False
-        if errno:
+        if errno or self._closed:
             self._number_free(segment)
+            if not errno:
+                self._files.close(handle)
             return
         self._set_handle(segment, handle)
         self.spare.insert(0, segment)

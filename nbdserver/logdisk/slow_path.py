@@ -24,6 +24,7 @@ from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Buffer, Clock, Files
 from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
 from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET
+from nbdserver.logdisk.writer import SMALL_HOLE_BLOCKS
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES
 
@@ -247,7 +248,7 @@ class _Waiting:
             within = self._at & 4095
             merged[within : within + len(data)] = data
             data = memoryview(bytes(merged))
-        return self._changed(disk.write_now(lba, data), aligned_end)
+        return self._changed(disk.writer.write_now(lba, data), aligned_end)
 
     def _aligned_end(self, end: int) -> int:
         """Where the piece from `_at` on ends so that it is whole blocks or lies in one block."""
@@ -282,16 +283,16 @@ class _Waiting:
         if self._at & 4095 or stop <= first:
             # An edge: zeros merged into one block, unless it holds zeros.
             return self._zero_edge(min(self._end, (self._at | 4095) + 1))
-        if stop - first > disk.small_hole_blocks:
+        if stop - first > SMALL_HOLE_BLOCKS:
             if len(disk.maps.holes) >= MAX_PENDING_HOLES:
                 self._slow_path.park(self._go_on)
                 return False
-            return self._changed(disk.discard_now(first, stop - first), stop << 12)
+            return self._changed(disk.writer.discard_now(first, stop - first), stop << 12)
         stop = min(stop, end >> 12) if end >> 12 > first else stop
         stop = min(stop, first + max(1, self._piece_bytes >> 12))
         if not self._load(first, stop - first):
             return False
-        return self._changed(disk.discard_now(first, stop - first), stop << 12)
+        return self._changed(disk.writer.discard_now(first, stop - first), stop << 12)
 
     def _zero_edge(self, end: int) -> bool:
         lba = self._at >> 12
@@ -306,7 +307,7 @@ class _Waiting:
         if merged == held:
             self._at = end
             return True
-        return self._changed(self._disk.write_now(lba, memoryview(bytes(merged))), end)
+        return self._changed(self._disk.writer.write_now(lba, memoryview(bytes(merged))), end)
 
     def _changed(self, errno: int, end: int) -> bool:
         if errno == errnos.ENOSPC and self._disk.background.can_gain_room():

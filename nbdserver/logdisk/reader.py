@@ -1,0 +1,167 @@
+"""The read path: two lookups and one `preadv` from the page cache for each contiguous run, every block's CRC checked.
+
+Rules
+- Nothing here waits. What is not in memory (pages of the maps) or not in the page cache (data), and what is damaged, is
+  None; the slow path asks again and finds out why.
+- A wrong checksum is never answered, and not reported here: the slow path reads the block again and reports it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
+from metadata.seams import Buffer, Files
+from nbdserver.block import HOLE, ZERO, Extents
+from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
+from nbdserver.logdisk.runs import run_length, same_length
+from nbdserver.logdisk.segments import SegmentPool
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, block_splitter
+
+_ZEROS = memoryview(bytes(PAGE_BLOCKS * BLOCK_BYTES))
+_ZERO_BLOCK = (bytes(BLOCK_BYTES),)
+
+
+class Reader:
+    """Answers reads and extents of one volume inline."""
+
+    def __init__(self, files: Files, maps: Maps, pool: SegmentPool) -> None:
+        self.blocks_read = 0
+        self._maps = maps
+        self._logical_pages = maps.logical.pages
+        self._middle_pages = maps.middle.pages
+        self._handles = pool.handles
+        self._read_cached = files.read_cached
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Answer nothing any more."""
+        self._stopped = True
+        self._logical_pages = {}
+
+    def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """See BlockDevice."""
+        if length == BLOCK_BYTES and not offset & 4095:
+            lba = offset >> 12
+            page = self._logical_pages.get(lba >> PAGE_SHIFT)
+            if page is not None:
+                mba = page[lba & PAGE_MASK]
+                if not mba:
+                    self.blocks_read += 1
+                    return _ZERO_BLOCK
+                middle = self._middle_pages.get(mba >> PAGE_SHIFT)
+                if middle is not None:
+                    index = mba & PAGE_MASK
+                    data = self._read_cached(self._handles[middle[index]], BLOCK_BYTES, middle[OFFSET + index])
+                    if data is None or crc32c(data) != middle[CHECKSUM + index]:
+                        return None
+                    self.blocks_read += 1
+                    return (data,)
+        if self._stopped:
+            return None
+        return self._read_range(offset, length)
+
+    def _read_range(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        first = offset >> 12
+        stop = (offset + length + BLOCK_BYTES - 1) >> 12
+        pieces: list[Buffer] = []
+        lba = first
+        while lba < stop:
+            page = self._maps.logical.get(lba >> PAGE_SHIFT)
+            if page is None:
+                return None
+            index = lba & PAGE_MASK
+            count = min(stop - lba, PAGE_BLOCKS - index)
+            if not self._read_in_page(page[index : index + count], pieces):
+                return None
+            lba += count
+        self.blocks_read += stop - first
+        before = offset & 4095
+        after = (stop << 12) - offset - length
+        if before or after:
+            whole = b"".join(pieces)
+            return (whole[before : len(whole) - after],)
+        return pieces
+
+    def _read_in_page(self, mbas: array[int], pieces: list[Buffer]) -> bool:
+        """Append the content of these MBAs (0: zeros) to `pieces`; False if any of it cannot be had inline."""
+        at, total = 0, len(mbas)
+        while at < total:
+            if not mbas[at]:
+                zeros = same_length(mbas, at)
+                pieces.append(_ZEROS[: zeros * BLOCK_BYTES])
+                at += zeros
+                continue
+            run = run_length(mbas, at, 1)
+            while run:
+                mba = mbas[at]
+                index = mba & PAGE_MASK
+                count = min(run, PAGE_BLOCKS - index)
+                middle = self._maps.middle.get(mba >> PAGE_SHIFT)
+                if middle is None:
+                    return False
+                count = contiguous_blocks(middle, index, count)
+                data = self._read_cached(self._handles[middle[index]], count * BLOCK_BYTES, middle[OFFSET + index])
+                if data is None:
+                    return False
+                expected = middle[CHECKSUM + index : CHECKSUM + index + count]
+                if array("I", map(crc32c, block_splitter(count).unpack(data))) != expected:
+                    return False
+                pieces.append(data)
+                at += count
+                run -= count
+        return True
+
+    def extents(self, offset: int, length: int, limit: int) -> Extents | None:
+        """See BlockDevice."""
+        if self._stopped:
+            return None
+        found: Extents = []
+        lba = offset >> 12
+        stop = (offset + length + 4095) >> 12
+        end = offset + length
+        at = offset
+        while lba < stop:
+            page = self._maps.logical.get(lba >> PAGE_SHIFT)
+            if page is None:
+                return found[:-1] if len(found) > 1 else None
+            index = lba & PAGE_MASK
+            count = min(stop - lba, PAGE_BLOCKS - index)
+            for blocks, flags in page_extents(page, index, count):
+                lba += blocks
+                upto = min(lba << 12, end)
+                if found and found[-1][1] == flags:
+                    found[-1] = (found[-1][0] + upto - at, flags)
+                elif len(found) == limit:
+                    return found
+                else:
+                    found.append((upto - at, flags))
+                at = upto
+        return found
+
+
+def contiguous_blocks(middle: Page, index: int, count: int) -> int:
+    """How many of `count` entries from `index` on lie one after the other in one segment."""
+    if count == 1:
+        return 1
+    same = same_length(middle[index : index + count], 0)
+    return run_length(middle[OFFSET + index : OFFSET + index + same], 0, BLOCK_BYTES)
+
+
+def page_extents(page: Page, index: int, count: int) -> Extents:
+    """(blocks, flags) of `count` entries of a logical page."""
+    values = page[index : index + count]
+    if not any(values):
+        return [(count, HOLE | ZERO)]
+    if 0 not in values:
+        return [(count, 0)]
+    found: Extents = []
+    for mba in values:
+        flags = 0 if mba else HOLE | ZERO
+        if found and found[-1][1] == flags:
+            found[-1] = (found[-1][0] + 1, flags)
+        else:
+            found.append((1, flags))
+    return found

@@ -1,0 +1,375 @@
+"""The write path: what arrives in one wake becomes one record.
+
+Theory. `write` checks that the pages it needs are in memory and puts the data into the open batch; `commit` looks up or
+gives out the MBAs, appends one record with one `pwritev`, then moves the maps.
+
+Rules
+- Maps are changed only after the append returned: a failed append changed nothing.
+- A batch is applied in its order; a discard or a partial block commits what came before it first.
+- `blocked` is one flag for all reasons why a write may not go on inline.
+- An accepted batch may go into the reserve of segments; what is accepted after that may not.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from array import array
+from collections.abc import Callable
+
+from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
+from metadata.seams import Buffer
+from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, Maps
+from nbdserver.logdisk.reader import Reader
+from nbdserver.logdisk.runs import run_length
+from nbdserver.logdisk.segments import SegmentPool
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
+
+LAYER = 1
+SMALL_HOLE_BLOCKS = 4096  # up to here a discard is worked into the maps at once
+_MOST_EXTENT_BLOCKS = 1 << 31
+_SPLIT_BLOCKS = 256
+_RECORDS_A_CHECK = 64  # after so many the background work looks whether something is due
+
+
+class Writer:
+    """The open batch of one volume and how it gets into log and maps."""
+
+    def __init__(
+        self,
+        maps: Maps,
+        log: Log,
+        pool: SegmentPool,
+        reader: Reader,
+        check_background: Callable[[], None],
+        append_failed: Callable[[OSError], int],
+    ) -> None:
+        self.blocked = False
+        self.batches = self.batch_blocks = self.discards = 0
+        self._maps = maps
+        self._log = log
+        self._pool = pool
+        self._read = reader.read
+        self._check_background = check_background
+        self._append_failed = append_failed
+        self._logical_pages = maps.logical.pages
+        self._middle_pages = maps.middle.pages
+        self._live = maps.segments.live
+        self._lbas: list[int] = []
+        self._counts: list[int] = []
+        self._data: list[Buffer] = []
+        self._checksums = array("I")
+        self._batch_errno = 0
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        """See BlockDevice."""
+        if self.blocked:
+            return False
+        length = len(data)
+        lba = offset >> 12
+        if length == BLOCK_BYTES and not offset & 4095:
+            page = self._logical_pages.get(lba >> PAGE_SHIFT)
+            if page is None:
+                return self._write_run(lba, data, 1)
+            mba = page[lba & PAGE_MASK]
+            if mba and mba >> PAGE_SHIFT not in self._middle_pages:
+                return self._write_run(lba, data, 1)
+            block = bytes(data)
+            self._checksums.append(crc32c(block))
+            self._data.append(block)
+            self._lbas.append(lba)
+            self._counts.append(1)
+            return True
+        if (offset | length) & 4095:
+            return self._write_partial(offset, data)
+        return self._write_run(lba, data, length >> 12)
+
+    def _write_run(self, lba: int, data: Buffer, count: int) -> bool:
+        if self._maps.needed(lba, count, 1):
+            return False
+        for first in range(0, count, _SPLIT_BLOCKS):
+            blocks = block_splitter(min(_SPLIT_BLOCKS, count - first)).unpack_from(data, first * BLOCK_BYTES)
+            self._checksums.extend(map(crc32c, blocks))
+        self._data.append(data)
+        self._lbas.append(lba)
+        self._counts.append(count)
+        return True
+
+    def _write_partial(self, offset: int, data: Buffer) -> bool:
+        """Merge with what the edge blocks hold; the batch so far goes first, because it may hold them."""
+        if self._lbas:
+            self._batch_errno = self.commit() or self._batch_errno
+        first = offset & ~4095
+        end = offset + len(data)
+        stop = (end + 4095) & ~4095
+        head = self._read(first, BLOCK_BYTES) if offset != first else ()
+        tail = self._read(stop - BLOCK_BYTES, BLOCK_BYTES) if end != stop else ()
+        if head is None or tail is None:
+            return False
+        before = bytes(b"".join(head)[: offset - first])
+        after = bytes(b"".join(tail)[BLOCK_BYTES - (stop - end) :]) if tail else b""
+        return self._write_run(first >> 12, b"".join((before, data, after)), (stop - first) >> 12)
+
+    def discard(self, offset: int, length: int) -> bool:
+        """See BlockDevice. The whole blocks become a record of their own; partial edges are written with zeros."""
+        if self.blocked:
+            return False
+        if self._lbas:
+            self._batch_errno = self.commit() or self._batch_errno
+        first = (offset + 4095) >> 12
+        stop = (offset + length) >> 12
+        if stop < first:  # inside one block
+            return self._zero_partial(offset, length)
+        count = stop - first
+        if count > SMALL_HOLE_BLOCKS:
+            if len(self._maps.holes) >= MAX_PENDING_HOLES:
+                return False
+        elif count and self._maps.needed(first, count, 1):
+            return False
+        if not self._zero_partial(offset, (first << 12) - offset):
+            return False
+        if not self._zero_partial(stop << 12, offset + length - (stop << 12)):
+            return False
+        if count:
+            self._batch_errno = self._append_hole(first, count) or self._batch_errno
+        return True
+
+    def _zero_partial(self, offset: int, length: int) -> bool:
+        if not length:
+            return True
+        held = self._read(offset & ~4095, BLOCK_BYTES)
+        if held is None:
+            return False
+        if not any(held[0]):
+            return True
+        return self._write_partial(offset, bytes(length))
+
+    def _append_hole(self, lba: int, count: int) -> int:
+        if self._lbas:
+            errno = self.commit()
+            if errno:
+                return errno
+        maps, log = self._maps, self._log
+        extents = array("Q")
+        for first in range(lba, lba + count, _MOST_EXTENT_BLOCKS):
+            extents.extend((first, min(_MOST_EXTENT_BLOCKS, lba + count - first) | EXTENT_HOLE << 32))
+        try:
+            if not self._make_room(len(extents) >> 1, reserved=True):
+                return errnos.ENOSPC
+            log.append_write(LAYER, extents, array("Q"), array("I"), ())
+        except OSError as error:
+            return self._append_failed(error)
+        maps.regions.mark(lba, count, log.txid)
+        if count > SMALL_HOLE_BLOCKS:
+            maps.add_hole(lba, count)
+            self._check_background()
+        else:
+            maps.clear(lba, count)
+        self.discards += 1
+        self._after_append()
+        return 0
+
+    def commit(self) -> int:
+        """See BlockDevice."""
+        if not self._lbas:
+            errno, self._batch_errno = self._batch_errno, 0
+            return errno
+        lbas, counts, data, checksums = self._lbas, self._counts, self._data, self._checksums
+        self._lbas, self._counts, self._data, self._checksums = [], [], [], array("I")
+        try:
+            errno = self._append_batch(lbas, counts, data, checksums)
+        except OSError as error:
+            errno = self._append_failed(error)
+        self._after_append()
+        errno, self._batch_errno = errno or self._batch_errno, 0
+        return errno
+
+    def _append_batch(self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]) -> int:
+        log = self._log
+        if log.room_blocks(WRITE, len(lbas)) < len(checksums) or len(lbas) > MAX_RECORD_EXTENTS or not log.offset:
+            return self._append_in_parts(lbas, counts, data, checksums)
+        maps = self._maps
+        logical_pages = self._logical_pages
+        mbas = array("Q")
+        fresh: dict[int, int] = {}
+        extents = array("Q")
+        next_mba = maps.next_mba
+        for lba, count in zip(lbas, counts, strict=True):
+            extents.append(lba)
+            extents.append(count)
+            if count == 1:
+                page = logical_pages.get(lba >> PAGE_SHIFT) or maps.logical.get(lba >> PAGE_SHIFT)
+                assert page is not None
+                mba = page[lba & PAGE_MASK]
+                if not mba:
+                    mba = fresh.get(lba, 0)
+                    if not mba:
+                        mba = fresh[lba] = next_mba
+                        next_mba += 1
+                mbas.append(mba)
+            else:
+                next_mba = self._mbas_of_run(lba, count, mbas, fresh, next_mba)
+        offset = log.append_write(LAYER, extents, mbas, checksums, data)
+        while maps.next_mba < next_mba:
+            maps.allocate_mba()
+        recent = maps.regions.recent
+        for lba, mba in fresh.items():
+            maps.set_logical(lba, mba)
+        at = 0
+        txid = log.txid
+        for lba, count in zip(lbas, counts, strict=True):
+            recent[lba >> 10] = txid
+            if count > 1024:
+                maps.regions.mark(lba, count, txid)
+            else:
+                recent[(lba + count - 1) >> 10] = txid
+            at += count
+        self._point(mbas, checksums, offset)
+        self.batches += 1
+        self.batch_blocks += len(mbas)
+        return 0
+
+    def _point(self, mbas: array[int], checksums: array[int], offset: int) -> None:
+        """Move the middle map: these MBAs now lie one after the other from `offset` of the open segment."""
+        maps = self._maps
+        pages = self._middle_pages
+        middle = maps.middle
+        changed = middle.changed
+        live = self._live
+        segment = self._log.segment
+        total = len(mbas)
+        at = gained = 0
+        while at < total:
+            mba = mbas[at]
+            number = mba >> PAGE_SHIFT
+            index = mba & PAGE_MASK
+            page = pages.get(number) or middle.get(number)
+            assert page is not None
+            if total - at >= 8:
+                count = min(run_length(mbas, at, 1), PAGE_BLOCKS - index)
+                if count >= 8:
+                    gained += self._point_run(page, number, index, count, offset, checksums[at : at + count])
+                    at += count
+                    offset += count * BLOCK_BYTES
+                    continue
+            old = page[index]
+            (changed.get(number) or middle.first_change(number)).append(index)
+            if old:
+                live[old] -= 1
+            else:
+                gained += 1
+            page[index] = segment
+            page[OFFSET + index] = offset
+            page[CHECKSUM + index] = checksums[at]
+            offset += BLOCK_BYTES
+            at += 1
+        live[segment] += total
+        maps.live_blocks += gained
+        maps.middle_updates += total
+
+    def _point_run(self, page: Page, number: int, index: int, count: int, offset: int, checksums: array[int]) -> int:
+        """The same for a run within one page; returns how many were not mapped before."""
+        middle = self._maps.middle
+        live = self._live
+        stop = index + count
+        old = page[index:stop]
+        (middle.changed.get(number) or middle.first_change(number)).extend(range(index, stop))
+        same = old.count(old[0])
+        gained = 0
+        if same == count:
+            if old[0]:
+                live[old[0]] -= count
+            else:
+                gained = count
+        else:
+            for segment in old:
+                if segment:
+                    live[segment] -= 1
+                else:
+                    gained += 1
+        page[index:stop] = array("I", [self._log.segment]) * count
+        page[OFFSET + index : OFFSET + stop] = array("I", range(offset, offset + count * BLOCK_BYTES, BLOCK_BYTES))
+        page[CHECKSUM + index : CHECKSUM + stop] = checksums
+        return gained
+
+    def _mbas_of_run(self, lba: int, count: int, mbas: array[int], fresh: dict[int, int], next_mba: int) -> int:
+        stop = lba + count
+        while lba < stop:
+            page = self._maps.logical.get(lba >> PAGE_SHIFT)
+            assert page is not None
+            index = lba & PAGE_MASK
+            blocks = min(stop - lba, PAGE_BLOCKS - index)
+            held = page[index : index + blocks]
+            if 0 not in held:
+                mbas.extend(held)
+            else:
+                for number, mba in enumerate(held, lba):
+                    if not mba:
+                        mba = fresh.get(number, 0)
+                        if not mba:
+                            mba = fresh[number] = next_mba
+                            next_mba += 1
+                    mbas.append(mba)
+            lba += blocks
+        return next_mba
+
+    def _append_in_parts(self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]) -> int:
+        """Cut a batch that does not fit into the open segment, and go on in the next one."""
+        pieces = [(lba, count, memoryview(buffer)) for lba, count, buffer in zip(lbas, counts, data, strict=True)]
+        at = 0
+        while pieces:
+            if not self._make_room(len(pieces[:MAX_RECORD_EXTENTS]), reserved=True, blocks=1):
+                return errnos.ENOSPC
+            room = self._log.room_blocks(WRITE, min(len(pieces), MAX_RECORD_EXTENTS))
+            part: list[tuple[int, int, memoryview]] = []
+            blocks = 0
+            while pieces and blocks < room and len(part) < MAX_RECORD_EXTENTS:
+                lba, count, buffer = pieces.pop(0)
+                if blocks + count > room:
+                    fits = room - blocks
+                    pieces.insert(0, (lba + fits, count - fits, buffer[fits * BLOCK_BYTES :]))
+                    count, buffer = fits, buffer[: fits * BLOCK_BYTES]
+                part.append((lba, count, buffer))
+                blocks += count
+            self._append_batch(
+                [lba for lba, _, _ in part],
+                [count for _, count, _ in part],
+                [buffer for _, _, buffer in part],
+                checksums[at : at + blocks],
+            )
+            at += blocks
+        return 0
+
+    def _make_room(self, extents: int, *, reserved: bool, blocks: int = 0) -> bool:
+        log = self._log
+        if not log.begin_if_needed():
+            return False
+        while log.room_blocks(WRITE, extents) < blocks:
+            if not self.next_segment(reserved):
+                return False
+        return True
+
+    def next_segment(self, reserved: bool) -> bool:
+        """Go on in another segment, if one is to be had."""
+        if not self._log.next_segment(reserved):
+            return False
+        self._check_background()
+        return True
+
+    def _after_append(self) -> None:
+        if self._log.records % _RECORDS_A_CHECK == 0:
+            self._check_background()
+
+    def write_now(self, lba: int, data: memoryview) -> int:
+        """Append whole blocks whose pages are resident, without touching the reserve; 0 or an errno."""
+        count = len(data) >> 12
+        if self._log.room_blocks(WRITE, 1) < count and not self._pool.can_take():
+            return errnos.ENOSPC
+        if not self._write_run(lba, data, count):
+            return errnos.EAGAIN
+        return self.commit()
+
+    def discard_now(self, lba: int, count: int) -> int:
+        """Append a hole over whole blocks, whose pages are resident if it is a small one; 0 or an errno."""
+        return self._append_hole(lba, count)
