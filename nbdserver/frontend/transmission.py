@@ -442,6 +442,8 @@ class Transmission:
     def _freed(self) -> None:
         if self._ending:
             self._end(self._ending)
+        elif self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
+            self._stall()
         else:
             self._go_on()
 

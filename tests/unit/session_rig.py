@@ -1,0 +1,278 @@
+"""A session without a network: its connection is a list, its clock is moved by hand, its client is these functions.
+
+`Wire` is one client of an `Exports`; replies are parsed with the construct declarations, the oracle of the session's
+fast paths.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from metadata.seams import Buffer
+from nbdserver.frontend.session import Session
+from nbdserver.volume.export import Export, Exports
+from protocol import nbd
+from protocol.handshake import ReplyStyle
+from protocol.nbd import Chunk, Command, CommandFlag, HandshakeFlag, Option, ReplyFlag
+from tests.unit.memory_device import MemoryDevice
+
+SIZE_BYTES = 1 << 20
+
+
+class HandClock:
+    """Time that stands still until `advance`; `run` does what is due now."""
+
+    def __init__(self) -> None:
+        self.time_s = 1000.0
+        self._soon: list[Callable[[], None]] = []
+        self._timers: list[tuple[float, int, HandTimer]] = []
+        self._order = itertools.count()
+
+    def now(self) -> float:
+        return self.time_s
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._soon.append(callback)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "HandTimer":
+        timer = HandTimer(callback)
+        heapq.heappush(self._timers, (self.time_s + delay_s, next(self._order), timer))
+        return timer
+
+    def turn(self) -> bool:
+        """One turn of the loop; False if nothing was to do."""
+        soon, self._soon = self._soon, []
+        for callback in soon:
+            callback()
+        return bool(soon)
+
+    def run(self, turns: int = 10_000) -> None:
+        """Turn until nothing is left to do."""
+        for _ in range(turns):
+            if not self.turn():
+                return
+        raise AssertionError("the loop does not come to rest")
+
+    def advance(self, delay_s: float) -> None:
+        self.time_s += delay_s
+        while self._timers and self._timers[0][0] <= self.time_s:
+            heapq.heappop(self._timers)[2].fire()
+        self.run()
+
+
+class HandTimer:
+    """A callback that can be cancelled."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self._callback = None
+
+    def fire(self) -> None:
+        if self._callback is not None:
+            self._callback()
+
+
+class ListConnection:
+    """Takes what is sent; with `taking` False the peer takes nothing."""
+
+    def __init__(self, peer_name: str) -> None:
+        self.peer_name = peer_name
+        self.sent = bytearray()
+        self.sends = 0
+        self.taking = True
+        self.reading = True
+        self.closed = False
+        self.aborted = False
+        self._queued: list[bytes] = []
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        assert not self.closed
+        self.sends += 1
+        data = b"".join(buffers)
+        if self.taking:
+            self.sent += data
+        else:
+            self._queued.append(data)
+
+    @property
+    def unsent_bytes(self) -> int:
+        return sum(map(len, self._queued))
+
+    def take(self) -> None:
+        self.taking = True
+        self.sent += b"".join(self._queued)
+        self._queued.clear()
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = self.aborted = True
+
+
+@dataclass
+class Answer:
+    """All that was replied to one request."""
+
+    error: int = 0
+    data: dict[int, bytes] = field(default_factory=dict)  # offset (0 in simple replies) -> bytes
+    holes: dict[int, int] = field(default_factory=dict)
+    extents: list[tuple[int, int]] = field(default_factory=list)
+    done: bool = False
+
+    def joined(self) -> bytes:
+        pieces = {**self.data, **{offset: bytes(length) for offset, length in self.holes.items()}}
+        return b"".join(pieces[offset] for offset in sorted(pieces))
+
+
+class Wire:
+    """A client, its session and their connection."""
+
+    def __init__(
+        self,
+        exports: Exports,
+        clock: HandClock,
+        style: ReplyStyle = ReplyStyle.STRUCTURED,
+        peer_name: str = "192.0.2.1:1000",
+        name: str = "disk",
+        contexts: bool = True,
+    ) -> None:
+        self.style = style
+        self.clock = clock
+        self.gone: list[str] = []
+        self.connection = ListConnection(peer_name)
+        self.session = Session(1, self.connection, clock, exports, lambda _, reason: self.gone.append(reason))
+        self._cookies = itertools.count(1)
+        self._reads: dict[int, int] = {}
+        hello = nbd.ClientFlags.build({"flags": int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)})
+        if style is not ReplyStyle.SIMPLE:
+            hello += _option(
+                Option.STRUCTURED_REPLY if style is ReplyStyle.STRUCTURED else Option.EXTENDED_HEADERS, b""
+            )
+            if contexts:
+                wanted = {"name": name.encode(), "queries": [b"base:allocation"]}
+                hello += _option(Option.SET_META_CONTEXT, nbd.MetaContextRequest.build(wanted))
+        self.feed(hello + _option(Option.GO, nbd.InfoRequest.build({"name": name.encode(), "wanted": []})))
+        self.greeting = bytes(self.connection.sent)
+        self.connection.sent.clear()
+
+    @property
+    def entered(self) -> bool:
+        return self.session.export is not None and not self.gone
+
+    def feed(self, data: bytes, piece_bytes: int = 1 << 30) -> None:
+        """Let the session receive, as much at a time as it has room for; what is not read is a failure."""
+        view = memoryview(data)
+        while view and not self.connection.closed:
+            assert self.connection.reading, "fed while the connection is not read"
+            room = self.session.buffer()
+            assert len(room), "no room to receive into"
+            size_bytes = min(len(room), len(view), piece_bytes)
+            room[:size_bytes] = view[:size_bytes]
+            view = view[size_bytes:]
+            self.session.received(size_bytes)
+
+    def request(
+        self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0
+    ) -> tuple[int, bytes]:
+        """(cookie, bytes) of a request; WRITE takes its length from `data`."""
+        cookie = next(self._cookies) << 40
+        fields = {"flags": flags, "command": command, "cookie": cookie, "offset": offset, "length": length or len(data)}
+        if command == Command.READ:
+            self._reads[cookie] = length
+        if self.style is ReplyStyle.EXTENDED:
+            if data:
+                fields.update(flags=flags | CommandFlag.PAYLOAD_LEN, length=len(data))
+            built: bytes = nbd.ExtendedRequest.build(fields)
+        else:
+            built = nbd.Request.build(fields)
+        return cookie, built + data
+
+    def ask(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0) -> Answer:
+        """Send one request, let the loop come to rest, and return its whole answer."""
+        cookie, packed = self.request(command, offset, length, data, flags)
+        self.feed(packed)
+        self.clock.run()
+        return self.answers()[cookie]
+
+    def answers(self) -> dict[int, Answer]:
+        """Parse and forget everything that was sent."""
+        sent = bytes(self.connection.sent)
+        self.connection.sent.clear()
+        found: dict[int, Answer] = {}
+        while sent:
+            magic = int.from_bytes(sent[:4], "big")
+            if magic == nbd.SIMPLE_REPLY_MAGIC:
+                assert self.style is not ReplyStyle.EXTENDED
+                simple = nbd.SimpleReply.parse(sent)
+                sent = sent[nbd.SimpleReply.sizeof() :]
+                answer = found.setdefault(simple.cookie, Answer())
+                answer.error, answer.done = simple.error, True
+                if simple.cookie in self._reads and not simple.error:
+                    assert self.style is ReplyStyle.SIMPLE
+                    length = self._reads[simple.cookie]
+                    answer.data[0], sent = sent[:length], sent[length:]
+                continue
+            frame = nbd.ExtendedReply if self.style is ReplyStyle.EXTENDED else nbd.StructuredReply
+            header = frame.parse(sent)
+            payload = sent[frame.sizeof() : frame.sizeof() + header.length]
+            assert len(payload) == header.length
+            sent = sent[frame.sizeof() + header.length :]
+            _take_chunk(found.setdefault(header.cookie, Answer()), header.flags, header.type, payload)
+        return found
+
+
+def _take_chunk(answer: Answer, flags: int, kind: int, payload: bytes) -> None:
+    assert not answer.done, "a chunk behind the last one"
+    answer.done = bool(flags & ReplyFlag.DONE)
+    if kind == Chunk.OFFSET_DATA:
+        parsed = nbd.OffsetData.parse(payload)
+        answer.data[parsed.offset] = parsed.data
+    elif kind == Chunk.OFFSET_HOLE:
+        parsed = nbd.OffsetHole.parse(payload)
+        answer.holes[parsed.offset] = parsed.hole_bytes
+    elif kind in (Chunk.BLOCK_STATUS, Chunk.BLOCK_STATUS_EXT):
+        parsed = (nbd.BlockStatus if kind == Chunk.BLOCK_STATUS else nbd.BlockStatusExt).parse(payload)
+        answer.extents = [(extent.length, extent.flags) for extent in parsed.extents]
+    elif kind == Chunk.ERROR:
+        answer.error = nbd.Error.parse(payload).error
+    else:
+        assert kind == Chunk.NONE
+        assert not payload
+
+
+def _option(kind: int, data: bytes) -> bytes:
+    header: bytes = nbd.OptionHeader.build({"option": kind, "length": len(data)})
+    return header + data
+
+
+@dataclass
+class Rig:
+    """A clock, a device, its export and the directory around it."""
+
+    clock: HandClock
+    device: MemoryDevice
+    export: Export
+    exports: Exports
+
+    def wire(self, style: ReplyStyle = ReplyStyle.STRUCTURED, peer_name: str = "192.0.2.1:1000") -> Wire:
+        return Wire(self.exports, self.clock, style, peer_name)
+
+
+def make_rig(deferring: bool = False, size_bytes: int = SIZE_BYTES) -> Rig:
+    """An export "disk" over a MemoryDevice."""
+    clock = HandClock()
+    device = MemoryDevice(size_bytes, clock.call_soon, deferring)
+    exports = Exports()
+    export = Export("disk", device)
+    exports.add(export)
+    return Rig(clock, device, export, exports)

@@ -1,0 +1,428 @@
+"""NBD sessions over a device in memory: batches, errors, bounds, and what hostile clients cannot do to others."""
+
+import errno
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdserver.frontend.deferred import OPERATION_LIMIT
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES
+from nbdserver.frontend.session import HANDSHAKE_TIMEOUT_S
+from nbdserver.frontend.transmission import BATCH_REQUESTS, SHRINK_DELAY_S
+from nbdserver.volume.export import ExportError
+from protocol import nbd
+from protocol.handshake import ReplyStyle
+from protocol.nbd import Command, CommandFlag
+from tests.unit.session_rig import SIZE_BYTES, Rig, Wire, make_rig
+
+BLOCK = 4096
+STYLES = list(ReplyStyle)
+EXTENDED_PAYLOAD = nbd.BlockStatusPayload.build({"length": BLOCK, "context_ids": [1]})
+
+
+@pytest.fixture(params=[False, True], ids=["inline", "deferring"])
+def rig(request: pytest.FixtureRequest) -> Rig:
+    return make_rig(deferring=request.param)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("offset", "length"), [(0, BLOCK), (1, 1), (4095, 4098), (SIZE_BYTES - 7, 7), (0, SIZE_BYTES)])
+def test_what_is_written_is_read(rig: Rig, style: ReplyStyle, offset: int, length: int) -> None:
+    wire = rig.wire(style)
+    data = random.Random(length).randbytes(length)
+    assert wire.ask(Command.WRITE, offset, data=data).error == 0
+    answer = wire.ask(Command.READ, offset, length)
+    assert (answer.error, answer.done) == (0, True)
+    assert answer.joined() == data
+    assert wire.ask(Command.READ, offset, length, flags=CommandFlag.DF if style is not ReplyStyle.SIMPLE else 0).done
+
+
+def conversation(wire: Wire) -> tuple[bytes, dict[int, tuple[int, bytes | None]]]:
+    """Requests of every kind, and what each is answered with: (errno, data of a read)."""
+    data = bytes(range(256)) * 16
+    expected: dict[int, tuple[int, bytes | None]] = {}
+    packed = b""
+
+    def add(
+        error: int,
+        read: bytes | None,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        data: bytes = b"",
+        flags: int = 0,
+    ) -> None:
+        nonlocal packed
+        cookie, request = wire.request(command, offset, length, data, flags)
+        expected[cookie] = (error, read)
+        packed += request
+
+    add(0, None, Command.WRITE, 0, data=data)
+    add(0, None, Command.WRITE, 8192, data=data[:100], flags=CommandFlag.FUA)
+    add(0, None, Command.FLUSH)
+    add(errno.ENOSPC, None, Command.WRITE, SIZE_BYTES - 10, data=data)
+    add(errno.EINVAL, None, Command.WRITE, 0, data=data, flags=CommandFlag.DF)
+    add(errno.EINVAL, None, Command.READ, SIZE_BYTES, 1)
+    add(0, None, Command.TRIM, 20480, 4096)
+    add(0, None, Command.WRITE_ZEROES, 16384, 4096, flags=CommandFlag.FUA)
+    add(0, None, Command.WRITE_ZEROES, 24576, 5000, flags=CommandFlag.NO_HOLE)
+    add(errno.ENOTSUP, None, Command.WRITE_ZEROES, 0, 8192, flags=CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO)
+    add(0, None, Command.CACHE, 0, 8192)
+    add(errno.EINVAL, None, 99, 0, 1)
+    add(0, bytes(4096), Command.READ, 40960, 4096)
+    if wire.style is not ReplyStyle.SIMPLE:
+        add(0, None, Command.BLOCK_STATUS, 0, SIZE_BYTES)
+    if wire.style is ReplyStyle.EXTENDED:
+        add(0, None, Command.BLOCK_STATUS, 0, data=EXTENDED_PAYLOAD)
+        add(errno.EINVAL, None, Command.TRIM, 0, data=b"what is this for")
+    return packed, expected
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("piece_bytes", [1 << 30, 1, 29, 4096])
+def test_a_conversation_is_answered_in_step_however_it_is_cut(rig: Rig, style: ReplyStyle, piece_bytes: int) -> None:
+    wire = rig.wire(style)
+    packed, expected = conversation(wire)
+    wire.feed(packed, piece_bytes)
+    rig.clock.run()
+    answers = wire.answers()
+    assert {cookie: answer.error for cookie, answer in answers.items()} == {
+        cookie: error for cookie, (error, _) in expected.items()
+    }
+    assert all(answer.done for answer in answers.values())
+    assert all(answers[cookie].joined() == data for cookie, (_, data) in expected.items() if data is not None)
+    assert rig.device.data[: 256 * 16] == bytes(range(256)) * 16
+    assert wire.session.info().in_flight == 0
+
+
+def test_the_writes_of_one_wake_share_one_commit_and_one_send() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    sends = wire.connection.sends
+    requests = [wire.request(Command.WRITE, index * BLOCK, data=bytes([index]) * BLOCK) for index in range(16)]
+    reads = [wire.request(Command.READ, index * BLOCK, BLOCK) for index in range(16)]
+    wire.feed(b"".join(packed for _, packed in requests + reads))
+    assert rig.device.events == ["commit 16"]
+    assert wire.connection.sends == sends + 1
+    assert len(wire.answers()) == 32
+    assert rig.export.counters.batches == 1
+    assert rig.export.counters.writes == rig.export.counters.reads == 16
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_failed_commit_fails_every_change_of_the_batch_and_no_read(style: ReplyStyle) -> None:
+    rig = make_rig()
+    wire = rig.wire(style)
+    write, packed = wire.request(Command.WRITE, 0, data=b"x" * BLOCK)
+    forced, packed_forced = wire.request(Command.WRITE, 0, data=b"y" * BLOCK, flags=CommandFlag.FUA)
+    trim, packed_trim = wire.request(Command.TRIM, 0, BLOCK)
+    read, packed_read = wire.request(Command.READ, 0, BLOCK)
+    rig.device.commit_error = errno.ENOSPC
+    wire.feed(packed + packed_forced + packed_trim + packed_read)
+    rig.clock.run()
+    answers = wire.answers()
+    assert [answers[cookie].error for cookie in (write, forced, trim)] == [errno.ENOSPC] * 3
+    assert answers[read].joined() == bytes(BLOCK)
+    assert rig.device.flushes == 0
+
+
+@pytest.mark.parametrize("command", [Command.FLUSH, Command.WRITE, Command.TRIM, Command.WRITE_ZEROES])
+def test_fua_and_flush_are_answered_after_a_flush_that_began_after_the_commit(rig: Rig, command: Command) -> None:
+    wire = rig.wire()
+    wire.ask(Command.WRITE, 0, data=b"a" * BLOCK)
+    rig.device.events.clear()
+    if command == Command.FLUSH:
+        cookie, packed = wire.request(command)
+    elif command == Command.WRITE:
+        cookie, packed = wire.request(command, 0, data=b"b" * BLOCK, flags=CommandFlag.FUA)
+    else:
+        cookie, packed = wire.request(command, 0, BLOCK, flags=CommandFlag.FUA)
+    wire.feed(packed)
+    while "flushed" not in rig.device.events:
+        assert cookie not in wire.answers()
+        assert rig.clock.turn()
+    rig.clock.run()
+    assert wire.answers()[cookie].error == 0
+    assert rig.device.events[-1] == "flushed"
+    assert rig.device.flushes == 1
+
+
+def test_a_failed_flush_is_told_to_all_who_asked(rig: Rig) -> None:
+    wire = rig.wire()
+    rig.device.flush_error = errno.EIO
+    assert wire.ask(Command.FLUSH).error == errno.EIO
+    rig.device.flush_error = errno.EIO
+    assert wire.ask(Command.WRITE, 0, data=b"b" * BLOCK, flags=CommandFlag.FUA).error == errno.EIO
+
+
+@pytest.mark.parametrize("command", [Command.READ, Command.TRIM, Command.BLOCK_STATUS, Command.CACHE])
+def test_an_error_of_a_deferred_request_is_its_own(command: Command) -> None:
+    rig = make_rig(deferring=True)
+    wire = rig.wire()
+    rig.device.later_error = errno.EIO
+    assert wire.ask(command, 0, BLOCK).error == errno.EIO
+    assert wire.ask(command, 0, BLOCK).error == 0
+
+
+def test_big_reads_tell_holes_and_df_reads_do_not() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    wire.ask(Command.WRITE, 65536, data=b"d" * 65536)
+    sparse = wire.ask(Command.READ, 0, SIZE_BYTES)
+    assert sparse.holes == {0: 65536, 131072: SIZE_BYTES - 131072}
+    assert sparse.joined() == bytes(rig.device.data)
+    whole = wire.ask(Command.READ, 0, SIZE_BYTES, flags=CommandFlag.DF)
+    assert whole.holes == {}
+    assert whole.data == {0: bytes(rig.device.data)}
+
+
+def test_block_status_tells_extents_one_of_them_if_asked(rig: Rig) -> None:
+    for style in (ReplyStyle.STRUCTURED, ReplyStyle.EXTENDED):
+        wire = rig.wire(style)
+        wire.ask(Command.WRITE, 8192, data=b"d" * 4096)
+        assert wire.ask(Command.BLOCK_STATUS, 0, 16384).extents == [(8192, 3), (4096, 0), (4096, 3)]
+        assert wire.ask(Command.BLOCK_STATUS, 0, 16384, flags=CommandFlag.REQ_ONE).extents == [(8192, 3)]
+        assert wire.ask(Command.BLOCK_STATUS, 0, 4096, flags=CommandFlag.REQ_ONE).extents == [(4096, 3)]
+
+
+def test_block_status_without_a_context_is_refused() -> None:
+    rig = make_rig()
+    wire = Wire(rig.exports, rig.clock, contexts=False)
+    assert wire.ask(Command.BLOCK_STATUS, 0, BLOCK).error == errno.EINVAL
+
+
+def test_zeroes_without_holes_are_written_in_bounded_pieces_while_others_are_served(rig: Rig) -> None:
+    wire, other = rig.wire(), rig.wire(peer_name="192.0.2.1:2000")
+    wire.ask(Command.WRITE, 0, data=b"x" * SIZE_BYTES)
+    cookie, packed = wire.request(Command.WRITE_ZEROES, 100, SIZE_BYTES - 200, flags=CommandFlag.NO_HOLE)
+    wire.feed(packed)
+    assert other.ask(Command.READ, 0, 10).joined() == b"x" * 10
+    rig.clock.run()
+    assert wire.answers()[cookie].error == 0
+    assert rig.device.data == b"x" * 100 + bytes(SIZE_BYTES - 200) + b"x" * 100
+    assert all(rig.device.written)
+
+
+def test_a_fast_zero_that_cannot_be_done_at_once_is_refused() -> None:
+    assert make_rig(True).wire().ask(Command.WRITE_ZEROES, 0, 9, flags=CommandFlag.FAST_ZERO).error == errno.ENOTSUP
+    assert make_rig().wire().ask(Command.WRITE_ZEROES, 0, BLOCK, flags=CommandFlag.FAST_ZERO).error == 0
+
+
+def test_a_read_over_the_payload_limit_is_refused_in_the_style_of_the_connection() -> None:
+    rig = make_rig(size_bytes=64 << 20)
+    assert rig.wire().ask(Command.READ, 0, (32 << 20) + 1).error == errno.EOVERFLOW
+    assert rig.wire(ReplyStyle.SIMPLE).ask(Command.READ, 0, (32 << 20) + 1).error == errno.EINVAL
+    assert len(rig.wire().ask(Command.READ, 0, 32 << 20).joined()) == 32 << 20
+
+
+def test_a_write_over_the_payload_limit_is_skipped_and_the_stream_stays_in_step() -> None:
+    rig = make_rig(size_bytes=64 << 20)
+    wire = rig.wire()
+    assert wire.ask(Command.WRITE, 0, data=bytes((32 << 20) + 1)).error == errno.EINVAL
+    assert wire.ask(Command.READ, 0, 5).joined() == bytes(5)
+    extended = rig.wire(ReplyStyle.EXTENDED)
+    _, packed = extended.request(Command.WRITE, 0, data=bytes((32 << 20) + 1))
+    extended.feed(packed)
+    assert extended.connection.closed
+
+
+def test_the_buffer_grows_for_a_big_write_and_shrinks_back(rig: Rig) -> None:
+    wire = rig.wire()
+    wire.ask(Command.WRITE, 0, data=b"z" * SIZE_BYTES)
+    assert len(wire.session.buffer()) > NORMAL_BYTES
+    rig.clock.advance(SHRINK_DELAY_S)
+    assert len(wire.session.buffer()) == NORMAL_BYTES
+    assert wire.ask(Command.READ, SIZE_BYTES - 1, 1).joined() == b"z"
+
+
+def test_a_buffer_that_shrinks_in_the_middle_of_a_big_write_keeps_its_bytes() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    data = random.Random(1).randbytes(SIZE_BYTES)
+    cookie, packed = wire.request(Command.WRITE, 0, data=data)
+    for start in range(0, len(packed), 200_000):
+        wire.feed(packed[start : start + 200_000])
+        rig.clock.advance(SHRINK_DELAY_S)
+    assert wire.answers()[cookie].error == 0
+    assert rig.device.data == data
+
+
+def test_a_wrong_magic_closes_after_what_came_before_is_done(rig: Rig) -> None:
+    wire = rig.wire()
+    cookie, packed = wire.request(Command.WRITE, 0, data=b"last")
+    wire.feed(packed + b"\0" * 64)
+    rig.clock.run()
+    assert wire.connection.closed
+    assert wire.answers()[cookie].error == 0
+    assert rig.export.sessions == set()
+    assert rig.device.data[:4] == b"last"
+
+
+def test_a_disconnect_waits_for_what_is_in_flight(rig: Rig) -> None:
+    wire = rig.wire()
+    write, packed = wire.request(Command.WRITE, 0, data=b"b" * BLOCK, flags=CommandFlag.FUA)
+    _, bye = wire.request(Command.DISC)
+    wire.feed(packed + bye)
+    assert not wire.connection.closed
+    rig.clock.run()
+    assert wire.connection.closed
+    assert not wire.connection.aborted
+    assert wire.answers()[write].error == 0
+    assert len(wire.gone) == 1
+
+
+def test_a_lost_client_has_its_work_finished_and_its_replies_dropped(rig: Rig) -> None:
+    wire = rig.wire()
+    _, packed = wire.request(Command.WRITE, 0, data=b"b" * BLOCK, flags=CommandFlag.FUA)
+    wire.feed(packed)
+    wire.session.lost("gone")
+    rig.clock.run()
+    assert rig.device.data[:BLOCK] == b"b" * BLOCK
+    assert wire.gone == ["gone"]
+    assert rig.export.sessions == set()
+
+
+def test_requests_that_wait_are_bounded_and_the_rest_is_not_read() -> None:
+    rig = make_rig(deferring=True)
+    wire = rig.wire()
+    requests = [wire.request(Command.READ, 0, 512) for _ in range(3 * OPERATION_LIMIT)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    assert wire.session.info().in_flight == OPERATION_LIMIT
+    assert not wire.connection.reading
+    rig.clock.run()
+    assert wire.connection.reading
+    assert len(wire.answers()) == 3 * OPERATION_LIMIT
+    assert wire.session.info().in_flight == 0
+
+
+def test_a_client_that_takes_no_replies_is_not_read_until_it_does(rig: Rig) -> None:
+    wire = rig.wire()
+    wire.ask(Command.WRITE, 0, data=b"d" * SIZE_BYTES)
+    wire.connection.taking = False
+    requests = [wire.request(Command.READ, 0, SIZE_BYTES) for _ in range(64)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    rig.clock.run()
+    assert not wire.connection.reading
+    assert wire.connection.unsent_bytes < (80 << 20 if rig.device.deferring else 12 << 20)
+    for _ in range(64):
+        wire.connection.take()
+        wire.connection.taking = False
+        wire.session.drained()
+        rig.clock.run()
+    wire.connection.take()
+    assert len(wire.answers()) == 64
+    assert wire.connection.reading
+
+
+def test_a_flood_of_small_requests_lets_others_have_their_turn() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    requests = [wire.request(Command.READ, 0, 1) for _ in range(3 * BATCH_REQUESTS)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    assert len(wire.answers()) <= BATCH_REQUESTS
+    rig.clock.run()
+    assert len(wire.answers()) == 2 * BATCH_REQUESTS
+
+
+def test_a_handshake_has_a_time_limit() -> None:
+    rig = make_rig()
+    entered = rig.wire()
+    silent = Wire(rig.exports, rig.clock, name="nothing of this name")
+    rig.clock.advance(HANDSHAKE_TIMEOUT_S + 1)
+    assert silent.connection.aborted
+    assert not entered.connection.closed
+
+
+def test_a_second_host_is_refused_as_a_writer_unless_the_export_is_shared() -> None:
+    rig = make_rig()
+    first = rig.wire(peer_name="192.0.2.1:1")
+    assert rig.wire(peer_name="192.0.2.1:2").entered
+    second = rig.wire(peer_name="192.0.2.2:1")
+    assert not second.entered
+    assert b"192.0.2.1" in second.greeting
+    rig.export.change(shared=True)
+    assert rig.wire(peer_name="192.0.2.2:2").entered
+    with pytest.raises(ExportError, match=r"192\.0\.2\.2"):
+        rig.export.change(shared=False)
+    assert first.entered
+
+
+def test_a_host_may_write_when_the_other_has_left_and_the_local_host_has_many_addresses() -> None:
+    rig = make_rig()
+    first = rig.wire(peer_name="unix:pid=1,uid=0")
+    assert rig.wire(peer_name="127.0.0.1:1").entered
+    assert rig.wire(peer_name="[::1]:1").entered
+    assert not rig.wire(peer_name="[::ffff:192.0.2.1]:1").entered
+    for session in list(rig.export.sessions):
+        session.disconnect("test")
+    assert first.gone == ["test"]
+    assert rig.wire(peer_name="[::ffff:192.0.2.1]:1").entered
+    assert rig.wire(peer_name="192.0.2.1:9").entered
+
+
+def test_clients_that_are_not_allowed_neither_see_nor_enter_and_leave_when_it_changes() -> None:
+    rig = make_rig()
+    wire = rig.wire(peer_name="192.0.2.1:1")
+    rig.export.change(allowed=["192.0.2.0/25"])
+    assert wire.entered
+    rig.export.change(allowed=["198.51.100.0/24", "2001:db8::/64"])
+    assert wire.gone
+    assert not rig.wire(peer_name="192.0.2.1:1").entered
+    assert rig.wire(peer_name="[2001:db8::5]:1").entered
+    with pytest.raises(ExportError, match="no address or network"):
+        rig.export.change(allowed=["192.0.2.1/24"])
+
+
+def test_an_export_made_read_only_refuses_its_writers_next_write(rig: Rig) -> None:
+    wire = rig.wire()
+    assert wire.ask(Command.WRITE, 0, data=b"1").error == 0
+    rig.export.change(read_only=True)
+    assert wire.ask(Command.WRITE, 0, data=b"2").error == errno.EPERM
+    assert wire.ask(Command.TRIM, 0, 1).error == errno.EPERM
+    assert wire.ask(Command.READ, 0, 1).joined() == b"1"
+    late = rig.wire(peer_name="192.0.2.9:1")
+    rig.export.change(shared=True, read_only=False)
+    assert wire.ask(Command.WRITE, 0, data=b"3").error == 0
+    assert late.ask(Command.WRITE, 0, data=b"4").error == errno.EPERM, "it was told that the export is read-only"
+
+
+def test_a_removed_export_disconnects_its_clients(rig: Rig) -> None:
+    wire = rig.wire()
+    rig.exports.remove("disk")
+    assert wire.connection.aborted
+    assert not rig.wire().entered
+
+
+@pytest.mark.fuzz
+@given(
+    style=st.sampled_from(STYLES),
+    deferring=st.booleans(),
+    changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=8),
+    piece_bytes=st.integers(16, 9000),
+    noise=st.binary(max_size=80),
+)
+def test_mutated_requests_never_raise_never_hang_and_never_touch_another_session(
+    style: ReplyStyle, deferring: bool, changes: list[tuple[int, int]], piece_bytes: int, noise: bytes
+) -> None:
+    rig = make_rig(deferring)
+    other = rig.wire(peer_name="192.0.2.1:2")
+    assert other.ask(Command.WRITE, SIZE_BYTES - 5, data=b"mine!").error == 0
+    wire = rig.wire(style)
+    packed, _ = conversation(wire)
+    mutated = bytearray(packed + noise)
+    for position, value in changes:
+        mutated[position % len(mutated)] = value
+    for start in range(0, len(mutated), piece_bytes):
+        wire.feed(bytes(mutated[start : start + piece_bytes]))
+        rig.clock.run()
+        if wire.connection.closed:
+            break
+    assert wire.connection.closed or wire.connection.reading
+    assert other.ask(Command.READ, 0, 16).error == 0
+    assert other.ask(Command.FLUSH).error == 0
+    wire.session.lost("gone")
+    rig.clock.run()
+    assert len(rig.export.sessions) == 1
