@@ -199,7 +199,7 @@ def _line(tree: yaml.Node | None, location: tuple[str | int, ...]) -> int:
 
 
 def _repeated_keys(tree: yaml.Node | None, name: str, visited: set[int]) -> list[str]:
-    """Return a line for each key that a mapping has twice. Aliases make a tree of nodes a graph: each is visited once."""
+    """Return a line for each key that a mapping has twice. With aliases the tree is a graph: each node is seen once."""
     if not isinstance(tree, yaml.MappingNode) or id(tree) in visited:
         return []
     visited.add(id(tree))

@@ -27,6 +27,7 @@ from nbdserver.node.data_process import DataProcess, DataProcessError
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError, WrongInputError
 from nbdserver.node.events import EventLog
+from nbdserver.node.sizes import round_size
 from nbdserver.node.volumes import Volumes
 from protocol.invariant import InvariantError
 
@@ -228,9 +229,10 @@ class Node:
                     self._data.kill()
 
     def _data_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "recovering":
+            self._say(f"recovering {fields['volume']}: {round_size(fields['bytes'])} of log replayed")
+            return
         self.events.add(kind, fields)
-        if kind == "generation-raised":
-            self.volumes.generation_raised(fields["family"], int(fields["generation"]))
 
     def _stop_signal(self) -> None:
         now_s = time.monotonic()

@@ -74,8 +74,8 @@ class Worker:
         """Make an empty family."""
         format_family(directory, self._threads, family, size_bytes, segment_bytes)
 
-    async def do_open(self, directory: str, family: str, volume: str, epoch: int, settings: dict[str, Any]) -> None:
-        """Open a family and export its volume."""
+    async def do_open(self, directory: str, family: str, volume: str, epoch: int, settings: dict[str, Any]) -> Any:
+        """Open a family and export its volume; returns its generation, which recovery may have raised."""
         opened = OpenFamily(
             family,
             directory,
@@ -96,8 +96,10 @@ class Worker:
         )
         self._exports.add(opened.export)
         self._families[family] = opened
+        self._share_cache()
         gc.collect()
         gc.freeze()
+        return {"generation": opened.disk.opened.generation}
 
     async def do_set(self, family: str, settings: dict[str, Any]) -> None:
         """Change an export's settings, at once."""
@@ -116,6 +118,7 @@ class Worker:
             return len(export.sessions)
         self._exports.remove(export.name)
         await self._families.pop(family).close()
+        self._share_cache()
         return 0
 
     async def do_listen(self, addresses: list[str]) -> None:
@@ -148,12 +151,19 @@ class Worker:
         for family in self._families.values():
             if family.export is None:
                 continue
-            disk = {f"disk_{name}": value for name, value in family.disk.counters().items()}
-            status = family.disk.status().items()
-            gauges = {f"disk_{name}": float(value) for name, value in status if isinstance(value, (int, float))}
+            disk: dict[str, Any] = {}
+            gauges: dict[str, Any] = {"clients": len(family.export.sessions)}
+            for name, value in family.disk.counters().items():
+                if name.endswith("_now"):
+                    gauges[f"disk_{name.removesuffix('_now')}"] = value
+                else:
+                    disk[f"disk_{name}"] = value
+            for name, now in family.disk.status().items():
+                if isinstance(now, (int, float)):
+                    gauges[f"disk_{name}"] = now
             volumes[family.export.name] = {
                 "counters": family.export.counters.as_dict() | disk,
-                "gauges": gauges | {"clients": len(family.export.sessions)},
+                "gauges": gauges,
             }
         usage = resource.getrusage(resource.RUSAGE_SELF)
         node = {
@@ -200,6 +210,11 @@ class Worker:
         self._loop.call_soon(self.stopped.set)
         if problems:
             raise FamilyError("not closed cleanly: " + "; ".join(problems))
+
+    def _share_cache(self) -> None:
+        """Give every open family its part of the node's cache."""
+        for family in self._families.values():
+            family.disk.maps.set_cache_bytes(self._settings.cache_bytes // len(self._families))
 
     def _report(self, kind: str, fields: dict[str, Any]) -> None:
         if self.channel is not None:

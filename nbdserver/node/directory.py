@@ -78,6 +78,11 @@ class DataDirectory:
 
     def check(self) -> None:
         """Raise WrongInputError unless this is, or can become, a data directory of ours. Changes nothing."""
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        try:
+            refuse_unfit_file_system(str(there))
+        except (DataDirectoryError, OSError) as error:
+            raise WrongInputError(str(error)) from None
         if len(os.fsencode(self.api_socket)) > MAX_SOCKET_PATH_BYTES:
             raise WrongInputError(
                 f"the data directory's path {self.path} is too long: its api.sock would need more than "
@@ -135,7 +140,6 @@ class DataDirectory:
         self.check()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            refuse_unfit_file_system(str(self.path))
             self._lock = DataDirectoryLock(str(self.path))
             if self.version() is None:
                 self._write_format()

@@ -20,6 +20,9 @@ from nbdserver.volume.export import Export
 _STORE_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
 """The map pages have a cache of their own above it."""
 
+OPERATIONS_TIMEOUT_S = 10.0
+"""How long a close waits for operations that clients left behind: for a slow read, not for room that never comes."""
+
 
 class FamilyError(Exception):
     """A family cannot be made or opened; one line."""
@@ -77,6 +80,19 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def _progress(clock: HostClock, report: Callable[[str, dict[str, Any]], None]) -> Callable[[int], None]:
+    """Return what reports the bytes that replay has done, at most once a second."""
+    reported_s = clock.now()
+
+    def progress(done_bytes: int) -> None:
+        nonlocal reported_s
+        if clock.now() - reported_s >= 1:
+            reported_s = clock.now()
+            report("recovering", {"bytes": done_bytes})
+
+    return progress
+
+
 class OpenFamily:
     """A family that is open for writing."""
 
@@ -94,20 +110,34 @@ class OpenFamily:
         """Open it: replays its log, which waits for the disk. Raises FamilyError."""
         self.id = family_id
         self.export: Export | None = None
+        self._clock = clock
         try:
             self._room = _Room(directory, threads)
         except OSError as error:
             raise FamilyError(f"{directory} cannot be opened: {error}") from error
         try:
             self.disk = LogDisk.open(
-                self._room.files, self._room.store, clock, random.Random(), settings, epoch, boot_id, report
+                self._room.files,
+                self._room.store,
+                clock,
+                random.Random(),
+                settings,
+                epoch,
+                boot_id,
+                report,
+                _progress(clock, report),
             )
         except (OSError, DiskError) as error:
             self._room.close()
             raise FamilyError(str(error)) from error
 
     async def close(self) -> None:
-        """Close the disk, cleanly unless it had failed, then store and files. No operation may be under way."""
+        """Close the disk, cleanly unless it has failed, then store and files. Its clients must be gone."""
+        deadline_s = self._clock.now() + OPERATIONS_TIMEOUT_S
+        while self.disk.slow_path.under_way:
+            if self._clock.now() > deadline_s:
+                self.disk.fail("closed while operations were waiting")
+            await asyncio.sleep(0.01)
         closed = asyncio.Event()
         self.disk.close(closed.set)
         await closed.wait()

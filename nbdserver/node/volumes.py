@@ -175,7 +175,7 @@ class Volumes:
                 raise
             family = await self._open(family)
             self._event("volume-created", {"volume": name, "size_bytes": size_bytes})
-            return self._describe(family, {})
+            return self._describe(family, (await self._live()).get(family.id, {}))
 
     async def list(self) -> list[dict[str, Any]]:
         """Return every volume with what the data process says of it."""
@@ -217,16 +217,10 @@ class Volumes:
             await self._scrap(family.id)
             self._event("volume-deleted", {"volume": name})
 
-    def generation_raised(self, family_id: str, generation: int) -> None:
-        """Note in the registry that a recovery may have lost acknowledged writes."""
-        for family in self._families.all():
-            if family.id == family_id and family.generation < generation:
-                self._families.change(family, generation=generation)
-
     async def _open(self, family: Family) -> Family:
         raised = self._families.raise_epoch(family)
         try:
-            await self._call(
+            answer = await self._call(
                 "open",
                 directory=str(self._directory.family(raised.id)),
                 family=raised.id,
@@ -238,6 +232,8 @@ class Volumes:
             self._failed[family.id] = str(error)
             self._event("volume-not-opened", {"volume": family.volume, "reason": str(error)})
             raise
+        if answer["generation"] > raised.generation:
+            raised = self._families.change(raised, generation=answer["generation"])
         return raised
 
     async def _scrap(self, family_id: str) -> None:
@@ -259,15 +255,23 @@ class Volumes:
         return family
 
     def _describe(self, family: Family, live: dict[str, Any]) -> dict[str, Any]:
+        disk = live.get("disk", {})
+        reason = self._failed.get(family.id) or disk.get("failure", "")
+        if reason:
+            state = "failed"
+        elif not disk:
+            state = "starting"
+        else:
+            state = "full" if disk["state"] == "full" else "serving"
         return {
             "name": family.volume,
             "size_bytes": family.size_bytes,
-            "state": "failed" if family.id in self._failed else "serving",
-            "reason": self._failed.get(family.id, ""),
+            "state": state,
+            "reason": reason,
             "generation": family.generation,
             "epoch": family.epoch,
             "family": family.id,
             "settings": asdict(family.settings),
             "clients": live.get("clients", 0),
-            "disk": live.get("disk", {}),
+            "disk": disk,
         }

@@ -1,0 +1,461 @@
+"""A node as its operator meets it: the real program, its commands, its HTTP API, its signals, its end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.nbd import Command
+from tests.conftest import ROOT, Processes
+from tests.nbd_client import Client, RefusedError
+from tests.serving import PROGRAM, Server, descendants, is_alive
+
+EPERM, EROFS = 1, 30
+PATIENCE_S = 15.0
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start_server(processes: Processes, tmp_path: Path, free_port: Callable[[], int]) -> StartServer:
+    def start(*arguments: str, settings: str = "", volumes: dict[str, str] | None = None) -> Server:
+        file = tmp_path / "node.yaml"
+        file.write_text("segment: 4M\n" + settings)
+        wanted = {"disk0": "64M"} if volumes is None else volumes
+        return Server(processes, tmp_path / "data", free_port(), wanted, ["--config", str(file), *arguments])
+
+    return start
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [*PROGRAM, *map(str, arguments)]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": search_path}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def json_of(server: Server, *arguments: str) -> Any:
+    return json.loads(server.command(*arguments, "--json"))
+
+
+def attach(server: Server, name: str = "disk0") -> Client:
+    return Client(("127.0.0.1", server.port), name)
+
+
+def write(client: Client, offset: int, data: bytes) -> int:
+    return client.request(Command.WRITE, offset, data=data).error
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def data_process(server: Server) -> int:
+    return int(json_of(server, "status")["data_pid"])
+
+
+# --- starting and stopping ------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_attached_and_its_data_is_there_after_a_restart(
+    start_server: StartServer, needs: Callable[[str, str], str]
+) -> None:
+    server = start_server()
+    assert f"ready: nbd://127.0.0.1:{server.port}/\n" in server.printed
+    size = subprocess.run(
+        [needs("nbdinfo", "libnbd-bin"), "--size", server.uri("disk0")], capture_output=True, text=True, check=True
+    )
+    assert int(size.stdout) == 64 << 20
+    client = attach(server)
+    assert write(client, 4096, b"kept" * 1024) == 0
+    client.close()
+    assert server.stop() == 0
+    server.start()
+    assert attach(server).read(4096, 4096) == b"kept" * 1024
+    assert json_of(server, "volume", "show", "disk0")["epoch"] == 2
+
+
+def test_it_prints_how_to_attach(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server("--socket", str(tmp_path / "nbd.sock"))
+    for command in ("nbd-client 127.0.0.1", "nbd-client -unix", "nbdinfo nbd://", "qemu-img info", "qemu-io -f raw"):
+        assert command in server.printed
+
+
+def test_creating_a_volume_that_is_there_is_fine_with_the_same_size_only(start_server: StartServer) -> None:
+    server = start_server()
+    assert server.stop() == 0
+    result = run("serve", "--data", server.data, "--listen", f"127.0.0.1:{server.port}", "--create", "disk0=32M")
+    assert result.returncode == 2
+    assert result.stderr.startswith("nbdserver: volume disk0 exists already, with size 64M; ")
+    assert result.stderr.count("\n") == 1
+    server.start()  # with --create disk0=64M, which it has
+
+
+def test_a_taken_port_is_one_line_that_names_the_holder_and_another_port(
+    start_server: StartServer, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    with socket.socket() as holder:
+        port = free_port()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        result = run("serve", "--data", tmp_path / "other", "--listen", f"127.0.0.1:{port}")
+    assert result.returncode == 2
+    program = Path(f"/proc/{os.getpid()}/comm").read_text().strip()
+    assert result.stderr == (
+        f"nbdserver: port {port} is taken by {program} (pid {os.getpid()}); "
+        f"choose another, for example --listen 127.0.0.1:{port + 1}\n"
+    )
+
+
+def test_a_second_node_on_the_same_data_is_refused_and_told_who_has_it(
+    start_server: StartServer, free_port: Callable[[], int]
+) -> None:
+    server = start_server()
+    assert server.process is not None
+    result = run("serve", "--data", server.data, "--listen", f"127.0.0.1:{free_port()}")
+    assert result.returncode == 1
+    assert f"is in use by process {server.process.pid}:" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert attach(server).read(0, 4096) == bytes(4096)
+
+
+def test_kill_9_of_the_program_ends_its_data_process_and_the_next_one_starts(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    assert write(client, 0, b"x" * 4096) == 0
+    server.kill9()  # waits until the data process is gone too
+    server.start()
+    assert attach(server).read(0, 4096) == b"x" * 4096
+
+
+def test_kill_9_of_the_data_process_is_survived(start_server: StartServer) -> None:
+    server = start_server()
+    assert write(attach(server), 0, b"x" * 4096) == 0
+    os.kill(data_process(server), signal.SIGKILL)
+
+    def serves() -> bool:
+        try:
+            return attach(server).read(0, 4096) == b"x" * 4096
+        except (OSError, AssertionError, RefusedError):
+            return False
+
+    eventually(serves, "the volume is served again")
+    kinds = [event["kind"] for event in map(json.loads, server.command("events", "--json").splitlines())]
+    assert "data-process-ended" in kinds
+    assert json_of(server, "volume", "show", "disk0")["epoch"] == 2
+
+
+def test_the_data_process_ignores_ctrl_c_and_the_program_stops_cleanly(start_server: StartServer) -> None:
+    server = start_server()
+    assert server.process is not None
+    child = data_process(server)
+    os.kill(child, signal.SIGINT)
+    os.kill(child, signal.SIGTERM)
+    assert attach(server).read(0, 512) == bytes(512)
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(PATIENCE_S) == 0
+    assert not is_alive(child)
+
+
+def test_systemd_is_told_when_clients_can_attach(
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(path))
+        notified.settimeout(PATIENCE_S)
+        port = free_port()
+        command = [*PROGRAM, "serve", "--data", str(tmp_path / "data"), "--listen", f"127.0.0.1:{port}"]
+        process = processes.start(
+            command, env={"PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": str(path)}, stdout=subprocess.DEVNULL
+        )
+        assert notified.recv(100) == b"READY=1"
+        socket.create_connection(("127.0.0.1", port)).close()
+        process.send_signal(signal.SIGTERM)
+        assert notified.recv(100) == b"STOPPING=1"
+
+
+def test_ipv6_and_a_unix_socket_are_served_and_a_stale_socket_is_replaced(
+    start_server: StartServer, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    port, path = free_port(), tmp_path / "nbd.sock"
+    server = start_server("--listen", f"[::1]:{port}", "--socket", str(path))
+    assert Client(("::1", port), "disk0").size_bytes == 64 << 20
+    server.kill9()
+    assert path.exists()
+    server.start()
+    assert Client(str(path), "disk0").size_bytes == 64 << 20
+    assert server.stop() == 0
+    assert not path.exists()
+
+
+def test_a_settings_file_is_reloaded_and_a_wrong_one_changes_nothing(
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    first, second, settings = free_port(), free_port(), tmp_path / "node.yaml"
+    settings.write_text(f"listen: 127.0.0.1:{first}\n")
+    command = [*PROGRAM, "serve", "--data", str(tmp_path / "data"), "--config", str(settings), "--create", "disk0=4M"]
+    process = processes.start(command, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, b"")
+    assert any(line.startswith(b"ready: ") for line in lines)
+    staying = Client(("127.0.0.1", first), "disk0")
+    settings.write_text(f"listen: 127.0.0.1:{second}\nsegmnt: 4M\n")
+    process.send_signal(signal.SIGHUP)
+    assert b"settings not reloaded, the old ones stay: " in next(lines)
+    settings.write_text(f"listen: 127.0.0.1:{second}\ncache: 64M\n")
+    process.send_signal(signal.SIGHUP)
+    assert next(lines) == b"settings reloaded; a restart is needed for: cache\n"
+    assert Client(("127.0.0.1", second), "disk0").size_bytes == 4 << 20
+    with pytest.raises(ConnectionRefusedError):
+        Client(("127.0.0.1", first), "disk0")
+    assert staying.read(0, 512) == bytes(512)
+
+
+def test_what_a_crash_left_of_a_volume_in_the_making_is_removed(start_server: StartServer) -> None:
+    server = start_server()
+    assert server.stop() == 0
+    scrap = "ab" * 16
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from metadata.registry import Families\n"
+        "from nbdserver.node.control import open_registry\n"
+        "from nbdserver.node.directory import DataDirectory\n"
+        "registry = open_registry(DataDirectory(Path(sys.argv[1])))\n"
+        "Families(registry, 'local').begin(sys.argv[2])\n"
+        "registry.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(server.data), scrap], cwd=ROOT, check=True)
+    (server.data / "families" / scrap / "segments").mkdir(parents=True)
+    server.start()
+    assert not (server.data / "families" / scrap).exists()
+    assert attach(server).size_bytes == 64 << 20
+
+
+def test_a_damaged_volume_is_reported_and_the_others_are_served(start_server: StartServer) -> None:
+    server = start_server(volumes={"disk0": "64M", "disk1": "64M"})
+    family = json_of(server, "volume", "show", "disk0")["family"]
+    assert server.stop() == 0
+    (server.data / "families" / family / "maps" / "CURRENT").write_bytes(b"")
+    server.start()
+    volumes = {volume["name"]: volume for volume in json_of(server, "status")["volumes"]}
+    assert volumes["disk0"]["state"] == "failed"
+    assert volumes["disk0"]["reason"]
+    assert volumes["disk1"]["state"] == "serving"
+    assert attach(server, "disk1").size_bytes == 64 << 20
+    with pytest.raises((RefusedError, ConnectionError, AssertionError)):
+        attach(server, "disk0")
+    server.command("volume", "delete", "disk0")
+    assert not (server.data / "families" / family).exists()
+
+
+# --- volumes and clients --------------------------------------------------------------------------------------------
+
+
+def test_volumes_are_made_listed_and_deleted_while_others_are_served(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    server.command("volume", "create", "disk1", "--size", "1T")
+    assert [volume["name"] for volume in json_of(server, "volume", "list")] == ["disk0", "disk1"]
+    assert attach(server, "disk1").size_bytes == 1 << 40
+    family = json_of(server, "volume", "show", "disk1")["family"]
+    assert (server.data / "families" / family).is_dir()
+    eventually(lambda: json_of(server, "volume", "show", "disk1")["clients"] == 0, "the client is gone")
+    server.command("volume", "delete", "disk1")
+    assert not (server.data / "families" / family).exists()
+    with pytest.raises((RefusedError, ConnectionError)):
+        attach(server, "disk1")
+    assert client.read(0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["volume", "create", "disk0", "--size", "1G"],
+            "volume disk0 exists already, with size 64M; choose another name",
+        ),
+        (["volume", "create", "-", "--size", "1G"], "'-' cannot be a volume's name"),
+        (["volume", "create", "a/b", "--size", "1G"], "'a/b' cannot be a volume's name"),
+        (["volume", "show", "nosuch"], "there is no volume 'nosuch'; this node has: disk0"),
+        (["volume", "delete", "no/such"], "there is no volume 'no/such'; this node has: disk0"),
+        (["volume", "set", "disk0", "colour=red"], "'colour' is not a setting of a volume; known are read-only"),
+        (["volume", "set", "disk0", "read-only=maybe"], "read-only=maybe is not true or false; write read-only=true"),
+        (["volume", "set", "disk0", "allowed-clients=10.1.1.1/8"], "write for example 10.0.0.0/8"),
+        (["volume", "set", "disk0", "tls=required"], "TLS is not available yet"),
+        (["volume", "set", "disk0", "read-only=true", "shared=2"], "shared=2 is not true or false"),
+        (["client", "disconnect", "99"], "there is no client 99; `nbdserver client list` shows them"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_wrong_requests_are_refused_in_one_line_and_change_nothing(
+    shared_server: Server, arguments: list[str], message: str
+) -> None:
+    before = json_of(shared_server, "volume", "list")
+    result = run("--data", shared_server.data, *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert json_of(shared_server, "volume", "list") == before
+
+
+@pytest.fixture(scope="module")
+def shared_server(
+    module_processes: Processes, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Server:
+    return Server(module_processes, tmp_path_factory.mktemp("node") / "data", free_port(), {"disk0": "64M"})
+
+
+def test_a_volume_made_read_only_refuses_the_next_write_and_stays_so(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    assert write(client, 0, b"x" * 512) == 0
+    server.command("volume", "set", "disk0", "read-only=true", "description=frozen for the audit")
+    assert write(client, 0, b"y" * 512) in (EPERM, EROFS)
+    assert client.read(0, 512) == b"x" * 512
+    server.kill9()
+    server.start()
+    assert json_of(server, "volume", "show", "disk0")["settings"]["description"] == "frozen for the audit"
+    assert write(attach(server), 0, b"y" * 512) in (EPERM, EROFS)
+    server.command("volume", "set", "disk0", "read-only=false")
+    assert write(attach(server), 0, b"y" * 512) == 0
+
+
+def test_clients_that_are_no_longer_allowed_are_disconnected_and_kept_out(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    server.command("volume", "set", "disk0", "allowed-clients=192.0.2.0/24,2001:db8::/32")
+    with pytest.raises((OSError, AssertionError)):
+        client.read(0, 512)
+    with pytest.raises((RefusedError, ConnectionError)):
+        attach(server)
+    server.command("volume", "set", "disk0", "allowed-clients=")
+    assert attach(server).read(0, 512) == bytes(512)
+
+
+def test_a_volume_with_clients_is_deleted_only_by_force(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    refused = run("--data", server.data, "volume", "delete", "disk0")
+    assert refused.returncode == 2
+    assert "volume disk0 has 1 client connection; detach first, or add --force" in refused.stderr
+    assert client.read(0, 512) == bytes(512)
+    server.command("volume", "delete", "disk0", "--force")
+    with pytest.raises((OSError, AssertionError)):
+        client.read(0, 512)
+    assert json_of(server, "volume", "list") == []
+    assert list((server.data / "families").iterdir()) == []
+
+
+def test_clients_are_listed_and_disconnected(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    client.read(0, 512)
+    (shown,) = json_of(server, "client", "list")
+    assert (shown["volume"], shown["peer"].rpartition(":")[0]) == ("disk0", "127.0.0.1")
+    server.command("client", "disconnect", str(shown["id"]))
+    with pytest.raises((OSError, AssertionError)):
+        client.read(0, 512)
+    assert json_of(server, "client", "list") == []
+
+
+def test_events_are_kept_over_a_restart_and_followed(start_server: StartServer, processes: Processes) -> None:
+    server = start_server()
+    server.command("volume", "create", "disk1", "--size", "4M")
+    assert server.stop() == 0
+    server.start()
+    events = [json.loads(line) for line in server.command("events", "--json").splitlines()]
+    kinds = [event["kind"] for event in events]
+    assert kinds.count("node-started") == 2
+    assert "node-stopped" in kinds
+    assert [event["volume"] for event in events if event["kind"] == "volume-created"] == ["disk0", "disk1"]
+    sequences = [event["sequence"] for event in events]
+    assert sequences == sorted(set(sequences))
+    following = processes.start(
+        [*PROGRAM, "--data", str(server.data), "events", "--follow", "--limit", "1", "--json"],
+        env={"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert following.stdout is not None
+    following.stdout.readline()
+    server.command("volume", "delete", "disk1")
+    followed = next(event for event in map(json.loads, following.stdout) if event["kind"] == "volume-deleted")
+    assert followed["volume"] == "disk1"
+
+
+# --- HTTP -----------------------------------------------------------------------------------------------------------
+
+
+def http(method: str, url: str, token: str = "", body: Any = None) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_metrics_and_health_are_open_on_loopback_and_the_rest_needs_the_token(
+    start_server: StartServer, free_port: Callable[[], int]
+) -> None:
+    base = f"http://127.0.0.1:{free_port()}"
+    server = start_server(settings=f"http: {{listen: '{base.removeprefix('http://')}'}}\n")
+    client = attach(server)
+    for block in range(8):
+        assert write(client, block * 4096, b"m" * 4096) == 0
+    assert http("GET", f"{base}/healthz") == (200, "ok\n")
+    status, text = http("GET", f"{base}/metrics")
+    assert status == 200
+    assert "nbdserver_up 1.0" in text
+    assert 'nbdserver_writes_total{volume="disk0"} 8.0' in text
+    assert 'nbdserver_clients{volume="disk0"} 1.0' in text
+    assert 'nbdserver_latency_us_bucket{le="+Inf",volume="disk0"}' in text
+    assert 'nbdserver_disk_log_bytes_appended_total{volume="disk0"}' in text
+    assert http("GET", f"{base}/v1/status")[0] == 401
+    assert http("POST", f"{base}/v1/volumes", body={"name": "x", "size_bytes": 4096})[0] == 401
+    assert http("DELETE", f"{base}/v1/volumes/disk0?force=true", "wrong")[0] == 401
+    token_file = server.data / "api.token"
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    token = token_file.read_text().strip()
+    assert http("GET", f"{base}/v1/status", token)[0] == 200
+    assert http("POST", f"{base}/v1/volumes", token, {"name": "x", "size_bytes": 4096})[0] == 201
+    assert http("POST", f"{base}/v1/volumes", token, {"name": "y", "size": 4096})[0] == 400
+    assert http("GET", f"{base}/docs", token)[0] == 404
+
+
+def test_public_read_opens_reading_only(start_server: StartServer, free_port: Callable[[], int]) -> None:
+    base = f"http://127.0.0.1:{free_port()}"
+    start_server(settings=f"http: {{listen: '{base.removeprefix('http://')}', public_read: true}}\n")
+    assert http("GET", f"{base}/v1/volumes")[0] == 200
+    assert "paths" in json.loads(http("GET", f"{base}/openapi.json")[1])
+    assert http("PATCH", f"{base}/v1/volumes/disk0", body={"read-only": "true"})[0] == 401
+
+
+def test_only_its_user_may_open_the_api_socket(start_server: StartServer) -> None:
+    server = start_server()
+    assert (server.data / "api.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_data_process_stays_small(start_server: StartServer) -> None:
+    server = start_server()
+    (child,) = descendants(server.process.pid if server.process else 0)
+    status = Path(f"/proc/{child}/status").read_text()
+    resident_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
+    assert resident_kib < 80 << 10
