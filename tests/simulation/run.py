@@ -1,0 +1,538 @@
+"""One simulated run: several lives of a LogDisk under one seed, judged by registers.
+
+    python -m tests.simulation.run --seed 17            one seed, with its story
+    python -m tests.simulation.run --minutes 10         as many seeds as fit, on all cores
+
+Theory. A run draws a fault mix and sizes, then lives: open, read everything, work in wakes (a batch of operations, a
+commit, now and then a flush), until a clean end or a crash that is planned for a step, a crash point or the middle of
+a call of Files or Store. What is read back is judged by `registers`; time, order and faults come from the seed alone.
+
+Rules of this file
+- An errno is accepted only if the mix can cause it; an operation that is never answered is a violation.
+- Everything that happens is noted, so that two runs of a seed can be compared.
+"""
+
+import argparse
+import errno as errnos
+import multiprocessing
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from metadata.seams import Buffer
+from nbdserver.block import ZERO, Operation
+from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
+from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
+from tests.simulation.faults import FaultMix, draw_mix
+from tests.simulation.registers import BLOCK_BYTES, Change, Registers, ViolationError, pattern
+from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
+from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
+from tests.simulation.world import SimulatedClock, SimulatedCrash, World
+
+FAMILY = bytes(range(16))
+HELD_BACK_BYTES = 80 << 20  # the ballast, and what the pool leaves free of a file system
+ANSWER_LIMIT_S = 900.0  # of virtual time, after which an operation counts as forgotten
+SEEDS_A_ROUND = 64
+Changes = list[tuple[int, Change]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a seed draws beside its faults."""
+
+    segment_bytes: int
+    size_bytes: int
+    areas: tuple[tuple[int, int], ...]  # (first block, blocks) that operations go to
+    settings: DiskSettings
+    lives: int
+    wakes: int
+    weights: tuple[float, ...]  # of write, partial write, discard, large discard, read, extents, cache, flush
+
+
+def draw_sizes(rng: random.Random) -> Sizes:
+    """Small enough that everything happens, in every proportion."""
+    blocks = rng.choice([64, 256, 1024, 1 << 18, 1 << 32])
+    if blocks <= 1024:
+        areas: tuple[tuple[int, int], ...] = ((0, blocks),)
+    else:
+        count = rng.choice([3, 150])
+        areas = tuple((rng.randrange(blocks - 8), 1 + rng.randrange(8)) for _ in range(count))
+    return Sizes(
+        segment_bytes=rng.choice([64, 64, 128, 256, 1024]) << 10,
+        size_bytes=blocks * BLOCK_BYTES,
+        areas=areas,
+        settings=DiskSettings(
+            cache_bytes=rng.choice([0, 0, 4 << 20]),
+            checkpoint_bytes=rng.choice([128, 512, 4096]) << 10,
+            checkpoint_interval_s=rng.choice([0.05, 1.0, 30.0]),
+        ),
+        lives=rng.randrange(2, 6),
+        wakes=rng.choice([10, 50, 150]),
+        weights=(
+            *(rng.choice([0.0, 1.0, 4.0]) for _ in range(3)),
+            rng.choice([0.0, 0.3]),
+            2.0,
+            0.5,
+            0.3,
+            rng.choice([0.2, 2.0]),
+        ),
+    )
+
+
+class Run:
+    """All lives of one seed. `go` raises ViolationError (or what the product raised) if a promise was broken."""
+
+    def __init__(self, seed: int, lying: bool = False, story: Callable[[str], None] | None = None) -> None:
+        self.world = World(seed)
+        self.random = self.world.random
+        self.mix = draw_mix(self.random, lying)
+        self.sizes = draw_sizes(self.random)
+        self.hits: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()
+        self.reports: Counter[str] = Counter()
+        self.registers = Registers()
+        room = self.mix.room_segments * self.sizes.segment_bytes
+        self.drive = SimulatedDrive(self.world, room + HELD_BACK_BYTES)
+        self.table = SimulatedTable(self.world)
+        self.epoch = 0
+        self.boot = 1
+        self.label = 0
+        self._story = story
+        self._verify_power: bool | None = None  # how the last life ended, until someone has looked at every block
+        self._was_clean = True  # nothing since the last clean end needs a recovery
+        self._generation_due = False
+        self._plan_point: tuple[str, int] | None = None
+        self._opened = False
+        self.clock: SimulatedClock
+        self.files: SimulatedFiles
+        self.store: SimulatedStore
+        self.disk: LogDisk
+        self.in_flight = 0
+
+    def tell(self, what: str) -> None:
+        if self._story is not None:
+            self._story(f"{self.world.now_s:12.6f} {what}")
+
+    # Lives.
+
+    def go(self) -> "Run":
+        self.tell(f"{self.mix}\n{self.sizes}")
+        with hooked(self._at_crash_point):
+            self._begin_life(self.mix)
+            LogDisk.format(self.files, self.store, FAMILY, self.sizes.size_bytes, self.sizes.segment_bytes, self.random)
+            self._end_life(power=False)
+            for _ in range(self.sizes.lives):
+                self._live()
+            self._look_at_the_end()
+        return self
+
+    def _begin_life(self, mix: FaultMix) -> None:
+        self.clock = SimulatedClock(self.world)
+        self.files = SimulatedFiles(self.drive, self.clock, mix)
+        self.store = SimulatedStore(self.table, self.clock, mix, self.files.world_ends)
+        self.in_flight = 0
+        self._plan_point = None
+
+    def _end_life(self, power: bool) -> None:
+        self.counters.update(self.files.counts)
+        self.counters["batches"] += self.store.batches
+        self.files.crash(power)
+        self.store.crash()
+        if power:
+            self.boot += 1
+            self._generation_due |= self._opened and not self._was_clean
+        self._opened = False
+        self._verify_power = bool(self._verify_power) or power
+        self.world.note("end of life", power)
+
+    def _live(self) -> None:
+        rng = self.random
+        power = rng.random() < self.mix.power
+        plan = rng.choice(["clean", "step", "crash", "crash", "crash"])
+        wakes = rng.randrange(1, self.sizes.wakes + 1)
+        try:
+            self._begin_life(self.mix)
+            if plan == "crash":
+                self._plan_crash()
+            if not self._open():
+                return
+            self._look_at_everything()
+            for _ in range(wakes):
+                self._wake()
+                if self.disk.failure:
+                    break
+            if plan == "clean" and not self.disk.failure:
+                self._close()
+                self.counters["clean end"] += 1
+                power = rng.random() < 0.5
+            self.tell(f"the life ends ({plan}, power={power})")
+        except SimulatedCrash:
+            self.counters["crash in a call"] += 1
+            self.tell(f"crash (power={power})")
+        self._end_life(power)
+
+    def _plan_crash(self) -> None:
+        rng = self.random
+        if rng.random() < self.mix.crash_in_io:
+            self.files.operations_left = int(rng.expovariate(1 / 100))
+        else:
+            self._plan_point = (rng.choice(sorted(CRASH_POINTS)), rng.choice([1, 1, 2, 5, 20]))
+
+    def _at_crash_point(self, name: str) -> None:
+        self.hits[name] += 1
+        self.world.note("point", name)
+        if self._plan_point is not None and self._plan_point[0] == name:
+            left = self._plan_point[1] - 1
+            self._plan_point = (name, left)
+            if left <= 0:
+                self.tell(f"crash point {name}")
+                raise SimulatedCrash
+
+    def _open(self) -> bool:
+        """Open the disk; False if errors of the device prevented it (the life is over then)."""
+        self.epoch += 1
+        raised = self.reports["generation-raised"]
+        was_clean, self._was_clean = self._was_clean, False
+        boot_id = f"{self.boot:036d}"
+        try:
+            self.disk = LogDisk.open(
+                self.files, self.store, self.clock, self.random, self.sizes.settings, self.epoch, boot_id, self._report
+            )
+        except DiskError as error:
+            self.tell(f"refused to open: {error}")
+            errors = self.mix.sync_error + self.mix.append_error + self.mix.read_error + self.mix.store_write_error
+            if not errors and not self.mix.lies:
+                raise ViolationError(f"the disk does not open again: {error}") from error
+            self.counters["refused"] += 1
+            self._end_life(power=self.random.random() < self.mix.power)
+            return False
+        if was_clean and self.reports["generation-raised"] > raised:
+            raise ViolationError("the generation rose although the log was closed cleanly")
+        if self._generation_due:
+            raise ViolationError("acknowledged writes may be lost, and the generation did not rise")
+        self._opened = True
+        self.counters["lives"] += 1
+        return True
+
+    def _close(self) -> None:
+        self._wait("operations", lambda: not self.in_flight)
+        if self.disk.failure:
+            return
+        closed: list[bool] = []
+        asked = self.registers.tick()
+        self.disk.close(lambda: closed.append(True))
+        self._wait("close", lambda: bool(closed))
+        if not self.disk.failure:
+            self.registers.flushed(asked)
+            self._was_clean = True
+
+    def _look_at_the_end(self) -> None:
+        """Without any further fault, everything that was promised is there."""
+        self._begin_life(
+            replace(
+                self.mix, read_error=0, append_error=0, sync_error=0, store_read_error=0, store_write_error=0,
+                create_error=0, rot=0, lost_write=0, misdirected_write=0,
+            )
+        )  # fmt: skip
+        if self._open():
+            self._look_at_everything()
+            self._close()
+        self._end_life(power=False)
+
+    def _report(self, kind: str, fields: dict[str, object]) -> None:
+        self.tell(f"report {kind} {fields}")
+        self.reports[kind] += 1
+        if kind == "generation-raised":
+            self._generation_due = False
+        self.world.note("report", kind)
+        if kind == "family-failed" and not self._may_fail():
+            raise ViolationError(f"the family failed without a cause: {fields}")
+
+    def _may_fail(self) -> bool:
+        mix = self.mix
+        return bool(
+            mix.append_error
+            or mix.sync_error
+            or mix.store_read_error
+            or mix.store_write_error
+            or mix.read_error
+            or mix.lies
+        )
+
+    def _wait(self, what: str, holds: Callable[[], bool]) -> None:
+        if not self.clock.run_until(holds, ANSWER_LIMIT_S):
+            raise ViolationError(f"{what} never ended ({self.in_flight} operations in flight, {self.disk.failure!r})")
+
+    # Looking.
+
+    def _look_at_everything(self) -> None:
+        """Read every block after a recovery, and judge what is there."""
+        lbas = sorted(self.registers.blocks)
+        self.world.random.shuffle(lbas)
+        power = bool(self._verify_power)
+        for lba in lbas:
+            if self.disk.failure:
+                return
+            data = self.disk.read(lba << 12, BLOCK_BYTES)
+            if data is not None:
+                self._recovered(lba, data, power)
+                continue
+            self.in_flight += 1
+            self.disk.later(Operation.READ, lba << 12, BLOCK_BYTES, None, partial(self._looked, lba, power))
+        self._wait("reads after a recovery", lambda: not self.in_flight)
+        if not self.disk.failure:
+            self._verify_power = None
+        self.tell(f"looked at {len(lbas)} blocks")
+
+    def _looked(self, lba: int, power: bool, errno: int, data: Any) -> None:
+        self.in_flight -= 1
+        if errno:
+            self._accept(errno, "a read after a recovery")
+            if not self.disk.failure:
+                self.registers.recovered(lba, None, power, self.mix.lies)
+        else:
+            self._recovered(lba, data, power)
+
+    def _recovered(self, lba: int, data: Sequence[Buffer], power: bool) -> None:
+        content = b"".join(data)
+        self.world.note("look", lba, content[:8])
+        self.registers.recovered(lba, content, power, self.mix.lies)
+
+    # Working.
+
+    def _wake(self) -> None:
+        """What one wake of the loop brings: some operations, then one commit."""
+        rng, disk = self.random, self.disk
+        inline: list[Changes] = []
+        for _ in range(rng.choice([1, 1, 3, 12])):
+            kind = rng.choices(range(8), self.sizes.weights)[0]
+            if kind <= 3:
+                self._change(kind, inline)
+            elif kind == 4:
+                self._read()
+            elif kind == 5:
+                self._extents()
+            elif kind == 6:
+                offset, length = self._place(64)
+                self._later(Operation.CACHE, offset, length, None, lambda errno, _: self._accept(errno, "cache"))
+            else:
+                break
+        if inline:
+            errno = disk.commit()
+            self.world.note("commit", errno)
+            for changes in inline:
+                self._changed(changes, errno, whole=True)
+        if rng.random() < self.sizes.weights[7] / 4:
+            self._flush()
+        self._pass_time()
+
+    def _pass_time(self) -> None:
+        rng = self.random
+        choice = rng.random()
+        if choice < 0.5:
+            for _ in range(rng.randrange(4)):
+                self.clock.step(self.world.now_s + 0.1)
+        elif choice < 0.97:
+            self.clock.run(rng.expovariate(1 / 0.005))
+        else:
+            self.clock.run(rng.choice([0.5, 5.0, 30.0]))
+
+    def _place(self, most_blocks: int) -> tuple[int, int]:
+        """A block-aligned (offset, length) in one of the areas."""
+        rng = self.random
+        first, blocks = rng.choice(self.sizes.areas)
+        start = rng.randrange(blocks)
+        if rng.random() < 0.3:
+            start = min(start, int(rng.expovariate(0.2)))  # a hot beginning
+        count = min(blocks - start, 1 if rng.random() < 0.6 else rng.randrange(1, most_blocks + 1))
+        return (first + start) * BLOCK_BYTES, count * BLOCK_BYTES
+
+    def _change(self, kind: int, inline: list[Changes]) -> None:
+        rng = self.random
+        offset, length = self._place(40 if kind else 16)
+        if kind == 3:
+            length = min(self.sizes.size_bytes, rng.choice([32 << 20, 1 << 40]))
+            offset = rng.randrange(self.sizes.size_bytes - length + 1)
+        if kind == 1 or (kind >= 2 and rng.random() < 0.3):
+            cut = rng.randrange(min(length, BLOCK_BYTES))
+            offset, length = offset + cut, max(1, length - cut - rng.randrange(BLOCK_BYTES))
+        if self.registers.is_busy(offset, length):
+            return
+        self.label += 1
+        data = pattern(self.label, offset, length) if kind < 2 else None
+        self.world.note("change", kind, offset, length)
+        name = f"{'write' if data is not None else 'discard'} {self.label}"
+        self.tell(f"{name} {offset / BLOCK_BYTES:.3f}+{length / BLOCK_BYTES:.3f}")
+        changes = self.registers.ask(name, offset, data, length)
+        if data is not None:
+            done = self.disk.write(offset, memoryview(bytearray(data)))
+        else:
+            done = self.disk.discard(offset, length)
+        if done:
+            self.registers.order(changes)
+            inline.append(changes)
+            return
+        operation = Operation.DISCARD if data is None else Operation.WRITE
+        # The open batch must not wait for this; it goes its own way.
+        self._later(operation, offset, length, data, lambda errno, _: self._changed(changes, errno, whole=False))
+
+    def _changed(self, changes: Changes, errno: int, whole: bool) -> None:
+        if not errno:
+            self.registers.answer(changes)
+            return
+        self.tell(f"{changes[0][1].label if changes else 'nothing'}: errno {errno}")
+        self._accept(errno, "a change")
+        if errno == errnos.ENOSPC and whole:
+            self.registers.refuse(changes)
+        else:
+            self.registers.doubt(changes)
+
+    def _later(
+        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Callable[[int, Any], None]
+    ) -> None:
+        self.in_flight += 1
+        self.counters["later"] += 1
+
+        def answered(errno: int, result: Any) -> None:
+            self.in_flight -= 1
+            self.world.note("answer", operation, offset, errno)
+            done(errno, result)
+
+        self.disk.later(operation, offset, length, data, answered, 4)
+
+    def _read(self) -> None:
+        offset, length = self._place(64)
+        if self.random.random() < 0.2:
+            cut = self.random.randrange(BLOCK_BYTES)
+            offset, length = offset + cut, max(1, length - cut)
+        found = self.disk.read(offset, length)
+        if found is not None:
+            data = b"".join(found)
+            self._right_length(data, length)
+            self.registers.read(offset, data)
+            return
+        begun = self.registers.begin_read(offset, length)
+
+        def answered(errno: int, result: Any) -> None:
+            if errno:
+                self._accept(errno, "a read")
+                self.registers.end_read(begun, offset, None)
+                return
+            data = b"".join(result)
+            self._right_length(data, length)
+            self.registers.end_read(begun, offset, data)
+
+        self._later(Operation.READ, offset, length, None, answered)
+
+    @staticmethod
+    def _right_length(data: bytes, length: int) -> None:
+        if len(data) != length:
+            raise ViolationError(f"a read of {length} bytes was answered with {len(data)}")
+
+    def _extents(self) -> None:
+        offset, length = self._place(64)
+        if self.random.random() < 0.2:
+            length = self.sizes.size_bytes - offset
+        limit = self.random.choice([1, 4, 1000])
+        found = self.disk.extents(offset, length, limit)
+        if found is not None:
+            if len(found) > limit:
+                raise ViolationError(f"{len(found)} extents, asked for at most {limit}")
+            self._check_extents(offset, length, found, settled=True)
+            return
+        busy = set(self.registers.blocks) if self.in_flight else set()
+        before = self.registers.tick()
+
+        def answered(errno: int, result: Any) -> None:
+            if errno:
+                self._accept(errno, "extents")
+                return
+            # Only if nothing happened meanwhile do the answer and the registers speak of one moment.
+            self._check_extents(offset, length, result, settled=not busy and self.registers.tick() == before + 1)
+
+        self._later(Operation.EXTENTS, offset, length, None, answered)
+
+    def _check_extents(self, offset: int, length: int, found: list[tuple[int, int]], settled: bool) -> None:
+        covered = sum(each for each, _ in found)
+        if not found or covered > length or any(each <= 0 for each, _ in found):
+            raise ViolationError(f"extents {found} of {length} bytes")
+        if any(one[1] == other[1] for one, other in pairwise(found)):
+            raise ViolationError(f"neighbours of equal flags are not merged: {found}")
+        for size, flags in found:
+            if settled and flags & ZERO:
+                self.registers.zeros(offset, size)
+            offset += size
+
+    def _flush(self) -> None:
+        asked = self.registers.tick()
+        self.in_flight += 1
+
+        def answered(errno: int) -> None:
+            self.in_flight -= 1
+            self.world.note("flushed", errno)
+            self.tell(f"flush of moment {asked}: errno {errno}")
+            if errno:
+                self._accept(errno, "a flush")
+            else:
+                self.registers.flushed(asked)
+
+        self.disk.flush(answered)
+
+    def _accept(self, errno: int, what: str) -> None:
+        """Raise unless the mix can be the cause of the errno."""
+        mix = self.mix
+        if not errno:
+            return
+        self.counters[f"errno {errno}"] += 1
+        if errno == errnos.ENOSPC and (mix.room_segments < 100 or mix.create_error):
+            return
+        if errno == errnos.EIO and (self.disk.failure or mix.read_error or mix.store_read_error or mix.lies):
+            return
+        raise ViolationError(f"{what} failed with errno {errno}, and nothing in {mix} is the cause")
+
+
+def try_seed(seed: int, lying: bool = False) -> tuple[int, str, Run | None]:
+    """(seed, what went wrong or "", the run if nothing did)."""
+    try:
+        return seed, "", Run(seed, lying).go()
+    except (ViolationError, Exception) as error:
+        return seed, f"{type(error).__name__}: {error}", None
+
+
+def _try_for_pool(seed: int) -> tuple[int, str]:
+    return try_seed(seed, lying=seed % 5 == 4)[:2]
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.run", description=__doc__)
+    parser.add_argument("--seed", type=int, help="run one seed and tell its story")
+    parser.add_argument("--minutes", type=float, default=1.0, help="run seeds on all cores for that long")
+    parser.add_argument("--first", type=int, default=int(time.time()) * 1000, help="the first seed")
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        run = Run(arguments.seed, lying=arguments.seed % 5 == 4, story=print).go()
+        print(f"seed {arguments.seed}: fine, digest {run.world.digest:08x}, {dict(run.counters)}, {dict(run.reports)}")
+        return 0
+    until = time.monotonic() + arguments.minutes * 60
+    ran = failed = 0
+    with multiprocessing.Pool() as pool:
+        while time.monotonic() < until:
+            first = arguments.first + ran
+            for seed, wrong in pool.imap_unordered(_try_for_pool, range(first, first + SEEDS_A_ROUND)):
+                ran += 1
+                if wrong:
+                    failed += 1
+                    print(f"seed {seed}: {wrong}\n    again: python -m tests.simulation.run --seed {seed}", flush=True)
+    print(f"{ran} seeds from {arguments.first} on, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
