@@ -22,6 +22,7 @@ import logging
 import os
 import select
 import socket
+import stat
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -432,7 +433,9 @@ def _listen_at_path(path: str) -> socket.socket:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Whether the file is a socket at which nobody listens."""
+    """Whether the file is a socket at which nobody listens (connecting to any other file is refused too)."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

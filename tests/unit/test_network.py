@@ -1,0 +1,290 @@
+"""The real Network over loopback and unix sockets."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from metadata.seams import Connection, Receiver
+from nbdserver.host.network import SocketNetwork
+
+
+class Echo:
+    """A receiver that sends back what it gets, and notes what happens to it."""
+
+    def __init__(self, connection: Connection, buffer_bytes: int = 65536) -> None:
+        self.connection = connection
+        self.received_bytes = 0
+        self.drains = 0
+        self.lost_reason = ""
+        self.raises = False
+        self.echoes = True
+        self._buffer = bytearray(buffer_bytes)
+
+    def buffer(self) -> memoryview:
+        return memoryview(self._buffer)
+
+    def received(self, size_bytes: int) -> None:
+        self.received_bytes += size_bytes
+        if self.raises:
+            raise RuntimeError("a fault of the receiver")
+        if self.echoes:
+            self.connection.send([bytes(self._buffer[:size_bytes])])
+
+    def drained(self) -> None:
+        self.drains += 1
+
+    def lost(self, reason: str) -> None:
+        assert not self.lost_reason
+        self.lost_reason = reason
+
+
+class Loop:
+    """A network on a loop in a thread; `echoes` are the receivers of the accepted connections."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.network = SocketNetwork(self.loop)
+        self.echoes: list[Echo] = []
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+
+    def accept(self, connection: Connection) -> Receiver | None:
+        echo = Echo(connection)
+        self.echoes.append(echo)
+        return echo
+
+    def call(self, action: Callable[[], object]) -> object:
+        """Run it on the loop; what it raises is raised here."""
+
+        async def run() -> object:
+            return action()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+    def listen(self, address: str, accept: Callable[[Connection], Receiver | None] | None = None) -> object:
+        return self.call(lambda: self.network.listen(address, accept or self.accept))
+
+    def wait(self, holds: Callable[[], object]) -> None:
+        deadline_s = time.monotonic() + 10
+        while not self.call(holds):
+            assert time.monotonic() < deadline_s, "it did not come to pass in 10 s"
+            time.sleep(0.002)
+
+    def end(self) -> None:
+        def close() -> None:
+            for echo in self.echoes:
+                echo.connection.abort()
+            self.network.close()
+
+        self.call(close)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    running = Loop()
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "socket")
+
+
+def dial(path: str) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    client.connect(path)
+    return client
+
+
+def take(client: socket.socket, size_bytes: int) -> bytes:
+    data = b""
+    while len(data) < size_bytes:
+        piece = client.recv(1 << 20)
+        assert piece, "closed too early"
+        data += piece
+    return data
+
+
+def test_bytes_go_there_and_back_over_tcp_and_ipv6(loop: Loop, free_port: Callable[[], int]) -> None:
+    for host, shown in (("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")):
+        port = free_port()
+        try:
+            loop.listen(f"{shown}:{port}")
+        except OSError as error:
+            assert shown == "[::1]"
+            pytest.skip(f"this machine has no IPv6 loopback: {error}")
+        with socket.create_connection((host, port), 10) as client:
+            client.sendall(b"hello")
+            assert take(client, 5) == b"hello"
+            assert loop.echoes[-1].connection.peer_name == f"{shown}:{client.getsockname()[1]}"
+        loop.wait(lambda: loop.echoes[-1].lost_reason)
+
+
+def test_a_peer_on_a_unix_socket_is_named_by_its_process(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        assert take(client, 1) == b"x"
+        assert loop.echoes[0].connection.peer_name == f"unix:pid={os.getpid()},uid={os.getuid()}"
+
+
+def test_an_abandoned_socket_file_is_replaced_and_one_in_use_is_not(loop: Loop, path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    stop = loop.listen(f"unix:{path}")
+    with pytest.raises(OSError, match="in use"):
+        loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        assert take(client, 1) == b"x"
+    assert callable(stop)
+    loop.call(stop)
+    assert not os.path.exists(path)
+
+
+def test_a_file_that_is_no_socket_is_left_alone(loop: Loop, path: str) -> None:
+    Path(path).write_text("precious")
+    with pytest.raises(OSError, match="in use"):
+        loop.listen(f"unix:{path}")
+    assert Path(path).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("unix:/" + "x" * 107, "choose a shorter one"),
+        ("127.0.0.1", "give HOST:PORT"),
+        ("127.0.0.1:port", "give HOST:PORT"),
+        ("127.0.0.1:65536", "give HOST:PORT"),
+        ("::1:10809", "give HOST:PORT"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused_with_what_would_be_right(loop: Loop, address: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        loop.listen(address)
+
+
+def test_a_taken_port_is_an_error_that_leaves_nothing_behind(loop: Loop, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    stop = loop.listen(f"127.0.0.1:{port}")
+    with pytest.raises(OSError, match="in use"):
+        loop.listen(f"127.0.0.1:{port}")
+    assert callable(stop)
+    loop.call(stop)
+    loop.listen(f"127.0.0.1:{port}")
+
+
+def test_what_a_slow_peer_does_not_take_waits_in_order_and_drained_is_told_once(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        echo = loop.echoes[0]
+        pieces = [index.to_bytes(4, "big") * 1000 for index in range(3000)]  # more than one sendmsg takes
+        loop.call(lambda: echo.connection.send(pieces))
+        loop.call(lambda: echo.connection.send([b"end"]))
+        assert loop.call(lambda: echo.connection.unsent_bytes)
+        expected = b"".join(pieces) + b"end"
+        assert take(client, len(expected)) == expected
+        loop.wait(lambda: echo.drains == 1 and echo.connection.unsent_bytes == 0)
+
+
+def test_a_paused_connection_is_not_read_until_it_is_resumed(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        echo = loop.echoes[0]
+        loop.call(echo.connection.pause_reading)
+        client.sendall(b"later")
+        time.sleep(0.05)
+        assert echo.received_bytes == 1
+        loop.call(echo.connection.resume_reading)
+        assert take(client, 5) == b"later"
+
+
+def test_close_lets_what_was_sent_arrive_and_abort_does_not_wait(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        connection = loop.echoes[0].connection
+
+        def send_and_close() -> None:
+            connection.send([bytes(8 << 20)])
+            connection.close()
+
+        loop.call(send_and_close)
+        assert take(client, 8 << 20) == bytes(8 << 20)
+        assert client.recv(1) == b""
+        assert not loop.echoes[0].lost_reason
+
+
+def test_a_receiver_that_raises_loses_its_own_connection_only(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as one, dial(path) as other:
+        for client in (one, other):
+            client.sendall(b"x")
+            take(client, 1)
+        loop.echoes[0].raises = True
+        one.sendall(b"boom")
+        assert one.recv(1) == b""
+        assert loop.echoes[0].lost_reason == "an internal error of the server"
+        other.sendall(b"still here")
+        assert take(other, 10) == b"still here"
+
+
+def test_a_peer_that_vanishes_while_it_is_sent_to_is_lost_once(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    client = dial(path)
+    client.sendall(b"x")
+    take(client, 1)
+    echo = loop.echoes[0]
+    loop.call(lambda: echo.connection.send([bytes(8 << 20)]))
+    client.close()
+    loop.wait(lambda: echo.lost_reason)
+
+
+def test_a_refused_connection_is_closed(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}", lambda connection: None)
+    with dial(path) as client:
+        assert client.recv(1) == b""
+
+
+def test_a_busy_peer_starves_neither_another_one_nor_the_loop(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as busy, dial(path) as other:
+        for client in (busy, other):
+            client.sendall(b"x")
+            take(client, 1)
+        loop.echoes[0].echoes = False
+        over = threading.Event()
+
+        def flood() -> None:
+            while not over.is_set():
+                busy.sendall(bytes(1 << 16))
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        try:
+            started_s = time.monotonic()
+            for _ in range(50):
+                other.sendall(b"y")
+                assert take(other, 1) == b"y"
+                loop.call(lambda: None)
+            assert time.monotonic() - started_s < 5
+            assert loop.echoes[0].received_bytes > 1 << 20
+        finally:
+            over.set()
+            flooding.join()
