@@ -20,6 +20,7 @@ Rules
 - Whoever changes an entry calls `changed[page].append(index)`, or `first_change(page)` if there is none, before the
   change.
 - A changed page is not evicted before the checkpoint that contains the change has been synced (`thaw`).
+- Only `install` and `evict` drop pages: what was seen resident stays so while a batch is put together.
 - Only the loop's thread touches this.
 
 Known weakness: entries are never moved together, so a map whose keys were freed at random holds pages with few entries.
@@ -105,7 +106,6 @@ class PageMap:
 
     def create(self, number: int) -> Page:
         """A page that is known to have no entries in LevelDB."""
-        self.evict(_EVICTIONS_A_LOAD)
         page = self.pages[number] = self._zeros[:]
         return page
 

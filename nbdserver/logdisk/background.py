@@ -28,6 +28,7 @@ _PINNED_SHARE = 0.5  # of the cache's pages that may wait for a checkpoint befor
 _BLOCKING_SHARE = 0.9
 _WORTHWHILE_GAIN = 0.02  # of the live data: less garbage than that is not cleaned up even on a full disk
 _WAITING_SEGMENTS = 4  # empty segments that are worth a checkpoint
+_EVICTIONS_A_CHECK = 256  # some 0.1 ms
 _HOLE_PAGES = 16  # settled at a time
 _HOLE_KEYS = 256  # looked at in LevelDB at a time
 
@@ -63,6 +64,8 @@ class Background:
         if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.lsn == self._last_lsn):
             disk.cleaner.start()
         disk.writer.blocked = not room or self.must_wait_for_checkpoint()
+        disk.maps.logical.evict(_EVICTIONS_A_CHECK)
+        disk.maps.middle.evict(_EVICTIONS_A_CHECK)
         self._work_holes()
         disk.slow_path.wake()
 
@@ -108,6 +111,8 @@ class Background:
         if self._stopped or disk.failure:
             return
         self.check()
+        if disk.log.offset:  # a volume that was never written takes no room
+            disk.pool.keep_ready(idle=disk.log.lsn == self._last_lsn)
         self._ticks += 1
         if self._ticks % _TRIM_SPARE_TICKS == 0:
             disk.pool.trim_spare(disk.maps.live_blocks << 12)

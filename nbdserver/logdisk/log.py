@@ -192,7 +192,6 @@ class Log:
         self.offset = SEGMENT_HEADER_BYTES
         self._key = chain_key(sequence, salt)
         self._unsynced.append(segment)
-        self._pool.keep_ready()
 
     # -- durability
 

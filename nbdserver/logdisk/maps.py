@@ -22,6 +22,7 @@ Known weakness: reading `extents` under a pending hole settles page by page.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 from metadata.family_state import PendingHole
@@ -154,26 +155,32 @@ class Maps:
 
     # -- changes
 
-    def allocate_mba(self) -> int:
-        """The next MBA, its page resident."""
-        mba = self.next_mba
-        self.next_mba = mba + 1
-        if not mba & PAGE_MASK:
-            self.middle.pinned = mba >> PAGE_SHIFT
-            self.middle.create(mba >> PAGE_SHIFT)
-        return mba
+    def take_mbas(self, stop: int) -> None:
+        """The MBAs from `next_mba` up to `stop` are given out: make their pages."""
+        first_new = (self.next_mba + PAGE_MASK) >> PAGE_SHIFT
+        for number in range(first_new, (stop + PAGE_MASK) >> PAGE_SHIFT):
+            self.middle.pinned = number
+            self.middle.create(number)
+        self.next_mba = stop
 
     def begin_epoch(self, epoch: int) -> None:
         """MBAs of a new epoch begin in a page of their own."""
         self.next_mba = epoch << EPOCH_SHIFT
 
-    def set_logical(self, lba: int, mba: int) -> None:
-        """Point an LBA of a resident page at an MBA."""
+    def set_logical(self, lba: int, count: int, mba: int) -> None:
+        """Point blocks of one resident page at MBAs that rise by one."""
         number = lba >> PAGE_SHIFT
+        index = lba & PAGE_MASK
         logical = self.logical
-        (logical.changed.get(number) or logical.first_change(number)).append(lba & PAGE_MASK)
-        logical.pages[number][lba & PAGE_MASK] = mba
-        self.logical_updates += 1
+        changed = logical.changed.get(number) or logical.first_change(number)
+        page = logical.pages[number]
+        if count == 1:
+            changed.append(index)
+            page[index] = mba
+        else:
+            changed.extend(range(index, index + count))
+            page[index : index + count] = array("Q", range(mba, mba + count))
+        self.logical_updates += count
 
     def set_middle(self, mba: int, segment: int, offset: int, checksum: int) -> None:
         """Point an MBA of a resident page at a PBA, counting live blocks."""

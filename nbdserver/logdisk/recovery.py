@@ -230,7 +230,7 @@ class Replay:
                 self._middle(mba)
                 page = maps.logical.pages[current >> PAGE_SHIFT]
                 if page[current & PAGE_MASK] != mba:
-                    maps.set_logical(current, mba)
+                    maps.set_logical(current, 1, mba)
                 maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
                 maps.next_mba = max(maps.next_mba, mba + 1)
                 block += 1

@@ -161,11 +161,20 @@ class SegmentPool:
             self._awaiting_readers.discard(segment)
             self.freed(segment)
 
-    def keep_ready(self) -> None:
-        """Prepare what the next writes and a full disk will need, one file at a time, off the loop."""
+    def keep_ready(self, idle: bool) -> None:
+        """Make what a full disk and the next writes will need.
+
+        At rest it is written ahead, one file at a time, off the loop. While clients write, writing zeros would take the
+        disk from them: then the reserve is only allocated.
+        """
         if self._preparing or not self._has_room():
             return
-        if not self._has_ballast:
+        if not idle:
+            if len(self.spare) < RESERVE_SEGMENTS:
+                segment = self._create()
+                if segment:
+                    self.spare.insert(0, segment)
+        elif not self._has_ballast:
             self._preparing = True
             self._has_ballast = True
             self._files.prepare_later(BALLAST, _BALLAST_BYTES, self._ballast_prepared)
@@ -245,7 +254,6 @@ class SegmentPool:
             return
         self._set_handle(segment, handle)
         self.spare.insert(0, segment)
-        self.keep_ready()
 
     def _ballast_prepared(self, errno: int, handle: int) -> None:
         self._preparing = False
@@ -253,4 +261,3 @@ class SegmentPool:
             self._has_ballast = False
             return
         self._files.close(handle)
-        self.keep_ready()

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable
 
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
+from metadata.region_table import REGION_SHIFT
 from metadata.seams import Buffer
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, Maps
@@ -192,9 +193,13 @@ class Writer:
         maps = self._maps
         logical_pages = self._logical_pages
         mbas = array("Q")
-        fresh: dict[int, int] = {}
+        fresh: dict[int, int] = {}  # LBA → MBA given out in this batch
+        runs: list[tuple[int, int, int]] = []  # the same as (LBA, blocks, MBA), each within one page
         extents = array("Q")
         next_mba = maps.next_mba
+        # Regions may be marked before the append: one that then fails marked too much, which costs but does not harm.
+        recent = maps.regions.recent
+        txid = log.txid + 1
         for lba, count in zip(lbas, counts, strict=True):
             extents.append(lba)
             extents.append(count)
@@ -206,25 +211,17 @@ class Writer:
                     mba = fresh.get(lba, 0)
                     if not mba:
                         mba = fresh[lba] = next_mba
+                        runs.append((lba, 1, mba))
                         next_mba += 1
                 mbas.append(mba)
+                recent[lba >> REGION_SHIFT] = txid
             else:
-                next_mba = self._mbas_of_run(lba, count, mbas, fresh, next_mba)
-        offset = log.append_write(LAYER, extents, mbas, checksums, data)
-        while maps.next_mba < next_mba:
-            maps.allocate_mba()
-        recent = maps.regions.recent
-        for lba, mba in fresh.items():
-            maps.set_logical(lba, mba)
-        at = 0
-        txid = log.txid
-        for lba, count in zip(lbas, counts, strict=True):
-            recent[lba >> 10] = txid
-            if count > 1024:
                 maps.regions.mark(lba, count, txid)
-            else:
-                recent[(lba + count - 1) >> 10] = txid
-            at += count
+                next_mba = self._mbas_of_run(lba, count, mbas, fresh, runs, next_mba)
+        offset = log.append_write(LAYER, extents, mbas, checksums, data)
+        maps.take_mbas(next_mba)
+        for lba, count, mba in runs:
+            maps.set_logical(lba, count, mba)
         self._point(mbas, checksums, offset)
         self.batches += 1
         self.batch_blocks += len(mbas)
@@ -246,13 +243,12 @@ class Writer:
             index = mba & PAGE_MASK
             page = pages.get(number) or middle.get(number)
             assert page is not None
-            if total - at >= 8:
+            if at + 7 < total and mbas[at + 7] == mba + 7:
                 count = min(run_length(mbas, at, 1), PAGE_BLOCKS - index)
-                if count >= 8:
-                    gained += self._point_run(page, number, index, count, offset, checksums[at : at + count])
-                    at += count
-                    offset += count * BLOCK_BYTES
-                    continue
+                gained += self._point_run(page, number, index, count, offset, checksums[at : at + count])
+                at += count
+                offset += count * BLOCK_BYTES
+                continue
             old = page[index]
             (changed.get(number) or middle.first_change(number)).append(index)
             if old:
@@ -293,7 +289,15 @@ class Writer:
         page[CHECKSUM + index : CHECKSUM + stop] = checksums
         return gained
 
-    def _mbas_of_run(self, lba: int, count: int, mbas: array[int], fresh: dict[int, int], next_mba: int) -> int:
+    def _mbas_of_run(
+        self,
+        lba: int,
+        count: int,
+        mbas: array[int],
+        fresh: dict[int, int],
+        runs: list[tuple[int, int, int]],
+        next_mba: int,
+    ) -> int:
         stop = lba + count
         while lba < stop:
             page = self._maps.logical.get(lba >> PAGE_SHIFT)
@@ -303,12 +307,20 @@ class Writer:
             held = page[index : index + blocks]
             if 0 not in held:
                 mbas.extend(held)
+            elif not any(held) and fresh.keys().isdisjoint(range(lba, lba + blocks)):
+                # All new: one run of MBAs, noted as one.
+                runs.append((lba, blocks, next_mba))
+                given = range(next_mba, next_mba + blocks)
+                fresh.update(zip(range(lba, lba + blocks), given, strict=True))
+                mbas.extend(given)
+                next_mba += blocks
             else:
                 for number, mba in enumerate(held, lba):
                     if not mba:
                         mba = fresh.get(number, 0)
                         if not mba:
                             mba = fresh[number] = next_mba
+                            runs.append((number, 1, mba))
                             next_mba += 1
                     mbas.append(mba)
             lba += blocks
