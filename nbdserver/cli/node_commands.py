@@ -1,4 +1,4 @@
-"""`nbdserver status`, `events`, `check` and `config check`."""
+"""`nbdserver status`, `events` and `config check`."""
 
 import json
 import time
