@@ -87,7 +87,7 @@ def _cumulative(buckets: list[int]) -> list[tuple[str, float]]:
     total = 0
     for power, count in enumerate(buckets):
         total += count
-        found.append((str((1 << power) - 1) if power < len(buckets) - 1 else "+Inf", total))
+        found.append((str(float((1 << power) - 1)) if power < len(buckets) - 1 else "+Inf", total))
     return found
 
 

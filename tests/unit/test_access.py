@@ -1,0 +1,44 @@
+"""Who may ask what over TCP: the whole table."""
+
+import itertools
+
+import pytest
+
+from nbdserver.api.access import allowed
+
+TOKEN = "s3cret"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "TRACE"])
+def test_changing_needs_the_token_whatever_the_settings(method: str) -> None:
+    for path, loopback, public in itertools.product(("/metrics", "/v1/volumes"), (True, False), (True, False)):
+        assert not allowed(method, path, loopback, "", TOKEN, public)
+        assert allowed(method, path, loopback, f"Bearer {TOKEN}", TOKEN, public)
+
+
+@pytest.mark.parametrize(
+    ("path", "loopback", "public", "expected"),
+    [
+        ("/metrics", True, False, True),
+        ("/healthz", True, False, True),
+        ("/metrics", False, False, False),
+        ("/metrics", False, True, True),
+        ("/v1/status", True, False, False),
+        ("/v1/status", False, True, True),
+        ("/metrics/../v1/status", True, False, False),
+    ],
+)
+def test_reading_is_open_as_the_settings_say(path: str, loopback: bool, public: bool, expected: bool) -> None:
+    assert allowed("GET", path, loopback, "", TOKEN, public) is expected
+
+
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer ", "Bearer wrong", "Basic s3cret", "s3cret", "Bearer s3cretx", "Bearer é"]
+)
+def test_a_wrong_token_opens_nothing(given: str) -> None:
+    assert not allowed("GET", "/v1/status", True, given, TOKEN, False)
+
+
+@pytest.mark.parametrize("given", ["", "Bearer ", "Bearer"])
+def test_no_token_on_the_server_lets_nobody_in(given: str) -> None:
+    assert not allowed("GET", "/v1/status", False, given, "", False)

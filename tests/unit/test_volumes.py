@@ -1,0 +1,57 @@
+"""Names and settings of volumes, as the command line writes them."""
+
+import pytest
+
+from metadata.registry import ExportSettings
+from nbdserver.node.errors import WrongInputError
+from nbdserver.node.volumes import change_settings, check_name
+
+PLAIN = ExportSettings()
+
+
+@pytest.mark.parametrize("name", ["a", "disk0", "Disk_1.raw-2", "0", "_x", "x" * 128])
+def test_a_name_has_letters_digits_and_a_few_signs(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "-x", ".x", "a/b", "a b", "ä", "a\n", "x" * 129, "a@b", "..", "a\0"])
+def test_any_other_name_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(WrongInputError, match="cannot be a volume's name") as caught:
+        check_name(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("read-only", "true", ExportSettings(read_only=True)),
+        ("read_only", "on", ExportSettings(read_only=True)),
+        ("shared", "yes", ExportSettings(shared=True)),
+        ("shared", "0", PLAIN),
+        ("description", "a = b", ExportSettings(description="a = b")),
+        ("allowed-clients", "10.0.0.0/8, fd00::/8", ExportSettings(allowed_clients=("10.0.0.0/8", "fd00::/8"))),
+        ("allowed-clients", "192.0.2.7", ExportSettings(allowed_clients=("192.0.2.7/32",))),
+        ("allowed-clients", "all", PLAIN),
+        ("allowed-clients", "", PLAIN),
+    ],
+)
+def test_a_setting_is_changed_and_the_others_stay(key: str, value: str, expected: ExportSettings) -> None:
+    assert change_settings(PLAIN, key, value) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("read-only", "maybe", "write read-only=true or read-only=false"),
+        ("description", "x" * 4097, "longer than 4096 bytes"),
+        ("allowed-clients", "10.0.0.1/8", "write for example 10.0.0.0/8"),
+        ("allowed-clients", "example.com", "write for example 10.0.0.0/8,fd00::/8"),
+        ("allowed-clients", ",".join(["10.0.0.0/8"] * 257), "at most 256"),
+        ("tls", "require", "TLS is not available yet"),
+        ("size", "20G", "cannot be resized yet"),
+        ("", "x", "known are read-only, description, shared, allowed-clients"),
+    ],
+)
+def test_a_wrong_setting_says_what_would_be_right(key: str, value: str, message: str) -> None:
+    with pytest.raises(WrongInputError, match=message):
+        change_settings(PLAIN, key, value)
