@@ -44,7 +44,8 @@ def check_directory(path: Path, volume: str, quick: bool, progress: Progress) ->
     try:
         lock = DataDirectoryLock(str(directory.path))
     except DataDirectoryError as error:
-        raise NodeError(f"a check needs the node stopped: {str(error).partition(":")[0]}; stop it first") from None
+        holder, _, _ = str(error).partition(":")
+        raise NodeError(f"a check needs a stopped node: {holder}; stop it first") from None
     try:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the tail's walk opens every segment
