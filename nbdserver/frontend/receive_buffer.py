@@ -17,16 +17,12 @@ MINIMUM_ROOM_BYTES = 16 << 10  # less room than this behind `end` is not worth a
 class ReceiveBuffer:
     """Bytes of one connection that were received and not used yet. The attributes are read by the hot path."""
 
-    __slots__ = ("data", "end", "start", "view")
+    __slots__ = ("capacity_bytes", "data", "end", "start", "view")
 
     def __init__(self) -> None:
         self.start = 0
         self.end = 0
         self._replace(NORMAL_BYTES)
-
-    @property
-    def capacity_bytes(self) -> int:
-        return len(self.data)
 
     def room(self) -> memoryview:
         """Where the next bytes go: at least one byte."""
@@ -40,13 +36,14 @@ class ReceiveBuffer:
         self.data[self.end : self.end + len(data)] = data
         self.end += len(data)
 
-    def used(self, position: int) -> None:
-        """Everything before `position` is used."""
-        invariant(self.start <= position <= self.end, "used bytes lie between start and end")
+    def used(self, position: int) -> int:
+        """Everything before `position` is used; return the new `start`."""
         if position == self.end:
             self.start = self.end = 0
-        else:
-            self.start = position
+            return 0
+        invariant(self.start <= position < self.end, "used bytes lie between start and end")
+        self.start = position
+        return position
 
     def reserve(self, size_bytes: int) -> None:
         """Make room for `size_bytes` from `start` on."""
@@ -76,5 +73,6 @@ class ReceiveBuffer:
         self.start, self.end = 0, held_bytes
 
     def _replace(self, size_bytes: int) -> None:
+        self.capacity_bytes = size_bytes
         self.data = bytearray(size_bytes)
         self.view = memoryview(self.data)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from metadata.seams import Buffer, Clock, Connection, Timer
 from nbdserver.block import HOLE, ZERO, Extents
 from nbdserver.frontend.deferred import Deferred
-from nbdserver.frontend.receive_buffer import ReceiveBuffer
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.volume.export import Export
 from protocol import nbd
 from protocol.handshake import Agreement, ReplyStyle
@@ -45,6 +45,16 @@ _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
 _FUA = int(CommandFlag.FUA)
 _STOP = -1
+
+_SIMPLE_MAGIC = nbd.SIMPLE_REPLY_MAGIC
+_STRUCTURED_MAGIC = nbd.STRUCTURED_REPLY_MAGIC
+_EXTENDED_MAGIC = nbd.EXTENDED_REPLY_MAGIC
+_DONE, _OFFSET_DATA, _NONE = int(ReplyFlag.DONE), int(Chunk.OFFSET_DATA), int(Chunk.NONE)
+_PAYLOAD_LIMIT_BYTES = nbd.MAXIMUM_PAYLOAD_BYTES
+_pack_simple = nbd.SIMPLE_REPLY.pack
+_pack_data = nbd.STRUCTURED_DATA.pack
+_pack_extended = nbd.EXTENDED_REPLY.pack
+_pack_extended_data = nbd.EXTENDED_DATA.pack
 
 
 class Transmission:
@@ -72,6 +82,15 @@ class Transmission:
         self._extended = agreement.style is ReplyStyle.EXTENDED
         self._simple = agreement.style is ReplyStyle.SIMPLE
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
+        self._bound = (  # what `_walk` needs and what never changes on a connection
+            self._request.unpack_from,
+            self._request.size,
+            nbd.EXTENDED_REQUEST_MAGIC if self._extended else nbd.REQUEST_MAGIC,
+            int(CommandFlag.PAYLOAD_LEN) if self._extended else 0,
+            _PAYLOAD_LIMIT_BYTES if self._simple else SPARSE_READ_BYTES - 1,
+            export.device.read,
+            export.device.write,
+        )
         self._deferred = Deferred(export.device, clock, self._replies, export.counters, connection.send, self._freed)
         self._out: list[Buffer] = []
         self._acknowledged: list[bytes] = []
@@ -145,21 +164,10 @@ class Transmission:
         data, view, position, end = buffer.data, buffer.view, buffer.start, buffer.end
         if self._skip_bytes:
             position = self._skip(position, end, self._skip_bytes)
-        request = self._request
-        unpack, header_bytes = request.unpack_from, request.size
+        unpack, header_bytes, magic_expected, write_flags, read_limit, read, write = self._bound
         extended, simple = self._extended, self._simple
-        magic_expected = nbd.EXTENDED_REQUEST_MAGIC if extended else nbd.REQUEST_MAGIC
-        write_flags = int(CommandFlag.PAYLOAD_LEN) if extended else 0
-        payload_limit = nbd.MAXIMUM_PAYLOAD_BYTES
-        device = self._device
-        read, write, size_bytes = device.read, device.write, device.size_bytes
+        size_bytes = self._device.size_bytes
         writable = not (self._export.read_only or self._agreement.offer.read_only)
-        read_limit = payload_limit if simple else SPARSE_READ_BYTES - 1
-        simple_pack, simple_magic = nbd.SIMPLE_REPLY.pack, nbd.SIMPLE_REPLY_MAGIC
-        data_pack, data_magic = nbd.STRUCTURED_DATA.pack, nbd.STRUCTURED_REPLY_MAGIC
-        extended_data_pack, extended_pack = nbd.EXTENDED_DATA.pack, nbd.EXTENDED_REPLY.pack
-        extended_magic = nbd.EXTENDED_REPLY_MAGIC
-        done, offset_data, none = int(ReplyFlag.DONE), int(Chunk.OFFSET_DATA), int(Chunk.NONE)
         out, acknowledge = self._out, self._acknowledged.append
         append = out.append
         last = end - header_bytes
@@ -179,15 +187,15 @@ class Transmission:
                     answer = read(offset, length)
                     if answer is not None:
                         if simple:
-                            append(simple_pack(simple_magic, 0, cookie))
+                            append(_pack_simple(_SIMPLE_MAGIC, 0, cookie))
                         elif extended:
                             append(
-                                extended_data_pack(
-                                    extended_magic, done, offset_data, cookie, offset, length + 8, offset
+                                _pack_extended_data(
+                                    _EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset
                                 )
                             )
                         else:
-                            append(data_pack(data_magic, done, offset_data, cookie, length + 8, offset))
+                            append(_pack_data(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset))
                         out += answer
                         reads += 1
                         read_bytes += length
@@ -201,7 +209,7 @@ class Transmission:
                 command == 1
                 and flags == write_flags
                 and writable
-                and 0 < length <= payload_limit
+                and 0 < length <= _PAYLOAD_LIMIT_BYTES
                 and offset + length <= size_bytes
             ):
                 start = position + header_bytes
@@ -211,9 +219,9 @@ class Transmission:
                     break
                 if write(offset, view[start:stop]):
                     if extended:
-                        acknowledge(extended_pack(extended_magic, done, none, cookie, offset, 0))
+                        acknowledge(_pack_extended(_EXTENDED_MAGIC, _DONE, _NONE, cookie, offset, 0))
                     else:
-                        acknowledge(simple_pack(simple_magic, 0, cookie))
+                        acknowledge(_pack_simple(_SIMPLE_MAGIC, 0, cookie))
                     writes += 1
                     write_bytes += length
                     position = stop
@@ -259,14 +267,11 @@ class Transmission:
 
     def _use(self, position: int) -> None:
         """Give the used part of the buffer back and make room for what is missing."""
-        buffer = self._buffer
-        buffer.used(position)
-        if self._missing_bytes > buffer.capacity_bytes:
-            buffer.reserve(self._missing_bytes)
-            if self._shrink_timer is None:
+        buffer, missing_bytes = self._buffer, self._missing_bytes
+        if buffer.used(position) + missing_bytes > buffer.capacity_bytes:
+            buffer.reserve(missing_bytes)
+            if buffer.capacity_bytes > NORMAL_BYTES and self._shrink_timer is None:
                 self._shrink_timer = self._clock.call_later(SHRINK_DELAY_S, self._shrink)
-        elif buffer.start + self._missing_bytes > buffer.capacity_bytes:
-            buffer.reserve(self._missing_bytes)
 
     def _shrink(self) -> None:
         self._shrink_timer = None

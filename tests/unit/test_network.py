@@ -240,7 +240,7 @@ def test_a_receiver_that_raises_loses_its_own_connection_only(loop: Loop, path: 
         loop.echoes[0].raises = True
         one.sendall(b"boom")
         assert one.recv(1) == b""
-        assert loop.echoes[0].lost_reason == "an internal error of the server"
+        loop.wait(lambda: loop.echoes[0].lost_reason == "an internal error of the server")
         other.sendall(b"still here")
         assert take(other, 10) == b"still here"
 
