@@ -81,6 +81,11 @@ class SegmentTable:
         self.sequence[segment] = 0
         self._changed.discard(segment)
 
+    @property
+    def segments_with_live_blocks(self) -> int:
+        """How many segments hold any live block."""
+        return len(self.live) - self.live.count(0)
+
     def newest_first(self) -> list[int]:
         """Segments in use, the last modified first."""
         return sorted(self.in_use, key=lambda segment: (self.txid[segment], self.lsn[segment]), reverse=True)

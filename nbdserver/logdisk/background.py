@@ -40,9 +40,10 @@ class Background:
         self.busy = False  # a hole is being worked in
         self._disk = disk
         self._clock = clock
+        self._overrun = False
         self._stopped = False
         self._ticks = 0
-        self._last_lsn = disk.log.lsn
+        self._last_txid = disk.log.txid
         self._timer: Timer = clock.call_later(_TICK_S, self._tick)
 
     def stop(self) -> None:
@@ -61,13 +62,19 @@ class Background:
             disk.checkpointer.start()
         room = disk.pool.can_take()
         disk.cleaner.urgent = not room
-        if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.lsn == self._last_lsn):
+        if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.txid == self._last_txid):
             disk.cleaner.start()
-        disk.writer.blocked = not room or self.must_wait_for_checkpoint()
+        self._overrun = disk.cleaner.is_overrun()
+        disk.writer.blocked = not room or self._overrun or self.must_wait_for_checkpoint()
         disk.maps.logical.evict(_EVICTIONS_A_CHECK)
         disk.maps.middle.evict(_EVICTIONS_A_CHECK)
         self._work_holes()
         disk.slow_path.wake()
+
+    def work_finished(self) -> None:
+        """A checkpoint or the cleaner of one segment came to its end: someone may wait for what that brought."""
+        if self._disk.cleaner.urgent or self._disk.writer.blocked:
+            self._clock.call_soon(self.check)
 
     def can_gain_room(self) -> bool:
         """Whether waiting may bring room: something is being freed or cleaned, or could be."""
@@ -80,6 +87,10 @@ class Background:
         disk.cleaner.urgent = True
         gain = max(disk.pool.segment_bytes, int(disk.maps.live_blocks * BLOCK_BYTES * _WORTHWHILE_GAIN))
         return disk.cleaner.garbage_bytes > gain and disk.cleaner.start()
+
+    def must_wait_for_cleaner(self) -> bool:
+        """Whether garbage grows faster than it is cleaned up."""
+        return self._overrun
 
     def must_wait_for_checkpoint(self) -> bool:
         """Whether so many pages wait for a checkpoint that no further one may be changed."""
@@ -99,8 +110,9 @@ class Background:
         )
 
     def _empty_segments(self) -> int:
-        live = self._disk.maps.segments.live
-        return sum(1 for segment in self._disk.maps.segments.in_use if not live[segment]) - 1
+        table = self._disk.maps.segments
+        open_is_empty = not table.live[self._disk.log.segment] if self._disk.log.offset else False
+        return len(table.in_use) - table.segments_with_live_blocks - open_is_empty
 
     def _pinned_share(self) -> float:
         maps = self._disk.maps
@@ -112,13 +124,13 @@ class Background:
             return
         self.check()
         if disk.log.offset:  # a volume that was never written takes no room
-            disk.pool.keep_ready(idle=disk.log.lsn == self._last_lsn)
+            disk.pool.keep_ready(idle=disk.log.txid == self._last_txid)
         self._ticks += 1
         if self._ticks % _TRIM_SPARE_TICKS == 0:
             disk.pool.trim_spare(disk.maps.live_blocks << 12)
             if self._empty_segments() > 0:
                 disk.checkpointer.start()
-        self._last_lsn = disk.log.lsn
+        self._last_txid = disk.log.txid
         self._timer = self._clock.call_later(_TICK_S, self._tick)
 
     # -- holes

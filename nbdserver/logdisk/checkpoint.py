@@ -41,7 +41,14 @@ class Checkpointer:
     """Makes checkpoints of one family; `start` when one is wanted."""
 
     def __init__(
-        self, clock: Clock, store: Store, log: Log, maps: Maps, pool: SegmentPool, failed: Callable[[str], None]
+        self,
+        clock: Clock,
+        store: Store,
+        log: Log,
+        maps: Maps,
+        pool: SegmentPool,
+        finished: Callable[[], None],
+        failed: Callable[[str], None],
     ) -> None:
         self.running = False
         self.count = 0
@@ -54,6 +61,7 @@ class Checkpointer:
         self._log = log
         self._maps = maps
         self._pool = pool
+        self._finished = finished
         self._failed = failed
         self._written_holes: set[int] = {hole.hole for hole in maps.holes}
         self._waiting: list[Callable[[], None]] = []
@@ -175,6 +183,7 @@ class Checkpointer:
         waiting, self._waiting_for_running = self._waiting_for_running, []
         for callback in waiting:
             callback()
+        self._finished()
         if self._again:
             self._again = False
             self.start()

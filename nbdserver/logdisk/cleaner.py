@@ -15,7 +15,8 @@ Rules
 - Moves use the reserve of segments, because they are how a full disk gets room.
 - One victim at a time, read in large pieces off the loop, worked through in slices.
 
-Known weakness: one open segment serves clients and cleaner, so hot and cold blocks mix.
+Known weakness: one open segment serves clients and cleaner, so hot and cold blocks mix; choosing a victim looks at
+every segment (some 3 ms for a terabyte).
 """
 
 from array import array
@@ -27,7 +28,7 @@ from metadata.seams import Clock, Files
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.pacing import Job
+from nbdserver.logdisk.pacing import DEFAULT_SHARE, Job
 from nbdserver.logdisk.records import Record, body_length, parse_record
 from nbdserver.logdisk.segments import SegmentPool
 from protocol.checksum import crc32c
@@ -35,9 +36,10 @@ from protocol.disk import BLOCK_BYTES, MOVE, RECORD_HEADER_BYTES, SEAL, SEGMENT_
 
 _READ_BYTES = 1 << 20
 _MOVE_BLOCKS = 32  # a record: some 0.1 ms on the loop
-BUSY_GARBAGE = 0.5  # of the live data: what may lie about while clients write
-IDLE_GARBAGE = 0.15
-_SPARED_SEGMENTS = 8  # garbage that is never worth the trouble
+_BUSY_GARBAGE = 0.5, 8  # of the live data, and at least segments: what may lie about while clients write
+_IDLE_GARBAGE = 0.1, 2
+_OVERRUN = 2.0  # times what may lie about: clients write faster than the cleaner cleans, and have to wait
+_MOST_SHARE = 0.75
 _WORTHWHILE = 0.95  # live share above which a segment is not cleaned
 
 
@@ -52,6 +54,7 @@ class Cleaner:
         maps: Maps,
         pool: SegmentPool,
         make_room: Callable[[], bool],
+        finished: Callable[[], None],
         report: Callable[[str, dict[str, object]], None],
     ) -> None:
         self.running = False
@@ -65,6 +68,7 @@ class Cleaner:
         self._maps = maps
         self._pool = pool
         self._make_room = make_room
+        self._finished = finished
         self._report = report
         self._damaged: set[int] = set()
         self._victim = 0
@@ -77,17 +81,29 @@ class Cleaner:
     @property
     def garbage_bytes(self) -> int:
         """Bytes in segments with live blocks, beyond the live ones."""
-        live = self._maps.segments.live
-        used = sum(1 for segment in self._maps.segments.in_use if live[segment])
+        used = self._maps.segments.segments_with_live_blocks
         return used * self._pool.segment_bytes - self._maps.live_blocks * BLOCK_BYTES
 
     def wanted(self, idle: bool) -> bool:
         """Whether there is more garbage than may lie about."""
         if self.urgent:
             return True
-        share = IDLE_GARBAGE if idle else BUSY_GARBAGE
-        allowed = max(_SPARED_SEGMENTS * self._pool.segment_bytes, int(self._maps.live_blocks * BLOCK_BYTES * share))
-        return self.garbage_bytes > allowed
+        return self.garbage_bytes > self._allowed(_IDLE_GARBAGE if idle else _BUSY_GARBAGE)
+
+    def is_overrun(self) -> bool:
+        """Whether there is so much garbage that clients have to wait for the cleaner."""
+        return self.running and self.garbage_bytes > _OVERRUN * self._allowed(_BUSY_GARBAGE)
+
+    def _allowed(self, limits: tuple[float, int]) -> int:
+        share, segments = limits
+        return max(segments * self._pool.segment_bytes, int(self._maps.live_blocks * BLOCK_BYTES * share))
+
+    def _share(self) -> float:
+        """Of the loop's time: the more, the nearer it is to being overrun."""
+        if self.urgent:
+            return _MOST_SHARE
+        over = self.garbage_bytes / (_OVERRUN * self._allowed(_BUSY_GARBAGE))
+        return min(_MOST_SHARE, max(DEFAULT_SHARE, over * over * _MOST_SHARE))
 
     def choose(self) -> int:
         """The best victim, or 0."""
@@ -152,7 +168,7 @@ class Cleaner:
                 self._give_up("its chain of records is broken", 0)
             return
         self._offset = records[-1].end
-        Job(self._clock, self._work(records, data, base), lambda: None, self._failed)
+        Job(self._clock, self._work(records, data, base), lambda: None, self._failed, self._share())
 
     def _parse(self, data: bytes, base: int) -> tuple[list[Record], int]:
         """Whole records in the piece of the victim that begins at `base`, and the bytes that the first one takes."""
@@ -196,7 +212,7 @@ class Cleaner:
         self._read(_READ_BYTES)
 
     def _resume(self, records: list[Record], data: bytes, base: int) -> None:
-        Job(self._clock, self._work(records, data, base), lambda: None, self._failed)
+        Job(self._clock, self._work(records, data, base), lambda: None, self._failed, self._share())
 
     def _missing(self, record: Record, blocks: range) -> Need:
         middle = self._maps.middle
@@ -248,6 +264,7 @@ class Cleaner:
             # Blocks that no record of it names: their middle pages went while it was worked through, or it is damaged.
             self._damaged.add(victim)
         self.running = False
+        self._finished()
 
     def _give_up(self, why: str, errno: int) -> None:
         victim = self._victim
@@ -256,6 +273,7 @@ class Cleaner:
         self._victim = 0
         self.running = False
         self._report("segment-not-cleaned", {"segment": victim, "reason": why, "errno": errno})
+        self._finished()
 
     def _failed(self, error: Exception) -> None:
         self._give_up(repr(error), getattr(error, "errno", 0) or 0)

@@ -132,11 +132,13 @@ class LogDisk:
         self.maps = maps = Maps(store, settings.cache_bytes, self.fail)
         self.pool = pool = SegmentPool(files, self.family.segment_bytes, report)
         self.log = log = self._recover(rng, epoch, boot_id, progress)
-        self.checkpointer = Checkpointer(clock, store, log, maps, pool, self.fail)
+        self.checkpointer = Checkpointer(clock, store, log, maps, pool, self._work_finished, self.fail)
         self.checkpointer.make_now()
         self.reader = reader = Reader(files, maps, pool)
         self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed)
-        self.cleaner = Cleaner(files, clock, log, maps, pool, lambda: writer.next_segment(True), report)
+        self.cleaner = Cleaner(
+            files, clock, log, maps, pool, lambda: writer.next_segment(True), self._work_finished, report
+        )
         self.slow_path = SlowPath(self, files, clock)
         self.background = Background(self, clock)
         # BlockDevice, inline: see there.
@@ -216,6 +218,9 @@ class LogDisk:
 
     def _check_background(self) -> None:
         self._clock.call_soon(self.background.check)
+
+    def _work_finished(self) -> None:
+        self.background.work_finished()
 
     def _append_failed(self, error: OSError) -> int:
         """An append that failed changed nothing here, but what the file holds is unknown until it is written again."""

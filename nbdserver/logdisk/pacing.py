@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from metadata.seams import Clock
 
 SLICE_S = 0.0004
-_SHARE = 0.25  # of the loop's time that one job may take
+DEFAULT_SHARE = 0.25  # of the loop's time that a job takes while there is no hurry
 
 
 class Job:
-    """Runs `steps` in slices and calls `finished` at its end; `failed` with what a step raised."""
+    """Runs `steps` in slices that take `share` of the loop's time, and calls `finished` at its end; `failed` with
+    what a step raised."""
 
     def __init__(
         self,
@@ -24,11 +25,13 @@ class Job:
         steps: Iterator[object],
         finished: Callable[[], None],
         failed: Callable[[Exception], None],
+        share: float = DEFAULT_SHARE,
     ) -> None:
         self._clock = clock
         self._steps = steps
         self._finished = finished
         self._failed = failed
+        self._pause_s = SLICE_S * (1 / share - 1)
         self._stopped = False
         clock.call_soon(self._slice)
 
@@ -45,7 +48,7 @@ class Job:
         if not self._stopped:
             self._run(self._clock.now() + SLICE_S)
             if not self._stopped:
-                self._clock.call_later(SLICE_S * (1 / _SHARE - 1), self._slice)
+                self._clock.call_later(self._pause_s, self._slice)
 
     def _run(self, until: float) -> None:
         now = self._clock.now

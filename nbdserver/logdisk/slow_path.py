@@ -232,6 +232,9 @@ class _Waiting:
         if disk.background.must_wait_for_checkpoint():
             disk.checkpointer.when_done(self._go_on)
             return False
+        if self._operation == Operation.WRITE and disk.background.must_wait_for_cleaner():
+            self._slow_path.park(self._go_on)
+            return False
         if self._operation == Operation.DISCARD:
             return self._try_discard(end)
         aligned_end = self._aligned_end(end)
