@@ -61,14 +61,16 @@ class Workers:
     def __init__(self, completions: Completions, threads: int, name: str) -> None:
         self._completions = completions
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True) for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._name = name
+        self._limit = threads
+        self._threads: list[threading.Thread] = []  # started when there is work: an idle volume has none
 
     def run(self, done: Callable[..., None], work: Work, *arguments: Any) -> None:
         """Run `work(*arguments)` in a thread; `done` gets the tuple it returns, on the loop's thread."""
+        if len(self._threads) < self._limit:
+            thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         self._jobs.put((done, work, arguments))
 
     def close(self) -> None:
