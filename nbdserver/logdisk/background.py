@@ -123,6 +123,7 @@ class Background:
         if self._stopped or disk.failure:
             return
         self.check()
+        disk.pool.guard_metadata()
         if disk.log.offset:  # a volume that was never written takes no room
             disk.pool.keep_ready(idle=disk.log.txid == self._last_txid)
         self._ticks += 1

@@ -171,6 +171,7 @@ class Checkpointer:
         if not holds(Rule.REUSE_AFTER_BATCH_SYNCED):
             self._free(frozen.rows.dead)
             frozen.rows.dead.clear()
+        self._pool.guard_metadata()
         self._store.write_later(batch, lambda errno: self._written(errno, frozen))
 
     def _written(self, errno: int, frozen: _Frozen) -> None:

@@ -198,9 +198,9 @@ class SegmentPool:
             self.unlinked += 1
         self._lowest_spare = len(self.spare)
 
-    def release_ballast(self) -> None:
-        """LevelDB needs room."""
-        if self._has_ballast:
+    def guard_metadata(self) -> None:
+        """Give the ballast's room to LevelDB if others have filled the file system."""
+        if self._has_ballast and self._files.free_bytes() < _BALLAST_BYTES:
             self._has_ballast = False
             self._files.unlink(BALLAST)
             self._report("ballast-released", {})
