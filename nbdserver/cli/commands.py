@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from nbdserver.cli import check, client_commands, node_commands, serve, service, volume_commands
+from nbdserver.cli import check_command, client_commands, node_commands, serve, service, volume_commands
 from nbdserver.cli.options import DataOption, JsonOption
 
 app = typer.Typer(
@@ -55,5 +55,5 @@ serve.add_to(app)
 app.add_typer(volume_commands.app, name="volume")
 app.add_typer(client_commands.app, name="client")
 node_commands.add_to(app)
-check.add_to(app)
+check_command.add_to(app)
 service.add_to(app)

@@ -1,9 +1,5 @@
 """The offline check of a data directory: takes its lock, then checks each volume's family.
 
-Theory. LevelDB writes when it is opened (it replays its own log, begins a new MANIFEST and deletes what is obsolete),
-so a store is not opened where it lies: a temporary directory gets links to its table files, which LevelDB never
-changes, and copies of the few others. What is opened there is what the next start would open here.
-
 Rules
 - The lock is held from beginning to end: a node cannot start meanwhile, and a running one is a clear refusal.
 - Nothing below the data directory is written but the pid in its lock file.
@@ -12,24 +8,17 @@ Rules
 import asyncio
 import os
 import resource
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from metadata.leveldb import LevelSettings, LevelStore
 from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
 from nbdserver.host.completions import Completions
 from nbdserver.host.data_directory import DataDirectoryError, DataDirectoryLock
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.check import CheckResult, Finding, check_family
-from nbdserver.node.control import NO_THREADS
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError, NotFoundError, WrongInputError
-
-_TABLE_SUFFIXES = (".ldb", ".sst")
-_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
+from nbdserver.node.store_copy import opened_copy
 
 Progress = Callable[[str, str, int, int], None]
 """Called with (volume, what is being looked at, units done, units in all)."""
@@ -83,21 +72,3 @@ def _check(directory: DataDirectory, family: Family, quick: bool, progress: Call
         return CheckResult([Finding("store", f"{place} cannot be read: {error}", str(place))], is_complete=False)
     finally:
         loop.close()
-
-
-@contextmanager
-def opened_copy(path: Path) -> Iterator[LevelStore]:
-    """Open a LevelDB without changing a byte of it. OSError if it is damaged or not there."""
-    if not (path / "CURRENT").exists():
-        raise FileNotFoundError(f"{path} holds no LevelDB (its file CURRENT is missing)")
-    with tempfile.TemporaryDirectory(prefix="nbdserver-check-") as scratch:
-        for entry in path.iterdir():
-            if entry.suffix in _TABLE_SUFFIXES:
-                os.symlink(entry.absolute(), os.path.join(scratch, entry.name))
-            elif entry.name != "LOCK":
-                shutil.copyfile(entry, os.path.join(scratch, entry.name))
-        store = LevelStore(scratch, NO_THREADS, NO_THREADS, _SETTINGS)
-        try:
-            yield store
-        finally:
-            store.close()

@@ -1,0 +1,93 @@
+"""`nbdserver check`: its exit codes, its one line for each finding, and what it refuses."""
+
+import json
+import secrets
+from pathlib import Path
+
+import pytest
+
+from metadata.leveldb import LevelStore
+from metadata.registry import EmbeddedRegistry, Families, Family
+from nbdserver.cli.main import run
+from nbdserver.host.data_directory import DataDirectoryLock
+from nbdserver.logdisk.segments import segment_path
+from nbdserver.node.control import NO_THREADS
+from nbdserver.node.directory import DataDirectory
+from tests.unit.families import RealFamily
+
+Place = tuple[Path, Path]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """(data directory, directory of its one family) with one volume `disk0` that was closed cleanly."""
+    directory = DataDirectory(tmp_path / "data")
+    directory.open()
+    family = Family(secrets.token_hex(16), "disk0", 1 << 30, 1 << 20, owner="")
+    store = LevelStore(str(directory.registry), NO_THREADS, NO_THREADS)
+    families = Families(EmbeddedRegistry(store), owner="")
+    families.begin(family.id)
+    families.add(family)
+    store.close()
+    directory.family(family.id).mkdir()
+    disk = RealFamily(directory.family(family.id))
+    disk.open()
+    disk.put(0, 1, 50)
+    disk.close()
+    directory.release()
+    return directory.path, directory.family(family.id)
+
+
+def test_a_good_directory_is_exit_0(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "--data", str(place[0])]) == 0
+    assert "disk0: good; 50 live blocks" in capfd.readouterr().out
+
+
+def test_damage_is_exit_1_and_one_line(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    path = place[1] / segment_path(1)
+    content = bytearray(path.read_bytes())
+    content[100_000] ^= 1
+    path.write_bytes(content)
+    assert run(["check", "--data", str(place[0])]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("disk0: data: the block of MBA")
+    assert "1 problem;" in lines[1]
+    assert len(lines) == 2
+    assert run(["check", "--data", str(place[0]), "--quick"]) == 0
+
+
+def test_json_is_one_document(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "disk0", "--data", str(place[0]), "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["volumes"]["disk0"]["blocks_verified"] == 50
+    assert captured.err == ""
+
+
+def test_an_unknown_volume_is_exit_2(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "disk1", "--data", str(place[0])]) == 2
+    assert "there is no volume 'disk1'" in capfd.readouterr().err
+
+
+def test_what_is_no_data_directory_is_exit_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "--data", str(tmp_path)]) == 2
+    assert "is not a data directory" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_running_node_is_refused_in_one_line(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    lock = DataDirectoryLock(str(place[0]))
+    assert run(["check", "--data", str(place[0])]) == 1
+    lock.release()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "is in use by process" in lines[0]
+
+
+def test_a_store_that_is_gone_is_a_finding_and_is_not_made_anew(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place[1] / "maps" / "CURRENT").unlink()
+    before = sorted((place[1] / "maps").iterdir())
+    assert run(["check", "--data", str(place[0])]) == 1
+    assert "CURRENT is missing" in capfd.readouterr().out
+    assert sorted((place[1] / "maps").iterdir()) == before
