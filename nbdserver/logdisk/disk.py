@@ -228,7 +228,7 @@ class LogDisk:
         self.report("append-failed", {"errno": errno, "error": str(error)})
         if errno != errnos.ENOSPC:
             self.fail(f"appending to segment {self.log.segment} failed: {error}")
-            return errnos.EIO
+            return errnos.EIO if holds(Rule.ACK_AFTER_APPEND) else 0
         return errno
 
     # -- life
