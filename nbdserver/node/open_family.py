@@ -111,6 +111,8 @@ class OpenFamily:
         self.id = family_id
         self.export: Export | None = None
         self._clock = clock
+        if not os.path.exists(os.path.join(directory, "maps", "CURRENT")):
+            raise FamilyError(f"its maps are missing: {directory}/maps is no LevelDB")
         try:
             self._room = _Room(directory, threads)
         except OSError as error:

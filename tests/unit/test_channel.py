@@ -48,7 +48,9 @@ def with_channel(use: Callable[[Channel, Channel, list[str]], Awaitable[None]]) 
     async def run() -> None:
         one, other = socket.socketpair()
         heard: list[str] = []
-        asking = await Channel.connect(one, answer, lambda kind, fields: heard.append(kind), lambda: heard.append("lost"))
+        asking = await Channel.connect(
+            one, answer, lambda kind, fields: heard.append(kind), lambda: heard.append("lost")
+        )
         answering = await Channel.connect(other, answer, lambda kind, fields: None, lambda: None)
         await use(asking, answering, heard)
         await asking.close()

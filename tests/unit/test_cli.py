@@ -119,7 +119,7 @@ def test_every_command_has_help_with_json_and_an_example() -> None:
     from nbdserver.cli.manual import commands
 
     listed = list(commands())
-    assert {"serve", "volume create", "status", "config check"} <= {name for name, _ in listed}
+    assert {"serve", "volume create", "status", "check", "config check"} <= {name for name, _ in listed}
     for name, command in listed:
         assert "Example" in (command.help or ""), name
         assert any("--json" in parameter.opts for parameter in command.params), name

@@ -1,0 +1,91 @@
+"""`nbdserver check`: the offline check, with a progress bar on the terminal and one line for each finding."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, wants_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nbdserver.logdisk.check import CheckResult
+
+EXIT_PROBLEMS = 1
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("check")(check)
+
+
+def check(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only this volume.", show_default=False)] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out reading all data.")] = False,
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> int:
+    """Check a data directory whose node is stopped: maps, segment usage, records, checksums. Changes nothing.
+
+    Exit codes: 0 all is well, 1 problems were found, 2 wrong input.
+
+    Examples:
+
+      nbdserver check
+
+      nbdserver check disk0 --quick --json
+    """
+    from nbdserver.node.offline_check import check_directory
+
+    as_json = wants_json(context, json_output)
+    results: dict[str, CheckResult] = {}
+    with _progress_bar(not as_json) as progress:
+        for volume, result in check_directory(data_path(context, data), name, quick, progress):
+            results[volume] = result
+    if as_json:
+        print_json({"volumes": {volume: asdict(result) for volume, result in results.items()}})
+    else:
+        for volume, result in results.items():
+            _print(volume, result, quick)
+        if not results:
+            print("no volumes")
+    return EXIT_PROBLEMS if any(result.findings for result in results.values()) else 0
+
+
+def _print(volume: str, result: "CheckResult", quick: bool) -> None:
+    for finding in result.findings:
+        print(f"{volume}: {finding.kind}: {finding.sentence}")
+    if result.findings_left_off:
+        print(f"{volume}: and {result.findings_left_off} more")
+    if not result.is_complete:
+        print(f"{volume}: some comparisons were left out, because what they need is damaged")
+    problems = len(result.findings) + result.findings_left_off
+    verdict = "good" if not problems else f"{problems} problem{'s' if problems > 1 else ''}"
+    data = "data not read (--quick)" if quick else f"data of {result.blocks_verified} read"
+    print(
+        f"{volume}: {verdict}; {result.live_blocks} live blocks in {result.segments} segments, {data}, "
+        f"{result.records_verified} records; the next start replays {result.records_to_replay} records "
+        f"({result.blocks_to_replay} blocks)"
+    )
+
+
+@contextmanager
+def _progress_bar(shown: bool) -> "Iterator[Callable[..., Any]]":
+    """A function that shows (volume, what, done, total) on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not shown or not console.is_terminal) as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def show(volume: str, what: str, done: int, total: int) -> None:
+            if (volume, what) not in tasks:
+                tasks[volume, what] = bars.add_task(f"{volume}: {what}", total=None)
+            bars.update(tasks[volume, what], completed=done, total=max(done, total))
+
+        yield show
