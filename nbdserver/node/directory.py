@@ -78,6 +78,8 @@ class DataDirectory:
 
     def check(self) -> None:
         """Raise WrongInputError unless this is, or can become, a data directory of ours. Changes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise WrongInputError(f"{self.path} is not a directory; name one with --data")
         there = next(path for path in (self.path, *self.path.parents) if path.exists())
         try:
             refuse_unfit_file_system(str(there))
@@ -90,8 +92,6 @@ class DataDirectory:
             )
         if not self.path.exists():
             return
-        if not self.path.is_dir():
-            raise WrongInputError(f"{self.path} is not a directory; name one with --data")
         try:
             self._check_content()
         except PermissionError as error:

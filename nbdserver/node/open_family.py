@@ -63,7 +63,9 @@ def format_family(directory: str, threads: StoreThreads, family_id: str, size_by
         os.mkdir(directory, 0o700)
         room = _Room(directory, threads)
         try:
-            LogDisk.format(room.files, room.store, bytes.fromhex(family_id), size_bytes, segment_bytes, random.SystemRandom())
+            LogDisk.format(
+                room.files, room.store, bytes.fromhex(family_id), size_bytes, segment_bytes, random.SystemRandom()
+            )
         finally:
             room.close()
         _sync_directory(directory)
