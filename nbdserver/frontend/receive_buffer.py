@@ -19,10 +19,10 @@ class ReceiveBuffer:
 
     __slots__ = ("capacity_bytes", "data", "end", "start", "view")
 
-    def __init__(self) -> None:
+    def __init__(self, size_bytes: int = NORMAL_BYTES) -> None:
         self.start = 0
         self.end = 0
-        self._replace(NORMAL_BYTES)
+        self._replace(size_bytes)
 
     def room(self) -> memoryview:
         """Where the next bytes go: at least one byte."""
@@ -53,7 +53,7 @@ class ReceiveBuffer:
             self._move_to_front()
             return
         held = bytes(self.view[self.start : self.end])
-        self._replace(size_bytes + MINIMUM_ROOM_BYTES)
+        self._replace(size_bytes)
         self.data[: len(held)] = held
         self.start, self.end = 0, len(held)
 

@@ -10,7 +10,7 @@ from metadata.seams import Clock, Connection, Network, Receiver, Timer
 from nbdserver.frontend.session import ClientInfo, Session
 from nbdserver.volume.export import Exports
 
-CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each
+CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each, once they have entered an export
 
 
 class Server:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from metadata.seams import Clock, Connection, Timer
-from nbdserver.frontend.receive_buffer import ReceiveBuffer
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
 from nbdserver.volume.export import Export, ExportError, Exports, peer_host
 from protocol.handshake import Close, Enter, Handshake, Offer, OptionRefusedError, Reply
 from protocol.nbd import OptionReply
 
 HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_BUFFER_BYTES = 4 << 10  # who only connects costs no more than this
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Session:
         self._report_gone = gone
         self._since_s = clock.now()
         self._received_bytes = 0
-        self._buffer = ReceiveBuffer()
+        self._buffer = ReceiveBuffer(HANDSHAKE_BUFFER_BYTES)
         self._handshake: Handshake | None = Handshake(self)
         self._transmission: Transmission | None = None
         self._handshake_paused = False
@@ -142,6 +143,7 @@ class Session:
             return
         self._timeout.cancel()
         self._handshake = None
+        self._buffer.reserve(NORMAL_BYTES)
         self._buffer.put(leftover)
         self._transmission = Transmission(
             self._connection, self._clock, self.export, event.agreement, self._buffer, self._close
