@@ -20,7 +20,7 @@ from . import machine, measuring, profiler
 from .load import Sample, fio_command, fio_version
 from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
-from .report import rich_table
+from .report import noise_cores, rich_table
 from .rows import ROWS, ROWS_BY_NAME, Row
 from .targets import SUBJECT, TARGETS, Setting, Target
 
@@ -223,6 +223,7 @@ def write(result: dict[str, Any], results: Path, as_json: bool) -> None:
         sys.stdout.write(text + "\n")
         return
     console.print(rich_table(result))
+    console.print(f"{noise_cores(result):.2f} of the cores were busy with other things", highlight=False)
     console.print(f"{stem}.json, {stem}.png", highlight=False)
 
 

@@ -6,9 +6,10 @@ import resource
 import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .processes import BenchmarkError
+from .processes import TICKS_PER_S, BenchmarkError
 from .rows import Row
 from .targets import Target
 
@@ -27,6 +28,7 @@ class Sample:
     operations: int
     server_cpu_s_per_1000: float
     client_cpu_s_per_1000: float
+    other_cores: float  # how many cores everything else on the machine kept busy meanwhile: noise
 
 
 def fio_version() -> str:
@@ -80,11 +82,14 @@ def measure(target: Target, row: Row, duration_s: float, seed: int) -> Sample:
     if server is None:
         raise BenchmarkError(f"{target.name} is not running")
     command = fio_command(row, target.uri, target.size_bytes, duration_s, seed)
-    server_before, client_before = server.cpu_s(), _children_cpu_s()
+    server_before, client_before, machine_before = server.cpu_s(), _children_cpu_s(), busy_s()
+    started_s = time.monotonic()
     job = run_fio(command, timeout_s=duration_s * 4 + 60)
-    client_after = _children_cpu_s()
+    client_s = _children_cpu_s() - client_before
     time.sleep(0.03)  # nbd-server's child of this connection ends and is waited for
-    server_after = server.cpu_s()
+    server_s = server.cpu_s() - server_before
+    other_s = busy_s() - machine_before - client_s - server_s
+    elapsed_s = time.monotonic() - started_s
     if row.writes:
         os.sync()
     side = job["write" if row.writes else "read"]
@@ -98,9 +103,16 @@ def measure(target: Target, row: Row, duration_s: float, seed: int) -> Sample:
         p50_us=percentiles.get("50.000000", 0) / 1000,
         p99_us=percentiles.get("99.000000", 0) / 1000,
         operations=operations,
-        server_cpu_s_per_1000=(server_after - server_before) / operations * 1000,
-        client_cpu_s_per_1000=(client_after - client_before) / operations * 1000,
+        server_cpu_s_per_1000=server_s / operations * 1000,
+        client_cpu_s_per_1000=client_s / operations * 1000,
+        other_cores=max(0.0, other_s / elapsed_s),
     )
+
+
+def busy_s() -> float:
+    """CPU seconds that all cores together have spent on anything but idling and waiting for disks, since boot."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / TICKS_PER_S
 
 
 def _children_cpu_s() -> float:

@@ -67,13 +67,20 @@ def markdown(result: Result) -> str:
     )
 
 
+def noise_cores(result: Result) -> float:
+    """Cores that other processes kept busy, in the median measurement."""
+    return float(
+        median(value for row in result["rows"] for taken in row["samples"].values() for value in taken["other_cores"])
+    )
+
+
 def _conditions(result: Result) -> str:
     machine, options = result["machine"], result["options"]
     versions = "; ".join(result["targets"][name]["version"] for name in result["targets_in_order"])
     return (
         f"Measured {result['date']} on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, Linux {machine['kernel']}, {machine['file_system']}; "
-        f"load before {machine['load_before']}. Working set {options['size_bytes'] >> 20} MiB, "
+        f"{noise_cores(result):.2f} cores were busy with other things. Working set {options['size_bytes'] >> 20} MiB, "
         f"{options['rounds']} rounds of {options['seconds']:g} s. {versions}; {result['fio_version']}."
     )
 

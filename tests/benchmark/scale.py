@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -140,13 +140,13 @@ async def read_later(disk: LogDisk, offset: int) -> None:
         raise BenchmarkError(f"reading at {offset} failed: {os.strerror(errno)}")
 
 
-async def overwrite_and_die(directory: Path, spread: Spread, epoch: int) -> None:
+async def overwrite_and_die(directory: Path, spread: Spread, epoch: int, overwrites: int) -> None:
     """Overwrite random mapped blocks in batches of BATCH, then end as kill -9 ends it."""
     draw = random.Random(epoch)
     data = draw.randbytes(BLOCK_BYTES)
     with host(directory, asyncio.get_running_loop()) as parts:
         disk = open_disk(parts, epoch)
-        for _ in range(OVERWRITES // BATCH):
+        for _ in range(overwrites // BATCH):
             offsets = [spread.lba(draw.randrange(spread.blocks)) * BLOCK_BYTES for _ in range(BATCH)]
             missing = [offset for offset in offsets if not disk.write(offset, memoryview(data))]
             if disk.commit():
@@ -167,24 +167,26 @@ async def write_later(disk: LogDisk, offset: int, data: bytes) -> None:
 
 
 @application.command(hidden=True)
-def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int) -> None:
+def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int, overwrites: int = OVERWRITES) -> None:
     """One measurement in a process of its own; its figures are the last line it prints, as JSON."""
     spread = Spread(size_bytes, blocks)
-    work = {
+    phases: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
         "build": lambda: build(directory, spread),
         "open": lambda: measure_open(directory, epoch),
         "lookup": lambda: measure_lookup(directory, spread, epoch),
-        "die": lambda: overwrite_and_die(directory, spread, epoch),
-    }[name]
-    print(json.dumps(asyncio.run(work())), flush=True)
+        "die": lambda: overwrite_and_die(directory, spread, epoch, overwrites),
+    }
+    print(json.dumps(asyncio.run(phases[name]())), flush=True)
 
 
 # -- what runs them
 
 
-def run_phase(name: str, directory: Path, spread: Spread, epoch: int, advance: Callable[[int], None]) -> dict[str, Any]:
+def run_phase(
+    name: str, directory: Path, spread: Spread, epoch: int, overwrites: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmark.scale", "phase", name, str(directory)]
-    command += [str(spread.size_bytes), str(spread.blocks), str(epoch)]
+    command += [str(spread.size_bytes), str(spread.blocks), str(epoch), str(overwrites)]
     last: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -200,15 +202,15 @@ def run_phase(name: str, directory: Path, spread: Spread, epoch: int, advance: C
     return last
 
 
-def measure_size(directory: Path, spread: Spread, advance: Callable[[int], None]) -> dict[str, Any]:
+def measure_size(directory: Path, spread: Spread, overwrites: int, advance: Callable[[int], None]) -> dict[str, Any]:
     """All figures of one size; the family is removed afterwards."""
     row: dict[str, Any] = {"size_bytes": spread.size_bytes, "mapped_blocks": spread.blocks}
     try:
-        row |= run_phase("build", directory, spread, EPOCH, advance)
-        row |= run_phase("open", directory, spread, EPOCH + 1, advance)
-        row |= run_phase("lookup", directory, spread, EPOCH + 2, advance)
-        row["overwriter"] = run_phase("die", directory, spread, EPOCH + 3, advance).get("counters", {})
-        after = run_phase("open", directory, spread, EPOCH + 4, advance)
+        row |= run_phase("build", directory, spread, EPOCH, overwrites, advance)
+        row |= run_phase("open", directory, spread, EPOCH + 1, overwrites, advance)
+        row |= run_phase("lookup", directory, spread, EPOCH + 2, overwrites, advance)
+        row["overwriter"] = run_phase("die", directory, spread, EPOCH + 3, overwrites, advance).get("counters", {})
+        after = run_phase("open", directory, spread, EPOCH + 4, overwrites, advance)
         row["recovery_s"], row["recovery_memory_bytes"] = after["open_s"], after["open_memory_bytes"]
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -281,6 +283,7 @@ def run(
     blocks: Annotated[
         int, typer.Option(min=1000, help="Mapped blocks (fewer where the volume has fewer).")
     ] = DEFAULT_BLOCKS,
+    overwrites: Annotated[int, typer.Option(min=BATCH, help="Random writes that recovery has to replay.")] = OVERWRITES,
     directory: Annotated[Path | None, typer.Option(help="Where families are built.  [default: in --results]")] = None,
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
 ) -> None:
@@ -296,13 +299,17 @@ def run(
                 task = progress.add_task("", total=sum(spread.blocks for spread in spreads))
                 for spread in spreads:
                     progress.update(task, description=f"{spread.size_bytes >> 30} GiB")
-                    rows.append(measure_size(place / "family", spread, lambda blocks: progress.advance(task, blocks)))
+                    rows.append(
+                        measure_size(
+                            place / "family", spread, overwrites, lambda blocks: progress.advance(task, blocks)
+                        )
+                    )
             result = {
                 "date": time.strftime("%Y-%m-%d %H:%M %z"),
                 "commit": machine.commit(),
                 "machine": machine.describe(place),
                 "command": " ".join(["python -m tests.benchmark.scale run", *sys.argv[2:]]),
-                "overwrites_before_recovery": OVERWRITES,
+                "overwrites_before_recovery": overwrites,
                 "rows": rows,
             }
     except BenchmarkError as error:

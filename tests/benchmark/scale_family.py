@@ -86,7 +86,8 @@ def fill(directory: Path, store: LevelStore, spread: Spread, progress: Callable[
     segment = first = 0
     while first < spread.blocks:
         stop = _chunk_end(spread, first)
-        mbas = [maps.allocate_mba() for _ in range(first, stop)]
+        mbas = list(range(maps.next_mba, maps.next_mba + stop - first))
+        maps.take_mbas(maps.next_mba + stop - first)
         shuffle(mbas)
         for place, mba in enumerate(mbas, first):
             slot = place % segment_blocks
@@ -96,7 +97,7 @@ def fill(directory: Path, store: LevelStore, spread: Spread, progress: Callable[
             lba = spread.lba(place)
             if maps.logical.get(lba >> PAGE_SHIFT) is None:
                 maps.logical.create(lba >> PAGE_SHIFT)
-            maps.set_logical(lba, mba)
+            maps.set_logical(lba, 1, mba)
             maps.set_middle(mba, segment, SEGMENT_HEADER_BYTES + slot * BLOCK_BYTES, ZEROS_CRC)
             maps.regions.mark(lba, 1, segment)
         _checkpoint(store, maps, segment, is_last=stop == spread.blocks)
@@ -149,8 +150,10 @@ def _checkpoint(store: LevelStore, maps: Maps, segment: int, is_last: bool) -> N
         )
         put_checkpoint(batch, position)
     store.write(batch)
-    maps.logical.thaw()
-    maps.middle.thaw()
+    for page_map in (maps.logical, maps.middle):
+        page_map.thaw()
+        page_map.evict(CHUNK_BLOCKS)  # makes them all old
+        page_map.evict(CHUNK_BLOCKS)
 
 
 def _refuse(reason: str) -> None:

@@ -10,6 +10,7 @@ To add a target, write a subclass of Target and put it into TARGETS.
 """
 
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -110,6 +111,10 @@ class Nbdserver(Target):
     title = "nbdserver"
     program = sys.executable
 
+    def __init__(self, directory: Path, size_bytes: int) -> None:
+        super().__init__(directory, size_bytes)
+        self.port = free_port()  # it is not used, but the default one may be taken
+
     @classmethod
     def version(cls) -> str:
         from importlib.metadata import PackageNotFoundError, version
@@ -130,7 +135,7 @@ class Nbdserver(Target):
         return [sys.executable, "-c", entry, *self._arguments(setting)]
 
     def _arguments(self, setting: Setting) -> list[str]:
-        place = ["--data", str(self.directory), "--socket", str(self.socket_path), "--listen", "127.0.0.1:0"]
+        place = ["--data", str(self.directory), "--socket", str(self.socket_path), "--listen", f"127.0.0.1:{self.port}"]
         return ["serve", *place, "--create", f"{EXPORT}={self.size_bytes}", *setting.arguments]
 
     def shown_command(self, setting: Setting) -> str:
@@ -233,6 +238,15 @@ class NbdServer(Target):
     def _start(self, setting: Setting) -> Server:
         (self.directory / "config").write_text("\n".join(self._configuration(setting)) + "\n")
         return Server(self.command(setting), self.socket_path, self._log_path, self.directory / "pid")
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens at, below the range that outgoing connections are given."""
+    for port in range(21000, 32000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise BenchmarkError("no TCP port from 21000 to 31999 is free")
 
 
 TARGETS: dict[str, type[Target]] = {

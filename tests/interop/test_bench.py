@@ -132,7 +132,9 @@ def test_the_profile_names_the_functions_that_cost_most_by_themselves() -> None:
 
 def test_maps_open_and_recovery_are_measured_and_plotted(tmp_path: Path) -> None:
     place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
-    done = bench("--sizes", "1G,16T", "--blocks", "20000", *place, module="tests.benchmark.scale")
+    done = bench(
+        "--sizes", "1G,16T", "--blocks", "20000", "--overwrites", "1600", *place, module="tests.benchmark.scale"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "results").glob("scale-*.json")
     small, large = json.loads(path.read_text())["rows"]
