@@ -49,8 +49,8 @@ power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS
 	@tests/provision.sh
 	POWER_LOSS_ROUNDS=$(ROUNDS) exec $(BIN)/python -m pytest -s tests/kernel/test_power_loss.py
 
-man: $(VENV)/installed  ## write man/nbdserver.1 from the program's own help
-	@$(BIN)/python -m nbdserver.cli.manual man
+man: $(VENV)/installed  ## write docs/nbdserver.1 from the program's own help
+	@$(BIN)/python -m nbdserver.cli.manual docs
 
 clean:  ## remove what was built; never touches ./var
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/kernel/.cache

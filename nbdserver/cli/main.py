@@ -11,6 +11,7 @@ import sys
 from nbdserver.cli.packages import refuse_strangers
 from nbdserver.node.errors import EXIT_WRONG_INPUT, NodeError
 
+EXIT_BROKEN = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -41,6 +42,8 @@ def run(arguments: list[str] | None = None) -> int:
         # Whoever read our output has gone (`nbdserver events | head`); what is still in the buffer has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _fail(str(error), EXIT_BROKEN)
     except Exception as error:
         if not isinstance(error, click_error):
             raise

@@ -1,6 +1,6 @@
 """The manual page, made from the program's help: `python -m nbdserver.cli.manual DIRECTORY` writes nbdserver.1 there.
 
-Rule: nothing is said here that `--help` does not say; the page cannot go stale.
+Rules: nothing is said here that `--help` does not say. An option that takes a value has a metavar, a flag has none.
 """
 
 import re
@@ -65,7 +65,7 @@ def _options(command: Any) -> list[str]:
         if not _is_option(parameter):
             continue
         names = ", ".join(f"\\fB{_escape(name)}\\fR" for name in parameter.opts)
-        value = "" if parameter.is_flag else f" \\fI{_escape(parameter.metavar or parameter.type.name.upper())}\\fR"
+        value = f" \\fI{_escape(parameter.metavar)}\\fR" if parameter.metavar else ""
         lines += [".TP", names + value, _escape(parameter.help or "")]
     return lines
 

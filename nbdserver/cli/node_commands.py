@@ -49,7 +49,9 @@ def status(context: typer.Context, data: DataOption = None, json_output: JsonOpt
 def events(
     context: typer.Context,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more, until Ctrl-C.")] = False,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=2000, help="How many of the last ones.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, max=2000, help="How many of the last ones.")
+    ] = 50,
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> None:

@@ -20,11 +20,11 @@ DataOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def data_path(context: typer.Context, data: Path | None) -> Path:
-    """Return the data directory: given here, before the command, by NBDSERVER_DATA, or the default."""
+def data_path(context: typer.Context, data: Path | None, from_settings: Path | None = None) -> Path:
+    """Return the data directory: the first that is given: here, before the command, NBDSERVER_DATA, settings."""
     before = context.find_root().params.get("data")
     given = data or before or os.environ.get(ENVIRONMENT_VARIABLE)
-    return Path(given) if given else default_path()
+    return Path(given) if given else from_settings or default_path()
 
 
 def wants_json(context: typer.Context, here: bool) -> bool:

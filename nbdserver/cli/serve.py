@@ -1,13 +1,13 @@
 """`nbdserver serve`: settings together, data directory taken, node run in the foreground."""
 
+import json
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nbdserver.cli.options import DataOption, JsonOption, data_path
+from nbdserver.cli.options import DataOption, JsonOption, data_path, wants_json
 from nbdserver.node.addresses import check_address, check_socket_path, uri
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, parse_volume_size
@@ -54,7 +54,7 @@ def serve(
     """Serve this node's volumes to NBD clients, in the foreground, until Ctrl-C.
 
     Prints `ready: nbd://HOST:PORT/` when clients can attach. SIGTERM and Ctrl-C stop it cleanly; SIGHUP reloads
-    the settings file.
+    the settings file. With --json, one object a line.
 
     Examples:
 
@@ -75,11 +75,8 @@ def serve(
     from nbdserver.node.config import NodeSettings, load_settings
 
     settings = (load_settings(config) if config else NodeSettings()).model_copy(update=overrides)
-    if data is None and context.find_root().params.get("data") is None and settings.data is not None:
-        directory = settings.data
-    else:
-        directory = data_path(context, data)
-    return asyncio.run(_serve(settings, config, overrides, directory, volumes))
+    directory = data_path(context, data, settings.data)
+    return asyncio.run(_serve(settings, config, overrides, directory, volumes, wants_json(context, json_output)))
 
 
 def parse_create(text: str) -> tuple[str, int]:
@@ -94,15 +91,21 @@ def parse_create(text: str) -> tuple[str, int]:
 
 
 async def _serve(
-    settings: "NodeSettings", config: Path | None, overrides: dict[str, Any], path: Path, create: list[tuple[str, int]]
+    settings: "NodeSettings",
+    config: Path | None,
+    overrides: dict[str, Any],
+    path: Path,
+    create: list[tuple[str, int]],
+    as_json: bool,
 ) -> int:
-    from nbdserver.node.control import Node, say
+    from nbdserver.node.control import Node
     from nbdserver.node.directory import DataDirectory
 
     directory = DataDirectory(path)
     directory.open()
     try:
-        node = Node(settings, directory, config, overrides, say)
+        voice = _JsonVoice() if as_json else _Voice()
+        node = Node(settings, directory, config, overrides, voice)
         return await node.run(create, _start_api)
     finally:
         directory.release()
@@ -112,12 +115,36 @@ async def _start_api(node: "Node") -> Any:
     # FastAPI takes half a second to import: the data process opens its families meanwhile.
     from nbdserver.api.server import serve_api
 
-    stop = await serve_api(node)
-    _print_how_to_attach(node)
-    return stop
+    return await serve_api(node)
 
 
-def _print_how_to_attach(node: "Node") -> None:
+class _Voice:
+    """Tells the person at the terminal. A server does not end because nobody reads what it says."""
+
+    def say(self, line: str) -> None:
+        try:
+            print(line, flush=True)
+        except OSError:
+            pass
+
+    def ready(self, node: "Node") -> None:
+        for line in _how_to_attach(node):
+            self.say(line)
+        self.say(f"ready: {uri(node.addresses()[0])}")
+
+
+class _JsonVoice(_Voice):
+    """Tells a program: one JSON object a line."""
+
+    def say(self, line: str) -> None:
+        super().say(json.dumps({"message": line}))
+
+    def ready(self, node: "Node") -> None:
+        ready = {"ready": uri(node.addresses()[0]), "listen": node.addresses(), "data": str(node.directory.path)}
+        super().say(json.dumps(ready))
+
+
+def _how_to_attach(node: "Node") -> list[str]:
     names = [family.volume for family in node.families()]
     name = names[0] if names else "NAME"
     lines = [
@@ -138,5 +165,4 @@ def _print_how_to_attach(node: "Node") -> None:
             f"  qemu-img info {target}",
             f"  qemu-io -f raw -c 'read 0 4k' {target}",
         ]
-    print("\n".join(lines), flush=True)
-    sys.stdout.flush()
+    return lines

@@ -11,17 +11,16 @@ one that dies MAX_RESTARTS times within RESTART_WINDOW_S ends the node, so that 
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
 from nbdserver.node import systemd_notify
-from nbdserver.node.addresses import port_holder, split_address, uri
+from nbdserver.node.addresses import port_holder, split_address
 from nbdserver.node.config import NodeSettings, load_settings
 from nbdserver.node.data_process import DataProcess, DataProcessError
 from nbdserver.node.directory import DataDirectory
@@ -37,7 +36,14 @@ RESTART_WINDOW_S = 60.0
 SECOND_SIGNAL_S = 0.5
 """A terminal and a wrapper may both deliver one Ctrl-C: what comes sooner is the same wish."""
 
-Say = Callable[[str], None]
+
+class Voice(Protocol):
+    """Who is told what the node has to say to whoever started it."""
+
+    def say(self, line: str) -> None: ...
+
+    def ready(self, node: "Node") -> None:
+        """Clients can attach."""
 
 
 class Node:
@@ -49,7 +55,7 @@ class Node:
         directory: DataDirectory,
         config_path: Path | None,
         overrides: dict[str, Any],
-        say: Say,
+        voice: Voice,
     ) -> None:
         """`settings` are those of `config_path` with `overrides` (from the command line) put over them."""
         self.settings = settings
@@ -57,7 +63,8 @@ class Node:
         self.started_s = time.monotonic()
         self._config_path = config_path
         self._overrides = overrides
-        self._say = say
+        self._voice = voice
+        self._say = voice.say
         self.events = EventLog(directory.events, time.monotonic)
         self._registry = open_registry(directory)
         self._families = Families(self._registry, owner="local")
@@ -244,7 +251,7 @@ class Node:
             self._stopping.set()
 
     def _announce(self) -> None:
-        self._say(f"ready: {uri(self.addresses()[0])}")
+        self._voice.ready(self)
         systemd_notify.notify("READY=1")
 
     def _warnings(self) -> list[str]:
@@ -271,8 +278,3 @@ class _NoThreads:
 
 
 NO_THREADS = _NoThreads()
-
-
-def say(line: str) -> None:
-    """Print a line for the person at the terminal, at once."""
-    print(line, file=sys.stdout, flush=True)

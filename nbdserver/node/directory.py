@@ -108,6 +108,10 @@ class DataDirectory:
                     f"{self.path} holds other files ({', '.join(strangers[:3])}) and no data of ours; "
                     "name an empty directory with --data"
                 )
+        elif version < 1:
+            raise WrongInputError(
+                f"{self.path / 'format'} says version {version}, which there never was: the file is damaged"
+            )
         elif version > FORMAT_VERSION:
             raise WrongInputError(
                 f"{self.path} has data format version {version}, this program knows up to {FORMAT_VERSION}; "

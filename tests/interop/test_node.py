@@ -96,6 +96,17 @@ def test_a_volume_is_attached_and_its_data_is_there_after_a_restart(
     assert show(server, "disk0")["epoch"] == 2
 
 
+def test_with_json_it_says_that_it_is_ready_in_one_object(
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    command = [*PROGRAM, "serve", "--json", "--data", str(tmp_path / "data"), "--listen", address]
+    process = processes.start(command, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    told = json.loads(process.stdout.readline())
+    assert told == {"ready": f"nbd://{address}/", "listen": [address], "data": str(tmp_path / "data")}
+
+
 def test_it_prints_how_to_attach(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server("--socket", str(tmp_path / "nbd.sock"))
     for command in ("nbd-client 127.0.0.1", "nbd-client -unix", "nbdinfo nbd://", "qemu-img info", "qemu-io -f raw"):

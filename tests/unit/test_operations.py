@@ -1,0 +1,40 @@
+"""docs/operations.md and the manual page say what the program does."""
+
+import re
+
+import pytest
+
+from nbdserver.cli.manual import commands, page
+from nbdserver.node.config import HttpSettings, NodeSettings
+from nbdserver.node.volumes import SETTING_KEYS
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "docs" / "operations.md").read_text()
+
+
+def test_the_settings_table_has_every_key_and_no_other() -> None:
+    table = TEXT.partition("## Settings")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `([a-z_.]+)` \|", table, re.MULTILINE)
+    keys = [key for key in NodeSettings.model_fields if key != "http"]
+    assert documented == keys + [f"http.{key}" for key in HttpSettings.model_fields]
+
+
+def test_the_table_of_volume_settings_has_every_key() -> None:
+    table = TEXT.partition("## Volumes")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == set(SETTING_KEYS)
+
+
+def test_every_command_that_is_named_exists() -> None:
+    known = {name for name, _ in commands()}
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", TEXT, re.DOTALL))
+    for words in re.findall(r"^(?:sudo )?nbdserver ([a-z -]+?)(?: -| [A-Z]| disk|  |$)", blocks, re.MULTILINE):
+        assert words.strip() in known
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_the_manual_page_has_every_command(name: str) -> None:
+    assert f'.SS "{name}'.replace("-", "\\-") in page()
+
+
+def test_the_manual_page_in_the_repository_is_that_of_the_program() -> None:
+    assert (ROOT / "docs" / "nbdserver.1").read_text() == page(), "run make man"
