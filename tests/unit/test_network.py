@@ -288,3 +288,27 @@ def test_a_busy_peer_starves_neither_another_one_nor_the_loop(loop: Loop, path: 
         finally:
             over.set()
             flooding.join()
+
+
+def test_a_callback_of_the_loop_runs_between_two_rounds(loop: Loop, path: str) -> None:
+    """A receiver that asks for a callback at every arrival has it called before the next one."""
+    order: list[str] = []
+
+    class Asking(Echo):
+        def received(self, size_bytes: int) -> None:
+            order.append("received")
+            loop.loop.call_soon(order.append, "called back")
+            super().received(size_bytes)
+
+    def accept(connection: Connection) -> Receiver:
+        echo = Asking(connection)
+        loop.echoes.append(echo)
+        return echo
+
+    loop.listen(f"unix:{path}", accept)
+    with dial(path) as client:
+        for _ in range(200):
+            client.sendall(b"x")
+            take(client, 1)
+    loop.wait(lambda: len(order) == 400)
+    assert order == ["received", "called back"] * 200
