@@ -163,8 +163,8 @@ class PageMap:
         """The lowest resident page number in first <= number < stop, or `stop`."""
         if stop - first < len(self.pages) + len(self._old):
             return next((number for number in range(first, stop) if number in self.pages or number in self._old), stop)
-        young = min((number for number in self.pages if first <= number < stop), default=stop)
-        return min((number for number in self._old if first <= number < stop), default=young)
+        resident = (number for pages in (self.pages, self._old) for number in pages)
+        return min((number for number in resident if first <= number < stop), default=stop)
 
     def take_out(self, first: int, stop: int) -> list[tuple[int, Page]]:
         """Remove the resident pages first <= number < stop from `pages`, for a caller that keeps them."""

@@ -35,7 +35,8 @@ class FrozenRows:
 
     live: list[int]
     appended: dict[int, bytes]
-    open_segment: int
+    open_segment: int  # 0: none is open
+    sequence: int  # of the open segment's life: later ones began after the freeze
     lsn: int
     dead: list[int] = field(default_factory=list)
 
@@ -101,11 +102,11 @@ class SegmentTable:
             self.lsn[segment],
         )
 
-    def freeze(self, open_segment: int) -> "FrozenRows":
+    def freeze(self, open_segment: int, sequence: int, lsn: int) -> "FrozenRows":
         """Fix what the next `encode` writes: one copy of a list, and the rows of the few segments appended to."""
         appended = {segment: self.row(segment) for segment in self._changed if segment in self.in_use}
         self._changed = set()
-        return FrozenRows(self.live[:], appended, open_segment, self.lsn[open_segment])
+        return FrozenRows(self.live[:], appended, open_segment, sequence, lsn)
 
     def encode(self, batch: Batch, frozen: "FrozenRows") -> Iterator[int]:
         """Put the rows that differ from the last checkpoint's into `batch`, some hundred segments a step; those whose
@@ -117,7 +118,7 @@ class SegmentTable:
             stop = min(first + _ROWS_A_STEP, len(live))
             values = 0
             for segment in range(first, stop):
-                if segment not in self.in_use or self.sequence[segment] > self.sequence[frozen.open_segment]:
+                if segment not in self.in_use or self.sequence[segment] > frozen.sequence:
                     continue
                 if live[segment] == 0 and segment != frozen.open_segment and self.lsn[segment] <= frozen.lsn:
                     batch.delete(_key(segment))

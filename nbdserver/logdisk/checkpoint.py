@@ -143,7 +143,7 @@ class Checkpointer:
         pending = {hole.hole for hole in maps.holes}
         frozen = _Frozen(
             log.position(maps.next_mba, maps.next_hole, maps.live_blocks),
-            maps.segments.freeze(log.segment if log.offset else 0),
+            maps.segments.freeze(log.segment if log.offset else 0, log.sequence, log.lsn),
             [replace(hole) for hole in maps.holes],
             sorted(self._written_holes - pending),
             maps.next_hole - 1 if maps.holes else 0,

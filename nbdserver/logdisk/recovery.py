@@ -126,7 +126,7 @@ class Replay:
 
     def begin_fresh_segment(self, log: Log) -> None:
         """Let the log go on in another segment than the one that it ended in, if that was ever written."""
-        if log.segment >= len(self._pool.handles) or self._pool.handles[log.segment] < 0:
+        if not log.lsn and not self._pool.open_if_present(log.segment):
             return  # a family's first segment, not begun yet
         segment = self._pool.take(reserved=True)
         if segment:
@@ -152,6 +152,8 @@ class Replay:
             or start.previous_crc != previous_crc
         ):
             return False
+        if segment in self._maps.segments.in_use:
+            raise RecoveryError(f"the metadata is damaged: the log goes on in segment {segment}, which is in use")
         self._pool.keep(segment)
         self._maps.segments.begin(segment, sequence, salt)
         self._maps.segments.appended(segment, SEGMENT_HEADER_BYTES, txid, lsn)

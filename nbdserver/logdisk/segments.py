@@ -75,6 +75,9 @@ class SegmentPool:
                 continue
             self._set_handle(segment, handle)
             self.spare.append(segment)
+        if self.spare:
+            # A crash may have come between making a file and making its name durable.
+            self._files.sync_directory(DIRECTORY)
         self._has_ballast = BALLAST in self._files.list(".")
         self._lowest_spare = len(self.spare)
 

@@ -345,12 +345,17 @@ class _Waiting:
                 return False
             return True
         start, stop = maps.logical.key_range(number)[0], maps.logical.key_range(last)[1]
-        disk.read_store([(start, stop)], lambda items: self._next_page(number, last, items[0]), 1)
+        evictions = maps.logical.evictions
+        disk.read_store([(start, stop)], lambda items: self._next_page(number, last, items[0], evictions), 1)
         return False
 
-    def _next_page(self, number: int, last: int, items: list[tuple[bytes, bytes]]) -> None:
+    def _next_page(self, number: int, last: int, items: list[tuple[bytes, bytes]], evictions: int) -> None:
         """Everything before the next page that exists anywhere is a hole."""
         maps = self._disk.maps
+        if maps.logical.evictions != evictions:
+            # A page may have been made, checkpointed and dropped since LevelDB was read: it would be seen nowhere.
+            self._go_on()
+            return
         following = maps.logical.page_of_key(items[0][0]) if items else last + 1
         following = maps.logical.first_resident(number, following)
         following = min((each for each in maps.stale if number <= each < following), default=following)
