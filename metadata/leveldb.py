@@ -4,6 +4,7 @@ Theory: maps and tables change in memory and reach LevelDB once a checkpoint, as
 ranges around a missing map page. Both wait for a device, so both have a form that runs in threads.
 
 Rules of this file
+- A directory with LevelDB files and no CURRENT is refused: LevelDB would begin anew and delete them.
 - Paranoid checks when opening, checksums verified on every read. Whatever LevelDB reports becomes an OSError: ENOSPC
   where its text says so, EIO otherwise, with its text.
 - A store whose write failed refuses every later one. LevelDB itself does so after a failed sync, but not after every
@@ -15,6 +16,7 @@ only by opening it anew.
 """
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +64,7 @@ class LevelStore:
         self._failure: OSError | None = None
         self._in_flight = 0
         self._idle = threading.Condition()
+        _refuse_remains(path)
         try:
             self._db = plyvel.DB(
                 path,
@@ -171,6 +174,16 @@ class LevelStore:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.notify_all()
+
+
+def _refuse_remains(path: str) -> None:
+    """LevelDB takes a directory without CURRENT for an empty one and deletes what is in it: OSError(EIO) instead.
+
+    A crash while LevelDB made the directory can leave a MANIFEST without CURRENT, but no log and no table.
+    """
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if "CURRENT" not in names and any(name.endswith((".ldb", ".sst", ".log")) for name in names):
+        raise OSError(errno.EIO, f"the store {path} is damaged: its file CURRENT is missing, the others are there")
 
 
 def _errno(error: Exception) -> int:

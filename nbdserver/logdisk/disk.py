@@ -47,6 +47,7 @@ from nbdserver.logdisk.segments import DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.writer import Writer
 from protocol.disk import BLOCK_BYTES, DamagedValueError
+from protocol.invariant import InvariantError
 
 _MOST_DAMAGED_LBAS = 1024  # remembered for `status`
 
@@ -103,6 +104,8 @@ class LogDisk:
             return cls(files, store, clock, rng, settings, epoch, boot_id, report, progress)
         except (DamagedValueError, RecoveryError) as error:
             raise DiskError(str(error)) from error
+        except InvariantError as error:
+            raise DiskError(f"the family's metadata contradicts itself ({error}): it is damaged") from error
         except OSError as error:
             raise DiskError(f"the family's files cannot be read: {error}") from error
 
@@ -131,9 +134,13 @@ class LogDisk:
         self._clock = clock
         self.maps = maps = Maps(store, settings.cache_bytes, self.fail)
         self.pool = pool = SegmentPool(files, self.family.segment_bytes, report)
-        self.log = log = self._recover(rng, epoch, boot_id, progress)
-        self.checkpointer = Checkpointer(clock, store, log, maps, pool, self._work_finished, self.fail)
-        self.checkpointer.make_now()
+        try:
+            self.log = log = self._recover(rng, epoch, boot_id, progress)
+            self.checkpointer = Checkpointer(clock, store, log, maps, pool, self._work_finished, self.fail)
+            self.checkpointer.make_now()
+        except BaseException:
+            pool.close()
+            raise
         self.reader = reader = Reader(files, maps, pool)
         self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed)
         self.cleaner = Cleaner(

@@ -182,9 +182,11 @@ class RealFamily(FamilyUnderTest):
         segment_bytes: int = 1 << 20,
         settings: DiskSettings = SETTINGS,
         seed: int = 1,
+        write_buffer_bytes: int = 16 << 20,
     ) -> None:
         super().__init__(size_bytes, segment_bytes, settings)
         self.directory = directory
+        self._level_settings = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=write_buffer_bytes)
         self.rng = random.Random(seed)
         if not (directory / "maps").exists():
             self._begin()
@@ -201,9 +203,7 @@ class RealFamily(FamilyUnderTest):
         readers, writer = Workers(completions, 1, "test-read"), Workers(completions, 1, "test-write")
         self._workers = [readers, writer]
         try:
-            self.store = LevelStore(
-                str(self.directory / "maps"), readers, writer, LevelSettings(block_cache_bytes=1 << 20)
-            )
+            self.store = LevelStore(str(self.directory / "maps"), readers, writer, self._level_settings)
         except BaseException:
             self.store = None
             self.let_go()

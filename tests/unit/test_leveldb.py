@@ -12,6 +12,7 @@ import pytest
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.seams import Store
 from nbdserver.host.completions import Completions, Workers
+from nbdserver.node.control import NO_THREADS
 
 
 @pytest.fixture
@@ -162,3 +163,22 @@ def test_a_closed_store_is_an_error_not_a_crash(tmp_path: Path, workers: Workers
         store.get(b"a")
     with pytest.raises(OSError):
         store.range(b"", b"z")
+
+
+def test_a_directory_that_lost_its_current_is_refused_and_kept(tmp_path: Path) -> None:
+    store = LevelStore(str(tmp_path / "db"), NO_THREADS, NO_THREADS)
+    batch = store.batch()
+    batch.put(b"key", b"value")
+    store.write(batch)
+    store.close()
+    (tmp_path / "db" / "CURRENT").unlink()
+    before = sorted(path.name for path in (tmp_path / "db").iterdir())
+    with pytest.raises(OSError, match="CURRENT is missing"):
+        LevelStore(str(tmp_path / "db"), NO_THREADS, NO_THREADS)
+    assert sorted(path.name for path in (tmp_path / "db").iterdir()) == before
+
+
+def test_a_crash_while_leveldb_made_its_directory_does_not_stop_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "MANIFEST-000001").write_bytes(b"half")
+    LevelStore(str(tmp_path / "db"), NO_THREADS, NO_THREADS).close()

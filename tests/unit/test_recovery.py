@@ -1,0 +1,244 @@
+"""Recovery: what a crash leaves comes back, damage is refused, nothing of a former life joins the chain."""
+
+import random
+
+import pytest
+
+from metadata.family_state import Checkpoint, put_checkpoint
+from nbdserver.logdisk.disk import DiskError
+from nbdserver.logdisk.maps import EPOCH_SHIFT
+from nbdserver.logdisk.ordering import Rule, disabled
+from nbdserver.logdisk.segments import segment_path
+from protocol.disk import RECORD_MAGIC
+from tests.simulation.simulated_store import SimulatedBatch
+from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
+
+MAGIC = RECORD_MAGIC.to_bytes(4, "little")
+
+
+def content(family: SimulatedFamily, segment: int) -> bytearray:
+    return family.drive.files[segment_path(segment)].content
+
+
+def test_a_kill_loses_nothing_that_was_acknowledged() -> None:
+    family = SimulatedFamily()
+    for lba in range(300):
+        family.put(lba, lba + 1)
+    family.crash()
+    family.open()
+    assert [family.number_at(lba) for lba in range(300)] == list(range(1, 301))
+    assert family.disk.status()["generation"] == 1
+
+
+def test_a_power_cut_loses_nothing_that_was_flushed() -> None:
+    for seed in range(20):
+        family = SimulatedFamily(segment_bytes=64 << 10, seed=seed)
+        for lba in range(40):
+            family.put(lba, lba + 1)
+        assert family.flush() == 0
+        for lba in range(40):
+            family.put(lba, lba + 1001)
+        family.crash(power=True)
+        family.open()
+        assert all(family.number_at(lba) in (lba + 1, lba + 1001) for lba in range(40))
+
+
+def test_the_generation_rises_only_when_writes_may_be_gone() -> None:
+    family = SimulatedFamily()
+    family.put(0, 1)
+    family.close()
+    family.boot_id += "+"
+    family.open()
+    assert family.disk.status()["generation"] == 1
+    family.crash()
+    family.open()
+    assert family.disk.status()["generation"] == 1
+    family.crash(power=True)
+    family.open()
+    assert family.disk.status()["generation"] == 2
+    assert "generation-raised" in family.kinds()
+
+
+def test_a_record_whose_data_did_not_arrive_does_not_count() -> None:
+    def shown() -> int:
+        family = SimulatedFamily()
+        family.put(5, 1)
+        assert family.flush() == 0
+        family.put(5, 2)
+        place = bytes(content(family, 1)).rfind(block(2))
+        family.crash()
+        content(family, 1)[place : place + 512] = bytes(512)
+        family.open()
+        return family.number_at(5)
+
+    assert shown() == 1
+    with disabled(Rule.REPLAY_VERIFIES_DATA), pytest.raises(OSError):
+        shown()
+
+
+def test_a_break_below_what_was_durable_is_refused_and_nothing_is_cut_off() -> None:
+    def damaged() -> SimulatedFamily:
+        family = SimulatedFamily()
+        for lba in range(5):
+            family.put(lba, lba + 1)
+        assert family.flush() == 0
+        family.put(9, 9)
+        family.crash()
+        at = bytes(content(family, 1)).find(block(3))
+        content(family, 1)[at] ^= 1
+        return family
+
+    family = damaged()
+    before = bytes(content(family, 1))
+    with pytest.raises(DiskError, match="the log is damaged: record 3 cannot be read"):
+        family.open()
+    assert bytes(content(family, 1)) == before
+    with disabled(Rule.LOG_ENDS_ONLY_ABOVE_DURABLE):
+        family = damaged()
+        family.open()
+        assert family.number_at(2) == 0  # the rule is what stands between us and silent loss
+
+
+def test_a_record_behind_a_torn_one_is_never_reached_again() -> None:
+    family = SimulatedFamily()
+    for number in range(1, 6):
+        family.put(number, number)
+    family.crash()
+    at = bytes(content(family, 1)).find(block(4))
+    content(family, 1)[at] ^= 1
+    family.open()
+    assert [family.number_at(lba) for lba in range(1, 6)] == [1, 2, 3, 0, 0]
+    family.crash()
+    content(family, 1)[at] ^= 1  # the sector turns up after all
+    family.open()
+    assert [family.number_at(lba) for lba in range(1, 6)] == [1, 2, 3, 0, 0]
+
+
+def test_client_data_that_looks_like_the_next_record_is_not_replayed() -> None:
+    family = SimulatedFamily()
+    family.put(1, 1)
+    log = family.disk.log
+    start = log.offset
+    family.put(2, 2)
+    record = bytes(content(family, 1)[start : log.offset])
+    # A client stores a whole record of ours, and the device loses the write that came before it.
+    image = (record + bytes(2 * BLOCK_BYTES))[: 2 * BLOCK_BYTES]
+    assert family.write(10 * BLOCK_BYTES, image) == 0
+    family.crash()
+    content(family, 1)[start : start + 8] = bytes(8)
+    family.open()
+    assert family.number_at(1) == 1
+    assert family.number_at(2) == 0
+    assert family.read(10 * BLOCK_BYTES, 2 * BLOCK_BYTES) == bytes(2 * BLOCK_BYTES)
+
+
+def test_the_remains_of_a_former_life_do_not_join_the_chain() -> None:
+    """A segment that is used again holds whole, valid records of its last life behind the new ones."""
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    for number in range(1, 200):
+        family.put(number % 4, number)
+        if number % 20 == 0:
+            family.checkpoint()
+    assert family.disk.pool.recycled > 3
+    expected = [family.number_at(lba) for lba in range(4)]
+    assert content(family, family.disk.log.segment)[family.disk.log.offset + 100 :].find(MAGIC) > 0
+    family.crash()
+    family.open()
+    assert [family.number_at(lba) for lba in range(4)] == expected
+
+
+def test_replay_goes_on_across_segments_and_from_a_checkpoint_in_the_middle() -> None:
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    for number in range(1, 30):
+        family.put(number, number)
+    family.checkpoint()
+    for number in range(30, 100):
+        family.put(number, number)
+    family.discard(5 * BLOCK_BYTES, 10 * BLOCK_BYTES)
+    family.crash()
+    family.open()
+    shown = [family.number_at(number) for number in range(1, 100)]
+    assert shown == [0 if 5 <= number < 15 else number for number in range(1, 100)]
+    family.close()
+    family.open()
+    assert [family.number_at(number) for number in range(1, 100)] == shown
+
+
+def test_opening_again_and_again_without_a_clean_end_keeps_everything() -> None:
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    rng = random.Random(3)
+    expected = dict.fromkeys(range(20), 0)
+    for number in range(1, 60):
+        lba = rng.randrange(20)
+        family.put(lba, number)
+        expected[lba] = number
+        if number % 5 == 0:
+            family.crash(power=False)
+            family.open()
+    assert {lba: family.number_at(lba) for lba in range(20)} == expected
+
+
+def test_a_tail_that_only_the_page_cache_has_is_durable_before_it_is_served() -> None:
+    """After a failed fdatasync the page cache shows as clean what the device never got."""
+
+    def shown(power: bool) -> int:
+        family = SimulatedFamily()
+        family.put(1, 1)
+        assert family.flush() == 0
+        family.put(1, 2)
+        file = family.drive.files[segment_path(1)]
+        file.end_sync(file.begin_sync(), failed=True)
+        family.crash()
+        family.open()
+        assert family.number_at(1) == 2  # served: from here on it may not go back
+        if power:
+            family.crash(power=True)
+            family.open()
+        return family.number_at(1)
+
+    assert shown(power=True) == 2
+    with disabled(Rule.TAIL_SYNCED_BEFORE_SERVING), pytest.raises(OSError):
+        shown(power=True)
+
+
+def test_a_log_that_goes_on_in_a_segment_in_use_is_refused() -> None:
+    """LevelDB lost its newest checkpoint key, and only that."""
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    for number in range(1, 40):
+        family.put(number, number)
+    family.checkpoint()
+    family.crash()
+    batch = SimulatedBatch()
+    salt = family.disk.maps.segments.salt[1]
+    put_checkpoint(batch, Checkpoint(0, 0, 0, 1, 0, 0, 1, salt, 1 << EPOCH_SHIFT, 1, 0))
+    family.table.apply(batch.changes)
+    with pytest.raises(DiskError, match="segment 1, which is in use"):
+        family.open()
+
+
+def test_an_epoch_that_is_not_later_is_refused() -> None:
+    family = SimulatedFamily()
+    family.close()
+    family.epoch = 0
+    with pytest.raises(DiskError, match="not later"):
+        family.open()
+
+
+def test_a_damaged_value_is_refused_with_its_key() -> None:
+    family = SimulatedFamily()
+    family.put(1, 1)
+    family.close()
+    value = family.table.values[b"C"]
+    family.table.values[b"C"] = value[:-1] + bytes([value[-1] ^ 1])
+    with pytest.raises(DiskError, match=r"metadata at key 43 is damaged: wrong checksum"):
+        family.open()
+
+
+def test_a_family_that_cannot_be_opened_leaves_no_file_open() -> None:
+    family = SimulatedFamily()
+    family.put(1, 1)
+    family.close()
+    family.table.values[b"C"] = b"nonsense"
+    with pytest.raises(DiskError):
+        family.open()
+    assert not family.files._handles
