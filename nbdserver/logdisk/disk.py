@@ -270,9 +270,13 @@ class LogDisk:
                 self.checkpointer.hurry()
 
         def closed() -> None:
-            batch = self._store.batch()
-            put_open_state(batch, OpenState(self.opened.generation, self.opened.epoch, True, self.opened.boot_id))
-            self._store.write(batch)
+            if not self.failure:
+                batch = self._store.batch()
+                put_open_state(batch, OpenState(self.opened.generation, self.opened.epoch, True, self.opened.boot_id))
+                try:
+                    self._store.write(batch)
+                except OSError as error:
+                    self.fail(f"the clean end could not be noted: {error}")
             self.pool.close()
             done()
 
