@@ -13,6 +13,7 @@ Rules
 """
 
 import errno
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -23,6 +24,7 @@ from protocol.transmission import Replies, reply_error
 
 OPERATION_LIMIT = 128
 BYTES_LIMIT = 64 << 20
+CACHE_LIMIT_BYTES = 32 << 20  # of one CACHE request
 ZERO_PIECE_BYTES = 1 << 20  # one piece of a NO_HOLE zeroing: some 100 µs of the loop's time
 
 _ZEROS = memoryview(bytes(ZERO_PIECE_BYTES))
@@ -52,6 +54,7 @@ class Deferred:
         self._ready: list[Buffer] = []
         self._delivery_pending = False
         self._connected = True
+        self._zero_fills: deque[Callable[[], None]] = deque()  # the first one is being done
 
     def has_room(self, length: int) -> bool:
         """Whether one more request with `length` bytes of data may wait."""
@@ -88,7 +91,8 @@ class Deferred:
         self._change(Operation.DISCARD, cookie, offset, length, None, fua)
 
     def cache(self, cookie: int, offset: int, length: int) -> None:
-        self._change(Operation.CACHE, cookie, offset, length, None, False)
+        # A hint: the rest may be asked for again. One request must not sweep the whole page cache.
+        self._change(Operation.CACHE, cookie, offset, min(length, CACHE_LIMIT_BYTES), None, False)
 
     def extents(self, cookie: int, offset: int, length: int, limit: int, answer: Callable[[Extents], bytes]) -> None:
         """`answer` packs the reply."""
@@ -115,7 +119,7 @@ class Deferred:
         self._device.flush(done)
 
     def zero_fill(self, cookie: int, offset: int, length: int, fua: bool) -> None:
-        """Write real zeros in pieces, one a turn of the loop."""
+        """Write real zeros in pieces: of all these requests of a connection, one piece a turn of the loop."""
         finish = self._begin(ZERO_PIECE_BYTES)
         position = offset
         stop = offset + length
@@ -123,6 +127,9 @@ class Deferred:
         def step(error: int, _result: object = None) -> None:
             nonlocal position
             if error or position == stop or not self._connected:
+                self._zero_fills.popleft()
+                if self._zero_fills:
+                    self._clock.call_soon(self._zero_fills[0])
                 self._finish_change(finish, cookie, offset, error, fua)
                 return
             piece_bytes = min(ZERO_PIECE_BYTES - position % ZERO_PIECE_BYTES, stop - position)
@@ -133,7 +140,9 @@ class Deferred:
             else:
                 self._device.later(Operation.WRITE, piece_offset, piece_bytes, bytes(_ZEROS[:piece_bytes]), step)
 
-        self._clock.call_soon(lambda: step(0))
+        self._zero_fills.append(lambda: step(0))
+        if len(self._zero_fills) == 1:
+            self._clock.call_soon(self._zero_fills[0])
 
     # --- bookkeeping ---
 

@@ -209,25 +209,29 @@ class Wire:
         sent = bytes(self.connection.sent)
         self.connection.sent.clear()
         found: dict[int, Answer] = {}
-        while sent:
-            magic = int.from_bytes(sent[:4], "big")
+        position = 0
+
+        def take(size_bytes: int) -> bytes:
+            nonlocal position
+            taken = sent[position : position + size_bytes]
+            assert len(taken) == size_bytes, "a reply is cut off"
+            position += size_bytes
+            return taken
+
+        frame = nbd.ExtendedReply if self.style is ReplyStyle.EXTENDED else nbd.StructuredReply
+        while position < len(sent):
+            magic = int.from_bytes(sent[position : position + 4], "big")
             if magic == nbd.SIMPLE_REPLY_MAGIC:
                 assert self.style is not ReplyStyle.EXTENDED
-                simple = nbd.SimpleReply.parse(sent)
-                sent = sent[nbd.SimpleReply.sizeof() :]
+                simple = nbd.SimpleReply.parse(take(nbd.SimpleReply.sizeof()))
                 answer = found.setdefault(simple.cookie, Answer())
                 answer.error, answer.done = simple.error, True
                 if simple.cookie in self._reads and not simple.error:
                     assert self.style is ReplyStyle.SIMPLE
-                    length = self._reads[simple.cookie]
-                    answer.data[0], sent = sent[:length], sent[length:]
+                    answer.data[0] = take(self._reads[simple.cookie])
                 continue
-            frame = nbd.ExtendedReply if self.style is ReplyStyle.EXTENDED else nbd.StructuredReply
-            header = frame.parse(sent)
-            payload = sent[frame.sizeof() : frame.sizeof() + header.length]
-            assert len(payload) == header.length
-            sent = sent[frame.sizeof() + header.length :]
-            _take_chunk(found.setdefault(header.cookie, Answer()), header.flags, header.type, payload)
+            header = frame.parse(take(frame.sizeof()))
+            _take_chunk(found.setdefault(header.cookie, Answer()), header.flags, header.type, take(header.length))
         return found
 
 

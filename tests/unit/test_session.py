@@ -206,6 +206,19 @@ def test_zeroes_without_holes_are_written_in_bounded_pieces_while_others_are_ser
     assert all(rig.device.written)
 
 
+def test_many_zeroings_of_one_client_take_one_piece_a_turn() -> None:
+    rig = make_rig(size_bytes=4 << 20)
+    wire = rig.wire()
+    requests = [wire.request(Command.WRITE_ZEROES, 0, 4 << 20, flags=CommandFlag.NO_HOLE) for _ in range(20)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    for _ in range(10):
+        before = rig.device.commits
+        rig.clock.turn()
+        assert rig.device.commits <= before + 1
+    rig.clock.run()
+    assert len(wire.answers()) == 20
+
+
 def test_a_fast_zero_that_cannot_be_done_at_once_is_refused() -> None:
     assert make_rig(True).wire().ask(Command.WRITE_ZEROES, 0, 9, flags=CommandFlag.FAST_ZERO).error == errno.ENOTSUP
     assert make_rig().wire().ask(Command.WRITE_ZEROES, 0, BLOCK, flags=CommandFlag.FAST_ZERO).error == 0
