@@ -167,7 +167,7 @@ async def write_later(disk: LogDisk, offset: int, data: bytes) -> None:
 
 
 @application.command(hidden=True)
-def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int, overwrites: int = OVERWRITES) -> None:
+def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int, overwrites: int) -> None:
     """One measurement in a process of its own; its figures are the last line it prints, as JSON."""
     spread = Spread(size_bytes, blocks)
     phases: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
