@@ -5,6 +5,7 @@ here (newc is a simple format), the disk is made by `mke2fs -d`. Everything is k
 of the versions it was made from. Known weakness: programs and libraries are those of this machine, found by `ldd`.
 """
 
+import fcntl
 import gzip
 import hashlib
 import importlib.metadata
@@ -23,7 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "tests/kernel/.cache"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "nbd", "xfs")
+MODULES = {  # list of modules: what it is for. The first is loaded at boot, the others by `load_modules NAME`.
+    "boot": ("virtio_pci", "virtio_net", "virtio_blk"),
+    "nbd": ("nbd",),
+    "xfs": ("xfs",),  # takes seconds, most of it a self-test of its checksum
+}
 PROGRAMS = {  # program: Debian package
     "busybox": "busybox-static",
     "nbd-client": "nbd-client",
@@ -39,11 +44,14 @@ STDLIB_WITHOUT = {"test", "idlelib", "tkinter", "ensurepip", "lib2to3", "turtled
 DISK_MARGIN = 1.4
 DISK_MARGIN_BYTES = 16 << 20
 
+LOAD_MODULES = """#!/bin/busybox sh
+while read -r module; do [ -d /sys/module/$module ] || insmod /modules/$module.ko; done </modules/$1
+"""
 INIT = """#!/bin/busybox sh
 # Runs the host's commands: a line of base64 comes in on the second serial port, its output and exit code go back.
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp
-while read -r module; do insmod /modules/$module.ko; done </modules/order
+load_modules boot
 ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2
 exec </dev/ttyS1 >/dev/ttyS1 2>/dev/console
 stty raw -echo
@@ -72,7 +80,14 @@ class Images:
 
 
 def images() -> Images:
-    """Return the images, made now or before. Raises MissingError."""
+    """Return the images, made now or before; several test processes may ask at once. Raises MissingError."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return cached_images()
+
+
+def cached_images() -> Images:
     programs = {name: find_program(name, package) for name, package in PROGRAMS.items()}
     package = kernel_package()
     site_packages = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
@@ -94,13 +109,16 @@ def images() -> Images:
     )
     if (folder / "complete").exists():
         return made
-    shutil.rmtree(CACHE, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for old in CACHE.iterdir():
+        if old.is_dir():
+            shutil.rmtree(old)
+    folder.mkdir()
     tree = unpack_kernel(package, folder)
     shutil.copyfile(next((tree / "boot").glob("vmlinuz-*")), made.kernel)
     make_initramfs(tree, programs, made.initramfs)
     shutil.rmtree(tree)
     make_python_disk(python, folder / "python", made.disk)
+    made.disk.chmod(0o444)  # shared by every guest
     (folder / "complete").touch()
     return made
 
@@ -190,10 +208,14 @@ def overlay(files: dict[str, bytes]) -> bytes:
 
 def make_initramfs(tree: Path, programs: dict[str, Path], target: Path) -> None:
     executable, folder = stat.S_IFREG | 0o755, stat.S_IFDIR | 0o755
-    modules = module_order(tree, MODULES)
     files: list[tuple[str, int, bytes]] = [("init", executable, INIT.encode())]
-    files += [(f"modules/{path.name}", executable, path.read_bytes()) for path in modules]
-    files.append(("modules/order", executable, "".join(f"{path.stem}\n" for path in modules).encode()))
+    files.append(("bin/load_modules", executable, LOAD_MODULES.encode()))
+    modules: set[Path] = set()
+    for name, wanted in MODULES.items():
+        order = module_order(tree, wanted)
+        modules.update(order)
+        files.append((f"modules/{name}", executable, "".join(f"{path.stem}\n" for path in order).encode()))
+    files += [(f"modules/{path.name}", executable, path.read_bytes()) for path in sorted(modules)]
     for name, path in programs.items():
         files.append((f"bin/{name}", executable, path.read_bytes()))
     for library in shared_libraries(programs.values()):

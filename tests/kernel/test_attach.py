@@ -45,6 +45,7 @@ def server(
 @pytest.fixture(scope="module")
 def guest(guest_images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     with Guest(guest_images, tmp_path_factory.mktemp("guest")) as machine:
+        machine.run("load_modules nbd; load_modules xfs")
         yield machine
 
 

@@ -1,0 +1,25 @@
+"""The canary of the power-loss test: a build whose fdatasync does nothing must be found out by it."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.durability import Judge, LostError
+from tests.kernel.build import Images
+from tests.kernel.powered import JUDGED_BLOCKS, Machine, write_until_the_power_fails
+
+WRITING_S = 4.0
+
+
+def test_a_build_that_does_not_sync_is_found_out_by_a_power_cut(
+    guest_images: Images, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    machine = Machine(guest_images, tmp_path, free_port(), without_sync=True)
+    judge = Judge(JUDGED_BLOCKS, random.Random())
+    write_until_the_power_fails(machine, judge, WRITING_S)
+    assert judge.flushes
+    with pytest.raises(LostError, match="blocks are wrong") as found, machine.start() as client:
+        judge.check(client, acknowledged_too=False)
+    print(found.value)
