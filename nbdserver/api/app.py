@@ -6,6 +6,7 @@ Rules: handlers are coroutines and call the node; nothing is decided here. A ref
 """
 
 import asyncio
+import errno
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -109,6 +110,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RegistryError)
     async def registry_error(_: Request, error: RegistryError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 409)
+
+    @app.exception_handler(OSError)
+    async def broken(_: Request, error: OSError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 507 if error.errno == errno.ENOSPC else 500)
 
     @app.exception_handler(RequestValidationError)
     async def wrong_request(_: Request, error: RequestValidationError) -> JSONResponse:

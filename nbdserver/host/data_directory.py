@@ -77,8 +77,8 @@ class DataDirectoryLock:
                 f"{directory} is in use by process {holder or '(not known yet)'}: stop that server first, "
                 "or give this one another directory (--data DIR)"
             ) from None
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        # Always as long, and in place: on a full file system a truncated file would not get its block back.
+        os.pwrite(self.descriptor, f"{os.getpid():<15}\n".encode("ascii"), 0)
 
     def release(self) -> None:
         """Let go of the lock. The file stays: removing it could take it from under a newcomer."""

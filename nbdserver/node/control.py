@@ -19,8 +19,10 @@ from typing import Any, Protocol
 
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
+from metadata.seams import Batch
 from nbdserver.node import systemd_notify
 from nbdserver.node.addresses import port_holder, split_address
+from nbdserver.node.ballast import Ballast
 from nbdserver.node.config import NodeSettings, load_settings
 from nbdserver.node.data_process import DataProcess, DataProcessError
 from nbdserver.node.directory import DataDirectory
@@ -263,9 +265,8 @@ class Node:
 
 def open_registry(directory: DataDirectory) -> EmbeddedRegistry:
     """Open, or make, the registry of a data directory. Raises NodeError."""
-    small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=1 << 20)
     try:
-        return EmbeddedRegistry(LevelStore(str(directory.registry), NO_THREADS, NO_THREADS, small))
+        return EmbeddedRegistry(_RegistryStore(directory))
     except (OSError, RegistryError) as error:
         raise NodeError(f"the registry in {directory.registry} cannot be opened: {error}") from None
 
@@ -278,3 +279,19 @@ class _NoThreads:
 
 
 NO_THREADS = _NoThreads()
+
+
+class _RegistryStore(LevelStore):
+    """The registry's LevelDB, with ballast against a full file system."""
+
+    def __init__(self, directory: DataDirectory) -> None:
+        self._ballast = Ballast(directory.ballast)
+        self._ballast.give_way()
+        small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=1 << 20)
+        super().__init__(str(directory.registry), NO_THREADS, NO_THREADS, small)
+        self._ballast.keep()
+
+    def write(self, batch: Batch) -> None:
+        self._ballast.give_way()
+        super().write(batch)
+        self._ballast.keep()

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from nbdserver.node.channel import Channel, ChannelError, RemoteError
-from nbdserver.node.errors import NodeError
+from nbdserver.node.errors import ConflictError, NodeError
 
 
 class DataProcessError(NodeError):
-    """The data process refused, or is gone. `kind` is the class of its exception, or "" when it is gone."""
+    """The data process could not do it, or is gone. `kind` is the class of its exception, or "" when it is gone."""
+
+    http_status = 503
 
     def __init__(self, message: str, kind: str = "") -> None:
         super().__init__(message)
@@ -65,10 +67,12 @@ class DataProcess:
         return DataProcess(process, channel, ended)
 
     async def call(self, name: str, **arguments: Any) -> Any:
-        """Ask it. Raises DataProcessError with its sentence."""
+        """Ask it. Raises DataProcessError with its sentence, ConflictError for what an export refuses."""
         try:
             return await self._channel.call(name, **arguments)
         except RemoteError as error:
+            if error.kind == "ExportError":
+                raise ConflictError(str(error)) from None
             raise DataProcessError(str(error), error.kind) from None
         except ChannelError as error:
             raise DataProcessError(str(error)) from None

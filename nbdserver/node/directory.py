@@ -4,6 +4,7 @@
     DATA/lock                 flock, held by the control process and its data process; says who holds it
     DATA/registry/            LevelDB: the embedded registry
     DATA/families/<id>/       segments/ and maps/ (LevelDB) of one family
+    DATA/ballast              room that the registry gets when the file system is full
     DATA/events.jsonl         events, with events.1.jsonl
     DATA/api.sock             the HTTP API, for whoever may open it (mode 0600)
     DATA/api.token            the token of the HTTP API on TCP (mode 0600)
@@ -58,6 +59,10 @@ class DataDirectory:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def ballast(self) -> Path:
+        return self.path / "ballast"
 
     @property
     def api_socket(self) -> Path:

@@ -52,9 +52,8 @@ class EventLog:
         for part in (self._turned_path, path):
             self._events.extend(_read(part))
         self._sequence = self._events[-1]["sequence"] if self._events else 0
-        self._file = path.open("ab")
-        if self._file.tell():
-            self._file.write(b"\n")  # ends a line that a crash tore; empty lines are skipped
+        self._file = path.open("ab", buffering=0)
+        self._torn = self._file.tell() > 0  # perhaps: an empty line ends what a crash tore, and is skipped
 
     @property
     def _turned_path(self) -> Path:
@@ -94,14 +93,14 @@ class EventLog:
 
     def _write(self, event: Event) -> None:
         try:
-            self._file.write(json.dumps(event, default=str).encode() + b"\n")
-            self._file.flush()
+            line = b"\n" * self._torn + json.dumps(event, default=str).encode() + b"\n"
+            self._torn = self._file.write(line) < len(line)
             if self._file.tell() > MAX_FILE_BYTES:
                 self._file.close()
                 self._path.rename(self._turned_path)
-                self._file = self._path.open("ab")
+                self._file = self._path.open("ab", buffering=0)
         except OSError:
-            pass  # a full disk must not stop the node from saying, in memory, that the disk is full
+            self._torn = True  # a full disk must not stop the node from saying, in memory, that the disk is full
 
 
 def _read(path: Path) -> list[Event]:

@@ -15,10 +15,14 @@ from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
+from nbdserver.logdisk.segments import BALLAST
 from nbdserver.volume.export import Export
 
 _STORE_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
 """The map pages have a cache of their own above it."""
+
+FULL_BYTES = 16 << 20
+"""Below so much room a family's ballast goes: as much as it gives."""
 
 OPERATIONS_TIMEOUT_S = 10.0
 """How long a close waits for operations that clients left behind: for a slow read, not for room that never comes."""
@@ -46,6 +50,8 @@ class _Room:
 
     def __init__(self, directory: str, threads: StoreThreads) -> None:
         self.files = HostFiles(directory, threads.completions)
+        if self.files.free_bytes() < FULL_BYTES and BALLAST in self.files.list("."):
+            self.files.unlink(BALLAST)  # LevelDB needs some room to be opened
         try:
             self.store = LevelStore(os.path.join(directory, "maps"), threads.readers, threads.writer, _STORE_SETTINGS)
         except BaseException:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from metadata.registry import FAMILY_ID_BYTES, ExportSettings, Families, Family
+from metadata.registry import FAMILY_ID_BYTES, ExportSettings, Families, Family, RegistryError
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
@@ -132,7 +132,8 @@ class Volumes:
             for family in self._families.all():
                 try:
                     await self._open(family)
-                except NodeError:
+                except (NodeError, RegistryError, OSError) as error:
+                    self._failed.setdefault(family.id, str(error))
                     continue  # noted in `_failed`, as an event and in `status`
 
     async def create(self, name: str, size_bytes: int, exist_ok: bool = False) -> dict[str, Any]:
@@ -195,9 +196,9 @@ class Volumes:
             for key, value in changes.items():
                 settings = change_settings(settings, key, value)
             if settings != family.settings:
-                family = self._families.change(family, settings=settings)
                 if family.id not in self._failed:
-                    await self._call("set", family=family.id, settings=asdict(settings))
+                    await self._call("set", family=family.id, settings=asdict(settings))  # may refuse
+                family = self._families.change(family, settings=settings)
                 self._event("volume-changed", {"volume": name, "changes": changes})
             return self._describe(family, (await self._live()).get(family.id, {}))
 
