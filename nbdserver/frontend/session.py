@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from metadata.seams import Clock, Connection, Timer
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
+from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export, ExportError, Exports, peer_host
 from protocol.handshake import Close, Enter, Handshake, Offer, OptionRefusedError, Reply
 from protocol.nbd import OptionReply
@@ -34,6 +35,9 @@ class ClientInfo:
     in_flight: int  # requests that wait for the device
     received_bytes: int
     unsent_bytes: int
+    requests: int
+    read_bytes: int
+    write_bytes: int
 
 
 class Session:
@@ -52,6 +56,7 @@ class Session:
         self.peer_name = connection.peer_name
         self.peer_host = peer_host(connection.peer_name)
         self.export: Export | None = None
+        self.counters = Counters()
         self._connection = connection
         self._clock = clock
         self._exports = exports
@@ -76,6 +81,9 @@ class Session:
             in_flight=self._transmission.in_flight if self._transmission is not None else 0,
             received_bytes=self._received_bytes,
             unsent_bytes=self._connection.unsent_bytes,
+            requests=self.counters.requests,
+            read_bytes=self.counters.read_bytes,
+            write_bytes=self.counters.write_bytes,
         )
 
     def disconnect(self, reason: str) -> None:
@@ -146,7 +154,7 @@ class Session:
         self._buffer.reserve(NORMAL_BYTES)
         self._buffer.put(leftover)
         self._transmission = Transmission(
-            self._connection, self._clock, self.export, event.agreement, self._buffer, self._close
+            self._connection, self._clock, self.export, event.agreement, self._buffer, self.counters, self._close
         )
         self._transmission.process()
 

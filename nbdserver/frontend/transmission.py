@@ -26,6 +26,7 @@ from metadata.seams import Buffer, Clock, Connection, Timer
 from nbdserver.block import HOLE, ZERO, Extents
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
+from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
 from protocol import nbd
 from protocol.handshake import Agreement, ReplyStyle
@@ -67,6 +68,7 @@ class Transmission:
         export: Export,
         agreement: Agreement,
         buffer: ReceiveBuffer,
+        counters: Counters,
         finished: Callable[[str], None],
     ) -> None:
         """`finished(reason)` is called once, when the connection should be closed (its replies are sent)."""
@@ -74,7 +76,7 @@ class Transmission:
         self._clock = clock
         self._export = export
         self._device = export.device
-        self._counters = export.counters
+        self._counters = counters
         self._agreement = agreement
         self._buffer = buffer
         self._finished = finished
@@ -91,7 +93,7 @@ class Transmission:
             export.device.read,
             export.device.write,
         )
-        self._deferred = Deferred(export.device, clock, self._replies, export.counters, connection.send, self._freed)
+        self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
         self._out: list[Buffer] = []
         self._acknowledged: list[bytes] = []
         self._forced: list[bytes] = []

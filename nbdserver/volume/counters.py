@@ -1,4 +1,4 @@
-"""Counters of an export, raised once a batch and read by whoever reports.
+"""Counters of a client, raised once a batch; those of an export are the sum over its clients, past ones included.
 
 Rules: plain integers that only grow. A histogram has one bucket a power of two: bucket `i` counts values below 2**i
 (and not below 2**(i-1)), so that counting is one `bit_length`.
@@ -24,9 +24,15 @@ class Histogram:
         self.count += times
         self.total += value * times
 
+    def include(self, other: "Histogram") -> None:
+        """Count all that `other` counted too."""
+        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, other.buckets, strict=True)]
+        self.count += other.count
+        self.total += other.total
+
 
 class Counters:
-    """What the sessions of one export have done since it was added."""
+    """What one client has done, or several."""
 
     __slots__ = (
         "batch_requests",
@@ -54,6 +60,15 @@ class Counters:
         self.errors = 0  # error replies
         self.batch_requests = Histogram()  # requests a batch
         self.latency_us = Histogram()  # from the bytes' arrival to the reply's sending, deferred ones included
+
+    def include(self, other: "Counters") -> None:
+        """Add all of `other`."""
+        for name in self.__slots__:
+            value = getattr(other, name)
+            if isinstance(value, Histogram):
+                getattr(self, name).include(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
 
     def as_dict(self) -> dict[str, int | list[int]]:
         """Names and values; histograms as their buckets, with `_count` and `_total` beside them."""

@@ -45,6 +45,10 @@ class ExportSession(Protocol):
     def peer_host(self) -> str:
         """As `peer_host` gives it."""
 
+    @property
+    def counters(self) -> Counters:
+        """What it has done so far."""
+
     def disconnect(self, reason: str) -> None:
         """Close the connection now."""
 
@@ -90,7 +94,16 @@ class Export:
         self.shared = shared
         self.allowed = _networks(allowed)
         self.sessions: set[ExportSession] = set()
-        self.counters = Counters()
+        self._past = Counters()  # of sessions that have left
+
+    @property
+    def counters(self) -> Counters:
+        """The sum over all sessions since the export was added."""
+        total = Counters()
+        total.include(self._past)
+        for session in self.sessions:
+            total.include(session.counters)
+        return total
 
     def allows(self, peer_name: str) -> bool:
         """Whether a peer of this name may see and enter the export."""
@@ -110,7 +123,9 @@ class Export:
 
     def leave(self, session: ExportSession) -> None:
         """Remove a session; nothing happens if it is not there."""
-        self.sessions.discard(session)
+        if session in self.sessions:
+            self.sessions.discard(session)
+            self._past.include(session.counters)
 
     def hosts(self) -> set[str]:
         """The hosts whose sessions use the export."""

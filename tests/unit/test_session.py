@@ -112,6 +112,26 @@ def test_the_writes_of_one_wake_share_one_commit_and_one_send() -> None:
     assert rig.export.counters.writes == rig.export.counters.reads == 16
 
 
+@pytest.mark.parametrize("deferring", [False, True])
+def test_an_export_counts_what_its_clients_do_and_keeps_it_when_they_leave(deferring: bool) -> None:
+    rig = make_rig(deferring)
+    for port in range(2):
+        wire = rig.wire(peer_name=f"192.0.2.1:{port}")
+        wire.ask(Command.WRITE, 0, data=bytes(1000))
+        wire.ask(Command.READ, 0, 500)
+        wire.ask(Command.READ, SIZE_BYTES, 500)
+        assert (wire.session.info().requests, wire.session.info().write_bytes) == (3, 1000)
+        if port:
+            wire.session.lost("gone")
+    counters = rig.export.counters
+    assert (counters.writes, counters.write_bytes, counters.reads, counters.read_bytes) == (2, 2000, 2, 1000)
+    assert (counters.errors, counters.requests, counters.batches) == (2, 6, 6)
+    assert counters.deferred == (4 if deferring else 0)
+    shown = counters.as_dict()
+    assert shown["batch_requests_count"] == 6
+    assert sum(shown["batch_requests"]) == 6  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_failed_commit_fails_every_change_of_the_batch_and_no_read(style: ReplyStyle) -> None:
     rig = make_rig()
