@@ -92,7 +92,7 @@ def documented_key(cell: str) -> re.Pattern[bytes]:
 def keys_written() -> set[bytes]:
     """A key of every kind that the code puts into a family's store, written by the code itself."""
     world = World(1)
-    store = SimulatedStore(SimulatedTable(world), SimulatedClock(world), FaultMix(), lambda: None)
+    store = SimulatedStore(SimulatedTable(world), SimulatedClock(world), FaultMix(), lambda: False)
     keys: set[bytes] = set()
 
     class Batch:
@@ -110,7 +110,7 @@ def keys_written() -> set[bytes]:
     family_state.put_pending_holes(batch, [PendingHole(7, 0, 1, 0)], [6])
     table = SegmentTable()
     table.begin(3, 1, bytes(8))
-    list(table.encode(batch, table.freeze(3)))
+    list(table.encode(batch, table.freeze(3, 1 << 60, 1 << 60)))
     regions = RegionTable()
     regions.mark(5, 1, 9)
     regions.freeze()
