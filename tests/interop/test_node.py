@@ -10,13 +10,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from metadata.family_state import put_open_state, read_open_state
+from metadata.leveldb import LevelStore
 from nbdserver.cli.client import NodeClient
 from nbdserver.cli.main import run as run_command
+from nbdserver.node.control import NO_THREADS
 from protocol.nbd import Command
 from tests.conftest import ROOT, Processes
 from tests.nbd_client import Client, RefusedError
@@ -280,6 +284,49 @@ def test_a_damaged_volume_is_reported_and_the_others_are_served(start_server: St
         attach(server, "disk0")
     server.command("volume", "delete", "disk0")
     assert not (server.data / "families" / family).exists()
+
+
+def test_a_reboot_while_a_volume_was_open_raises_its_generation(start_server: StartServer) -> None:
+    server = start_server()
+    assert write(attach(server), 0, b"x" * 4096) == 0
+    assert show(server)["generation"] == 1
+    server.kill9()
+    server.start()
+    assert show(server)["generation"] == 1  # kill -9 loses nothing acknowledged
+    family = show(server)["family"]
+    server.kill9()
+    pretend_another_boot(server.data / "families" / family / "maps")
+    server.start()
+    assert show(server)["generation"] == 2
+    raised = [event for event in ask(server, "/v1/events") if event["kind"] == "generation-raised"]
+    assert [(event["volume"], event["generation"]) for event in raised] == [("disk0", 2)]
+    assert server.stop() == 0
+    server.start()
+    assert show(server)["generation"] == 2
+
+
+def pretend_another_boot(maps: Path) -> None:
+    """Write into a volume's state that it was opened under another boot id."""
+    store = LevelStore(str(maps), NO_THREADS, NO_THREADS)
+    batch = store.batch()
+    put_open_state(batch, replace(read_open_state(store), boot_id="11111111-2222-3333-4444-555555555555"))
+    store.write(batch)
+    store.close()
+
+
+def test_checksums_in_pure_python_are_warned_about_at_start_and_in_status(
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    without = "import sys\nsys.modules['google_crc32c'] = sys.modules['crcmod._crcfunext'] = None\n"
+    (site / "sitecustomize.py").write_text(without)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    server = start_server()
+    warning = "checksums are computed by crcmod (pure Python)"
+    assert f"WARNING: {warning}" in server.printed
+    assert warning in ask(server, "/v1/status")["warnings"][0]
+    assert f"WARNING: {warning}" in server.command("status")
 
 
 # --- volumes and clients --------------------------------------------------------------------------------------------
