@@ -100,9 +100,9 @@ class Server:
     def cpu_s(self) -> float:
         return cpu_s(self.pid)
 
-    def busiest_pid(self) -> int:
-        """The process that used most CPU so far: of ours, the data process."""
-        return max(descendants(self.pid), key=lambda pid: sum(int(field) for field in _stat(pid)[11:13]))
+    def cpu_ticks_by_pid(self) -> dict[int, int]:
+        """CPU of each living process of the server by itself."""
+        return {pid: sum(int(field) for field in _stat(pid)[11:13]) for pid in descendants(self.pid)}
 
     def stop(self) -> None:
         """End it by SIGTERM, after STOP_TIMEOUT_S by SIGKILL; only processes that this object started."""

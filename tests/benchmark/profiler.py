@@ -31,11 +31,22 @@ def py_spy() -> str:
     return found
 
 
+def serving_pid(target: Target, row: Row) -> int:
+    """The process whose CPU grows while the row runs: of ours, the data process."""
+    server = target.server
+    if server is None:
+        raise BenchmarkError(f"{target.name} is not running")
+    before = server.cpu_ticks_by_pid()
+    measure(target, row, 0.5, seed=3)
+    after = server.cpu_ticks_by_pid()
+    return max(after, key=lambda pid: after[pid] - before.get(pid, 0))
+
+
 def profile(target: Target, row: Row, duration_s: float, output: Path) -> Sample:
     """Run the row with py-spy beside it; `output` gets stacks in the "folded" form that flame graphs are made from."""
     if target.server is None:
         raise BenchmarkError(f"{target.name} is not running")
-    pid = target.server.busiest_pid()
+    pid = serving_pid(target, row)
     command = [py_spy(), "record", "--pid", str(pid), "--duration", str(max(1, round(duration_s)))]
     command += ["--rate", str(SAMPLES_PER_S), "--format", "raw", "--nonblocking", "--output", str(output)]
     said: list[subprocess.CompletedProcess[str]] = []
@@ -62,7 +73,7 @@ def system_calls(target: Target, row: Row, duration_s: float, output: Path) -> l
     """
     if target.server is None or shutil.which("strace") is None:
         return []
-    command = ["strace", "-f", "-c", "-p", str(target.server.busiest_pid()), "-o", str(output)]
+    command = ["strace", "-f", "-c", "-p", str(serving_pid(target, row)), "-o", str(output)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as tracer:
         time.sleep(0.5)  # until it has attached
         sample = measure(target, row, duration_s, seed=2)

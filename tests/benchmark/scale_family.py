@@ -127,7 +127,7 @@ def _checkpoint(store: LevelStore, maps: Maps, segment: int, is_last: bool) -> N
     maps.middle.freeze()
     maps.regions.freeze()
     batch = store.batch()
-    rows = maps.segments.freeze(segment)
+    rows = maps.segments.freeze(segment, segment, segment)
     for steps in (
         maps.segments.encode(batch, rows),
         maps.logical.encode(batch, 0, {}, frozenset()),
