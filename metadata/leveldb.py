@@ -5,6 +5,10 @@ ranges around a missing map page. Both wait for a device, so both have a form th
 
 Rules of this file
 - A directory with LevelDB files and no CURRENT is refused: LevelDB would begin anew and delete them.
+- Batches are numbered, each by a key of its own (`_LINK`), of which the last LINKS_KEPT stay. A cut-off MANIFEST
+  makes LevelDB forget whole tables without a word; then numbers are missing in the middle, and the store is refused.
+  What it lost at its end only is a state that once was: replaying the log from there is right.
+- Keys of callers begin with a byte above zero.
 - Paranoid checks when opening, checksums verified on every read. Whatever LevelDB reports becomes an OSError: ENOSPC
   where its text says so, EIO otherwise, with its text.
 - A store whose write failed refuses every later one. LevelDB itself does so after a failed sync, but not after every
@@ -28,6 +32,10 @@ import plyvel
 from metadata.seams import Batch, Done
 
 Items = list[tuple[bytes, bytes]]
+
+LINKS_KEPT = 1 << 16
+"""More than the smallest batches that one of LevelDB's logs holds, so that some are left on both sides of a gap."""
+_LINK = b"\x00link"
 
 
 class Offload(Protocol):
@@ -80,6 +88,25 @@ class LevelStore:
             if "lock" in str(error).lower() and "CURRENT" not in str(error):
                 raise OSError(errno.EBUSY, f"the store {path} is open in another process: {error}") from error
             _fail(error, f"opening the store {path}")
+        try:
+            self._last_link = self._check_links()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _check_links(self) -> int:
+        """The number of the last batch; OSError(EIO) if one before it is missing."""
+        first = last = 0
+        for key, _ in self.range(_LINK, _LINK + b"\xff" * 9):
+            number = int.from_bytes(key[len(_LINK) :], "big")
+            if last and number != last + 1:
+                raise OSError(
+                    errno.EIO, f"the store {self.path} is damaged: it lost batches {last + 1} to {number - 1}"
+                )
+            first, last = first or number, number
+        if first != max(min(last, 1), last - LINKS_KEPT + 1):
+            raise OSError(errno.EIO, f"the store {self.path} is damaged: it lost the batches before {first}")
+        return last
 
     def get(self, key: bytes) -> bytes | None:
         try:
@@ -121,7 +148,10 @@ class LevelStore:
             raise OSError(self._failure.errno, f"the store {self.path} failed earlier: {self._failure.strerror}")
         level_batch: Any = batch
         size_bytes = level_batch.approximate_size()
+        number = self._last_link = self._last_link + 1
         try:
+            level_batch.put(_link(number), b"")
+            level_batch.delete(_link(max(0, number - LINKS_KEPT)))
             level_batch.write()
         except (plyvel.Error, RuntimeError) as error:
             try:
@@ -174,6 +204,10 @@ class LevelStore:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.notify_all()
+
+
+def _link(number: int) -> bytes:
+    return _LINK + number.to_bytes(8, "big")
 
 
 def _refuse_remains(path: str) -> None:

@@ -139,7 +139,7 @@ class _FamilyCheck:
             self._find(kind, where, sentence)
 
     def _check_small_values(self) -> None:
-        for start, stop in ((b"", b"L"), (b"N", b"\xff" * 9)):
+        for start, stop in ((b"\x01", b"L"), (b"N", b"\xff" * 9)):
             for key, _ in self._items(start, stop):
                 if key[:1] not in b"FOCHRS" or len(key) not in (1, 5, 9):
                     self._find("value", f"key {key.hex()}", f"key {key.hex()} is none that this version writes")

@@ -266,7 +266,11 @@ class Node:
 def open_registry(directory: DataDirectory) -> EmbeddedRegistry:
     """Open, or make, the registry of a data directory. Raises NodeError."""
     try:
-        return EmbeddedRegistry(_RegistryStore(directory))
+        store = _RegistryStore(directory)
+        if next(store.range(b"a", b"z"), None) is None and any(directory.families.iterdir()):
+            store.close()
+            raise RegistryError(f"it is empty, yet there are volumes in {directory.families}: it is damaged")
+        return EmbeddedRegistry(store)
     except (OSError, RegistryError) as error:
         raise NodeError(f"the registry in {directory.registry} cannot be opened: {error}") from None
 

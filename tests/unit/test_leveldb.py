@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,13 @@ def test_what_a_batch_wrote_is_there_after_reopening(tmp_path: Path, workers: Wo
 
 def test_a_range_shows_the_store_as_of_the_call(tmp_path: Path, workers: Workers) -> None:
     store = filled(tmp_path / "db", workers, 3)
-    items = store.range(b"", b"z")
+    items = store.range(b"0", b"z")
     batch = store.batch()
     batch.delete(b"00001")
     batch.put(b"00009", b"new")
     store.write(batch)
     assert [key for key, _ in items] == [b"00000", b"00001", b"00002"]
-    assert [key for key, _ in store.range(b"", b"z")] == [b"00000", b"00002", b"00009"]
+    assert [key for key, _ in store.range(b"0", b"z")] == [b"00000", b"00002", b"00009"]
     store.close()
 
 
@@ -106,12 +108,12 @@ def test_a_damaged_table_is_an_error_in_every_kind_of_read(
     database.close()
     for table in _tables(path):
         content = bytearray(table.read_bytes())
-        for offset in range(0, len(content) // 2, 2048):
+        for offset in range(len(content) // 4, len(content) // 2, 2048):
             content[offset + 100] ^= 0x40
         table.write_bytes(content)
     store = LevelStore(str(path), workers, workers, LevelSettings(bloom_bits=0))
     with pytest.raises(OSError, match="orrupt") as caught:
-        store.get(b"00005")
+        store.get(b"07000")
     assert caught.value.errno == errno.EIO
     with pytest.raises(OSError, match="orrupt"):
         list(store.range(b"", b"z"))
@@ -182,3 +184,42 @@ def test_a_crash_while_leveldb_made_its_directory_does_not_stop_the_next_start(t
     (tmp_path / "db").mkdir()
     (tmp_path / "db" / "MANIFEST-000001").write_bytes(b"half")
     LevelStore(str(tmp_path / "db"), NO_THREADS, NO_THREADS).close()
+
+
+def test_a_manifest_cut_off_anywhere_is_refused_or_leaves_a_state_that_once_was(tmp_path: Path) -> None:
+    """LevelDB forgets the tables that it no longer reads of, and goes on with what its log has."""
+    settings = LevelSettings(write_buffer_bytes=64 << 10)
+    kept = tmp_path / "kept"
+    for numbers in (range(4), range(4, 14)):  # the second life fills one table, too few for a compaction
+        store = LevelStore(str(kept), NO_THREADS, NO_THREADS, settings)
+        for number in numbers:
+            batch = store.batch()
+            batch.put(b"k%03d" % number, bytes(10_000))
+            store.write(batch)
+        store.close()
+    manifest = max(path.name for path in kept.glob("MANIFEST*"))
+    outcomes = set()
+    for length in range((kept / manifest).stat().st_size):
+        copy = tmp_path / "copy"
+        shutil.copytree(kept, copy)
+        os.truncate(copy / manifest, length)
+        try:
+            store = LevelStore(str(copy), NO_THREADS, NO_THREADS, settings)
+        except OSError as error:
+            outcomes.add("lost" if "it lost" in str(error) else "refused")
+        else:
+            keys = [key for key, _ in store.range(b"k", b"l")]
+            store.close()
+            assert keys == [b"k%03d" % number for number in range(len(keys))]
+        shutil.rmtree(copy)
+    assert "lost" in outcomes
+
+
+def test_only_the_last_links_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metadata.leveldb.LINKS_KEPT", 5)
+    for _ in range(3):
+        store = LevelStore(str(tmp_path), NO_THREADS, NO_THREADS)
+        for _ in range(4):
+            store.write(store.batch())
+        assert len(list(store.range(b"\0", b"\1"))) <= 5
+        store.close()

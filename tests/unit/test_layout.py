@@ -1,0 +1,53 @@
+"""`derive`: a flat declaration becomes the `struct` with the same bytes, anything else is refused when it is made."""
+
+import pathlib
+
+import construct
+import pytest
+from construct import Array, Bytes, Const, Enum, Int8ub, Int8ul, Int16ub, Int16ul, Int32sl, Int64ul, Struct
+
+from protocol.layout import derive
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def test_a_flat_declaration_becomes_its_struct() -> None:
+    declaration = Struct("a" / Int8ul, "b" / Bytes(3), "c" / Const(7, Int16ul), "d" / Int32sl, "e" / Int64ul)
+    fast = derive(declaration)
+    assert fast.format == "<B3sHlQ"
+    packed = declaration.build({"a": 1, "b": b"xyz", "d": -5, "e": 1 << 40})
+    assert fast.pack(1, b"xyz", 7, -5, 1 << 40) == packed
+
+
+def test_an_enum_is_the_integer_under_it() -> None:
+    assert derive(Struct("kind" / Enum(Int16ub, one=1), "x" / Int8ub)).format == ">HB"
+
+
+def test_one_byte_fields_take_the_byte_order_of_the_others() -> None:
+    assert derive(Struct("a" / Int8ul, "b" / Int16ub)).format == ">BH"
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        Struct("a" / Int16ul, "b" / Int16ub),
+        Struct("a" / Array(3, Int8ul)),
+        Struct("a" / Bytes(construct.this.length)),
+        Struct("a" / Struct("b" / Int8ul)),
+        Struct("a" / construct.CString("ascii")),
+        Struct("a" / construct.VarInt),
+    ],
+)
+def test_what_is_not_flat_and_of_fixed_size_is_refused(declaration: object) -> None:
+    with pytest.raises(TypeError):
+        derive(declaration)
+
+
+def test_only_the_deriving_function_makes_a_struct() -> None:
+    makers = [
+        str(path.relative_to(ROOT))
+        for package in ("protocol", "metadata", "nbdserver")
+        for path in (ROOT / package).rglob("*.py")
+        if "struct.Struct(" in path.read_text() or "import struct" in path.read_text()
+    ]
+    assert makers == ["protocol/layout.py"]
