@@ -28,7 +28,8 @@ Say = Callable[[str], None]
 
 def planned_s(rows: list[Row], targets: list[Target], rounds: int, duration_s: float) -> float:
     """Estimate of `measure_rows`."""
-    return sum(rounds * len(targets) * _planned_run_s(row, duration_s) for row in rows)
+    layouts = sum(row.laid_out for row in rows) * PREFILL_S
+    return sum(rounds * len(targets) * _planned_run_s(row, duration_s) for row in rows) + layouts * len(targets)
 
 
 def planned_search_s(rows: list[Row], targets: list[Target]) -> float:
@@ -147,10 +148,14 @@ def measure_rows(
 ) -> dict[str, dict[str, list[Sample]]]:
     """Row → target → one Sample for each round."""
     samples: dict[str, dict[str, list[Sample]]] = {}
+    is_laid_out = True  # by `prepare`
     for row in rows:
         of_row: dict[str, list[Sample]] = {target.name: [] for target in targets}
         for target in targets:
             target.start(setting_of(target, row))
+            if row.laid_out and not is_laid_out:
+                advance(0, f"writing {target.title} from end to end")
+                prefill(target)
             target.warm()
         for number in range(rounds):
             first = number % len(targets)
@@ -158,6 +163,7 @@ def measure_rows(
                 advance(0, f"{row.title}: {target.title}")
                 of_row[target.name].append(measure(target, row, duration_s, seed=number + 1))
                 advance(_planned_run_s(row, duration_s), f"{row.title}: {target.title}")
+        is_laid_out = row.laid_out or (is_laid_out and not row.writes)
         samples[row.name] = of_row
     return samples
 
