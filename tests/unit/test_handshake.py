@@ -212,7 +212,14 @@ def test_the_agreement_tells_what_was_negotiated() -> None:
 
 
 @pytest.mark.parametrize(
-    "middle", [contexts(Option.SET_META_CONTEXT), contexts(Option.SET_META_CONTEXT, "base:allocation", name="ro")]
+    "middle",
+    [
+        contexts(Option.SET_META_CONTEXT),
+        contexts(Option.SET_META_CONTEXT, "base:allocation", name="ro"),
+        contexts(Option.SET_META_CONTEXT, "base:allocation", name="no such export"),
+        option(Option.SET_META_CONTEXT, b"malformed"),
+        option(Option.SET_META_CONTEXT, bytes(OPTION_LIMIT_BYTES + 1)),
+    ],
 )
 def test_contexts_count_only_if_selected_last_and_for_the_export_that_is_entered(middle: bytes) -> None:
     data = STRUCTURED + contexts(Option.SET_META_CONTEXT, "base:allocation") + middle + info(Option.GO)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from metadata.seams import Connection, Receiver
+from nbdserver.host import network
 from nbdserver.host.network import SocketNetwork
 
 
@@ -198,6 +199,43 @@ def test_what_a_slow_peer_does_not_take_waits_in_order_and_drained_is_told_once(
         expected = b"".join(pieces) + b"end"
         assert take(client, len(expected)) == expected
         loop.wait(lambda: echo.drains == 1 and echo.connection.unsent_bytes == 0)
+
+
+def test_what_is_sent_while_something_waits_goes_behind_it(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        connection = loop.echoes[0].connection
+
+        def send_around_a_reader() -> int:
+            connection.send([bytes(8 << 20)])
+            taken_bytes = len(take(client, 100_000))  # now there is room in the socket, and the loop has not seen it
+            connection.send([b"end"])
+            return taken_bytes
+
+        taken_bytes = loop.call(send_around_a_reader)
+        assert isinstance(taken_bytes, int)
+        rest = take(client, (8 << 20) + 3 - taken_bytes)
+        assert rest == bytes(len(rest) - 3) + b"end"
+
+
+def test_a_spin_ends_when_another_thread_has_something_for_the_loop(
+    loop: Loop, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        monkeypatch.setattr(network, "SPIN_S", 3.0)
+        monkeypatch.setattr(network, "WAKE_S", 3.0)
+        started_s = time.monotonic()
+        for _ in range(10):
+            client.sendall(b"x")
+            take(client, 1)
+            time.sleep(0.001)
+            loop.call(lambda: None)
+        assert time.monotonic() - started_s < 2.0
 
 
 def test_a_paused_connection_is_not_read_until_it_is_resumed(loop: Loop, path: str) -> None:

@@ -11,7 +11,7 @@ from nbdserver.frontend.deferred import OPERATION_LIMIT
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
 from nbdserver.frontend.session import HANDSHAKE_TIMEOUT_S
 from nbdserver.frontend.transmission import BATCH_REQUESTS, SHRINK_DELAY_S
-from nbdserver.volume.export import ExportError
+from nbdserver.volume.export import Export, ExportError
 from protocol import nbd
 from protocol.handshake import ReplyStyle
 from protocol.nbd import Command, CommandFlag
@@ -358,6 +358,37 @@ def test_a_flood_of_small_requests_lets_others_have_their_turn() -> None:
     assert len(wire.answers()) <= BATCH_REQUESTS
     rig.clock.run()
     assert len(wire.answers()) == 2 * BATCH_REQUESTS
+
+
+def test_a_batch_of_reads_is_bounded_by_their_bytes() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    wire.ask(Command.WRITE, 0, data=b"d" * SIZE_BYTES)
+    requests = [wire.request(Command.READ, 0, 128 << 10) for _ in range(100)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    assert len(wire.answers()) == 33
+    rig.clock.run()
+    assert len(wire.answers()) == 67
+
+
+def test_a_client_that_floods_the_handshake_and_takes_no_replies_is_not_read() -> None:
+    rig = make_rig()
+    wire = Wire(rig.exports, rig.clock, name="nothing of this name")
+    wire.connection.taking = False
+    options = nbd.OptionHeader.build({"option": nbd.Option.LIST, "length": 0}) * 200
+    for number in range(300):
+        rig.exports.add(Export(f"export {number}", rig.device, description="d" * 4096))
+    wire.feed(options)
+    assert not wire.connection.reading
+    assert wire.connection.unsent_bytes < 8 << 20
+    for _ in range(500):
+        if wire.connection.reading:
+            break
+        wire.connection.take()
+        wire.connection.sent.clear()
+        wire.connection.taking = False
+        wire.session.drained()
+    assert wire.connection.reading
 
 
 def test_a_handshake_has_a_time_limit() -> None:
