@@ -180,18 +180,6 @@ class Handshake:
         self._option = 0
         self._length = 0
         self._forget_negotiated()
-        self._answers: dict[int, Callable[[bytes], Event]] = {
-            Option.EXPORT_NAME: self._export_name,
-            Option.ABORT: self._abort,
-            Option.LIST: self._list,
-            Option.STARTTLS: self._starttls,
-            Option.INFO: self._info,
-            Option.GO: self._go,
-            Option.STRUCTURED_REPLY: self._structured_reply,
-            Option.LIST_META_CONTEXT: self._list_meta_context,
-            Option.SET_META_CONTEXT: self._set_meta_context,
-            Option.EXTENDED_HEADERS: self._extended_headers,
-        }
 
     def greeting(self) -> bytes:
         """The server's first bytes."""
@@ -285,11 +273,11 @@ class Handshake:
         return Reply(self._error(OptionReply.ERR_TOO_BIG, f"option data is limited to {OPTION_LIMIT_BYTES} bytes"))
 
     def _answer(self, data: bytes) -> Event:
-        answer = self._answers.get(self._option)
+        answer = _ANSWERS.get(self._option)
         try:
             if answer is None:
                 raise OptionRefusedError(OptionReply.ERR_UNSUP, f"option {self._option} is not known here")
-            event = answer(data)
+            event = answer(self, data)
         except OptionRefusedError as refused:
             event = Reply(self._error(refused.reply, str(refused)))
         if isinstance(event, Reply):
@@ -429,6 +417,20 @@ class Handshake:
     def _agree(self, offer: Offer) -> Agreement:
         contexts = self._contexts if self._contexts_export == offer.name else ()
         return Agreement(offer, self._style, contexts, transmission_flags(offer, self._style, bool(contexts)))
+
+
+_ANSWERS: dict[int, Callable[[Handshake, bytes], Event]] = {
+    Option.EXPORT_NAME: Handshake._export_name,
+    Option.ABORT: Handshake._abort,
+    Option.LIST: Handshake._list,
+    Option.STARTTLS: Handshake._starttls,
+    Option.INFO: Handshake._info,
+    Option.GO: Handshake._go,
+    Option.STRUCTURED_REPLY: Handshake._structured_reply,
+    Option.LIST_META_CONTEXT: Handshake._list_meta_context,
+    Option.SET_META_CONTEXT: Handshake._set_meta_context,
+    Option.EXTENDED_HEADERS: Handshake._extended_headers,
+}
 
 
 def transmission_flags(offer: Offer, style: ReplyStyle, has_contexts: bool) -> int:

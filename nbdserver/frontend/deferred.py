@@ -30,6 +30,10 @@ ZERO_PIECE_BYTES = 1 << 20  # one piece of a NO_HOLE zeroing: some 100 µs of th
 _ZEROS = memoryview(bytes(ZERO_PIECE_BYTES))
 
 
+def _nothing() -> None:
+    """Nobody is left to be told."""
+
+
 class Deferred:
     """The waiting requests of one connection."""
 
@@ -65,6 +69,7 @@ class Deferred:
     def disconnect(self) -> None:
         """Drop all replies from now on."""
         self._connected = False
+        self._freed = _nothing  # the transmission, which refers back to this: no cycle stays
         self._ready.clear()
 
     # --- what can wait ---

@@ -203,6 +203,7 @@ class Session:
         self._timeout.cancel()
         if self._transmission is not None:
             self._transmission.lost()
+        self._handshake = self._transmission = None  # they refer back to the session: no cycle stays
         if self.export is not None:
             self.export.leave(self)
         self._report_gone(self, reason)

@@ -525,3 +525,18 @@ def test_the_data_process_stays_small(start_server: StartServer) -> None:
     status = Path(f"/proc/{child}/status").read_text()
     resident_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
     assert resident_kib < 80 << 10
+
+
+def test_clients_that_come_and_go_cost_no_memory(start_server: StartServer) -> None:
+    server = start_server()
+    (child,) = descendants(server.process.pid if server.process else 0)
+
+    def resident_kib_after(connections: int) -> int:
+        for _ in range(connections):
+            Client(("127.0.0.1", server.port), "disk0").close()
+        eventually(lambda: ask(server, "/v1/clients") == [], "all clients are gone")
+        status = Path(f"/proc/{child}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
+
+    settled_kib = resident_kib_after(600)
+    assert resident_kib_after(600) - settled_kib < 1024
