@@ -11,6 +11,7 @@ Rules of this file
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class FaultMix:
     store_write_error: float = 0.0
     create_error: float = 0.0  # ENOSPC although there seemed to be room
     latency_s: float = 0.001  # mean time of what is done off the loop
+    slow: float = 0.0  # share of reads and of store writes that take a hundred times as long
     power: float = 0.5  # share of crashes that lose the page cache
     tear: float = 0.5  # of the pages that a power cut finds dirty, the share that may come out mixed by sectors
     rot: float = 0.0  # a bit of what is on the device flips, per crash and per 100 operations
@@ -46,23 +48,26 @@ def draw_mix(rng: random.Random, lying: bool = False) -> FaultMix:
     mix = FaultMix(
         cold_read=rng.choice([0.0, 0.05, 0.5, 1.0]),
         latency_s=rng.choice([0.00001, 0.001, 0.001, 0.05]),
+        slow=rng.choice([0.0, 0.02, 0.2, 1.0]),
         power=rng.choice([0.0, 0.5, 0.8, 1.0]),
         tear=rng.choice([0.0, 0.3, 1.0]),
         crash_in_io=rng.choice([0.0, 0.5, 1.0]),
     )
     if rng.random() < 0.33:
-        fault = rng.choice(["read_error", "append_error", "sync_error", "store_read_error", "store_write_error"])
-        mix = _with(mix, fault, rng.choice([0.002, 0.02, 0.1]))
+        faults = ["read_error", "append_error", "sync_error", "sync_error", "store_read_error", "store_write_error"]
+        fault = rng.choice(faults)
+        mix = changed(mix, {fault: rng.choice([0.002, 0.02, 0.1])})
     if rng.random() < 0.2:
         mix = replace(mix, room_segments=rng.randrange(6, 40))
     if rng.random() < 0.1:
         mix = replace(mix, create_error=rng.choice([0.05, 0.5]))
     if lying:
         fault = rng.choice(["rot", "lost_write", "misdirected_write"])
-        mix = _with(mix, fault, rng.choice([0.01, 0.1]))
+        mix = changed(mix, {fault: rng.choice([0.01, 0.1])})
     return mix
 
 
-def _with(mix: FaultMix, fault: str, probability: float) -> FaultMix:
-    changes: dict[str, Any] = {fault: probability}
-    return replace(mix, **changes)
+def changed(mix: FaultMix, changes: Mapping[str, float]) -> FaultMix:
+    """The mix with some of its fields set."""
+    fields: dict[str, Any] = dict(changes)
+    return replace(mix, **fields)

@@ -17,8 +17,8 @@ ZEROS = bytes(BLOCK_BYTES)
 MOST_OPEN = 4  # operations of one group that are open at a time: orders grow with the factorial
 
 
-class ViolationError(Exception):
-    """A promise was broken."""
+class ViolationError(BaseException):
+    """A promise was broken. No `except Exception` of the product may hide it."""
 
 
 class Change:
@@ -39,6 +39,9 @@ class Change:
         if len(self.data) == BLOCK_BYTES:
             return self.data
         return content[: self.start] + self.data + content[self.start + len(self.data) :]
+
+
+Changes = list[tuple[int, Change]]
 
 
 class State:
@@ -131,6 +134,7 @@ class Registers:
 
     def __init__(self) -> None:
         self.blocks: dict[int, Register] = {}
+        self._open_discards: list[tuple[int, int, Changes]] = []
         self._count = 0
 
     def tick(self) -> int:
@@ -142,7 +146,19 @@ class Registers:
         register = self.blocks.get(lba)
         if register is None:
             register = self.blocks[lba] = Register()
+            # A discard of terabytes is one of the blocks that were ever asked about; here is another one.
+            for offset, end, changes in self._open_discards:
+                if offset < (lba + 1) << 12 and lba << 12 < end:
+                    self._discard_block(lba, offset, end, changes)
         return register
+
+    def _discard_block(self, lba: int, offset: int, end: int, changes: Changes) -> None:
+        first, last = max(offset, lba << 12), min(end, (lba + 1) << 12)
+        like = changes[0][1]
+        change = Change(like.label, first & 4095, bytes(last - first), like.asked)
+        change.ordered = like.ordered
+        self.blocks[lba].group.append(change)
+        changes.append((lba, change))
 
     def is_busy(self, offset: int, length: int) -> bool:
         """Whether a block of the range has as many open changes as the judge can take."""
@@ -157,47 +173,56 @@ class Registers:
 
     # Changes.
 
-    def ask(self, label: str, offset: int, data: bytes | None, length: int) -> list[tuple[int, Change]]:
+    def ask(self, label: str, offset: int, data: bytes | None, length: int) -> Changes:
         """A write of `data`, or (None) a discard of `length` bytes, is asked for."""
         at = self.tick()
-        changes = []
+        changes: Changes = []
         end = offset + length
-        for lba in self._known(offset, length) if data is None else _touched(offset, length):
+        if data is None:
+            changes.append((-1, Change(label, 0, b"", at)))  # what the blocks' changes are like
+            for lba in self._known(offset, length):
+                self._discard_block(lba, offset, end, changes)
+            self._open_discards.append((offset, end, changes))
+            return changes
+        for lba in _touched(offset, length):
             first, last = max(offset, lba << 12), min(end, (lba + 1) << 12)
-            piece = bytes(last - first) if data is None else data[first - offset : last - offset]
-            change = Change(label, first & 4095, piece, at)
+            change = Change(label, first & 4095, data[first - offset : last - offset], at)
             self.block(lba).group.append(change)
             changes.append((lba, change))
         return changes
 
-    def order(self, changes: list[tuple[int, Change]]) -> None:
+    def order(self, changes: Changes) -> None:
         """What is asked from now on comes after these, although they are not answered yet (the open batch)."""
         at = self.tick()
         for _, change in changes:
             change.ordered = at
 
-    def answer(self, changes: list[tuple[int, Change]]) -> None:
+    def answer(self, changes: Changes) -> None:
         """It happened."""
         self._end(changes, happened=True)
 
-    def refuse(self, changes: list[tuple[int, Change]]) -> None:
+    def refuse(self, changes: Changes) -> None:
         """It did not happen and never will."""
         at = self.tick()
-        for lba, change in changes:
+        for lba, change in self._closed(changes):
             register = self.blocks[lba]
             register.group = [each for each in register.group if each is not change]
             register.collapse(at)
 
-    def doubt(self, changes: list[tuple[int, Change]]) -> None:
+    def doubt(self, changes: Changes) -> None:
         """It failed in a way that leaves open whether it happened."""
         self._end(changes, happened=False)
 
-    def _end(self, changes: list[tuple[int, Change]], happened: bool) -> None:
+    def _end(self, changes: Changes, happened: bool) -> None:
         at = self.tick()
-        for lba, change in changes:
+        for lba, change in self._closed(changes):
             change.ordered = change.ordered or at
             change.answered, change.happened = True, happened
             self.blocks[lba].collapse(at)
+
+    def _closed(self, changes: Changes) -> Changes:
+        self._open_discards = [each for each in self._open_discards if each[2] is not changes]
+        return [(lba, change) for lba, change in changes if lba >= 0]
 
     # Flushes.
 
@@ -261,6 +286,10 @@ class Registers:
         what = f"block {lba} after {'a power loss' if power else 'kill -9'}"
         _judge(what, lba, lba << 12, content, allowed, self)
         register.settle({content}, self._count)
+
+    def crashed(self) -> None:
+        """Nothing is under way any more."""
+        self._open_discards = []
 
     def describe(self, content: bytes, lba: int) -> str:
         """Where a content comes from, for the message of a violation."""

@@ -89,6 +89,7 @@ class SimulatedDrive:
         self.files: dict[str, _File] = {}
         self.directories: set[str] = {""}
         self.store_bytes = 0
+        self.watch: Callable[[bytes, int], None] = lambda data, offset: None  # sees every append
         # Names as they were before the changes that are not durable yet, oldest first, by directory.
         self._unsynced_names: dict[str, list[tuple[str, _File | None]]] = {}
 
@@ -201,8 +202,9 @@ class SimulatedFiles:
         if self.mix.rot and self._random.random() < self.mix.rot * 10:
             self._drive.rot()
 
-    def _later(self, callback: Callable[[], None]) -> None:
-        self._clock.call_later(self._random.expovariate(1 / self.mix.latency_s), callback)
+    def _later(self, callback: Callable[[], None], slow: float = 0.0) -> None:
+        factor = 100 if self._chance(slow) else 1
+        self._clock.call_later(factor * self._random.expovariate(1 / self.mix.latency_s), callback)
 
     def _chance(self, probability: float) -> bool:
         return probability > 0 and self._random.random() < probability
@@ -289,6 +291,7 @@ class SimulatedFiles:
     def append(self, handle: int, buffers: Sequence[Buffer], offset: int) -> None:
         file = self._handles[handle]
         data = b"".join(buffers)
+        self._drive.watch(data, offset)
         self.counts["append"] += 1
         self._world.note("append", handle, offset, len(data))
         if self.world_ends():
@@ -331,7 +334,7 @@ class SimulatedFiles:
             else:
                 done(0, pieces)
 
-        self._later(finish)
+        self._later(finish, self.mix.slow)
 
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
         """Each sync covers what was written when it was asked for; they run one after the other."""

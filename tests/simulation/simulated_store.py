@@ -147,7 +147,8 @@ class SimulatedStore:
         assert self._in_flight is None, "closed with a write in flight"
 
     def _later(self, callback: Callable[[], None]) -> None:
-        self._clock.call_later(self._random.expovariate(2 / self.mix.latency_s), callback)
+        factor = 100 if self._chance(self.mix.slow) else 1
+        self._clock.call_later(factor * self._random.expovariate(2 / self.mix.latency_s), callback)
 
     def _chance(self, probability: float) -> bool:
         return probability > 0 and self._random.random() < probability
