@@ -9,12 +9,12 @@ Rules
 - Each ready connection gets one `received` a round; nobody is served twice while another one waits.
 - The loop gets its turn after the round in which a callback became ready to run there (a completion of another
   thread, say), and after `WAKE_S` at the latest, however busy the sockets are: its timers do not show.
-- Spin only while it pays: `_credit` grows when data came within `SPIN_S` of the last batch and falls when it did not.
+- It spins only while that pays: `Spinning` decides.
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
 - A receiver that raises loses its own connection, nobody else's.
 
 Known weakness: to see that callbacks are ready it looks at the asyncio loop's own queue, which has no public name; on
-a loop without it they wait for up to `WAKE_S`. A host with fewer free processors than busy clients spins in vain.
+a loop without it they wait for up to `WAKE_S`.
 """
 
 import asyncio
@@ -31,10 +31,9 @@ from time import monotonic
 from typing import Any
 
 from metadata.seams import Buffer, Connection, Receiver
+from nbdserver.host.spinning import SPIN_S, Spinning
 
-SPIN_S = 60e-6  # a wake-up of a sleeping process costs some 20 to 50 µs on both sides
 WAKE_S = 400e-6  # the longest stay outside the loop; entering it costs some 10 µs
-CREDIT_LIMIT = 8
 EVENTS_A_ROUND = 64
 BUFFERS_A_SEND = 1024  # IOV_MAX
 ACCEPTS_A_ROUND = 16
@@ -61,8 +60,7 @@ class SocketNetwork:
         self.loop = loop
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self._credit = 0
-        self._last_batch_s = 0.0
+        self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
         loop.add_reader(self._epoll.fileno(), self._wake)
 
@@ -101,10 +99,10 @@ class SocketNetwork:
 
     def _wake(self) -> None:
         """Serve what is ready, round by round, and spin for what is about to come."""
-        poll, handlers, callbacks = self._epoll.poll, self._handlers, self._loop_callbacks
-        started_s = monotonic()
-        self._judge(started_s - self._last_batch_s < SPIN_S)
-        stop_s = started_s + WAKE_S
+        poll, handlers, callbacks, spinning = self._epoll.poll, self._handlers, self._loop_callbacks, self._spinning
+        now_s = monotonic()
+        spinning.woken(now_s)
+        stop_s = now_s + WAKE_S
         events = poll(0, EVENTS_A_ROUND)
         while events:
             for descriptor, mask in events:
@@ -112,23 +110,17 @@ class SocketNetwork:
                 if ready is not None:
                     ready(mask)
             now_s = monotonic()
-            spin_until_s = now_s + SPIN_S
+            spinning.batch_ended(now_s)
             if now_s >= stop_s or callbacks:
                 break
             events = poll(0, EVENTS_A_ROUND)
-            if not events and self._credit:
-                while not (events or callbacks) and monotonic() < spin_until_s:
+            if not events and spinning.wanted:
+                spin_until_s = now_s + SPIN_S
+                while not (events or callbacks) and now_s < spin_until_s:
                     events = poll(0, EVENTS_A_ROUND)
+                    now_s = monotonic()
                 if not callbacks:
-                    self._judge(bool(events))
-        self._last_batch_s = monotonic()
-
-    def _judge(self, paid: bool) -> None:
-        if paid:
-            if self._credit < CREDIT_LIMIT:
-                self._credit += 1
-        elif self._credit:
-            self._credit -= 1
+                    spinning.spun(now_s, bool(events))
 
 
 class _Listener:

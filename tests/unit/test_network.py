@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from metadata.seams import Connection, Receiver
-from nbdserver.host import network
 from nbdserver.host.network import SocketNetwork
 
 
@@ -227,8 +226,8 @@ def test_a_spin_ends_when_another_thread_has_something_for_the_loop(
     with dial(path) as client:
         client.sendall(b"x")
         take(client, 1)
-        monkeypatch.setattr(network, "SPIN_S", 3.0)
-        monkeypatch.setattr(network, "WAKE_S", 3.0)
+        for name in ("network.SPIN_S", "network.WAKE_S", "spinning.SPIN_S", "spinning.INTERRUPTED_S"):
+            monkeypatch.setattr(f"nbdserver.host.{name}", 3.0)
         started_s = time.monotonic()
         for _ in range(10):
             client.sendall(b"x")

@@ -1,0 +1,64 @@
+"""When the network spins: only while it pays, and not where another process needs the processor."""
+
+from nbdserver.host.spinning import CREDIT_LIMIT, INTERRUPTED_S, REST_S, SPIN_S, Spinning
+
+SOON_S = SPIN_S / 3
+LATE_S = SPIN_S * 1.5
+
+
+class Day:
+    """A network's life: `sleep` and `spin` until data arrives `after_s` the last batch."""
+
+    def __init__(self) -> None:
+        self.spinning = Spinning()
+        self.now_s = 1000.0
+        self.spinning.batch_ended(self.now_s)
+
+    def arrive(self, after_s: float) -> None:
+        """As the network does it: spin if that is wanted, sleep if it was in vain."""
+        if self.spinning.wanted:
+            found = after_s < SPIN_S
+            self.spinning.spun(self.now_s + min(after_s, SPIN_S), found)
+            if found:
+                self.batch(after_s)
+                return
+        self.spinning.woken(self.now_s + after_s)
+        self.batch(after_s)
+
+    def batch(self, after_s: float) -> None:
+        self.now_s += after_s + 10e-6
+        self.spinning.batch_ended(self.now_s)
+
+
+def test_it_sleeps_until_arrivals_come_soon_and_spins_while_they_do() -> None:
+    day = Day()
+    assert not day.spinning.wanted
+    for _ in range(100):
+        day.arrive(SOON_S)
+        assert day.spinning.wanted
+
+
+def test_arrivals_that_come_late_are_slept_for_after_few_spins() -> None:
+    day = Day()
+    for _ in range(100):
+        day.arrive(SOON_S)
+    spins = 0
+    for _ in range(100):
+        spins += day.spinning.wanted
+        day.arrive(LATE_S)
+    assert spins <= CREDIT_LIMIT
+    assert not day.spinning.wanted
+
+
+def test_an_interrupted_spin_means_that_the_processor_is_needed_elsewhere() -> None:
+    day = Day()
+    for _ in range(100):
+        day.arrive(SOON_S)
+    day.spinning.spun(day.now_s + 2 * INTERRUPTED_S, True)
+    day.batch(2 * INTERRUPTED_S)
+    for _ in range(100):
+        day.arrive(SOON_S)
+        assert not day.spinning.wanted
+    day.arrive(REST_S)
+    day.arrive(SOON_S)
+    assert day.spinning.wanted
