@@ -57,7 +57,7 @@ def test_without_the_rule_a_promise_is_broken(rule: Rule) -> None:
 
 
 def _read_through_a_hole_below_what_was_durable() -> bytes:
-    """Three flushed writes, an end by kill -9, the first of them rots in the log; what a recovery makes of the second."""
+    """Three flushed writes, kill -9, the first of them rots in the log: what a recovery makes of the second."""
     world = World(1)
     drive, table = SimulatedDrive(world, 1 << 30), SimulatedTable(world)
 

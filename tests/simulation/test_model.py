@@ -1,0 +1,203 @@
+"""The whole block interface against an array of bytes: hypothesis looks for the shortest story that tells them apart.
+
+Unlike the seeds of test_crash, operations here come one after the other, so the model needs no sets of contents; what
+hypothesis finds it makes small. After kill -9 everything is there; a power cut comes after a flush.
+"""
+
+import os
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nbdserver.block import HOLE, ZERO, Operation
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from tests.simulation.faults import FaultMix
+from tests.simulation.registers import pattern
+from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
+from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
+from tests.simulation.world import SimulatedClock, World
+
+BLOCK_BYTES = 4096
+BLOCKS = 5000  # 20 map pages; a discard of more than 4,096 blocks is worked in later
+SIZE_BYTES = BLOCKS * BLOCK_BYTES
+PLENTY = 1 << 40
+
+OFFSETS = st.one_of(
+    st.integers(0, 40).map(lambda block: block * BLOCK_BYTES),
+    st.integers(0, BLOCKS - 1).map(lambda block: block * BLOCK_BYTES),
+    st.integers(0, 40 * BLOCK_BYTES),
+    st.integers(0, SIZE_BYTES - 1),
+)
+LENGTHS = st.one_of(
+    st.just(BLOCK_BYTES),
+    st.integers(1, 64).map(lambda blocks: blocks * BLOCK_BYTES),
+    st.integers(1, 3 * BLOCK_BYTES),
+)
+
+
+class BlockDeviceMachine(RuleBasedStateMachine):
+    """A LogDisk beside a bytearray."""
+
+    @initialize(
+        seed=st.integers(0, 1 << 32),
+        cold=st.sampled_from([0.0, 0.5, 1.0]),
+        segment_kib=st.sampled_from([64, 256, 1024]),
+    )
+    def begin(self, seed: int, cold: float, segment_kib: int) -> None:
+        self.world = World(seed)
+        self.mix = FaultMix(cold_read=cold)
+        self.drive = SimulatedDrive(self.world, PLENTY)
+        self.table = SimulatedTable(self.world)
+        self.model = bytearray(SIZE_BYTES)
+        self.label = 0
+        self.epoch = 0
+        self.boot = 1
+        self.fatal: list[object] = []
+        self._begin_life()
+        LogDisk.format(self.files, self.store, b"m" * 16, SIZE_BYTES, segment_kib << 10, self.world.random)
+        self._open()
+
+    def _begin_life(self) -> None:
+        self.clock = SimulatedClock(self.world)
+        self.files = SimulatedFiles(self.drive, self.clock, self.mix)
+        self.store = SimulatedStore(self.table, self.clock, self.mix, self.files.world_ends)
+
+    def _open(self) -> None:
+        self.epoch += 1
+        self.disk = LogDisk.open(
+            self.files, self.store, self.clock, self.world.random, DiskSettings(0, 1 << 18, 1.0), self.epoch,
+            f"{self.boot:036d}", self._report,
+        )  # fmt: skip
+
+    def _report(self, kind: str, fields: dict[str, object]) -> None:
+        if kind in ("family-failed", "append-failed", "checksum-error", "segment-not-cleaned"):
+            self.fatal.append((kind, fields))
+
+    def _wait(self, answers: list[Any]) -> Any:
+        assert self.clock.run_until(lambda: bool(answers), 600.0), "never answered"
+        assert len(answers) == 1
+        return answers[0]
+
+    def _later(self, operation: Operation, offset: int, length: int, data: bytes | None, limit: int = 1) -> Any:
+        answers: list[Any] = []
+        self.disk.later(operation, offset, length, data, lambda errno, found: answers.append((errno, found)), limit)
+        assert not answers, "answered from inside the call"
+        errno, found = self._wait(answers)
+        assert errno == 0
+        return found
+
+    # Operations.
+
+    @rule(offset=OFFSETS, length=LENGTHS)
+    def write(self, offset: int, length: int) -> None:
+        self.write_batch([(offset, length)])
+
+    @rule(places=st.lists(st.tuples(OFFSETS, LENGTHS), min_size=2, max_size=8))
+    def write_batch(self, places: list[tuple[int, int]]) -> None:
+        for offset, length in places:
+            length = min(length, SIZE_BYTES - offset)
+            self.label += 1
+            data = pattern(self.label, offset, length)
+            if not self.disk.write(offset, memoryview(data)):
+                assert self.disk.commit() == 0
+                self._later(Operation.WRITE, offset, length, data)
+            self.model[offset : offset + length] = data
+        assert self.disk.commit() == 0
+
+    @rule(offset=OFFSETS, length=st.one_of(LENGTHS, st.integers(1, SIZE_BYTES)))
+    def discard(self, offset: int, length: int) -> None:
+        length = min(length, SIZE_BYTES - offset)
+        if not self.disk.discard(offset, length):
+            self._later(Operation.DISCARD, offset, length, None)
+        assert self.disk.commit() == 0
+        self.model[offset : offset + length] = bytes(length)
+
+    @rule(offset=OFFSETS, length=LENGTHS)
+    def read(self, offset: int, length: int) -> None:
+        length = min(length, SIZE_BYTES - offset)
+        found = self.disk.read(offset, length)
+        if found is None:
+            found = self._later(Operation.READ, offset, length, None)
+        assert b"".join(found) == self.model[offset : offset + length]
+
+    @rule(offset=OFFSETS, length=st.one_of(LENGTHS, st.just(SIZE_BYTES)), limit=st.sampled_from([1, 2, 1000]))
+    def extents(self, offset: int, length: int, limit: int) -> None:
+        length = min(length, SIZE_BYTES - offset)
+        found = self.disk.extents(offset, length, limit)
+        if found is None:
+            found = self._later(Operation.EXTENTS, offset, length, None, limit)
+        assert 1 <= len(found) <= limit
+        assert sum(size for size, _ in found) <= length
+        for size, flags in found:
+            assert size > 0
+            assert flags in (0, HOLE | ZERO)
+            if flags:
+                assert not any(self.model[offset : offset + size]), "data is said to be zeros"
+            offset += size
+
+    @rule(offset=OFFSETS, length=LENGTHS)
+    def cache(self, offset: int, length: int) -> None:
+        self._later(Operation.CACHE, offset, min(length, SIZE_BYTES - offset), None)
+
+    @rule()
+    def flush(self) -> None:
+        answers: list[int] = []
+        self.disk.flush(answers.append)
+        assert not answers
+        assert self._wait(answers) == 0
+
+    @rule(seconds=st.sampled_from([0.001, 0.3, 3.0, 100.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.run(seconds)
+
+    # Ends.
+
+    @rule()
+    def close_and_open(self) -> None:
+        answers: list[bool] = []
+        self.disk.close(lambda: answers.append(True))
+        self._wait(answers)
+        self._end_and_open(power=False)
+
+    @rule()
+    def kill_and_open(self) -> None:
+        self._end_and_open(power=False)
+
+    @precondition(lambda self: self.label)
+    @rule()
+    def flush_lose_power_and_open(self) -> None:
+        self.flush()
+        self._end_and_open(power=True)
+
+    def _end_and_open(self, power: bool) -> None:
+        self.files.crash(power)
+        self.store.crash()
+        self.boot += power
+        self._begin_life()
+        self._open()
+
+    @invariant()
+    def nothing_failed(self) -> None:
+        assert not getattr(self, "fatal", [])
+
+    def teardown(self) -> None:
+        """Everything once more."""
+        if not hasattr(self, "disk"):
+            return
+        for offset in range(0, SIZE_BYTES, 1 << 20):
+            length = min(1 << 20, SIZE_BYTES - offset)
+            assert b"".join(self._later(Operation.READ, offset, length, None)) == self.model[offset : offset + length]
+
+
+TestBlockDevice = BlockDeviceMachine.TestCase
+# `make test` tells the same stories each time; `make fuzz` looks for new ones.
+FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+TestBlockDevice.settings = settings(
+    max_examples=2000 if FUZZ else 120,
+    derandomize=not FUZZ,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
