@@ -19,6 +19,7 @@ REGION_SHIFT = 10  # of an LBA
 _PAGE_SHIFT = 9
 _PAGE_REGIONS = 1 << _PAGE_SHIFT
 _PREFIX = b"R"
+_MOST_RUNS = 16  # each costs the next checkpoint a walk over the pages that it covers
 _MOST_SINGLE_REGIONS = 64  # a longer run is kept as a run: a terabyte discarded is one entry
 
 Run = tuple[int, int, int]  # first region, last region, txid
@@ -42,7 +43,12 @@ class RegionTable:
             for region in range(first, last + 1):
                 self.recent[region] = txid
         else:
-            self._recent_runs.append((first, last, txid))
+            # A run hides earlier ones that it covers; many are joined, which marks what lies between them too.
+            runs = [run for run in self._recent_runs if run[0] < first or run[1] > last]
+            runs.append((first, last, txid))
+            if len(runs) > _MOST_RUNS:
+                runs = [(min(run[0] for run in runs), max(run[1] for run in runs), txid)]
+            self._recent_runs = runs
 
     def txid_of(self, region: int) -> int:
         """Txid of the region's last modification, 0 if it was never modified."""

@@ -6,7 +6,7 @@ All integers are little-endian, and so are the arrays: a big-endian host is refu
     life
 
 and every header is a link of one chain: its CRC covers the salt and sequence number of this life of the segment, its
-own fields (with the previous header's CRC among them) and its body. The salt is random for each life and never leaves
+own fields, with the previous header's CRC and the body's among them. The salt is random for each life and never leaves
 the segment header, so that neither the remains of a former life nor client data that looks like a record can be a link.
 
 A body is, for WRITE: extents (lba, count | kind << 32) u64 pairs, then per block the MBA (u64), then per block the
@@ -64,7 +64,8 @@ RecordHeader = Struct(
     "txid" / Int64ul,  # of this modification; a MOVE repeats the last one
     "lsn" / Int64ul,  # number of this record in the local log, moves and seals included
     "durable_lsn" / Int64ul,  # highest lsn known durable when this was written
-    "crc" / Int32ul,
+    "body_crc" / Int32ul,
+    "crc" / Int32ul,  # of the chain's key and the fields above: what is no header is told without reading a body
 )
 
 SealBody = Struct(
@@ -127,15 +128,15 @@ def pack_record_header(
 ) -> tuple[bytes, int]:  # fmt: skip
     """Return (header and body, CRC of the header, which is the next record's `previous_crc`)."""
     unsigned = RECORD_HEADER.pack(
-        RECORD_MAGIC, kind, 0, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, 0
+        RECORD_MAGIC, kind, 0, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, crc32c(body), 0
     )[:-4]
-    crc = crc32c(key + unsigned + body)
+    crc = crc32c(key + unsigned)
     return unsigned + crc.to_bytes(4, "little") + body, crc
 
 
-def record_crc(key: bytes, header: bytes, body: bytes) -> int:
+def record_crc(key: bytes, header: bytes) -> int:
     """The CRC that the packed `header` should carry."""
-    return crc32c(key + header[:-4] + body)
+    return crc32c(key + header[:-4])
 
 
 @cache

@@ -12,6 +12,7 @@ Theory. One place decides, from a few numbers, on each new segment, every some r
 The hole worker settles what lies under pending holes (maps.py), the pages in memory first, then those that LevelDB has.
 """
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from metadata.family_state import PendingHole
@@ -61,6 +62,7 @@ class Background:
         if self._checkpoint_due():
             disk.checkpointer.start()
         room = disk.pool.can_take()
+        disk.pool.note_full(not room)
         disk.cleaner.urgent = not room
         if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.txid == self._last_txid):
             disk.cleaner.start()
@@ -98,12 +100,15 @@ class Background:
 
     def _checkpoint_due(self) -> bool:
         disk = self._disk
-        if disk.checkpointer.running or disk.log.lsn == disk.checkpointer.last_lsn:
+        if disk.checkpointer.running:
+            return False
+        if self._pinned_share() > _PINNED_SHARE:
+            return True
+        if disk.log.lsn == disk.checkpointer.last_lsn:
             return False
         empty = self._empty_segments()
         return (
             disk.checkpointer.bytes_since >= disk.settings.checkpoint_bytes
-            or self._pinned_share() > _PINNED_SHARE
             or empty >= _WAITING_SEGMENTS
             or (empty > 0 and not disk.pool.can_take())
             or self._clock.now() - disk.checkpointer.started_at > disk.settings.checkpoint_interval_s
@@ -147,7 +152,11 @@ class Background:
         if self._stopped or self._disk.failure:
             self.busy = False
             return
-        stale = sorted(list(maps.stale)[:_HOLE_PAGES])
+        if self.must_wait_for_checkpoint():
+            disk = self._disk
+            disk.checkpointer.when_done(lambda: self._work_hole(hole))
+            return
+        stale = sorted(islice(maps.stale, _HOLE_PAGES))
         if stale:
             maps.load([(maps.logical, number) for number in stale], lambda: self._work_hole(hole))
             return

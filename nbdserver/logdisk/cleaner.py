@@ -11,7 +11,8 @@ effect only if the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED). The 
 written there; the middle map says which of them still are.
 
 Rules
-- A block is moved only if its CRC is right; a segment with a wrong one is kept, and reported once.
+- A block is moved only if its CRC is right; a segment with a wrong one is kept for this life, and reported.
+- An append that fails otherwise than for want of room condemns the family, like a client's.
 - Moves use the reserve of segments, because they are how a full disk gets room.
 - One victim at a time, read in large pieces off the loop, worked through in slices.
 
@@ -21,6 +22,7 @@ every segment (some 3 ms for a terabyte).
 
 from array import array
 from collections.abc import Callable, Iterator
+from errno import ENOSPC
 from functools import partial
 
 from metadata.pages import PAGE_MASK, PAGE_SHIFT
@@ -30,7 +32,7 @@ from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import DEFAULT_SHARE, Job
 from nbdserver.logdisk.records import Record, body_length, parse_record
-from nbdserver.logdisk.segments import SegmentPool
+from nbdserver.logdisk.segments import CLEANER_KEEPS, SegmentPool
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, MOVE, RECORD_HEADER_BYTES, SEAL, SEGMENT_HEADER_BYTES, chain_key
 
@@ -40,7 +42,8 @@ _BUSY_GARBAGE = 0.5, 8  # of the live data, and at least segments: what may lie 
 _IDLE_GARBAGE = 0.1, 2
 _OVERRUN = 2.0  # times what may lie about: clients write faster than the cleaner cleans, and have to wait
 _MOST_SHARE = 0.75
-_WORTHWHILE = 0.95  # live share above which a segment is not cleaned
+_WORTHWHILE = 0.9  # live share above which a segment is not cleaned
+_URGENTLY_WORTHWHILE = 0.97  # the same on a full disk
 
 
 class Cleaner:
@@ -55,6 +58,7 @@ class Cleaner:
         pool: SegmentPool,
         make_room: Callable[[], bool],
         finished: Callable[[], None],
+        parted: Callable[[BaseException], None],
         report: Callable[[str, dict[str, object]], None],
     ) -> None:
         self.running = False
@@ -69,9 +73,11 @@ class Cleaner:
         self._pool = pool
         self._make_room = make_room
         self._finished = finished
+        self._parted = parted
         self._report = report
-        self._damaged: set[int] = set()
+        self._damaged: dict[int, int] = {}  # segment → sequence number of the life that cannot be cleaned
         self._victim = 0
+        self._sequence = 0
         self._offset = 0
         self._stopped = False
         self._block_share = BLOCK_BYTES / pool.segment_bytes
@@ -113,10 +119,10 @@ class Cleaner:
         best, best_score = 0, 0.0
         for segment in table.in_use:
             blocks = live[segment]
-            if not blocks or segment == self._log.segment or segment in self._damaged:
+            if not blocks or segment == self._log.segment or self._damaged.get(segment) == table.sequence[segment]:
                 continue
             used = min(1.0, blocks * self._block_share)
-            if used > _WORTHWHILE and not self.urgent:
+            if used > (_URGENTLY_WORTHWHILE if self.urgent else _WORTHWHILE):
                 continue
             score = (1 - used) * (newest - lsns[segment] + 1) / (1 + used)
             if score > best_score:
@@ -127,11 +133,14 @@ class Cleaner:
         """Clean the best victim; False if there is none."""
         if self.running or self._stopped or self._log.is_failed:
             return self.running
+        if not self._pool.can_take(CLEANER_KEEPS) and self._log.room_blocks(MOVE, 0) < _MOVE_BLOCKS:
+            return False  # a checkpoint has to free something first
         victim = self.choose()
         if not victim:
             return False
         self.running = True
         self._victim = victim
+        self._sequence = self._maps.segments.sequence[victim]
         self._offset = SEGMENT_HEADER_BYTES
         self._pool.begin_read(victim)
         self._read(_READ_BYTES)
@@ -146,7 +155,7 @@ class Cleaner:
     def _read(self, length: int) -> None:
         end = self._maps.segments.end[self._victim]
         length = min(length, end - self._offset)
-        if length <= 0 or not self._maps.segments.live[self._victim] or self._stopped:
+        if length <= 0 or self._is_over():
             self._finish()
             return
         offset = self._offset
@@ -156,7 +165,16 @@ class Cleaner:
             lambda errno, data: self._got(errno, data[0] if data else b"", offset),
         )
 
+    def _is_over(self) -> bool:
+        """Whether the victim needs no more work: it is empty, freed meanwhile even, or everything ends."""
+        table = self._maps.segments
+        emptied = not table.live[self._victim] or table.sequence[self._victim] != self._sequence
+        return emptied or self._stopped
+
     def _got(self, errno: int, data: bytes, base: int) -> None:
+        if self._is_over():
+            self._finish()
+            return
         if errno or not data:
             self._give_up("it cannot be read", errno)
             return
@@ -178,7 +196,7 @@ class Cleaner:
         at = 0
         while True:
             header = data[at : at + RECORD_HEADER_BYTES]
-            length = body_length(header)
+            length = body_length(key, header)
             if length is None:
                 return records, RECORD_HEADER_BYTES if len(header) < RECORD_HEADER_BYTES else 0
             body = data[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length]
@@ -206,7 +224,7 @@ class Cleaner:
                     self._maps.load(need, partial(self._resume, rest, data, base))
                     return
                 if not self._move(record, blocks, data, base):
-                    self._give_up("there is no room to move its blocks to", 0)
+                    self._finish()  # no room: another time
                     return
                 yield
         self._read(_READ_BYTES)
@@ -226,8 +244,7 @@ class Cleaner:
         for block in blocks:
             mba = record.mbas[block]
             page = maps.middle.get(mba >> PAGE_SHIFT)
-            if page is None:
-                return True  # evicted between two looks: the next round takes it
+            assert page is not None  # `_missing` has just looked
             index = mba & PAGE_MASK
             offset = record.data_offset + block * BLOCK_BYTES
             unchanged = page[index] == victim and page[OFFSET + index] == offset
@@ -260,15 +277,12 @@ class Cleaner:
         self._pool.end_read(victim)
         if not self._maps.segments.live[victim]:
             self.segments_cleaned += 1
-        elif not self._stopped:
-            # Blocks that no record of it names: their middle pages went while it was worked through, or it is damaged.
-            self._damaged.add(victim)
         self.running = False
         self._finished()
 
     def _give_up(self, why: str, errno: int) -> None:
         victim = self._victim
-        self._damaged.add(victim)
+        self._damaged[victim] = self._sequence
         self._pool.end_read(victim)
         self._victim = 0
         self.running = False
@@ -276,10 +290,16 @@ class Cleaner:
         self._finished()
 
     def _failed(self, error: Exception) -> None:
-        self._give_up(repr(error), getattr(error, "errno", 0) or 0)
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            self._finish()
+            return
+        self._pool.end_read(self._victim)
+        self._victim = 0
+        self.running = False
+        self._parted(error)
 
     def _damaged_block(self, record: Record, mba: int, offset: int) -> None:
-        self._damaged.add(self._victim)
+        self._damaged[self._victim] = self._sequence
         self._report("checksum-error", {"mba": mba, "segment": self._victim, "offset": offset, "by": "cleaner"})
 
 

@@ -20,6 +20,7 @@ import errno as errnos
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from metadata.family_state import (
     Checkpoint,
@@ -43,7 +44,7 @@ from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.recovery import RecoveryError, Replay
-from nbdserver.logdisk.segments import DIRECTORY, SegmentPool
+from nbdserver.logdisk.segments import CLEANER_KEEPS, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.writer import Writer
 from protocol.disk import BLOCK_BYTES, DamagedValueError
@@ -142,10 +143,9 @@ class LogDisk:
             pool.close()
             raise
         self.reader = reader = Reader(files, maps, pool)
-        self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed)
-        self.cleaner = Cleaner(
-            files, clock, log, maps, pool, lambda: writer.next_segment(True), self._work_finished, report
-        )
+        self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed, self.parted)
+        make_room = partial(writer.next_segment, CLEANER_KEEPS)
+        self.cleaner = Cleaner(files, clock, log, maps, pool, make_room, self._work_finished, self.parted, report)
         self.slow_path = SlowPath(self, files, clock)
         self.background = Background(self, clock)
         # BlockDevice, inline: see there.
@@ -166,16 +166,18 @@ class LogDisk:
         replay = Replay(self._files, store, pool, maps, self.family.family, progress)
         recovered = replay.run(start)
         generation = self.opened.generation
-        if not self.opened.clean and self.opened.boot_id != boot_id:
+        # A clean end has no record behind its checkpoint.
+        clean = self.opened.clean and not recovered.records
+        if not clean and self.opened.boot_id != boot_id:
             generation += 1
             self.report("generation-raised", {"generation": generation, "reason": "power loss or reboot while open"})
-        if not self.opened.clean:
+        if not clean:
             if holds(Rule.TAIL_SYNCED_BEFORE_SERVING):
                 self._files.fdatasync(replay.rewrite_tail(recovered.tail))
             crash_point("replay-after-tail")
             self.report("recovered", {"records": recovered.records, "blocks": recovered.blocks})
         log = Log(self._files, pool, maps.segments, rng, self.family.family, recovered.position, epoch, self.fail)
-        if not self.opened.clean:
+        if not clean:
             replay.begin_fresh_segment(log)
         self.opened = OpenState(generation, epoch, False, boot_id)
         batch = store.batch()
@@ -238,6 +240,10 @@ class LogDisk:
             return errnos.EIO if holds(Rule.ACK_AFTER_APPEND) else 0
         return errno
 
+    def parted(self, error: BaseException) -> None:
+        """Something that nobody foresaw came between log and maps: neither can be believed any more."""
+        self.fail(f"an internal error: {error!r}")
+
     # -- life
 
     def fail(self, reason: str) -> None:
@@ -249,7 +255,8 @@ class LogDisk:
         self.report("family-failed", {"reason": reason})
         self.reader.stop()
         self.writer.blocked = True
-        self.log.fail(reason)
+        for done in self.log.fail():
+            self._clock.call_soon(partial(done, errnos.EIO))
         self.checkpointer.abandon()
         self.slow_path.wake()
 

@@ -22,7 +22,6 @@ Known weakness: a batch larger than what is left of the open segment is cut in t
 that is smaller than one block and its header stays unused.
 """
 
-import errno as errnos
 import random
 from array import array
 from collections.abc import Callable, Sequence
@@ -109,20 +108,25 @@ class Log:
         self._begin(self.segment, self.sequence, self.salt)
         return True
 
-    def next_segment(self, reserved: bool) -> bool:
-        """Seal the open segment and go on in another; False (and nothing done) if no segment file is to be had."""
-        successor = self._pool.take(reserved)
+    def next_segment(self, keep: int) -> bool:
+        """Seal the open segment and go on in another; False (and nothing done) if no file but `keep` of the spare
+        ones is to be had. Raises OSError; the log is then as before."""
+        successor = self._pool.take(keep)
         if not successor:
             return False
         salt = self._random.randbytes(8) if holds(Rule.SALT_DRAWN_PER_LIFE) else bytes(8)
         body = SEAL_BODY.pack(successor, 0, salt)
         try:
-            self._append(SEAL, 0, 0, 0, body, ())
+            # The successor's header first: nothing leads to it before the seal, and behind a seal nothing may follow.
+            sealed = self._pack(SEAL, 0, 0, 0, body)
+            self._write_segment_header(successor, self.sequence + 1, salt, sealed[1])
+            crash_point("segment-before-seal")
+            self._append_packed(sealed, 0, ())
         except OSError:
             self._pool.return_unused(successor)
             raise
         crash_point("segment-after-seal")
-        self._begin(successor, self.sequence + 1, salt)
+        self._enter(successor, self.sequence + 1, salt)
         return True
 
     def start_over(self, segment: int) -> None:
@@ -153,7 +157,10 @@ class Log:
         return self._append(MOVE, 0, 0, len(mbas), mbas.tobytes() + old.tobytes() + checksums.tobytes(), data)
 
     def _append(self, kind: int, layer: int, extents: int, blocks: int, body: bytes, data: Sequence[Buffer]) -> int:
-        header, crc = pack_record_header(
+        return self._append_packed(self._pack(kind, layer, extents, blocks, body), blocks, data)
+
+    def _pack(self, kind: int, layer: int, extents: int, blocks: int, body: bytes) -> tuple[bytes, int]:
+        return pack_record_header(
             self._key,
             kind,
             extents,
@@ -166,6 +173,9 @@ class Log:
             blocks,
             body,
         )
+
+    def _append_packed(self, packed: tuple[bytes, int], blocks: int, data: Sequence[Buffer]) -> int:
+        header, crc = packed
         offset = self.offset
         data_offset = offset + len(header)
         end = data_offset + blocks * BLOCK_BYTES
@@ -183,9 +193,15 @@ class Log:
         return data_offset
 
     def _begin(self, segment: int, sequence: int, salt: bytes) -> None:
+        self._write_segment_header(segment, sequence, salt, self.previous_crc)
+        self._enter(segment, sequence, salt)
+
+    def _write_segment_header(self, segment: int, sequence: int, salt: bytes, previous_crc: int) -> None:
         crash_point("segment-before-open")
-        header = pack_segment_header(self._family, segment, self.epoch, sequence, salt, self.previous_crc)
+        header = pack_segment_header(self._family, segment, self.epoch, sequence, salt, previous_crc)
         self._files.append(self._pool.handles[segment], (header,), 0)
+
+    def _enter(self, segment: int, sequence: int, salt: bytes) -> None:
         self._table.begin(segment, sequence, salt)
         self._table.appended(segment, SEGMENT_HEADER_BYTES, self.txid, self.lsn)
         self.segment, self.sequence, self.salt = segment, sequence, salt
@@ -218,7 +234,7 @@ class Log:
         crash_point("flush-after-sync")
         self._syncing = False
         if errno and holds(Rule.FSYNC_FAILURE_IS_FATAL):
-            self.fail(f"fdatasync failed with errno {errno}")
+            self._failed(f"fdatasync failed with errno {errno}")
             return
         invariant(covered >= self.durable_lsn, "durable lsn only rises")
         self.durable_lsn = covered
@@ -232,15 +248,11 @@ class Log:
         for done in ready:
             done(0)
 
-    def fail(self, reason: str) -> None:
-        """Nothing of this log can be promised any more: everyone who waits gets EIO."""
-        if self.is_failed:
-            return
+    def fail(self) -> list[Done]:
+        """Nothing of this log can be promised any more; returns those who wait for a sync, to be told EIO."""
         self.is_failed = True
         waiting, self._waiting = self._waiting, []
-        self._failed(reason)
-        for _, done in waiting:
-            done(errnos.EIO)
+        return [done for _, done in waiting]
 
     def position(self, next_mba: int, next_hole: int, live_blocks: int) -> Checkpoint:
         """Where replay goes on after the present state."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from errno import EIO
 
 from metadata.family_state import PendingHole
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
@@ -31,7 +32,7 @@ from metadata.region_table import RegionTable
 from metadata.seams import Store
 from metadata.segment_table import SegmentTable
 from protocol.disk import DamagedValueError
-from protocol.invariant import invariant
+from protocol.invariant import InvariantError, invariant
 
 MAX_PENDING_HOLES = 256
 SEGMENT = 0  # item offsets in a middle page
@@ -113,26 +114,25 @@ class Maps:
                 continue
             self._loading[key] = [one_loaded]
             to_load.append((page_map, number))
-        from_store: Need = []
-        for page_map, number in to_load:
-            if page_map is self.logical and number in self.stale:
-                self._settle_then_tell(number)
-            else:
-                from_store.append((page_map, number))
-        if from_store:
+        if to_load:
+            # Stale pages need nothing from LevelDB, but are settled behind the same door: never from inside this call.
+            from_store = [each for each in to_load if each[0] is not self.logical or each[1] not in self.stale]
             ranges = [page_map.key_range(number) for page_map, number in from_store]
-            self._store.range_later(ranges, lambda errno, items: self._loaded(errno, from_store, items))
+            stale = [number for page_map, number in to_load if page_map is self.logical and number in self.stale]
+            self._store.range_later(ranges, lambda errno, items: self._loaded(errno, from_store, items, stale))
 
-    def _loaded(self, errno: int, need: Need, items: list[list[tuple[bytes, bytes]]]) -> None:
+    def _loaded(self, errno: int, need: Need, items: list[list[tuple[bytes, bytes]]], stale: list[int]) -> None:
+        for number in stale:
+            self._settle_then_tell(number)
         if errno:
             self._failed(f"LevelDB could not read map pages (errno {errno})")
             items = [[] for _ in need]
         for (page_map, number), page_items in zip(need, items, strict=True):
             try:
                 self.install(page_map, number, [] if errno else page_items)
-            except DamagedValueError as error:
+            except (DamagedValueError, InvariantError) as error:
                 self._failed(str(error))
-                errno = errno or 5
+                errno = errno or EIO
             if not errno and page_map is self.logical and number in self.stale:
                 self._settle_then_tell(number)
             else:

@@ -48,6 +48,7 @@ CRASH_POINTS: dict[str, Rule] = {
     "append-before": Rule.ACK_AFTER_APPEND,
     "append-after": Rule.ACK_AFTER_APPEND,
     "segment-before-open": Rule.SALT_DRAWN_PER_LIFE,
+    "segment-before-seal": Rule.LOG_ENDS_ONLY_ABOVE_DURABLE,
     "segment-after-seal": Rule.LOG_ENDS_ONLY_ABOVE_DURABLE,
     "flush-before-sync": Rule.FLUSH_OLDEST_FIRST,
     "flush-after-sync": Rule.FSYNC_FAILURE_IS_FATAL,

@@ -81,14 +81,18 @@ def parse_segment_header(data: bytes) -> SegmentStart | None:
     return SegmentStart(family, segment, epoch, sequence, salt, previous_crc, crc)
 
 
-def body_length(header: bytes) -> int | None:
-    """Length of the body that follows a record header, or None if this is no record header."""
+def body_length(key: bytes, header: bytes) -> int | None:
+    """Length of the body that follows a record header, or None if this is no record header of the life that `key`
+    names.
+
+    Client data cannot pass for one, because it does not know the salt in `key`; so the length can be believed.
+    """
     if len(header) < RECORD_HEADER_BYTES:
         return None
-    magic, kind, _, extents, blocks = RECORD_HEADER.unpack_from(header)[:5]
-    if magic != RECORD_MAGIC or kind not in (WRITE, MOVE, SEAL):
+    fields = RECORD_HEADER.unpack(header)
+    if fields[0] != RECORD_MAGIC or record_crc(key, header) != fields[-1] or fields[1] not in (WRITE, MOVE, SEAL):
         return None
-    return body_bytes(kind, extents, blocks)
+    return body_bytes(fields[1], fields[3], fields[4])
 
 
 def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record | None:
@@ -96,12 +100,11 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
 
     Whether it is the *next* link (`previous_crc`, lsn) is the caller's to check.
     """
-    if body_length(header) != len(body):
+    if body_length(key, header) != len(body):
         return None
-    (_, kind, _, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, crc) = RECORD_HEADER.unpack(
-        header
-    )
-    if record_crc(key, header, body) != crc:
+    fields = RECORD_HEADER.unpack(header)
+    _, kind, _, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, body_crc, crc = fields
+    if crc32c(body) != body_crc:
         return None
     extent_array, mbas, old, checksums = array("Q"), array("Q"), array("I"), array("I")
     successor, successor_salt = 0, b""

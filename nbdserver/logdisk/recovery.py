@@ -40,6 +40,7 @@ from protocol.disk import (
     BLOCK_BYTES,
     EXTENT_HOLE,
     MOVE,
+    RECORD_HEADER,
     RECORD_HEADER_BYTES,
     RECORD_MAGIC,
     SEAL,
@@ -50,6 +51,7 @@ from protocol.disk import (
 
 _COPY_BYTES = 1 << 20
 _LARGE_HOLE_BLOCKS = 4096
+_DURABLE_LSN = 10  # place of the field in a record header
 
 
 class RecoveryError(Exception):
@@ -128,7 +130,7 @@ class Replay:
         """Let the log go on in another segment than the one that it ended in, if that was ever written."""
         if not log.lsn and not self._pool.open_if_present(log.segment):
             return  # a family's first segment, not begun yet
-        segment = self._pool.take(reserved=True)
+        segment = self._pool.take(keep=0)
         if segment:
             log.start_over(segment)
         elif not log.begin_if_needed():
@@ -201,12 +203,8 @@ class Replay:
         found = data.find(magic)
         while found >= 0:
             header = data[found : found + RECORD_HEADER_BYTES]
-            length = body_length(header)
-            if length is not None:
-                body = data[found + RECORD_HEADER_BYTES : found + RECORD_HEADER_BYTES + length]
-                record = parse_record(key, header, body, 0)
-                if record is not None:
-                    durable = max(durable, record.durable_lsn)
+            if body_length(key, header) is not None:
+                durable = max(durable, RECORD_HEADER.unpack(header)[_DURABLE_LSN])
             found = data.find(magic, found + 1)
         return durable
 
@@ -286,7 +284,7 @@ class Replay:
 def read_record(files: Files, handle: int, key: bytes, offset: int) -> Record | None:
     """The record at `offset` of a segment in the life that `key` names, or None; waits for the disk."""
     header = files.read(handle, RECORD_HEADER_BYTES, offset)
-    length = body_length(header)
+    length = body_length(key, header)
     if length is None:
         return None
     body = files.read(handle, length, offset + RECORD_HEADER_BYTES)

@@ -4,7 +4,7 @@ Theory. A recycled file's blocks are allocated and its pages are cached, which m
 one to a new file. So a freed segment goes on a stack and the next life takes the most recently freed one. At rest only
 max(8, 2 % of the live data) stay spare; what was not needed for a while is unlinked, so that `df` tells the truth.
 
-Full disk. `RESERVE_SEGMENTS` written-ahead files are never given to clients: the cleaner and discards append with them,
+Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner and discards append with them,
 and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it is unlinked when the file
 system runs full, because LevelDB turns read-only when it meets the end itself.
 
@@ -20,7 +20,9 @@ from functools import partial
 from metadata.seams import Files
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 
-RESERVE_SEGMENTS = 2
+CLIENTS_KEEP = 3  # of the spare files, by those who append for clients
+CLEANER_KEEPS = 1  # the last one is for discards
+DISCARDS_KEEP = 0
 SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
 DIRECTORY = "segments"
@@ -107,9 +109,8 @@ class SegmentPool:
 
     # -- giving out
 
-    def take(self, reserved: bool) -> int:
-        """A free segment file for a new life, or 0 when there is none. `reserved` may use the reserve."""
-        keep = 0 if reserved else RESERVE_SEGMENTS
+    def take(self, keep: int) -> int:
+        """A free segment file for a new life, or 0 when there is none but `keep` of the spare ones."""
         segment = 0
         if len(self.spare) > keep:
             segment = self.spare.pop()
@@ -117,24 +118,27 @@ class SegmentPool:
         elif self._has_room():
             segment = self._create()
         self._lowest_spare = min(self._lowest_spare, len(self.spare))
-        self._set_full(not segment and not reserved)
         if segment:
             crash_point("segment-before-reuse")
         return segment
 
-    def can_take(self) -> bool:
-        """Whether a client's write could get another segment now."""
-        return len(self.spare) > RESERVE_SEGMENTS or self._has_room()
+    def can_take(self, keep: int = CLIENTS_KEEP) -> bool:
+        """Whether another segment could be had now."""
+        return len(self.spare) > keep or self._has_room()
+
+    def note_full(self, full: bool) -> None:
+        """Say once that clients can get no further segment, and once that they can again."""
+        if full != self.full:
+            self.full = full
+            self._report("disk-full" if full else "disk-has-room", {"free_bytes": self._files.free_bytes()})
 
     def take_number(self, segment: int) -> bool:
         """Make the file of one given number: a family's first."""
         if segment in self.spare:
             self.spare.remove(segment)
-            return True
-        if not self._has_room():
-            self._set_full(True)
-            return False
-        return self._create(segment) != 0
+        elif segment >= len(self.handles) or self.handles[segment] < 0:
+            return self._has_room() and self._create(segment) != 0
+        return True
 
     def return_unused(self, segment: int) -> None:
         """Put back a file that was taken and not written."""
@@ -148,7 +152,6 @@ class SegmentPool:
             self._awaiting_readers.add(segment)
         else:
             self.spare.append(segment)
-            self._set_full(False)
 
     def begin_read(self, segment: int) -> None:
         """A read off the loop has looked up an address in the segment."""
@@ -173,7 +176,7 @@ class SegmentPool:
         if self._preparing or not self._has_room():
             return
         if not idle:
-            if len(self.spare) < RESERVE_SEGMENTS:
+            if len(self.spare) < CLIENTS_KEEP:
                 segment = self._create()
                 if segment:
                     self.spare.insert(0, segment)
@@ -181,7 +184,7 @@ class SegmentPool:
             self._preparing = True
             self._has_ballast = True
             self._files.prepare_later(BALLAST, _BALLAST_BYTES, self._ballast_prepared)
-        elif len(self.spare) < RESERVE_SEGMENTS + 1:
+        elif len(self.spare) < CLIENTS_KEEP + 1:
             self._preparing = True
             segment = self._unused_number()
             self._set_handle(segment, -2)  # taken
@@ -212,23 +215,26 @@ class SegmentPool:
 
     def _create(self, segment: int = 0) -> int:
         segment = segment or self._unused_number()
+        path = segment_path(segment)
         try:
-            handle = self._files.create(segment_path(segment), self.segment_bytes)
-        except OSError:
+            handle = self._files.create(path, self.segment_bytes)
+        except OSError as error:
+            self._report("segment-not-made", {"segment": segment, "errno": error.errno, "error": str(error)})
+            return 0
+        try:
+            # The name must be durable before a flush relies on it.
+            self._files.sync_directory(DIRECTORY)
+        except OSError as error:
+            self._report("segment-not-made", {"segment": segment, "errno": error.errno, "error": str(error)})
+            self._files.close(handle)
+            self._files.unlink(path)
             return 0
         self._set_handle(segment, handle)
-        # The name must be durable before a flush relies on it.
-        self._files.sync_directory(DIRECTORY)
         self.created += 1
         return segment
 
     def _has_room(self) -> bool:
         return self._files.free_bytes() >= self.segment_bytes + _FREE_FLOOR_BYTES
-
-    def _set_full(self, full: bool) -> None:
-        if full != self.full:
-            self.full = full
-            self._report("disk-full" if full else "disk-has-room", {"free_bytes": self._files.free_bytes()})
 
     def _unused_number(self) -> int:
         try:

@@ -94,12 +94,19 @@ class _Waiting:
         self._pieces: list[Buffer] = []
         self._extents: Extents = []
         self._extent_pages = 0
-        self._cold: dict[int, tuple[int, int, bytes]] = {}  # LBA → (segment, offset, content), for merging
+        self._cold: dict[int, tuple[tuple[int, int, int], bytes]] = {}  # LBA → (address, content), for merging
         slow_path._clock.call_soon(self._go_on)
 
     # -- going on
 
     def _go_on(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            self._disk.parted(error)
+            self._finish(errnos.EIO)
+
+    def _run(self) -> None:
         disk = self._disk
         while True:
             if disk.failure:
@@ -269,11 +276,11 @@ class _Waiting:
         if address is None:
             return bytes(BLOCK_BYTES)
         cold = self._cold.get(lba)
-        if cold is not None and cold[:2] == address[:2]:
-            return cold[2]
+        if cold is not None and cold[0] == address:
+            return cold[1]
 
         def arrived(blocks: list[bytes]) -> None:
-            self._cold[lba] = (address[0], address[1], blocks[0])
+            self._cold[lba] = (address, blocks[0])
             self._go_on()
 
         self._read_cold(lba, 1, arrived)

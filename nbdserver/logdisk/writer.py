@@ -7,7 +7,7 @@ Rules
 - Maps are changed only after the append returned: a failed append changed nothing.
 - A batch is applied in its order; a discard or a partial block commits what came before it first.
 - `blocked` is one flag for all reasons why a write may not go on inline.
-- An accepted batch may go into the reserve of segments; what is accepted after that may not.
+- Anything unexpected between the append and the end of the map changes condemns the family: log and maps have parted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import run_length
-from nbdserver.logdisk.segments import SegmentPool
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
 
@@ -45,6 +45,7 @@ class Writer:
         reader: Reader,
         check_background: Callable[[], None],
         append_failed: Callable[[OSError], int],
+        parted: Callable[[BaseException], None],
     ) -> None:
         self.blocked = False
         self.batches = self.batch_blocks = self.discards = 0
@@ -54,6 +55,7 @@ class Writer:
         self._read = reader.read
         self._check_background = check_background
         self._append_failed = append_failed
+        self._parted = parted
         self._logical_pages = maps.logical.pages
         self._middle_pages = maps.middle.pages
         self._live = maps.segments.live
@@ -156,17 +158,20 @@ class Writer:
         for first in range(lba, lba + count, _MOST_EXTENT_BLOCKS):
             extents.extend((first, min(_MOST_EXTENT_BLOCKS, lba + count - first) | EXTENT_HOLE << 32))
         try:
-            if not self._make_room(len(extents) >> 1, reserved=True):
+            if not self._make_room(len(extents) >> 1, DISCARDS_KEEP):
                 return errnos.ENOSPC
             log.append_write(LAYER, extents, array("Q"), array("I"), ())
+            maps.regions.mark(lba, count, log.txid)
+            if count > SMALL_HOLE_BLOCKS:
+                maps.add_hole(lba, count)
+                self._check_background()
+            else:
+                maps.clear(lba, count)
         except OSError as error:
             return self._append_failed(error)
-        maps.regions.mark(lba, count, log.txid)
-        if count > SMALL_HOLE_BLOCKS:
-            maps.add_hole(lba, count)
-            self._check_background()
-        else:
-            maps.clear(lba, count)
+        except BaseException as error:
+            self._parted(error)
+            raise
         self.discards += 1
         self._after_append()
         return 0
@@ -182,6 +187,9 @@ class Writer:
             errno = self._append_batch(lbas, counts, data, checksums)
         except OSError as error:
             errno = self._append_failed(error)
+        except BaseException as error:
+            self._parted(error)
+            raise
         self._after_append()
         errno, self._batch_errno = errno or self._batch_errno, 0
         return errno
@@ -331,7 +339,7 @@ class Writer:
         pieces = [(lba, count, memoryview(buffer)) for lba, count, buffer in zip(lbas, counts, data, strict=True)]
         at = 0
         while pieces:
-            if not self._make_room(len(pieces[:MAX_RECORD_EXTENTS]), reserved=True, blocks=1):
+            if not self._make_room(min(len(pieces), MAX_RECORD_EXTENTS), CLIENTS_KEEP, blocks=1):
                 return errnos.ENOSPC
             room = self._log.room_blocks(WRITE, min(len(pieces), MAX_RECORD_EXTENTS))
             part: list[tuple[int, int, memoryview]] = []
@@ -353,19 +361,21 @@ class Writer:
             at += blocks
         return 0
 
-    def _make_room(self, extents: int, *, reserved: bool, blocks: int = 0) -> bool:
+    def _make_room(self, extents: int, keep: int, blocks: int = 0) -> bool:
         log = self._log
         if not log.begin_if_needed():
             return False
         while log.room_blocks(WRITE, extents) < blocks:
-            if not self.next_segment(reserved):
+            if not self.next_segment(keep):
                 return False
         return True
 
-    def next_segment(self, reserved: bool) -> bool:
+    def next_segment(self, keep: int) -> bool:
         """Go on in another segment, if one is to be had."""
-        if not self._log.next_segment(reserved):
+        if not self._log.next_segment(keep):
             return False
+        # What is accepted from now on may find no further segment: it takes the way that can wait for one.
+        self.blocked = self.blocked or not self._pool.can_take()
         self._check_background()
         return True
 
