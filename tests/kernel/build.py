@@ -135,18 +135,24 @@ def find_program(name: str, package: str) -> Path:
 
 def kernel_package() -> str:
     """The package that Debian's cloud kernel is in at present, by name."""
+    package = kernel_in_lists() or (kernel_in_lists() if refresh_package_lists() else "")
+    if not package:
+        raise MissingError(f"no package lists with {KERNEL_PACKAGE} (Debian 12): apt-get update")
+    return package
+
+
+def kernel_in_lists() -> str:
     answer = subprocess.run(["apt-cache", "depends", KERNEL_PACKAGE], capture_output=True, text=True, check=False)
     found = re.search(r"Depends: (linux-image-\d\S+)", answer.stdout)
-    if found is None:
-        raise MissingError(f"no package lists with {KERNEL_PACKAGE} (Debian 12): apt-get update")
-    return found[1]
+    return found[1] if found else ""
 
 
 def unpack_kernel(package: str, folder: Path) -> Path:
     """Download and unpack (not install) the kernel's package; return the tree."""
-    answer = subprocess.run(
-        ["apt-get", "-qq", "download", package], cwd=folder, capture_output=True, text=True, check=False
-    )
+    download = ["apt-get", "-qq", "download", package]
+    answer = subprocess.run(download, cwd=folder, capture_output=True, text=True, check=False)
+    if answer.returncode and refresh_package_lists():
+        answer = subprocess.run(download, cwd=folder, capture_output=True, text=True, check=False)
     archives = list(folder.glob("*.deb"))
     if answer.returncode or len(archives) != 1:
         raise MissingError(f"apt-get download {package} failed: {answer.stderr.strip()}")
@@ -154,6 +160,11 @@ def unpack_kernel(package: str, folder: Path) -> Path:
     subprocess.run(["dpkg", "-x", archives[0], tree], check=True)
     archives[0].unlink()
     return tree
+
+
+def refresh_package_lists() -> bool:
+    """They may be missing or name a version that is gone. Only root can; True if it was done."""
+    return os.geteuid() == 0 and subprocess.run(["apt-get", "-qq", "update"], check=False).returncode == 0
 
 
 def module_order(tree: Path, wanted: Iterable[str]) -> list[Path]:
