@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from metadata.seams import Buffer, Clock
+from metadata.seams import Buffer, Clock, Done
 from nbdserver.block import BlockDevice, Extents, Operation
 from nbdserver.volume.counters import Counters
 from protocol.transmission import Replies, reply_error
@@ -32,6 +32,40 @@ _ZEROS = memoryview(bytes(ZERO_PIECE_BYTES))
 
 def _nothing() -> None:
     """Nobody is left to be told."""
+
+
+class _ZeroFill:
+    """Real zeros from `position` to `end`, a piece a turn of the loop, then `done(errno)`."""
+
+    def __init__(self, device: BlockDevice, clock: Clock, position: int, end: int, done: Done) -> None:
+        self._device = device
+        self._clock = clock
+        self._position = position
+        self._end = end
+        self._done = done
+        self._error = 0
+
+    def stop(self) -> None:
+        """Be done after the piece that is under way."""
+        self._end = self._position
+
+    def step(self) -> None:
+        """Write the next piece, or be done."""
+        if self._error or self._position >= self._end:
+            self._done(self._error)
+            return
+        offset = self._position
+        size_bytes = min(ZERO_PIECE_BYTES - offset % ZERO_PIECE_BYTES, self._end - offset)
+        self._position += size_bytes
+        if self._device.write(offset, _ZEROS[:size_bytes]):
+            self._error = self._device.commit()
+            self._clock.call_soon(self.step)
+        else:
+            self._device.later(Operation.WRITE, offset, size_bytes, bytes(_ZEROS[:size_bytes]), self._written)
+
+    def _written(self, error: int, _result: object) -> None:
+        self._error = error
+        self.step()
 
 
 class Deferred:
@@ -58,7 +92,7 @@ class Deferred:
         self._ready: list[Buffer] = []
         self._delivery_pending = False
         self._connected = True
-        self._zero_fills: deque[Callable[[], None]] = deque()  # the first one is being done
+        self._zero_fills: deque[_ZeroFill] = deque()  # the first one is being done
 
     def has_room(self, length: int) -> bool:
         """Whether one more request with `length` bytes of data may wait."""
@@ -71,6 +105,10 @@ class Deferred:
         self._connected = False
         self._freed = _nothing  # the transmission, which refers back to this: no cycle stays
         self._ready.clear()
+        if self._zero_fills:
+            self._zero_fills[0].stop()
+            while len(self._zero_fills) > 1:
+                self._zero_fills.pop()
 
     # --- what can wait ---
 
@@ -126,28 +164,16 @@ class Deferred:
     def zero_fill(self, cookie: int, offset: int, length: int, fua: bool) -> None:
         """Write real zeros in pieces: of all these requests of a connection, one piece a turn of the loop."""
         finish = self._begin(ZERO_PIECE_BYTES)
-        position = offset
-        stop = offset + length
 
-        def step(error: int, _result: object = None) -> None:
-            nonlocal position
-            if error or position == stop or not self._connected:
-                self._zero_fills.popleft()
-                if self._zero_fills:
-                    self._clock.call_soon(self._zero_fills[0])
-                self._finish_change(finish, cookie, offset, error, fua)
-                return
-            piece_bytes = min(ZERO_PIECE_BYTES - position % ZERO_PIECE_BYTES, stop - position)
-            piece_offset, position = position, position + piece_bytes
-            if self._device.write(piece_offset, _ZEROS[:piece_bytes]):
-                committed = self._device.commit()
-                self._clock.call_soon(lambda: step(committed))
-            else:
-                self._device.later(Operation.WRITE, piece_offset, piece_bytes, bytes(_ZEROS[:piece_bytes]), step)
+        def done(error: int) -> None:
+            self._zero_fills.popleft()
+            if self._zero_fills:
+                self._clock.call_soon(self._zero_fills[0].step)
+            self._finish_change(finish, cookie, offset, error, fua)
 
-        self._zero_fills.append(lambda: step(0))
+        self._zero_fills.append(_ZeroFill(self._device, self._clock, offset, offset + length, done))
         if len(self._zero_fills) == 1:
-            self._clock.call_soon(self._zero_fills[0])
+            self._clock.call_soon(self._zero_fills[0].step)
 
     # --- bookkeeping ---
 

@@ -148,9 +148,9 @@ class Wire:
     ) -> None:
         self.style = style
         self.clock = clock
-        self.gone: list[str] = []
+        self.gone = gone = list[str]()
         self.connection = ListConnection(peer_name)
-        self.session = Session(1, self.connection, clock, exports, lambda _, reason: self.gone.append(reason))
+        self.session = Session(1, self.connection, clock, exports, lambda _, reason: gone.append(reason))
         self._cookies = itertools.count(1)
         self._reads: dict[int, int] = {}
         hello = nbd.ClientFlags.build({"flags": int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)})

@@ -1,7 +1,9 @@
 """NBD sessions over a device in memory: batches, errors, bounds, and what hostile clients cannot do to others."""
 
 import errno
+import gc
 import random
+import weakref
 
 import pytest
 from hypothesis import given
@@ -316,6 +318,36 @@ def test_a_lost_client_has_its_work_finished_and_its_replies_dropped(rig: Rig) -
     assert rig.device.data[:BLOCK] == b"b" * BLOCK
     assert wire.gone == ["gone"]
     assert rig.export.sessions == set()
+
+
+def test_a_client_that_left_leaves_nothing_to_the_garbage_collector(rig: Rig) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        wire = rig.wire()
+        packed, _ = conversation(wire)
+        wire.feed(packed)
+        session = weakref.ref(wire.session)
+        transmission = weakref.ref(wire.session._transmission)
+        wire.session.lost("gone")
+        rig.clock.run()
+        del wire
+        assert rig.export.counters.batches
+        rig.clock.advance(HANDSHAKE_TIMEOUT_S + 1)  # the loop's heap of timers holds a cancelled one
+        assert session() is None
+        assert transmission() is None
+    finally:
+        gc.enable()
+
+
+def test_zeroing_for_a_client_that_left_stops(rig: Rig) -> None:
+    wire = rig.wire()
+    wire.ask(Command.WRITE, 0, data=b"x" * SIZE_BYTES)
+    for _ in range(3):
+        wire.feed(wire.request(Command.WRITE_ZEROES, 100, SIZE_BYTES - 100, flags=CommandFlag.NO_HOLE)[1])
+    wire.session.lost("gone")
+    rig.clock.run()
+    assert rig.device.data == b"x" * SIZE_BYTES
 
 
 def test_requests_that_wait_are_bounded_and_the_rest_is_not_read() -> None:
