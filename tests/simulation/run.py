@@ -174,6 +174,7 @@ class Run:
         self.store = SimulatedStore(self.table, self.clock, mix, self.files.world_ends)
         self.in_flight = 0
         self._plan_point = None
+        self.world.has_crashed = False
 
     def _end_life(self, power: bool) -> None:
         self.counters.update(self.files.counts)
@@ -226,6 +227,8 @@ class Run:
             self._plan_point = (rng.choice(sorted(CRASH_POINTS)), rng.choice([1, 1, 2, 5, 20]))
 
     def _at_crash_point(self, name: str) -> None:
+        if self.world.has_crashed:
+            return
         self.hits[name] += 1
         self.world.note("point", name)
         if self._plan_point is not None and self._plan_point[0] == name:
@@ -234,7 +237,7 @@ class Run:
             if left <= 0:
                 self.tell(f"crash point {name}")
                 self.counters[f"crash at {name}"] += 1
-                raise SimulatedCrash
+                self.world.crash()
 
     def _open(self) -> bool:
         """Open the disk; False if errors of the device prevented it (the life is over then)."""
@@ -301,6 +304,8 @@ class Run:
         return FaultMix(latency_s=self.mix.latency_s, room_segments=self.mix.room_segments)
 
     def _report(self, kind: str, fields: dict[str, object]) -> None:
+        if self.world.has_crashed:
+            return
         self.tell(f"report {kind} {fields}")
         self.reports[kind] += 1
         if kind == "generation-raised":
@@ -545,7 +550,7 @@ class Run:
     def _accept(self, errno: int, what: str) -> None:
         """Raise unless the mix can be the cause of the errno."""
         mix = self.mix
-        if not errno:
+        if not errno or self.world.has_crashed:
             return
         self.counters[f"errno {errno}"] += 1
         if errno == errnos.ENOSPC and (mix.room_segments < 100 or mix.create_error):

@@ -184,7 +184,7 @@ class SimulatedFiles:
 
     def world_ends(self) -> bool:
         """Whether the planned crash is in this call. Raises SimulatedCrash in a life that is over."""
-        if self._dead:
+        if self._dead or self._world.has_crashed:
             raise SimulatedCrash
         if self.operations_left is None:
             return False
@@ -224,7 +224,7 @@ class SimulatedFiles:
         file = _File(size_bytes)
         self._drive.set_name(path, file)
         if ends:
-            raise SimulatedCrash
+            self._world.crash()
         return self._enter(file)
 
     def open(self, path: str) -> int:
@@ -251,7 +251,7 @@ class SimulatedFiles:
 
     def rename(self, path: str, new_path: str) -> None:
         if self.world_ends():
-            raise SimulatedCrash
+            self._world.crash()
         file = self._drive.files[_normal(path)]
         self._drive.set_name(_normal(new_path), file)
         self._drive.set_name(_normal(path), None)
@@ -265,7 +265,7 @@ class SimulatedFiles:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         self._drive.set_name(path, None)
         if ends:
-            raise SimulatedCrash
+            self._world.crash()
 
     def unlink_later(self, path: str, done: Done) -> None:
         def finish() -> None:
@@ -280,7 +280,7 @@ class SimulatedFiles:
 
     def sync_directory(self, path: str) -> None:
         if self.world_ends():
-            raise SimulatedCrash
+            self._world.crash()
         self._drive.sync_names(_normal(path))
 
     def free_bytes(self) -> int:
@@ -296,7 +296,7 @@ class SimulatedFiles:
         self._world.note("append", handle, offset, len(data))
         if self.world_ends():
             file.write(data[: self._random.randrange(len(data) + 1)], offset)
-            raise SimulatedCrash
+            self._world.crash()
         if self._chance(self.mix.append_error):
             file.write(data[: self._random.randrange(len(data) + 1)], offset)
             raise OSError(errno.EIO, "simulated write error")
@@ -344,7 +344,7 @@ class SimulatedFiles:
 
         def sync(index: int) -> None:
             if self.world_ends():
-                raise SimulatedCrash
+                self._world.crash()
             if index == len(files):
                 done(0)
                 return
@@ -363,7 +363,7 @@ class SimulatedFiles:
         for handle in handles:
             file = self._handles[handle]
             if self.world_ends():
-                raise SimulatedCrash
+                self._world.crash()
             self.counts["sync"] += 1
             failed = self._chance(self.mix.sync_error)
             file.end_sync(file.begin_sync(), failed)
@@ -379,7 +379,7 @@ class SimulatedFiles:
 
         def finish() -> None:
             if self.world_ends():
-                raise SimulatedCrash
+                self._world.crash()
             self._preparing.remove(entry)
             try:
                 handle = self.create(path, size_bytes)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from metadata.seams import Batch, Done
 from tests.simulation.faults import FaultMix
-from tests.simulation.world import SimulatedClock, SimulatedCrash, World
+from tests.simulation.world import SimulatedClock, World
 
 Items = list[tuple[bytes, bytes]]
 
@@ -119,7 +119,7 @@ class SimulatedStore:
         if not (ends or error) or self._random.random() < 0.5:
             self._table.apply(batch.changes)
         if ends:
-            raise SimulatedCrash
+            self._world.crash()
         if error:
             self._failed = True
             raise OSError(errno.EIO, "simulated store error")

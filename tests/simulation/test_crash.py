@@ -3,12 +3,14 @@
 A failing test names its seed; `python -m tests.simulation.run --seed N` tells the story of it.
 """
 
+import os
+
 import pytest
 
 from nbdserver.logdisk.ordering import CRASH_POINTS
 from tests.simulation.run import Bend, Run, try_seed
 
-SEEDS = 640
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "640"))
 CHUNK = 20
 CRASHES = 3  # at each crash point, each survived
 TRIES = 60

@@ -7,6 +7,7 @@ hypothesis finds it makes small. After kill -9 everything is there; a power cut 
 import os
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,6 +20,7 @@ from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.world import SimulatedClock, World
 
+pytestmark = pytest.mark.fuzz
 BLOCK_BYTES = 4096
 BLOCKS = 5000  # 20 map pages; a discard of more than 4,096 blocks is worked in later
 SIZE_BYTES = BLOCKS * BLOCK_BYTES

@@ -1,4 +1,4 @@
-"""The simulator itself: a page cache that loses what it may, batches that are all or none, a judge who is not fooled."""
+"""The simulator itself: a page cache that loses what it may, a store of whole batches, a judge who is not fooled."""
 
 import errno
 from collections.abc import Callable

@@ -14,6 +14,7 @@ import random
 import zlib
 from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import NoReturn
 
 
 class SimulatedCrash(BaseException):
@@ -29,6 +30,12 @@ class World:
         self.now_s = 1000.0
         self.digest = 0
         self.events = 0
+        self.has_crashed = False
+
+    def crash(self) -> NoReturn:
+        """End the process here. Whatever the product does on the way out has no effect."""
+        self.has_crashed = True
+        raise SimulatedCrash
 
     def note(self, *what: object) -> None:
         """Make `what` part of the trace: two runs of one seed must agree on all of it."""
