@@ -6,6 +6,7 @@ import typer
 
 from nbdserver.cli.client import NodeClient
 from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, print_table, wants_json
+from nbdserver.node.sizes import round_size
 
 app = typer.Typer(no_args_is_help=True, help="List and disconnect NBD clients.")
 
@@ -22,8 +23,18 @@ def list_clients(context: typer.Context, data: DataOption = None, json_output: J
     if wants_json(context, json_output):
         print_json(clients)
         return
-    rows = [[str(client["id"]), client["volume"], client["peer"]] for client in clients]
-    print_table([">ID", "VOLUME", "PEER"], rows)
+    rows = [
+        [
+            str(client["id"]),
+            client["volume"],
+            client["peer"],
+            str(client["requests"]),
+            round_size(client["read_bytes"]),
+            round_size(client["write_bytes"]),
+        ]
+        for client in clients
+    ]
+    print_table([">ID", "VOLUME", "PEER", ">REQUESTS", ">READ", ">WRITTEN"], rows)
 
 
 @app.command("disconnect")

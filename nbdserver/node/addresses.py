@@ -4,6 +4,7 @@ import ipaddress
 import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 from nbdserver.node.errors import WrongInputError
 
@@ -65,7 +66,7 @@ def is_loopback(host: str) -> bool:
 def uri(address: str, export: str = "") -> str:
     """Return the NBD URI of an export (or of the server) behind `HOST:PORT` or `unix:PATH`."""
     if address.startswith("unix:"):
-        return f"nbd+unix:///{export}?socket={address.removeprefix('unix:')}"
+        return f"nbd+unix:///{export}?socket={quote(address.removeprefix('unix:'))}"
     return f"nbd://{address}/{export}"
 
 

@@ -209,6 +209,8 @@ class Node:
     def _taken(self, reason: str) -> str:
         address, _, problem = reason.partition(" ")
         if problem != "EADDRINUSE" or address.startswith("unix:"):
+            if problem == "EADDRINUSE":
+                problem = "another program listens there, or it is no socket"
             option = "--socket" if address.startswith("unix:") else "--listen"
             return f"cannot listen on {address}: {problem}; choose another with {option}"
         host, port = split_address(address)

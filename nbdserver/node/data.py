@@ -10,6 +10,8 @@ Rules
 - The cyclic garbage collector never runs by itself: nothing on the hot path makes cycles, and a full collection
   would stop every client. A handshake leaves some (construct's contexts refer to themselves): after every
   CLIENTS_A_COLLECTION clients that went, what was made since the last time is looked through, some milliseconds.
+- An exception that no one expected, in a callback of the loop, ends the process: what it left half done is not to be
+  served from. The control process starts another one, which takes its state from the log.
 - Nothing of FastAPI, pydantic or typer is imported here.
 """
 
@@ -32,7 +34,7 @@ from nbdserver.host.network import SocketNetwork
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node.channel import Channel
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
-from nbdserver.volume.export import Export, Exports
+from nbdserver.volume.export import Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -43,6 +45,10 @@ DRAIN_TIMEOUT_S = 10.0
 
 CLIENTS_A_COLLECTION = 256
 """Each leaves a few KiB of cyclic garbage."""
+
+EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h
+
+_log = logging.getLogger(__name__)
 
 
 class ListenError(Exception):
@@ -68,7 +74,13 @@ class Worker:
 
     async def handle(self, name: str, arguments: dict[str, Any]) -> Any:
         """Do one request of the control process."""
-        return await getattr(self, f"do_{name}")(**arguments)
+        try:
+            return await getattr(self, f"do_{name}")(**arguments)
+        except (FamilyError, ListenError, ExportError):
+            raise  # a refusal
+        except Exception:
+            _log.exception("the request %s failed", name)
+            raise
 
     async def do_start(self, cache_bytes: int, max_connections: int) -> dict[str, Any]:
         """Take the settings; the first request."""
@@ -156,7 +168,7 @@ class Worker:
         for family in self._families.values():
             if family.export is None:
                 continue
-            disk: dict[str, Any] = {}
+            disk: dict[str, Any] = {"disk_metadata_bytes_written": family.metadata_bytes_written}
             gauges: dict[str, Any] = {"clients": len(family.export.sessions)}
             for name, value in family.disk.counters().items():
                 if name.endswith("_now"):
@@ -190,7 +202,9 @@ class Worker:
                 "volume": client.export,
                 "connected_s": round(now_s - client.since_s, 1),
                 "in_flight": client.in_flight,
-                "received_bytes": client.received_bytes,
+                "requests": client.requests,
+                "read_bytes": client.read_bytes,
+                "write_bytes": client.write_bytes,
                 "unsent_bytes": client.unsent_bytes,
             }
             for client in (self._server.clients() if self._server else [])
@@ -245,9 +259,18 @@ def collect_garbage() -> None:
     gc.freeze()
 
 
+def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio's exception handler: log it; end the process if a callback of the loop, or a completion, failed."""
+    loop.default_exception_handler(context)
+    if context.get("exception") is not None and "future" not in context and "transport" not in context:
+        os._exit(EXIT_DEFECT)
+
+
 async def serve(sock: socket.socket) -> None:
     """Serve the channel until it asks for the end, or ends."""
-    worker = Worker(asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(end_on_defect)
+    worker = Worker(loop)
 
     def channel_ended() -> None:
         if not worker.stopped.is_set():

@@ -17,6 +17,7 @@ dies.
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from nbdserver.host.data_directory import DataDirectoryError, DataDirectoryLock, refuse_unfit_file_system
@@ -27,6 +28,9 @@ from protocol.invariant import invariant
 FORMAT_VERSION = 1
 _FORMAT_LINE = "nbdserver data directory, version {}\n"
 _FORMAT_PATTERN = re.compile(r"nbdserver data directory, version ([0-9]+)\n")
+
+ORPHAN_TIMEOUT_S = 10.0
+"""How long a start waits for the data process of a node that was killed."""
 
 _HARMLESS = {"lock", "format.new", "lost+found"}
 """What a directory may hold before its format file is written: the remains of a first start, or a fresh ext4."""
@@ -149,7 +153,7 @@ class DataDirectory:
         self.check()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = DataDirectoryLock(str(self.path))
+            self._lock = self._take_lock()
             if self.version() is None:
                 self._write_format()
             self.families.mkdir(mode=0o700, exist_ok=True)
@@ -160,6 +164,27 @@ class DataDirectory:
             raise WrongInputError(
                 f"{error.filename or self.path} cannot be written: {error.strerror}; name another directory with --data"
             ) from None
+
+    def _take_lock(self) -> DataDirectoryLock:
+        """Take the lock; if its holder is dead, wait for what is left of it (a data process in its last fsync)."""
+        deadline_s = time.monotonic() + ORPHAN_TIMEOUT_S
+        while True:
+            try:
+                return DataDirectoryLock(str(self.path))
+            except DataDirectoryError:
+                if self._holder_is_alive() or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(0.02)
+
+    def _holder_is_alive(self) -> bool:
+        try:
+            pid = int((self.path / "lock").read_bytes())
+            state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, IndexError):
+            return True  # not known: whoever it is keeps it
+        return state not in (b"Z", b"X")
 
     def release(self) -> None:
         """Give the lock back (a child that inherited it may still hold it)."""

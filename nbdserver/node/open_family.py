@@ -141,6 +141,11 @@ class OpenFamily:
             self._room.close()
             raise FamilyError(str(error)) from error
 
+    @property
+    def metadata_bytes_written(self) -> int:
+        """Size of the batches given to LevelDB since opening."""
+        return self._room.store.bytes_written
+
     async def close(self) -> None:
         """Close the disk, cleanly unless it has failed, then store and files. Its clients must be gone."""
         deadline_s = self._clock.now() + OPERATIONS_TIMEOUT_S

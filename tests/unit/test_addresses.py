@@ -59,6 +59,7 @@ def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
 def test_a_uri_names_the_export_and_the_way() -> None:
     assert uri("127.0.0.1:10809", "disk0") == "nbd://127.0.0.1:10809/disk0"
     assert uri("[::1]:10809") == "nbd://[::1]:10809/"
+    assert uri("unix:/my disks/nbd.sock") == "nbd+unix:///?socket=/my%20disks/nbd.sock"
     assert uri("unix:/run/nbd.sock", "disk0") == "nbd+unix:///disk0?socket=/run/nbd.sock"
 
 
