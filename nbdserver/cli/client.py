@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from nbdserver.host.data_directory import is_locked
 from nbdserver.node.addresses import MAX_SOCKET_PATH_BYTES
 from nbdserver.node.errors import NodeError, NotRunningError, WrongInputError
 
@@ -41,6 +42,11 @@ class NodeClient:
     def delete(self, path: str, **query: Any) -> Any:
         return self._request("DELETE", path, params=query)
 
+    def _why_not(self) -> str:
+        if is_locked(self._data):
+            return f"the node on {self._data} is starting, stopping or being checked; try again in a moment"
+        return f"no node is running on {self._data}; start one with: nbdserver serve --data {self._data}"
+
     def _request(self, method: str, path: str, **arguments: Any) -> Any:
         import httpx
 
@@ -49,9 +55,7 @@ class NodeClient:
         except httpx.ConnectError as error:
             if "Permission" in str(error):
                 raise NodeError(f"{self._socket} may not be opened by this user; try with sudo") from None
-            raise NotRunningError(
-                f"no node is running on {self._data}; start one with: nbdserver serve --data {self._data}"
-            ) from None
+            raise NotRunningError(self._why_not()) from None
         except httpx.HTTPError as error:
             raise NodeError(f"the node on {self._data} did not answer: {error or type(error).__name__}") from None
         if response.status_code < 400:

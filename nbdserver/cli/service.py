@@ -17,6 +17,9 @@ FILES = {
     "node.yaml": "etc/nbdserver/node.yaml",
 }
 
+HIDDEN_FROM_THE_SERVICE = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
+"""By ProtectHome and PrivateTmp in the unit."""
+
 KEPT = ("node.yaml",)
 """What belongs to the administrator once it is there."""
 
@@ -58,6 +61,9 @@ def install_service(
     if wants_json(context, json_output):
         print_json(done)
         return
+    hidden = next((place for place in HIDDEN_FROM_THE_SERVICE if program.is_relative_to(place)), None)
+    if hidden is not None:
+        print(f"WARNING: the service does not see {hidden}, where {program} is: install nbdserver into /opt/nbdserver")
     for item in done:
         print(f"{item['action']} {item['file']}")
     print("next: systemd-sysusers && systemctl daemon-reload && systemctl enable --now nbdserver")

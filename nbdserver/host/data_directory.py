@@ -57,6 +57,21 @@ def refuse_unfit_file_system(path: str) -> None:
         )
 
 
+def is_locked(directory: str | os.PathLike[str]) -> bool:
+    """Whether someone has the data directory just now; False for a directory that cannot be looked into."""
+    try:
+        descriptor = os.open(os.path.join(directory, "lock"), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class DataDirectoryLock:
     """The exclusive lock of a data directory, held from construction to `release` (or death of every holder).
 

@@ -36,7 +36,7 @@ class RemoteError(Exception):
 
 def encode(message: dict[str, Any]) -> bytes:
     """Return the frame of one message. Raises ChannelError when it is too large."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = json.dumps(message, separators=(",", ":"), default=str).encode()
     if len(body) > MAX_FRAME_BYTES:
         raise ChannelError(f"a message of {len(body)} bytes is too large for the channel")
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body

@@ -195,7 +195,8 @@ class Node:
             await data.call("stop")
         except DataProcessError as error:
             self.events.add("data-process-stopped-badly", {"reason": str(error)})
-        data.kill() if self._exit_code else None
+        if self._exit_code:
+            data.kill()
         await data.wait()
 
     async def _listen(self) -> None:
@@ -228,16 +229,21 @@ class Node:
             ends.append(time.monotonic())
             if len(ends) == MAX_RESTARTS and ends[-1] - ends[0] < RESTART_WINDOW_S:
                 self._say(f"the data process ended {MAX_RESTARTS} times within {RESTART_WINDOW_S:.0f} s; giving up")
-                self._exit_code = 1
-                self._stopping.set()
+                self._give_up()
                 return
             try:
                 await self._start_data()
                 await self._listen()
-            except NodeError as error:
+            except (NodeError, OSError) as error:
                 self._say(f"the data process could not be started again: {error}")
-                if self._data is not None:
-                    self._data.kill()
+                if self._data is None:
+                    self._give_up()
+                else:
+                    self._data.kill()  # and once more, from the top
+
+    def _give_up(self) -> None:
+        self._exit_code = 1
+        self._stopping.set()
 
     def _data_event(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "recovering":
@@ -252,6 +258,7 @@ class Node:
             os._exit(1)
         if not self._stopping.is_set():
             self._stop_asked_s = now_s
+            self._say("stopping")
             self._stopping.set()
 
     def _announce(self) -> None:

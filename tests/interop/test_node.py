@@ -184,6 +184,20 @@ def test_kill_9_of_the_data_process_is_survived(start_server: StartServer) -> No
     assert show(server, "disk0")["epoch"] == 2
 
 
+def test_a_data_process_that_keeps_dying_ends_the_node(start_server: StartServer) -> None:
+    server = start_server()
+    assert server.process is not None
+    deadline_s = time.monotonic() + 4 * PATIENCE_S
+    while server.process.poll() is None:
+        assert time.monotonic() < deadline_s
+        for child in descendants(server.process.pid):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    assert server.process.returncode == 1
+    assert server.process.stdout is not None
+    assert b"the data process ended 5 times within 60 s; giving up\n" in server.process.stdout.read()
+
+
 def test_the_data_process_ignores_ctrl_c_and_the_program_stops_cleanly(start_server: StartServer) -> None:
     server = start_server()
     assert server.process is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserver.host.data_directory import DataDirectoryLock
 from tests.conftest import ROOT
 
 WRONG: list[tuple[list[str], str]] = [
@@ -66,6 +67,14 @@ def test_with_no_node_running_a_command_says_how_to_start_one(arguments: list[st
         result.stderr
         == f"nbdserver: no node is running on {tmp_path}; start one with: nbdserver serve --data {tmp_path}\n"
     )
+
+
+def test_a_node_that_is_still_starting_is_told_from_none(tmp_path: Path) -> None:
+    lock = DataDirectoryLock(str(tmp_path))
+    result = run("--data", str(tmp_path), "status")
+    lock.release()
+    assert result.returncode == 3
+    assert result.stderr.startswith(f"nbdserver: the node on {tmp_path} is starting, ")
 
 
 def test_the_data_directory_may_stand_after_the_command_or_in_the_environment(tmp_path: Path) -> None:
