@@ -12,6 +12,8 @@ Rules of this file
 - Blocks that nobody touched are zeros.
 """
 
+from array import array
+
 BLOCK_BYTES = 4096
 ZEROS = bytes(BLOCK_BYTES)
 MOST_OPEN = 4  # operations of one group that are open at a time: orders grow with the factorial
@@ -101,6 +103,9 @@ def _contents(base: set[bytes], group: list[Change], certain_only: bool) -> set[
 
     With `certain_only` the parts hold every change that certainly happened.
     """
+    if len(group) == 1:  # nearly always
+        after = {group[0].apply(content) for content in base}
+        return after if certain_only and group[0].happened else base | after
     found: set[bytes] = set()
     certain = {index for index, change in enumerate(group) if change.happened}
     seen: set[tuple[frozenset[int], bytes]] = set()
@@ -325,5 +330,7 @@ def pattern(label: int, offset: int, length: int) -> bytes:
     """Content that names its operation and place in every 16 bytes, wherever it is cut."""
     first = offset // 16
     count = (offset + length + 15) // 16 - first
-    whole = b"".join(label.to_bytes(8, "big") + (first + number).to_bytes(8, "big") for number in range(count))
-    return whole[offset - first * 16 :][:length]
+    words = array("Q", bytes(16 * count))
+    words[0::2] = array("Q", [label]) * count
+    words[1::2] = array("Q", range(first, first + count))
+    return words.tobytes()[offset - first * 16 :][:length]
