@@ -20,6 +20,7 @@ from metadata.registry import FAMILY_ID_BYTES, ExportSettings, Families, Family,
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
+from protocol.invariant import invariant
 
 MAX_VOLUMES = 1024
 """Each open family costs an open LevelDB, its share of the cache and a segment of ballast."""
@@ -170,10 +171,13 @@ class Volumes:
                     size_bytes=size_bytes,
                     segment_bytes=family.segment_bytes,
                 )
-                self._families.add(family)
             except BaseException:
                 await self._scrap(family.id)
                 raise
+            # If this fails, only the registry knows whether the directory is a family or a scrap; the next start asks.
+            invariant(
+                self._families.add(family), "a name that was free is taken, although one change is made at a time"
+            )
             family = await self._open(family)
             self._event("volume-created", {"volume": name, "size_bytes": size_bytes})
             return self._describe(family, (await self._live()).get(family.id, {}))
@@ -213,7 +217,11 @@ class Volumes:
                         f"volume {name} has {count} client connection{'s' if count > 1 else ''}; "
                         "detach first, or add --force to disconnect"
                     )
-            self._families.remove(family)
+            try:
+                self._families.remove(family)
+            except (OSError, RegistryError) as error:
+                self._failed[family.id] = f"closed to be deleted, which failed ({error}); the next start opens it again"
+                raise
             self._failed.pop(family.id, None)
             await self._scrap(family.id)
             self._event("volume-deleted", {"volume": name})

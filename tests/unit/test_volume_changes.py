@@ -1,0 +1,145 @@
+"""Changes of volumes against a data process that fails at the worst moment: what the registry and the disk then say."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metadata.registry import EmbeddedRegistry, Families
+from nbdserver.node.control import open_registry
+from nbdserver.node.data_process import DataProcessError
+from nbdserver.node.directory import DataDirectory
+from nbdserver.node.errors import ConflictError
+from nbdserver.node.volumes import Volumes
+
+SIZE = 1 << 20
+
+
+@dataclass
+class FakeData:
+    """Answers the channel's requests; those in `failing` fail after they were done."""
+
+    failing: set[str] = field(default_factory=set)
+    clients: int = 0
+    calls: list[str] = field(default_factory=list)
+    epochs: dict[str, list[int]] = field(default_factory=dict)
+
+    async def call(self, name: str, **arguments: Any) -> Any:
+        self.calls.append(name)
+        if name == "format":
+            Path(arguments["directory"]).mkdir()
+        if name == "open":
+            self.epochs.setdefault(arguments["family"], []).append(arguments["epoch"])
+        if name in self.failing:
+            raise DataProcessError(f"{name} failed")
+        return {"open": {"generation": 1}, "close": self.clients, "volumes": {}}.get(name)
+
+
+@dataclass
+class Node:
+    directory: DataDirectory
+    registry: EmbeddedRegistry
+    families: Families
+    data: FakeData
+    volumes: Volumes
+    events: list[str]
+
+    def directories(self) -> list[str]:
+        return sorted(path.name for path in self.directory.families.iterdir())
+
+    def known(self) -> list[str]:
+        return sorted(family.id for family in self.families.all())
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    directory = DataDirectory(tmp_path / "data")
+    directory.open()
+    registry = open_registry(directory)
+    families, data, events = Families(registry, "here"), FakeData(), list[str]()
+    volumes = Volumes(directory, families, data.call, lambda kind, fields: events.append(kind), 1 << 20)
+    yield Node(directory, registry, families, data, volumes, events)
+    registry.close()
+    directory.release()
+
+
+def refused(error: type[Exception], change: Callable[[], Any]) -> str:
+    with pytest.raises(error) as caught:
+        asyncio.run(change())
+    return str(caught.value)
+
+
+def test_a_volume_that_cannot_be_formatted_leaves_nothing(node: Node) -> None:
+    node.data.failing = {"format"}
+    refused(DataProcessError, lambda: node.volumes.create("disk0", SIZE))
+    assert (node.directories(), node.known(), node.families.scraps()) == ([], [], [])
+    node.data.failing = set()
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    assert node.directories() == node.known()
+
+
+def test_a_volume_that_cannot_be_opened_is_kept_and_said_to_have_failed(node: Node) -> None:
+    node.data.failing = {"open"}
+    refused(DataProcessError, lambda: node.volumes.create("disk0", SIZE))
+    (shown,) = asyncio.run(node.volumes.list())
+    assert (shown["state"], shown["reason"]) == ("failed", "open failed")
+    assert "volume-not-opened" in node.events
+    node.data.failing = set()
+    asyncio.run(node.volumes.open_all())
+    (shown,) = asyncio.run(node.volumes.list())
+    assert shown["reason"] == ""
+    assert node.data.epochs == {node.known()[0]: [1, 2]}
+
+
+def test_one_volume_that_fails_does_not_keep_the_next_from_opening(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    asyncio.run(node.volumes.create("disk1", SIZE))
+    node.data.failing = {"open"}
+    asyncio.run(node.volumes.open_all())
+    assert [shown["state"] for shown in asyncio.run(node.volumes.list())] == ["failed", "failed"]
+    assert node.data.calls.count("open") == 4
+
+
+def test_a_setting_that_the_export_refuses_is_not_registered(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    node.data.failing = {"set"}
+    refused(DataProcessError, lambda: node.volumes.set("disk0", {"shared": "true"}))
+    family = node.families.find("disk0")
+    assert family is not None
+    assert not family.settings.shared
+
+
+def test_a_deletion_that_clients_prevent_changes_nothing(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    node.data.clients = 2
+    message = refused(ConflictError, lambda: node.volumes.delete("disk0"))
+    assert message.startswith("volume disk0 has 2 client connections; ")
+    assert node.directories() == node.known() != []
+
+
+def test_a_deletion_cut_off_after_it_was_registered_is_finished_by_the_next_start(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+
+    def cut_off(family_id: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.directory, "remove_family", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(node.volumes.delete("disk0"))
+    assert (node.known(), len(node.directories())) == ([], 1)
+    asyncio.run(node.volumes.remove_scraps())
+    assert (node.directories(), node.families.scraps()) == ([], [])
+
+
+def test_the_same_name_and_size_is_no_change_and_another_size_is_refused(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    asyncio.run(node.volumes.create("disk0", SIZE, exist_ok=True))
+    assert node.data.calls.count("format") == 1
+    refused(ConflictError, lambda: node.volumes.create("disk0", 2 * SIZE, exist_ok=True))
+    refused(ConflictError, lambda: node.volumes.create("disk0", SIZE))
