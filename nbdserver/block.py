@@ -63,8 +63,8 @@ class BlockDevice(Protocol):
         but never covers less than one byte; or None: ask `later`."""
 
     def commit(self) -> int:
-        """Append the open batch to the log as one record. 0: all of it is acknowledged; an errno: the client has to take
-        all of it as failed, though a part may have happened."""
+        """Append the open batch to the log as one record. 0: all of it is acknowledged; an errno: the client has to
+        take all of it as failed, though a part may have happened."""
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from metadata.family_state import PendingHole
 from metadata.pages import PAGE_SHIFT
 from metadata.seams import Clock, Timer
+from nbdserver.logdisk.pacing import guarded
 from protocol.disk import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Background:
         self._stopped = False
         self._ticks = 0
         self._last_txid = disk.log.txid
+        self._tick = guarded(disk.fail, self._tick_once)
+        self.check = guarded(disk.fail, self._check)
         self._timer: Timer = clock.call_later(_TICK_S, self._tick)
 
     def stop(self) -> None:
@@ -54,7 +57,7 @@ class Background:
 
     # -- deciding
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Start what is due."""
         disk = self._disk
         if self._stopped or disk.failure:
@@ -123,7 +126,7 @@ class Background:
         maps = self._disk.maps
         return max(each.pinned_pages / each.limit_pages for each in (maps.logical, maps.middle))
 
-    def _tick(self) -> None:
+    def _tick_once(self) -> None:
         disk = self._disk
         if self._stopped or disk.failure:
             return
@@ -154,11 +157,13 @@ class Background:
             return
         if self.must_wait_for_checkpoint():
             disk = self._disk
-            disk.checkpointer.when_done(lambda: self._work_hole(hole))
+            disk.checkpointer.when_done(guarded(disk.fail, lambda: self._work_hole(hole)))
             return
         stale = sorted(islice(maps.stale, _HOLE_PAGES))
         if stale:
-            maps.load([(maps.logical, number) for number in stale], lambda: self._work_hole(hole))
+            maps.load(
+                [(maps.logical, number) for number in stale], guarded(self._disk.fail, lambda: self._work_hole(hole))
+            )
             return
         last = (hole.first_lba + hole.count - 1) >> PAGE_SHIFT
         if hole.cursor > last:
@@ -169,7 +174,9 @@ class Background:
             return
         start = maps.logical.key_range(hole.cursor)[0]
         stop = maps.logical.key_range(last)[1]
-        self._disk.read_store([(start, stop)], lambda items: self._found(hole, last, items[0]), _HOLE_KEYS)
+        self._disk.read_store(
+            [(start, stop)], guarded(self._disk.fail, lambda items: self._found(hole, last, items[0])), _HOLE_KEYS
+        )
 
     def _found(self, hole: PendingHole, last: int, items: list[tuple[bytes, bytes]]) -> None:
         maps = self._disk.maps
@@ -183,10 +190,10 @@ class Background:
         def settled() -> None:
             if not any(number <= here[-1] for number in maps.stale):
                 hole.cursor = max(hole.cursor, here[-1] + 1)
-            self._clock.call_soon(lambda: self._work_hole(hole))
+            self._clock.call_soon(guarded(self._disk.fail, lambda: self._work_hole(hole)))
 
         missing = [number for number in here if maps.logical.get(number) is None]
         if missing:
-            maps.load([(maps.logical, number) for number in missing], settled)
+            maps.load([(maps.logical, number) for number in missing], guarded(self._disk.fail, settled))
         else:
             settled()

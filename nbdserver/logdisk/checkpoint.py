@@ -23,7 +23,7 @@ from metadata.segment_table import FrozenRows
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.pacing import Job
+from nbdserver.logdisk.pacing import Job, guarded
 from nbdserver.logdisk.segments import SegmentPool
 
 
@@ -51,6 +51,7 @@ class Checkpointer:
         failed: Callable[[str], None],
     ) -> None:
         self.running = False
+        self.writing = False  # its batch, just now
         self.count = 0
         self.values_written = 0
         self.last_position_bytes = log.appended_bytes
@@ -172,9 +173,11 @@ class Checkpointer:
             self._free(frozen.rows.dead)
             frozen.rows.dead.clear()
         self._pool.guard_metadata()
-        self._store.write_later(batch, lambda errno: self._written(errno, frozen))
+        self.writing = True
+        self._store.write_later(batch, guarded(self._failed, lambda errno: self._written(errno, frozen)))
 
     def _written(self, errno: int, frozen: _Frozen) -> None:
+        self.writing = False
         if errno:
             self._failed(f"LevelDB refused a checkpoint (errno {errno})")
             return

@@ -34,7 +34,16 @@ from nbdserver.logdisk.pacing import DEFAULT_SHARE, Job
 from nbdserver.logdisk.records import Record, body_length, parse_record
 from nbdserver.logdisk.segments import CLEANER_KEEPS, SegmentPool
 from protocol.checksum import crc32c
-from protocol.disk import BLOCK_BYTES, MOVE, RECORD_HEADER_BYTES, SEAL, SEGMENT_HEADER_BYTES, chain_key
+from protocol.disk import (
+    BLOCK_BYTES,
+    MOVE,
+    MOVE_BLOCK_BYTES,
+    RECORD_HEADER_BYTES,
+    SEAL,
+    SEAL_BYTES,
+    SEGMENT_HEADER_BYTES,
+    chain_key,
+)
 
 _READ_BYTES = 1 << 20
 _MOVE_BLOCKS = 32  # a record: some 0.1 ms on the loop
@@ -42,8 +51,8 @@ _BUSY_GARBAGE = 0.5, 8  # of the live data, and at least segments: what may lie 
 _IDLE_GARBAGE = 0.1, 2
 _OVERRUN = 2.0  # times what may lie about: clients write faster than the cleaner cleans, and have to wait
 _MOST_SHARE = 0.75
-_WORTHWHILE = 0.9  # live share above which a segment is not cleaned
-_URGENTLY_WORTHWHILE = 0.97  # the same on a full disk
+_WORTHWHILE = 0.8  # live share above which a segment is not cleaned: each victim gains something, so it comes to an end
+_URGENTLY_WORTHWHILE = 0.95  # the same on a full disk
 
 
 class Cleaner:
@@ -58,7 +67,7 @@ class Cleaner:
         pool: SegmentPool,
         make_room: Callable[[], bool],
         finished: Callable[[], None],
-        parted: Callable[[BaseException], None],
+        parted: Callable[[Exception], None],
         report: Callable[[str, dict[str, object]], None],
     ) -> None:
         self.running = False
@@ -80,15 +89,17 @@ class Cleaner:
         self._sequence = 0
         self._offset = 0
         self._stopped = False
-        self._block_share = BLOCK_BYTES / pool.segment_bytes
+        # Of blocks that were moved one by one: a segment that holds so many has no garbage.
+        room = pool.segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
+        self._capacity_blocks = max(1, room // (BLOCK_BYTES + MOVE_BLOCK_BYTES))
 
     # -- when and what
 
     @property
     def garbage_bytes(self) -> int:
-        """Bytes in segments with live blocks, beyond the live ones."""
+        """Bytes that could be live in the segments with live blocks, and are not."""
         used = self._maps.segments.segments_with_live_blocks
-        return used * self._pool.segment_bytes - self._maps.live_blocks * BLOCK_BYTES
+        return (used * self._capacity_blocks - self._maps.live_blocks) * BLOCK_BYTES
 
     def wanted(self, idle: bool) -> bool:
         """Whether there is more garbage than may lie about."""
@@ -116,13 +127,14 @@ class Cleaner:
         table = self._maps.segments
         live, lsns = table.live, table.lsn
         newest = self._log.lsn
+        worthwhile = _URGENTLY_WORTHWHILE if self.urgent else _WORTHWHILE
         best, best_score = 0, 0.0
         for segment in table.in_use:
             blocks = live[segment]
             if not blocks or segment == self._log.segment or self._damaged.get(segment) == table.sequence[segment]:
                 continue
-            used = min(1.0, blocks * self._block_share)
-            if used > (_URGENTLY_WORTHWHILE if self.urgent else _WORTHWHILE):
+            used = min(1.0, blocks / self._capacity_blocks)
+            if used > worthwhile:
                 continue
             score = (1 - used) * (newest - lsns[segment] + 1) / (1 + used)
             if score > best_score:

@@ -240,7 +240,7 @@ class LogDisk:
             return errnos.EIO if holds(Rule.ACK_AFTER_APPEND) else 0
         return errno
 
-    def parted(self, error: BaseException) -> None:
+    def parted(self, error: Exception) -> None:
         """Something that nobody foresaw came between log and maps: neither can be believed any more."""
         self.fail(f"an internal error: {error!r}")
 
@@ -259,6 +259,19 @@ class LogDisk:
             self._clock.call_soon(partial(done, errnos.EIO))
         self.checkpointer.abandon()
         self.slow_path.wake()
+        self._remember_failure()
+
+    def _remember_failure(self) -> None:
+        """What was acknowledged may be gone although the host did not reboot: the next opening raises the
+        generation."""
+        if self.checkpointer.writing:
+            self._clock.call_later(0.01, self._remember_failure)
+            return
+        batch = self._store.batch()
+        put_open_state(batch, OpenState(self.opened.generation, self.opened.epoch, False, ""))
+        self._store.write_later(
+            batch, lambda errno: self.report("failure-not-noted", {"errno": errno}) if errno else None
+        )
 
     def close(self, done: Callable[[], None]) -> None:
         """Make everything durable, note that the log was closed cleanly, then `done`. No operation may be under way."""

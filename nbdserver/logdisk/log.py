@@ -30,6 +30,7 @@ from metadata.family_state import Checkpoint
 from metadata.seams import Buffer, Done, Files
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.pacing import guarded
 from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
@@ -48,6 +49,9 @@ from protocol.disk import (
     pack_segment_header,
 )
 from protocol.invariant import invariant
+
+MAX_BYTES_A_BLOCK = RECORD_HEADER_BYTES + EXTENT_BYTES + WRITE_BLOCK_BYTES + BLOCK_BYTES
+"""Of the log, for a block that is a record of its own."""
 
 
 class Log:
@@ -98,6 +102,12 @@ class Log:
         room = self._pool.segment_bytes - SEAL_BYTES - offset - RECORD_HEADER_BYTES
         a_block = BLOCK_BYTES + (WRITE_BLOCK_BYTES if kind == WRITE else MOVE_BLOCK_BYTES)
         return (room - extents * EXTENT_BYTES) // a_block
+
+    @property
+    def room_blocks_of_single_blocks(self) -> int:
+        """Blocks that still fit into the open segment even if each is a record of its own."""
+        offset = self.offset or SEGMENT_HEADER_BYTES
+        return max(0, self._pool.segment_bytes - SEAL_BYTES - offset) // MAX_BYTES_A_BLOCK
 
     def begin_if_needed(self) -> bool:
         """Begin the life of a family's first segment; False if there is no room for it."""
@@ -228,9 +238,11 @@ class Log:
         crash_point("flush-before-sync")
         handles = [self._pool.handles[segment] for segment in segments]
         in_sync = set(self._unsynced)
-        self._files.fdatasync_later(handles, lambda errno: self._synced(errno, covered, in_sync))
+        self._files.fdatasync_later(handles, guarded(self._failed, lambda errno: self._synced(errno, covered, in_sync)))
 
     def _synced(self, errno: int, covered: int, segments: set[int]) -> None:
+        if self.is_failed:
+            return
         crash_point("flush-after-sync")
         self._syncing = False
         if errno and holds(Rule.FSYNC_FAILURE_IS_FATAL):

@@ -15,6 +15,18 @@ SLICE_S = 0.0004
 DEFAULT_SHARE = 0.25  # of the loop's time that a job takes while there is no hurry
 
 
+def guarded(failed: Callable[[str], None], callback: Callable[..., None]) -> Callable[..., None]:
+    """`callback`, but what it raises condemns the family instead of being logged by the loop and served on."""
+
+    def call(*arguments: object) -> None:
+        try:
+            callback(*arguments)
+        except Exception as error:
+            failed(f"an internal error: {error!r}")
+
+    return call
+
+
 class Job:
     """Runs `steps` in slices that take `share` of the loop's time, and calls `finished` at its end; `failed` with
     what a step raised."""

@@ -115,7 +115,7 @@ class SegmentPool:
         if len(self.spare) > keep:
             segment = self.spare.pop()
             self.recycled += 1
-        elif self._has_room():
+        elif self._has_room(keep):
             segment = self._create()
         self._lowest_spare = min(self._lowest_spare, len(self.spare))
         if segment:
@@ -124,7 +124,7 @@ class SegmentPool:
 
     def can_take(self, keep: int = CLIENTS_KEEP) -> bool:
         """Whether another segment could be had now."""
-        return len(self.spare) > keep or self._has_room()
+        return len(self.spare) > keep or self._has_room(keep)
 
     def note_full(self, full: bool) -> None:
         """Say once that clients can get no further segment, and once that they can again."""
@@ -137,7 +137,7 @@ class SegmentPool:
         if segment in self.spare:
             self.spare.remove(segment)
         elif segment >= len(self.handles) or self.handles[segment] < 0:
-            return self._has_room() and self._create(segment) != 0
+            return self._has_room(CLIENTS_KEEP) and self._create(segment) != 0
         return True
 
     def return_unused(self, segment: int) -> None:
@@ -173,7 +173,7 @@ class SegmentPool:
         At rest it is written ahead, one file at a time, off the loop. While clients write, writing zeros would take the
         disk from them: then the reserve is only allocated.
         """
-        if self._preparing or not self._has_room():
+        if self._preparing or not self._has_room(0):
             return
         if not idle:
             if len(self.spare) < CLIENTS_KEEP:
@@ -233,8 +233,10 @@ class SegmentPool:
         self.created += 1
         return segment
 
-    def _has_room(self) -> bool:
-        return self._files.free_bytes() >= self.segment_bytes + _FREE_FLOOR_BYTES
+    def _has_room(self, keep: int) -> bool:
+        """Whether the file system has room for a file, and for those of the `keep` spare ones that are not made yet."""
+        files = 1 + max(0, keep - len(self.spare))
+        return self._files.free_bytes() >= files * self.segment_bytes + _FREE_FLOOR_BYTES
 
     def _unused_number(self) -> int:
         try:

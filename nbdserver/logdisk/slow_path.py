@@ -16,7 +16,7 @@ queue.
 """
 
 import errno as errnos
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,7 @@ class _Waiting:
         self._data = memoryview(data) if data is not None else memoryview(b"")
         self._done = done
         self._limit = limit
+        self._over = False
         self._tries = 0
         self._piece_bytes = _PIECE_BYTES
         self._pieces: list[Buffer] = []
@@ -108,7 +109,7 @@ class _Waiting:
 
     def _run(self) -> None:
         disk = self._disk
-        while True:
+        while not self._over:
             if disk.failure:
                 self._finish(errnos.EIO)
                 return
@@ -121,15 +122,21 @@ class _Waiting:
             self._tries = 0
 
     def _finish(self, errno: int) -> None:
-        self._slow_path.under_way -= 1
-        if errno:
-            self._done(errno, None)
-        elif self._operation == Operation.READ:
-            self._done(0, self._pieces)
-        elif self._operation == Operation.EXTENTS:
-            self._done(0, self._extents[: self._limit])
-        else:
-            self._done(0, None)
+        """Hand the result over, from the loop: what the caller does with it is not this operation's any more."""
+        if self._over:
+            return
+        self._over = True
+        result: Sequence[Buffer] | Extents | None = None
+        if not errno and self._operation == Operation.READ:
+            result = self._pieces
+        elif not errno and self._operation == Operation.EXTENTS:
+            result = self._extents[: self._limit]
+
+        def hand_over() -> None:
+            self._slow_path.under_way -= 1
+            self._done(errno, result)
+
+        self._slow_path._clock.call_soon(hand_over)
 
     def _try(self, end: int) -> bool:
         """Do the piece up to `end` and move on; False if a callback will call `_go_on` again, or the operation
@@ -320,9 +327,13 @@ class _Waiting:
         return self._changed(self._disk.writer.write_now(lba, memoryview(bytes(merged))), end)
 
     def _changed(self, errno: int, end: int) -> bool:
-        if errno == errnos.ENOSPC and self._disk.background.can_gain_room():
-            self._slow_path.park(self._go_on)
-            return False
+        if errno == errnos.ENOSPC:
+            if self._piece_bytes > BLOCK_BYTES:
+                self._piece_bytes >>= 1  # a smaller piece may still fit
+                return True
+            if self._disk.background.can_gain_room():
+                self._slow_path.park(self._go_on)
+                return False
         if errno:
             self._finish(errno)
             return False

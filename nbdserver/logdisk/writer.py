@@ -19,7 +19,7 @@ from collections.abc import Callable
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.region_table import REGION_SHIFT
 from metadata.seams import Buffer
-from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK, Log
 from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import run_length
@@ -45,7 +45,7 @@ class Writer:
         reader: Reader,
         check_background: Callable[[], None],
         append_failed: Callable[[OSError], int],
-        parted: Callable[[BaseException], None],
+        parted: Callable[[Exception], None],
     ) -> None:
         self.blocked = False
         self.batches = self.batch_blocks = self.discards = 0
@@ -64,6 +64,7 @@ class Writer:
         self._data: list[Buffer] = []
         self._checksums = array("I")
         self._batch_errno = 0
+        self._room_blocks = 0  # that may still be accepted before `_find_room` has to look again
 
     def write(self, offset: int, data: memoryview) -> bool:
         """See BlockDevice."""
@@ -78,6 +79,9 @@ class Writer:
             mba = page[lba & PAGE_MASK]
             if mba and mba >> PAGE_SHIFT not in self._middle_pages:
                 return self._write_run(lba, data, 1)
+            if not self._room_blocks and not self._find_room(1):
+                return False
+            self._room_blocks -= 1
             block = bytes(data)
             self._checksums.append(crc32c(block))
             self._data.append(block)
@@ -91,13 +95,31 @@ class Writer:
     def _write_run(self, lba: int, data: Buffer, count: int) -> bool:
         if self._maps.needed(lba, count, 1):
             return False
+        if count > self._room_blocks and not self._find_room(count):
+            return False
+        self._accept(lba, data, count)
+        return True
+
+    def _accept(self, lba: int, data: Buffer, count: int) -> None:
+        self._room_blocks -= count
         for first in range(0, count, _SPLIT_BLOCKS):
             blocks = block_splitter(min(_SPLIT_BLOCKS, count - first)).unpack_from(data, first * BLOCK_BYTES)
             self._checksums.extend(map(crc32c, blocks))
         self._data.append(data)
         self._lbas.append(lba)
         self._counts.append(count)
-        return True
+
+    def _find_room(self, count: int) -> bool:
+        """Whether the open batch and `count` more blocks fit into the open segment and one more that is to be had.
+
+        What does not is for the slow path, which can wait for the cleaner: nothing accepted here meets a full disk.
+        """
+        log, pool = self._log, self._pool
+        room = log.room_blocks_of_single_blocks
+        if pool.can_take():
+            room += pool.segment_bytes // MAX_BYTES_A_BLOCK - 1
+        self._room_blocks = max(0, room - len(self._checksums))
+        return count <= self._room_blocks
 
     def _write_partial(self, offset: int, data: Buffer) -> bool:
         """Merge with what the edge blocks hold; the batch so far goes first, because it may hold them."""
@@ -130,9 +152,14 @@ class Writer:
                 return False
         elif count and self._maps.needed(first, count, 1):
             return False
-        if not self._zero_partial(offset, (first << 12) - offset):
+        head, tail = (first << 12) - offset, offset + length - (stop << 12)
+        if (head and self._read(offset & ~4095, BLOCK_BYTES) is None) or (
+            tail and self._read(stop << 12, BLOCK_BYTES) is None
+        ):
             return False
-        if not self._zero_partial(stop << 12, offset + length - (stop << 12)):
+        if self._log.room_blocks(WRITE, 3) < 2 and not self._pool.can_take(DISCARDS_KEEP):
+            return False
+        if not self._zero_partial(offset, head) or not self._zero_partial(stop << 12, tail):
             return False
         if count:
             self._batch_errno = self._append_hole(first, count) or self._batch_errno
@@ -169,7 +196,7 @@ class Writer:
                 maps.clear(lba, count)
         except OSError as error:
             return self._append_failed(error)
-        except BaseException as error:
+        except Exception as error:
             self._parted(error)
             raise
         self.discards += 1
@@ -187,7 +214,7 @@ class Writer:
             errno = self._append_batch(lbas, counts, data, checksums)
         except OSError as error:
             errno = self._append_failed(error)
-        except BaseException as error:
+        except Exception as error:
             self._parted(error)
             raise
         self._after_append()
@@ -388,8 +415,7 @@ class Writer:
         count = len(data) >> 12
         if self._log.room_blocks(WRITE, 1) < count and not self._pool.can_take():
             return errnos.ENOSPC
-        if not self._write_run(lba, data, count):
-            return errnos.EAGAIN
+        self._accept(lba, data, count)
         return self.commit()
 
     def discard_now(self, lba: int, count: int) -> int:
