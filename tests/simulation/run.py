@@ -283,6 +283,7 @@ class Run:
         if self._open():
             self._look_at_everything()
             self._rest()
+            self._trim_and_write()
             self._close()
         self._end_life(power=False)
 
@@ -299,6 +300,28 @@ class Run:
         spare = len(self.disk.pool.spare)
         if spare > MOST_SPARE:
             raise ViolationError(f"{spare} spare segments after {2 * REST_S} s at rest")
+
+    def _trim_and_write(self) -> None:
+        """However full the disk was: a trim of everything is taken, gives room, and what is written then is there."""
+        if self.disk.failure or self.mix.lies:
+            return
+        label = self.label = self.label + 1
+        trim = self.registers.ask(f"discard {label}", 0, None, self.sizes.size_bytes)
+        self._later(Operation.DISCARD, 0, self.sizes.size_bytes, None, lambda errno, _: self._must_happen(trim, errno))
+        self._wait("a trim of everything", lambda: not self.in_flight)
+        self.clock.run(REST_S)
+        first, blocks = self.sizes.areas[0]
+        offset, length = first * BLOCK_BYTES, min(blocks, 16) * BLOCK_BYTES
+        data = pattern(label, offset, length)
+        write = self.registers.ask(f"write {label}", offset, data, length)
+        self._later(Operation.WRITE, offset, length, data, lambda errno, _: self._must_happen(write, errno))
+        self._wait("a write after the trim", lambda: not self.in_flight)
+        self._look_at_everything()
+
+    def _must_happen(self, changes: Changes, errno: int) -> None:
+        if errno:
+            raise ViolationError(f"{changes[0][1].label} failed with errno {errno} although there must be room")
+        self.registers.answer(changes)
 
     def _without_faults(self) -> FaultMix:
         return FaultMix(latency_s=self.mix.latency_s, room_segments=self.mix.room_segments)
