@@ -205,9 +205,9 @@ def test_after_a_trim_a_full_disk_takes_writes_again() -> None:
 
 
 def test_a_full_disk_is_trimmed_block_by_block_without_running_out() -> None:
-    """Small discards append too; the reserve has to carry them until a checkpoint frees something."""
-    family, written = full_family(12)
-    for lba in range(written):
+    """Small discards append too; the reserve has to carry them until they have emptied a segment."""
+    family, written = full_family(24)
+    for lba in sorted(range(written), key=lambda lba: lba % 15):
         assert family.discard(lba * BLOCK_BYTES, BLOCK_BYTES) == 0
     family.run(5.0)
     family.put(0, 1)

@@ -1,6 +1,7 @@
 """Recovery: what a crash leaves comes back, damage is refused, nothing of a former life joins the chain."""
 
 import random
+from array import array
 
 import pytest
 
@@ -8,8 +9,17 @@ from metadata.family_state import Checkpoint, put_checkpoint
 from nbdserver.logdisk.disk import DiskError
 from nbdserver.logdisk.maps import EPOCH_SHIFT
 from nbdserver.logdisk.ordering import Rule, disabled
+from nbdserver.logdisk.records import parse_segment_header
 from nbdserver.logdisk.segments import segment_path
-from protocol.disk import RECORD_MAGIC
+from protocol.checksum import crc32c
+from protocol.disk import (
+    RECORD_MAGIC,
+    SEGMENT_HEADER_BYTES,
+    WRITE,
+    chain_key,
+    pack_record_header,
+    pack_segment_header,
+)
 from tests.simulation.simulated_store import SimulatedBatch
 from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
 
@@ -130,6 +140,42 @@ def test_client_data_that_looks_like_the_next_record_is_not_replayed() -> None:
     assert family.number_at(1) == 1
     assert family.number_at(2) == 0
     assert family.read(10 * BLOCK_BYTES, 2 * BLOCK_BYTES) == bytes(2 * BLOCK_BYTES)
+
+
+@pytest.mark.parametrize(("lsn_ahead", "crc_off", "shown"), [(1, 0, 9), (2, 0, 0), (0, 0, 0), (1, 1, 0)])
+def test_only_the_next_link_of_the_chain_counts(lsn_ahead: int, crc_off: int, shown: int) -> None:
+    """A record of this very life, whole and with a good CRC, that does not follow the last one."""
+    family = SimulatedFamily()
+    family.put(1, 1)
+    log = family.disk.log
+    body = array("Q", [7, 1]).tobytes() + array("Q", [(1 << EPOCH_SHIFT) + 5]).tobytes()
+    body += array("I", [crc32c(block(9))]).tobytes()
+    key, crc = chain_key(log.sequence, log.salt), log.previous_crc + crc_off
+    header, _ = pack_record_header(key, WRITE, 1, 1, 1, crc, log.txid + 1, log.lsn + lsn_ahead, 0, 1, body)
+    content(family, 1)[log.offset : log.offset + len(header) + BLOCK_BYTES] = header + block(9)
+    family.crash()
+    family.open()
+    assert (family.number_at(1), family.number_at(7)) == (1, shown)
+
+
+def test_a_segment_that_does_not_go_on_with_the_chain_is_not_entered() -> None:
+    def shown(previous_crc_off: int) -> int:
+        family = SimulatedFamily(segment_bytes=64 << 10)
+        for number in range(1, 21):
+            family.put(number, number)
+        log = family.disk.log
+        start = parse_segment_header(bytes(content(family, log.segment)[:SEGMENT_HEADER_BYTES]))
+        assert start is not None
+        assert start.sequence == 2
+        content(family, log.segment)[:SEGMENT_HEADER_BYTES] = pack_segment_header(
+            start.family, start.segment, start.epoch, 2, start.salt, start.previous_crc ^ previous_crc_off
+        )
+        family.crash()
+        family.open()
+        return max(family.number_at(lba) for lba in range(1, 21))
+
+    assert shown(0) == 20
+    assert shown(1) == 15
 
 
 def test_the_remains_of_a_former_life_do_not_join_the_chain() -> None:

@@ -41,22 +41,23 @@ def test_rows_come_back(store: SimulatedTable) -> None:
 
 def test_what_happens_after_the_freeze_is_not_in_the_checkpoint(store: SimulatedTable) -> None:
     table = SegmentTable()
-    table.begin(1, 1, b"a" * 8)
-    table.appended(1, 5000, 1, 1)
-    table.live[1] = 4
-    frozen = table.freeze(1, 1, 1)
-    at_the_freeze = table.row(1)
-    table.appended(1, 9000, 2, 2)
-    table.live[1] = 9
+    table.begin(3, 1, b"a" * 8)
+    table.appended(3, 5000, 1, 1)
+    table.live[3] = 4
+    frozen = table.freeze(3, 1, 1)
+    at_the_freeze = table.row(3)
+    table.appended(3, 9000, 2, 2)
+    table.live[3] = 9
     table.begin(2, 2, b"b" * 8)
     table.live[2] = 1
     encoded(table, frozen, store)
     again = loaded(store)
-    assert again.in_use == {1}
-    assert again.row(1) == at_the_freeze
+    assert again.in_use == {3}
+    assert again.row(3) == at_the_freeze
+    assert frozen.dead == []
     encoded(table, table.freeze(2, 2, 2), store)
-    assert loaded(store).row(1) == table.row(1)
-    assert loaded(store).in_use == {1, 2}
+    assert loaded(store).row(3) == table.row(3)
+    assert loaded(store).in_use == {2, 3}
 
 
 def test_a_segment_without_live_blocks_is_named_dead_and_its_row_deleted(store: SimulatedTable) -> None:
@@ -73,6 +74,17 @@ def test_a_segment_without_live_blocks_is_named_dead_and_its_row_deleted(store: 
     assert loaded(store).in_use == {2}
     table.free(1)
     assert table.in_use == {2}
+
+
+def test_a_segment_that_holds_a_newer_record_is_not_dead(store: SimulatedTable) -> None:
+    table = SegmentTable()
+    for segment in (1, 2):
+        table.begin(segment, segment, bytes(8))
+        table.appended(segment, 5000, segment, segment)
+    frozen = table.freeze(2, 2, 2)
+    table.appended(1, 6000, 3, 3)
+    encoded(table, frozen, store)
+    assert frozen.dead == []
 
 
 def test_the_open_segment_is_never_dead(store: SimulatedTable) -> None:

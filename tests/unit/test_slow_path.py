@@ -60,6 +60,25 @@ def test_partial_writes_of_one_block_at_the_same_time_are_all_there(cold: Simula
     assert [shown[16 * index : 16 * index + 4] for index in range(50)] == [b"%04d" % index for index in range(50)]
 
 
+def test_a_cold_read_holds_its_segment_until_it_is_done() -> None:
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    family.put(0, 1)
+    family.files.mix = FaultMix(cold_read=1.0, latency_s=5.0)
+    answers = started(family, Operation.READ, 0, BLOCK_BYTES, None)
+    family.clock.step()
+    family.files.mix = CALM
+    assert answers == []
+    for number in range(2, 200):
+        family.put(0, number)
+        if number % 10 == 0:
+            family.checkpoint()
+    assert family.disk.pool.recycled > 5
+    assert answers == []
+    family.run(120.0)
+    assert answers == [0]
+    assert "checksum-error" not in family.kinds()
+
+
 def test_a_partial_discard_waits_for_its_edges(cold: SimulatedFamily) -> None:
     expected = bytearray(cold.read(0, 8 * BLOCK_BYTES))
     assert cold.discard(100, 5 * BLOCK_BYTES) == 0
