@@ -437,27 +437,17 @@ class _FamilyCheck:
             follower = by_sequence.get(table.sequence[segment] + 1, 0)
             if follower not in chains:
                 continue
-            sealed = chain.last is not None and chain.last.kind == SEAL
-            if chains[follower].previous_crc != chain.crc or (
-                sealed
-                and chain.last is not None
-                and (chain.last.successor, chain.last.successor_salt) != (follower, table.salt[follower])
-            ):
-                self._find(
-                    "chain", f"segment {follower}", f"segment {follower} does not go on where segment {segment} ends"
-                )
+            seal = chain.last if chain.last is not None and chain.last.kind == SEAL else None
+            is_named = seal is None or (seal.successor, seal.successor_salt) == (follower, table.salt[follower])
+            if chains[follower].previous_crc != chain.crc or not is_named:
+                sentence = f"segment {follower} does not go on where segment {segment} ends"
+                self._find("chain", f"segment {follower}", sentence)
         position = self._checkpoint
         opened = chains.get(position.segment)
-        if (
-            position.offset
-            and opened is not None
-            and ((table.end[position.segment], opened.crc) != (position.offset, position.previous_crc))
-        ):
-            self._find(
-                "log",
-                f"segment {position.segment}",
-                f"the checkpoint does not stand at the end of segment {position.segment}",
-            )
+        end = (table.end[position.segment], opened.crc) if opened is not None else None
+        if position.offset and end is not None and end != (position.offset, position.previous_crc):
+            sentence = f"the checkpoint does not stand at the end of segment {position.segment}"
+            self._find("log", f"segment {position.segment}", sentence)
 
     # -- behind the checkpoint
 

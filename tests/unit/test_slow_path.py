@@ -74,6 +74,8 @@ def test_a_cold_read_holds_its_segment_until_it_is_done() -> None:
             family.checkpoint()
     assert family.disk.pool.recycled > 5
     assert answers == []
+    assert 1 not in family.disk.maps.segments.in_use
+    assert 1 not in family.disk.pool.spare
     family.run(120.0)
     assert answers == [0]
     assert "checksum-error" not in family.kinds()
