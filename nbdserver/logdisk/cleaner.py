@@ -20,6 +20,8 @@ Known weakness: one open segment serves clients and cleaner, so hot and cold blo
 every segment (some 3 ms for a terabyte).
 """
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Callable, Iterator
 from errno import ENOSPC
@@ -66,6 +68,7 @@ class Cleaner:
         maps: Maps,
         pool: SegmentPool,
         make_room: Callable[[], bool],
+        appended: Callable[[], None],
         finished: Callable[[], None],
         parted: Callable[[Exception], None],
         report: Callable[[str, dict[str, object]], None],
@@ -81,6 +84,7 @@ class Cleaner:
         self._maps = maps
         self._pool = pool
         self._make_room = make_room
+        self._appended = appended
         self._finished = finished
         self._parted = parted
         self._report = report
@@ -97,9 +101,11 @@ class Cleaner:
 
     @property
     def garbage_bytes(self) -> int:
-        """Bytes that could be live in the segments with live blocks, and are not."""
-        used = self._maps.segments.segments_with_live_blocks
-        return (used * self._capacity_blocks - self._maps.live_blocks) * BLOCK_BYTES
+        """Bytes that could be live in the segments with live blocks, but for the open one, and are not."""
+        table = self._maps.segments
+        in_open = table.live[self._log.segment] if self._log.offset else 0
+        used = table.segments_with_live_blocks - (in_open > 0)
+        return (used * self._capacity_blocks - self._maps.live_blocks + in_open) * BLOCK_BYTES
 
     def wanted(self, idle: bool) -> bool:
         """Whether there is more garbage than may lie about."""
@@ -273,16 +279,25 @@ class Cleaner:
             moved.append(content)
         if not mbas:
             return True
+        while mbas:
+            room = self._log.room_blocks(MOVE, 0)
+            if room <= 0:
+                if not self._make_room():
+                    return False
+                continue
+            self._append(mbas[:room], old[: 2 * room], checksums[:room], moved[:room])
+            mbas, old, checksums, moved = mbas[room:], old[2 * room :], checksums[room:], moved[room:]
+        return True
+
+    def _append(self, mbas: array[int], old: array[int], checksums: array[int], data: list[bytes]) -> None:
+        maps = self._maps
         crash_point("clean-before-append")
-        while self._log.room_blocks(MOVE, 0) < len(mbas):
-            if not self._make_room():
-                return False
-        offset = self._log.append_move(mbas, old, checksums, moved)
+        offset = self._log.append_move(mbas, old, checksums, data)
         crash_point("clean-after-append")
         for block, mba in enumerate(mbas):
             maps.set_middle(mba, self._log.segment, offset + block * BLOCK_BYTES, checksums[block])
         self.blocks_moved += len(mbas)
-        return True
+        self._appended()
 
     def _finish(self) -> None:
         victim, self._victim = self._victim, 0

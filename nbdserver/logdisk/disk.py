@@ -128,6 +128,7 @@ class LogDisk:
         if epoch <= self.opened.epoch:
             raise DiskError(f"epoch {epoch} is not later than {self.opened.epoch}, under which it was last opened")
         self.failure = ""
+        self._closed = False
         self.report = report
         self.damaged_lbas: set[int] = set()
         self._files = files
@@ -145,7 +146,10 @@ class LogDisk:
         self.reader = reader = Reader(files, maps, pool)
         self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed, self.parted)
         make_room = partial(writer.next_segment, CLEANER_KEEPS)
-        self.cleaner = Cleaner(files, clock, log, maps, pool, make_room, self._work_finished, self.parted, report)
+        make_room = partial(writer.next_segment, CLEANER_KEEPS)
+        self.cleaner = Cleaner(
+            files, clock, log, maps, pool, make_room, writer.forget_room, self._work_finished, self.parted, report
+        )
         self.slow_path = SlowPath(self, files, clock)
         self.background = Background(self, clock)
         # BlockDevice, inline: see there.
@@ -264,6 +268,8 @@ class LogDisk:
     def _remember_failure(self) -> None:
         """What was acknowledged may be gone although the host did not reboot: the next opening raises the
         generation."""
+        if self._closed:
+            return
         if self.checkpointer.writing:
             self._clock.call_later(0.01, self._remember_failure)
             return
@@ -281,6 +287,7 @@ class LogDisk:
 
         def wait() -> None:
             if self.failure:
+                self._closed = True
                 self.pool.close()
                 done()
             elif self.cleaner.running or self.background.busy or self.slow_path.under_way:
@@ -297,6 +304,7 @@ class LogDisk:
                     self._store.write(batch)
                 except OSError as error:
                     self.fail(f"the clean end could not be noted: {error}")
+            self._closed = True
             self.pool.close()
             done()
 

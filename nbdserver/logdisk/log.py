@@ -30,7 +30,6 @@ from metadata.family_state import Checkpoint
 from metadata.seams import Buffer, Done, Files
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.pacing import guarded
 from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
@@ -238,16 +237,26 @@ class Log:
         crash_point("flush-before-sync")
         handles = [self._pool.handles[segment] for segment in segments]
         in_sync = set(self._unsynced)
-        self._files.fdatasync_later(handles, guarded(self._failed, lambda errno: self._synced(errno, covered, in_sync)))
+        self._files.fdatasync_later(handles, lambda errno: self._synced(errno, covered, in_sync))
 
     def _synced(self, errno: int, covered: int, segments: set[int]) -> None:
-        if self.is_failed:
+        try:
+            ready = self._note_synced(errno, covered, segments)
+        except Exception as error:
+            self._failed(f"an internal error: {error!r}")
             return
+        for done in ready:
+            done(0)
+
+    def _note_synced(self, errno: int, covered: int, segments: set[int]) -> list[Done]:
+        """Take a sync's outcome; returns those whom it satisfies."""
         crash_point("flush-after-sync")
         self._syncing = False
+        if self.is_failed:
+            return []
         if errno and holds(Rule.FSYNC_FAILURE_IS_FATAL):
             self._failed(f"fdatasync failed with errno {errno}")
-            return
+            return []
         invariant(covered >= self.durable_lsn, "durable lsn only rises")
         self.durable_lsn = covered
         # What was appended to a segment while it was synced needs another sync.
@@ -257,8 +266,7 @@ class Log:
         self._waiting = [(lsn, done) for lsn, done in self._waiting if lsn > covered]
         if self._waiting:
             self._start_sync()
-        for done in ready:
-            done(0)
+        return ready
 
     def fail(self) -> list[Done]:
         """Nothing of this log can be promised any more; returns those who wait for a sync, to be told EIO."""

@@ -109,6 +109,10 @@ class Writer:
         self._lbas.append(lba)
         self._counts.append(count)
 
+    def forget_room(self) -> None:
+        """Somebody else appended to the log."""
+        self._room_blocks = 0
+
     def _find_room(self, count: int) -> bool:
         """Whether the open batch and `count` more blocks fit into the open segment and one more that is to be had.
 
