@@ -197,7 +197,7 @@ TestBlockDevice = BlockDeviceMachine.TestCase
 # `make test` tells the same stories each time; `make fuzz` looks for new ones.
 FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 TestBlockDevice.settings = settings(
-    max_examples=2000 if FUZZ else 120,
+    max_examples=max(120, int(os.environ.get("FUZZ_EXAMPLES", "20000")) // 10) if FUZZ else 120,  # each of 40 steps
     derandomize=not FUZZ,
     stateful_step_count=40,
     deadline=None,
