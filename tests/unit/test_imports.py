@@ -84,8 +84,7 @@ def test_fast_paths_are_derived_from_the_declarations_in_one_place() -> None:
         str(path.relative_to(ROOT))
         for package in LAYERS
         for path in sources(package)
-        for _, name in calls(path)
-        if name in packer_names(path)
+        if packer_names(path) & {name for _, name in calls(path)}
     }
     assert places == {"protocol/layout.py"}
 

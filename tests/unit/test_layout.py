@@ -1,14 +1,10 @@
 """`derive`: a flat declaration becomes the `struct` with the same bytes, anything else is refused when it is made."""
 
-import pathlib
-
 import construct
 import pytest
 from construct import Array, Bytes, Const, Enum, Int8ub, Int8ul, Int16ub, Int16ul, Int32sl, Int64ul, Struct
 
 from protocol.layout import derive
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def test_a_flat_declaration_becomes_its_struct() -> None:
@@ -41,13 +37,3 @@ def test_one_byte_fields_take_the_byte_order_of_the_others() -> None:
 def test_what_is_not_flat_and_of_fixed_size_is_refused(declaration: object) -> None:
     with pytest.raises(TypeError):
         derive(declaration)
-
-
-def test_only_the_deriving_function_makes_a_struct() -> None:
-    makers = [
-        str(path.relative_to(ROOT))
-        for package in ("protocol", "metadata", "nbdserver")
-        for path in (ROOT / package).rglob("*.py")
-        if "struct.Struct(" in path.read_text() or "import struct" in path.read_text()
-    ]
-    assert makers == ["protocol/layout.py"]
