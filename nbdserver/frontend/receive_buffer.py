@@ -10,7 +10,7 @@ shrinks back when the caller says so; it is replaced, never resized, because vie
 
 from protocol.invariant import invariant
 
-NORMAL_BYTES = 256 << 10  # sixteen 4 KiB writes several times over; small enough to stay in the CPU's cache
+NORMAL_BYTES = 512 << 10  # a few 128 KiB writes; small enough to stay in the CPU's cache
 MINIMUM_ROOM_BYTES = 16 << 10  # less room than this behind `end` is not worth a system call
 
 

@@ -38,6 +38,8 @@ EVENTS_A_ROUND = 64
 BUFFERS_A_SEND = 1024  # IOV_MAX
 ACCEPTS_A_ROUND = 16
 LISTEN_BACKLOG = 128
+MORE_BYTES = 96 << 10  # received at once: there is probably more
+SEND_BUFFER_BYTES = 2 << 20  # of the kernel's, a connection: a batch of replies leaves with one call
 ACCEPT_PAUSE_S = 0.1  # when descriptors have run out
 LINGER_S = 10.0  # how long a closed connection may still take its last bytes
 UNIX_PATH_LIMIT_BYTES = 107
@@ -47,6 +49,7 @@ KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_PROBES = 3
 UNACKNOWLEDGED_LIMIT_MS = 60_000  # a peer that acknowledges nothing for so long is gone
 
+_SO_SNDBUFFORCE = 32  # not named in Python's socket module
 _READABLE = select.EPOLLIN
 _WRITABLE = select.EPOLLOUT
 
@@ -185,6 +188,7 @@ class SocketConnection:
 
     def __init__(self, network: SocketNetwork, connected: socket.socket, address: Any) -> None:
         connected.setblocking(False)
+        _enlarge_send_buffer(connected)
         self.peer_name = _peer_name(connected, address)
         if connected.family != socket.AF_UNIX:
             _tune_tcp(connected)
@@ -282,7 +286,10 @@ class SocketConnection:
                 self._lose("the connection broke")
             return
         try:
-            size_bytes = self._receive_into(receiver.buffer())
+            room = receiver.buffer()
+            size_bytes = self._receive_into(room)
+            if size_bytes >= MORE_BYTES and len(room) > size_bytes:
+                size_bytes += self._receive_more(room[size_bytes:])
         except BlockingIOError:
             return
         except OSError as error:
@@ -292,6 +299,13 @@ class SocketConnection:
             receiver.received(size_bytes)
         else:
             self._lose("the client closed the connection")
+
+    def _receive_more(self, room: memoryview) -> int:
+        """What the peer sent while the first part was taken, so that a stream of big requests comes in batches."""
+        try:
+            return self._receive_into(room)
+        except BlockingIOError:
+            return 0
 
     def _send_queued(self) -> None:
         queue = self._queue
@@ -365,6 +379,14 @@ def _peer_name(connected: socket.socket, address: Any) -> str:
         return f"unix:pid={process_id},uid={user_id}"
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _enlarge_send_buffer(connected: socket.socket) -> None:
+    """Beyond net.core.wmem_max if that is allowed; a smaller buffer only costs more calls."""
+    try:
+        connected.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+    except OSError:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 def _tune_tcp(connected: socket.socket) -> None:
