@@ -29,7 +29,8 @@ class Voice:
         print(line, flush=True)
 
     def ready(self, node: Node) -> None:
-        print("ready", flush=True)
+        for family in node.families():
+            print(f"generation {family.generation}", flush=True)
 
 
 async def serve_no_api(node: Node) -> Callable[[], Awaitable[None]]:

@@ -1,8 +1,6 @@
 """A guest with the node in it, whose power is cut while a judge outside writes to it.
 
-The node runs without its HTTP API, whose libraries take ten seconds to load in an emulated processor. Nothing that is
-not synced is written back because of its age, so that what is on the disk after a cut was synced, or had to make
-room.
+The node runs without its HTTP API, whose libraries take ten seconds to load in an emulated processor.
 
 Known weakness: the disk itself loses nothing. That a write reached the disk but not its medium is the simulation's to
 show.
@@ -10,6 +8,7 @@ show.
 
 import contextlib
 import py_compile
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ JUDGED_BLOCKS = 4096  # 16 MiB, overwritten again and again: segments fill up wi
 SEGMENT_BYTES = 4 << 20  # so that some seconds of an emulated machine fill, seal and recycle many
 DISK_BYTES = 2 << 30
 START_TIMEOUT_S = 120.0
+NEVER = 0
 
 UNCHECKED_HASH = py_compile.PycInvalidationMode.UNCHECKED_HASH
 NODE = Path(__file__).with_name("node_in_guest.py").read_text()
@@ -47,21 +47,26 @@ class Machine:
         self._port = port
         self._code = compiled(("protocol", "metadata", "nbdserver"), folder)
         self._environment = f"PYTHONPATH={'/code/without_sync:' if without_sync else ''}/code:{images.python_path}"
+        self.generation = 0  # of the volume, as of the last start
         self._disk = folder / "data.img"
         with self._disk.open("wb") as image:
             image.truncate(DISK_BYTES)
         subprocess.run(["mke2fs", "-q", "-t", "ext4", self._disk], check=True)
 
     @contextlib.contextmanager
-    def start(self) -> Iterator[Client]:
-        """Power on, start the node, connect; the power fails at the end. NotServedError if the node does not serve."""
+    def start(self, writeback_centisecs: int = NEVER) -> Iterator[Client]:
+        """Power on, start the node, connect; the power fails at the end. NotServedError if the node does not serve.
+
+        What is not synced is written back when it has been dirty for `writeback_centisecs`: never, so that a cut takes
+        all of it, or soon, so that a cut finds any part of it on the disk.
+        """
         files = {**self._code, "code/node_in_guest.py": NODE.encode()}
         files["code/without_sync/sitecustomize.py"] = WITHOUT_SYNC
         disks = [self._images.disk, self._disk]
         with Guest(self._images, self._folder, files=files, disks=disks, forward={self._port: PORT}) as guest:
             guest.run(
-                # Nothing is written back because of its age: what reaches the disk was synced, or had to make room.
-                "echo 0 >/proc/sys/vm/dirty_writeback_centisecs; echo 360000 >/proc/sys/vm/dirty_expire_centisecs\n"
+                f"echo {writeback_centisecs} | tee /proc/sys/vm/dirty_writeback_centisecs "
+                "/proc/sys/vm/dirty_expire_centisecs\n"
                 "mount -t ext4 -o ro /dev/vda /python; mount -t ext4 /dev/vdb /python/data\n"
                 "for folder in dev proc code; do mount --bind /$folder /python/$folder; done\n"
                 f"export {self._environment}\n"
@@ -81,7 +86,9 @@ class Machine:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             log = guest.run("cat /tmp/node.log 2>/dev/null || true")
-            if "ready" in log:
+            ready = re.search(r"^generation (\d+)$", log, re.MULTILINE)
+            if ready:
+                self.generation = int(ready[1])
                 return
             if "node-ended" in log:
                 raise NotServedError(f"the node ended; it printed: {log}")
@@ -99,8 +106,10 @@ def compiled(packages: Sequence[str], scratch: Path) -> dict[str, bytes]:
     return files
 
 
-def write_until_the_power_fails(machine: Machine, judge: Judge, duration_s: float) -> None:
+def write_until_the_power_fails(
+    machine: Machine, judge: Judge, duration_s: float, writeback_centisecs: int = NEVER
+) -> None:
     """Power on, check what is there, write; the power fails in the middle of it."""
-    with machine.start() as client:
+    with machine.start(writeback_centisecs) as client:
         judge.check(client, acknowledged_too=False)
         judge.write_until(client, time.monotonic() + duration_s)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.durability import Judge
 from tests.kernel.build import Images
-from tests.kernel.powered import JUDGED_BLOCKS, Machine, write_until_the_power_fails
+from tests.kernel.powered import JUDGED_BLOCKS, NEVER, Machine, write_until_the_power_fails
 
 ROUNDS = int(os.environ.get("POWER_LOSS_ROUNDS", "3"))
 SEED = int(os.environ.get("POWER_LOSS_SEED", str(random.SystemRandom().randrange(1 << 32))))
@@ -27,9 +27,13 @@ def test_a_power_cut_loses_nothing_that_was_flushed(
     machine = Machine(guest_images, tmp_path, free_port())
     judge = Judge(JUDGED_BLOCKS, generator)
     for number in range(ROUNDS):
-        flushes = judge.flushes
-        write_until_the_power_fails(machine, judge, generator.uniform(SHORTEST_S, LONGEST_S))
+        flushes, generation = judge.flushes, machine.generation
+        writeback_centisecs = generator.choice((NEVER, 10, 50))
+        write_until_the_power_fails(machine, judge, generator.uniform(SHORTEST_S, LONGEST_S), writeback_centisecs)
         print(f"round {number + 1} of {ROUNDS}: {judge.writes} writes, {judge.flushes} flushes so far")
         assert judge.flushes > flushes, "a round without a flush shows nothing"
+        assert machine.generation > generation, "acknowledged writes may be gone, and the generation did not rise"
+    generation = machine.generation
     with machine.start() as client:
         judge.check(client, acknowledged_too=False)
+    assert machine.generation > generation
