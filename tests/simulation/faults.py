@@ -71,3 +71,8 @@ def changed(mix: FaultMix, changes: Mapping[str, float]) -> FaultMix:
     """The mix with some of its fields set."""
     fields: dict[str, Any] = dict(changes)
     return replace(mix, **fields)
+
+
+def without_faults(mix: FaultMix) -> FaultMix:
+    """The same machine on a good day."""
+    return FaultMix(latency_s=mix.latency_s, room_segments=mix.room_segments)

@@ -6,13 +6,16 @@ that overlap form a group; when all of a group are answered it collapses into a 
 States are kept from the last flush on, because a power cut may go back to any of them; kill -9 may not go back at all.
 
 Rules of this file
-- An operation that was answered happened. One that was refused as impossible (ENOSPC) did not. One that is unanswered
-  at a crash, or was answered EIO, may have happened: once, whole, in any place of its group.
+- An operation that was answered happened. One that failed, or is unanswered at a crash, may have happened: once, each
+  block of it whole, in any place of its group.
 - What was read after a recovery is what is: it is durable, and no later crash may take it back.
 - Blocks that nobody touched are zeros.
 """
 
 from array import array
+from itertools import pairwise
+
+from nbdserver.block import ZERO
 
 BLOCK_BYTES = 4096
 ZEROS = bytes(BLOCK_BYTES)
@@ -206,14 +209,6 @@ class Registers:
         """It happened."""
         self._end(changes, happened=True)
 
-    def refuse(self, changes: Changes) -> None:
-        """It did not happen and never will."""
-        at = self.tick()
-        for lba, change in self._closed(changes):
-            register = self.blocks[lba]
-            register.group = [each for each in register.group if each is not change]
-            register.collapse(at)
-
     def doubt(self, changes: Changes) -> None:
         """It failed in a way that leaves open whether it happened."""
         self._end(changes, happened=False)
@@ -270,6 +265,18 @@ class Registers:
             if register is not None and len(allowed) > 1 and len(piece) == BLOCK_BYTES and not register.group:
                 register.states[-1].final = {piece}
 
+    def extents(self, offset: int, length: int, found: list[tuple[int, int]], settled: bool) -> None:
+        """Extents were answered; `settled`: at this moment, so that what they call zeros has to be zeros now."""
+        covered = sum(each for each, _ in found)
+        if not found or covered > length or any(each <= 0 for each, _ in found):
+            raise ViolationError(f"extents {found} of {length} bytes")
+        if any(one[1] == other[1] for one, other in pairwise(found)):
+            raise ViolationError(f"neighbours of equal flags are not merged: {found}")
+        for size, flags in found:
+            if settled and flags & ZERO:
+                self.zeros(offset, size)
+            offset += size
+
     def zeros(self, offset: int, length: int) -> None:
         """The device says that the range reads as zeros."""
         for lba in self._known(offset, length):
@@ -324,6 +331,12 @@ def _judge(what: str, lba: int, offset: int, data: bytes, allowed: set[bytes], r
             f"expected {expected}..."
         )
     return piece
+
+
+def right_length(data: bytes, length: int) -> None:
+    """Raise ViolationError unless a read was answered with as many bytes as it asked for."""
+    if len(data) != length:
+        raise ViolationError(f"a read of {length} bytes was answered with {len(data)}")
 
 
 def pattern(label: int, offset: int, length: int) -> bytes:

@@ -1,8 +1,5 @@
 """One simulated run: several lives of a LogDisk under one seed, judged by registers.
 
-    python -m tests.simulation.run --seed 17            one seed, with its story
-    python -m tests.simulation.run --minutes 10         as many seeds as fit, on all cores
-
 Theory. A run draws a fault mix and sizes, then lives: open, read everything, work in wakes (a batch of operations, a
 commit, now and then a flush), until a clean end or a crash that is planned for a step, a crash point or the middle of
 a call of Files or Store. What is read back is judged by `registers`; time, order and faults come from the seed alone.
@@ -12,29 +9,23 @@ Rules of this file
 - Everything that happens is noted, so that two runs of a seed can be compared.
 """
 
-import argparse
 import errno as errnos
-import multiprocessing
-import random
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from metadata.seams import Buffer
-from nbdserver.block import ZERO, Operation
-from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
+from nbdserver.block import Operation
+from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
 from nbdserver.logdisk.records import parse_segment_header
 from protocol.disk import SEGMENT_HEADER_BYTES
-from tests.simulation.faults import FaultMix, changed, draw_mix
-from tests.simulation.registers import BLOCK_BYTES, Changes, Registers, ViolationError, pattern
+from tests.simulation.faults import FaultMix, changed, draw_mix, without_faults
+from tests.simulation.registers import BLOCK_BYTES, Changes, Registers, ViolationError, pattern, right_length
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
+from tests.simulation.sizes import Bend, draw_hot_sizes, draw_sizes
 from tests.simulation.world import SimulatedClock, SimulatedCrash, World
 
 FAMILY = bytes(range(16))
@@ -43,77 +34,6 @@ ANSWER_LIMIT_S = 900.0  # of virtual time, after which an operation counts as fo
 FAILURES = {"family-failed", "append-failed", "checksum-error"}  # reports that need a fault
 REST_S = 90.0
 MOST_SPARE = 8  # of volumes as small as these
-SEEDS_A_ROUND = 64
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a seed draws beside its faults."""
-
-    segment_bytes: int
-    size_bytes: int
-    areas: tuple[tuple[int, int], ...]  # (first block, blocks) that operations go to
-    settings: DiskSettings
-    lives: int
-    wakes: int
-    weights: tuple[float, ...]  # of write, partial write, discard, large discard, read, extents, cache, flush
-
-
-def draw_sizes(rng: random.Random) -> Sizes:
-    """Small enough that everything happens, in every proportion."""
-    if rng.random() < 0.25:
-        return _draw_hot_sizes(rng)
-    blocks = rng.choice([64, 256, 1024, 1 << 18, 1 << 32])
-    if blocks <= 1024:
-        areas: tuple[tuple[int, int], ...] = ((0, blocks),)
-    else:
-        count = rng.choice([3, 150])
-        areas = tuple((rng.randrange(blocks - 8), 1 + rng.randrange(8)) for _ in range(count))
-    return Sizes(
-        segment_bytes=rng.choice([64, 64, 128, 256, 1024]) << 10,
-        size_bytes=blocks * BLOCK_BYTES,
-        areas=areas,
-        settings=DiskSettings(
-            cache_bytes=rng.choice([0, 0, 4 << 20]),
-            checkpoint_bytes=rng.choice([128, 512, 4096]) << 10,
-            checkpoint_interval_s=rng.choice([0.05, 1.0, 30.0]),
-        ),
-        lives=rng.randrange(2, 6),
-        wakes=rng.choice([10, 50, 150]),
-        weights=(
-            *(rng.choice([0.0, 1.0, 4.0]) for _ in range(3)),
-            rng.choice([0.0, 0.3]),
-            2.0,
-            0.5,
-            0.3,
-            rng.choice([0.2, 2.0]),
-        ),
-    )
-
-
-def _draw_hot_sizes(rng: random.Random) -> Sizes:
-    """Few blocks are written over and over: segments die within one checkpoint's time and are soon written again."""
-    blocks = rng.choice([8, 24, 64])
-    return Sizes(
-        segment_bytes=64 << 10,
-        size_bytes=blocks * BLOCK_BYTES,
-        areas=((0, blocks),),
-        settings=DiskSettings(
-            cache_bytes=0, checkpoint_bytes=rng.choice([128, 512, 1024]) << 10, checkpoint_interval_s=30.0
-        ),
-        lives=4,
-        wakes=rng.choice([50, 200]),
-        weights=(8.0, rng.choice([0.0, 1.0]), rng.choice([0.0, 1.0]), 0.0, rng.choice([1.0, 4.0]), 0.0, 0.0, 1.0),
-    )
-
-
-@dataclass(frozen=True)
-class Bend:
-    """What a test wants of a run that is otherwise drawn: it makes a rare thing frequent."""
-
-    mix: Mapping[str, float] = field(default_factory=dict)
-    hot: bool = False
-    crash_at: str = ""  # a crash point at which every life ends that comes to it
 
 
 class Run:
@@ -126,7 +46,7 @@ class Run:
         self.random = self.world.random
         self.bend = bend = bend or Bend()
         self.mix = changed(draw_mix(self.random, lying), bend.mix)
-        self.sizes = _draw_hot_sizes(self.random) if bend.hot else draw_sizes(self.random)
+        self.sizes = draw_hot_sizes(self.random) if bend.hot else draw_sizes(self.random)
         self.hits: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
         self.reports: Counter[str] = Counter()
@@ -160,7 +80,7 @@ class Run:
     def go(self) -> "Run":
         self.tell(f"{self.mix}\n{self.sizes}")
         with hooked(self._at_crash_point):
-            self._begin_life(self._without_faults())
+            self._begin_life(without_faults(self.mix))
             LogDisk.format(self.files, self.store, FAMILY, self.sizes.size_bytes, self.sizes.segment_bytes, self.random)
             self._end_life(power=False)
             for _ in range(self.sizes.lives):
@@ -279,7 +199,7 @@ class Run:
 
     def _look_at_the_end(self) -> None:
         """Without any further fault, everything that was promised is there."""
-        self._begin_life(self._without_faults())
+        self._begin_life(without_faults(self.mix))
         if self._open():
             self._look_at_everything()
             self._rest()
@@ -322,9 +242,6 @@ class Run:
         if errno:
             raise ViolationError(f"{changes[0][1].label} failed with errno {errno} although there must be room")
         self.registers.answer(changes)
-
-    def _without_faults(self) -> FaultMix:
-        return FaultMix(latency_s=self.mix.latency_s, room_segments=self.mix.room_segments)
 
     def _report(self, kind: str, fields: dict[str, object]) -> None:
         if self.world.has_crashed:
@@ -500,7 +417,7 @@ class Run:
         found = self.disk.read(offset, length)
         if found is not None:
             data = b"".join(found)
-            self._right_length(data, length)
+            right_length(data, length)
             self.registers.read(offset, data)
             return
         begun = self.registers.begin_read(offset, length)
@@ -511,15 +428,10 @@ class Run:
                 self.registers.end_read(begun, offset, None)
                 return
             data = b"".join(result)
-            self._right_length(data, length)
+            right_length(data, length)
             self.registers.end_read(begun, offset, data)
 
         self._later(Operation.READ, offset, length, None, answered)
-
-    @staticmethod
-    def _right_length(data: bytes, length: int) -> None:
-        if len(data) != length:
-            raise ViolationError(f"a read of {length} bytes was answered with {len(data)}")
 
     def _extents(self) -> None:
         offset, length = self._place(64)
@@ -530,7 +442,7 @@ class Run:
         if found is not None:
             if len(found) > limit:
                 raise ViolationError(f"{len(found)} extents, asked for at most {limit}")
-            self._check_extents(offset, length, found, settled=True)
+            self.registers.extents(offset, length, found, settled=True)
             return
         busy = set(self.registers.blocks) if self.in_flight else set()
         before = self.registers.tick()
@@ -540,20 +452,9 @@ class Run:
                 self._accept(errno, "extents")
                 return
             # Only if nothing happened meanwhile do the answer and the registers speak of one moment.
-            self._check_extents(offset, length, result, settled=not busy and self.registers.tick() == before + 1)
+            self.registers.extents(offset, length, result, settled=not busy and self.registers.tick() == before + 1)
 
         self._later(Operation.EXTENTS, offset, length, None, answered)
-
-    def _check_extents(self, offset: int, length: int, found: list[tuple[int, int]], settled: bool) -> None:
-        covered = sum(each for each, _ in found)
-        if not found or covered > length or any(each <= 0 for each, _ in found):
-            raise ViolationError(f"extents {found} of {length} bytes")
-        if any(one[1] == other[1] for one, other in pairwise(found)):
-            raise ViolationError(f"neighbours of equal flags are not merged: {found}")
-        for size, flags in found:
-            if settled and flags & ZERO:
-                self.registers.zeros(offset, size)
-            offset += size
 
     def _flush(self) -> None:
         asked = self.registers.tick()
@@ -596,36 +497,3 @@ def try_seed(seed: int, bend: Bend | None = None) -> tuple[str, Run]:
     except (Exception, ViolationError) as error:
         return f"{type(error).__name__}: {error}", run
     return "", run
-
-
-def _try_for_pool(seed: int) -> tuple[int, str]:
-    return seed, try_seed(seed)[0]
-
-
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation.run", description=__doc__)
-    parser.add_argument("--seed", type=int, help="run one seed and tell its story")
-    parser.add_argument("--minutes", type=float, default=1.0, help="run seeds on all cores for that long")
-    parser.add_argument("--first", type=int, default=int(time.time()) * 1000, help="the first seed")
-    arguments = parser.parse_args()
-    if arguments.seed is not None:
-        run = Run(arguments.seed, lying=lies(arguments.seed), story=print).go()
-        print(f"seed {arguments.seed}: fine, digest {run.world.digest:08x}, {dict(run.counters)}, {dict(run.reports)}")
-        return 0
-    until = time.monotonic() + arguments.minutes * 60
-    ran = failed = 0
-    with multiprocessing.Pool() as pool:
-        while time.monotonic() < until:
-            first = arguments.first + ran
-            for seed, wrong in pool.imap_unordered(_try_for_pool, range(first, first + SEEDS_A_ROUND)):
-                ran += 1
-                if wrong:
-                    failed += 1
-                    print(f"seed {seed}: {wrong}\n    again: python -m tests.simulation.run --seed {seed}", flush=True)
-    print(f"{ran} seeds from {arguments.first} on, {failed} failed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Simulated lives of a LogDisk: crashes, power cuts, errors and lies of the device, and what is there afterwards.
 
-A failing test names its seed; `python -m tests.simulation.run --seed N` tells the story of it.
+A failing test names its seed; `python -m tests.simulation --seed N` tells the story of it.
 """
 
 import os
@@ -8,7 +8,8 @@ import os
 import pytest
 
 from nbdserver.logdisk.ordering import CRASH_POINTS
-from tests.simulation.run import Bend, Run, try_seed
+from tests.simulation.run import Run, try_seed
+from tests.simulation.sizes import Bend
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "640"))
 CHUNK = 20

@@ -14,9 +14,10 @@ from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.ordering import CRASH_POINTS, Rule, disabled
 from nbdserver.logdisk.recovery import Replay
 from tests.simulation.faults import FaultMix
-from tests.simulation.run import Bend, try_seed
+from tests.simulation.run import try_seed
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
+from tests.simulation.sizes import Bend
 from tests.simulation.world import SimulatedClock, World
 
 SEEDS = 150
