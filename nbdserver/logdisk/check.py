@@ -360,24 +360,20 @@ class _FamilyCheck:
         where = f"segment {segment}"
         start = parse_segment_header(self._files.read(handle, SEGMENT_HEADER_BYTES, 0))
         sequence, salt, end = table.sequence[segment], table.salt[segment], table.end[segment]
-        if start is None or (start.family, start.segment, start.sequence, start.salt) != (
-            self._family,
-            segment,
-            sequence,
-            salt,
-        ):
-            self._find("chain", where, f"the header of segment {segment} is not that of its present life")
+        life = (self._family, segment, sequence, salt)
+        if start is None or (start.family, start.segment, start.sequence, start.salt) != life:
+            # A header that nothing follows yet may be lost with the power: recovery goes on without it.
+            if end > SEGMENT_HEADER_BYTES:
+                self._find("chain", where, f"the header of segment {segment} is not that of its present life")
             return None
         key, offset, crc = chain_key(sequence, salt), SEGMENT_HEADER_BYTES, start.previous_crc
         last: Record | None = None
         while offset < end:
             record = read_record(self._files, handle, key, offset)
             if record is None or record.previous_crc != crc or (last is not None and record.lsn != last.lsn + 1):
-                self._find(
-                    "chain",
-                    f"{where} byte {offset}",
-                    f"segment {segment} has no valid record at byte {offset}, and {end - offset} bytes should follow",
-                )
+                follows = f"and {end - offset} bytes should follow"
+                sentence = f"segment {segment} has no valid record at byte {offset}, {follows}"
+                self._find("chain", f"{where} byte {offset}", sentence)
                 return None
             self._match(segment, record, wanted)
             self.result.records_verified += 1
