@@ -176,16 +176,17 @@ def test_libnbd_gets_the_errors_of_the_protocol_and_the_largest_payload(
 def test_fio_verifies_its_own_random_writes(served: Served, needs: Needs, tmp_path: Path, block: str) -> None:
     fio = needs("fio", "fio")
     run(
-        fio, "--name=verify", "--verify_state_save=0", "--ioengine=nbd", f"--uri={served.tcp}", "--rw=randwrite", f"--bs={block}",
-        "--iodepth=16",
-        "--size=4M", "--verify=crc32c", "--verify_fatal=1", "--fsync=64", f"--directory={tmp_path}",
+        fio, "--name=verify", "--verify_state_save=0", "--ioengine=nbd", f"--uri={served.tcp}",
+        "--rw=randwrite", f"--bs={block}", "--iodepth=16", "--size=4M",
+        "--verify=crc32c", "--verify_fatal=1", "--fsync=64", f"--directory={tmp_path}",
     )  # fmt: skip
 
 
 def test_fio_with_four_connections_verifies(served: Served, needs: Needs, tmp_path: Path) -> None:
     fio = needs("fio", "fio")
     run(
-        fio, "--name=verify", "--verify_state_save=0", "--ioengine=nbd", f"--uri={served.unix}", "--rw=randwrite", "--bs=4k", "--iodepth=8",
-        "--numjobs=4", "--size=4M", "--offset_increment=16M", "--verify=crc32c", "--verify_fatal=1",
+        fio, "--name=verify", "--verify_state_save=0", "--ioengine=nbd", f"--uri={served.unix}",
+        "--rw=randwrite", "--bs=4k", "--iodepth=8", "--numjobs=4", "--size=4M", "--offset_increment=16M",
+        "--verify=crc32c", "--verify_fatal=1",
         f"--directory={tmp_path}",
     )  # fmt: skip
