@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 _TICK_S = 0.25
+_CALM_SHARE = 0.125  # of a segment appended in a tick: below it there is time to write files ahead
 _TRIM_SPARE_TICKS = 80  # 20 s: what lay unused for two looks is gone within a minute
 _PINNED_SHARE = 0.5  # of the cache's pages that may wait for a checkpoint before one starts
 _BLOCKING_SHARE = 0.9
@@ -46,6 +47,7 @@ class Background:
         self._stopped = False
         self._ticks = 0
         self._last_txid = disk.log.txid
+        self._last_appended = disk.log.appended_bytes
         self._tick = guarded(disk.fail, self._tick_once)
         self.check = guarded(disk.fail, self._check)
         self._timer: Timer = clock.call_later(_TICK_S, self._tick)
@@ -84,7 +86,7 @@ class Background:
     def can_gain_room(self) -> bool:
         """Whether waiting may bring room: something is being freed or cleaned, or could be."""
         disk = self._disk
-        if disk.checkpointer.running or disk.cleaner.running:
+        if disk.checkpointer.running or disk.cleaner.running or disk.pool.preparing:
             return True
         if self._empty_segments():
             disk.checkpointer.start()
@@ -133,13 +135,15 @@ class Background:
         self.check()
         disk.pool.guard_metadata()
         if disk.log.offset:  # a volume that was never written takes no room
-            disk.pool.keep_ready(idle=disk.log.txid == self._last_txid)
+            appended_bytes = disk.log.appended_bytes - self._last_appended
+            disk.pool.keep_ready(calm=appended_bytes < _CALM_SHARE * disk.pool.segment_bytes)
         self._ticks += 1
         if self._ticks % _TRIM_SPARE_TICKS == 0:
             disk.pool.trim_spare(disk.maps.live_blocks << 12)
             if self._empty_segments() > 0:
                 disk.checkpointer.start()
         self._last_txid = disk.log.txid
+        self._last_appended = disk.log.appended_bytes
         self._timer = self._clock.call_later(_TICK_S, self._tick)
 
     # -- holes

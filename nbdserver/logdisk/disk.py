@@ -169,6 +169,7 @@ class LogDisk:
         pool.adopt(maps.segments.in_use)
         replay = Replay(self._files, store, pool, maps, self.family.family, progress)
         recovered = replay.run(start)
+        pool.drop_short()
         generation = self.opened.generation
         # A clean end has no record behind its checkpoint.
         clean = self.opened.clean and not recovered.records

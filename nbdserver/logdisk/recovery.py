@@ -12,7 +12,8 @@ Rules
 - The tail that was replayed is written again in place and synced before anything is served from it
   (Rule.TAIL_SYNCED_BEFORE_SERVING): after a failed fsync the page cache may hold as clean what the disk never got.
 - Appending goes on in another segment, and a checkpoint at the recovered lsn is synced first, so what lies behind the
-  last good record can never be reached again.
+  last good record can never be reached again. On a full disk, where a segment for each crash would use up the reserve,
+  it goes on behind the last good record: what lies there was no link of the chain, and its epoch is an older one.
 - Everything here waits for the disk: it runs before the family serves anyone.
 """
 
@@ -35,7 +36,7 @@ from nbdserver.logdisk.records import (
     parse_segment_header,
     wrong_blocks,
 )
-from nbdserver.logdisk.segments import SegmentPool
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
     EXTENT_HOLE,
@@ -130,7 +131,9 @@ class Replay:
         """Let the log go on in another segment than the one that it ended in, if that was ever written."""
         if not log.lsn and not self._pool.open_if_present(log.segment):
             return  # a family's first segment, not begun yet
-        segment = self._pool.take(keep=0)
+        segment = self._pool.take(CLIENTS_KEEP)
+        if not segment and not log.offset:
+            segment = self._pool.take(DISCARDS_KEEP)
         if segment:
             log.start_over(segment)
         elif not log.begin_if_needed():

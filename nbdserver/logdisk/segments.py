@@ -21,6 +21,7 @@ from metadata.seams import Files
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 
 CLIENTS_KEEP = 3  # of the spare files, by those who append for clients
+WRITTEN_AHEAD = 2  # beyond those, for clients
 CLEANER_KEEPS = 1  # the last one is for discards
 DISCARDS_KEEP = 0
 SPARE_SEGMENTS = 8
@@ -49,10 +50,11 @@ class SegmentPool:
         self.full = False
         self._files = files
         self._report = report
+        self._short: set[int] = set()  # files that are not of segment_bytes
         self._readers: dict[int, int] = {}
         self._awaiting_readers: set[int] = set()
         self._lowest_spare = 0  # since the last `trim_spare`
-        self._preparing = False
+        self.preparing = False  # a file is being written ahead
         self._closed = False
         self._has_ballast = False
 
@@ -70,13 +72,11 @@ class SegmentPool:
         for name, segment in sorted(present.items()):
             if segment in in_use or (segment < len(self.handles) and self.handles[segment] >= 0):
                 continue
-            handle = self._files.open(f"{DIRECTORY}/{name}")
-            if self._files.size_bytes(handle) != self.segment_bytes:
-                self._files.close(handle)  # cut off while it was made
-                self._files.unlink(f"{DIRECTORY}/{name}")
-                continue
-            self._set_handle(segment, handle)
+            self._set_handle(segment, self._files.open(f"{DIRECTORY}/{name}"))
             self.spare.append(segment)
+        for segment in (*in_use, *self.spare):
+            if self._files.size_bytes(self.handles[segment]) != self.segment_bytes:
+                self._short.add(segment)  # a power cut took its length; the log may go on in it all the same
         if self.spare:
             # A crash may have come between making a file and making its name durable.
             self._files.sync_directory(DIRECTORY)
@@ -93,6 +93,12 @@ class SegmentPool:
             return False
         self._set_handle(segment, handle)
         return True
+
+    def drop_short(self) -> None:
+        """Replay knows by now which files are in use: unlink the spare ones that are not whole."""
+        for segment in [each for each in self.spare if each in self._short]:
+            self.spare.remove(segment)
+            self._drop(segment)
 
     def keep(self, segment: int) -> None:
         """Replay found the segment in use."""
@@ -150,6 +156,8 @@ class SegmentPool:
         """The segment's life is over; it may be given out when its readers have left."""
         if holds(Rule.REUSE_AFTER_READERS_LEFT) and self._readers.get(segment):
             self._awaiting_readers.add(segment)
+        elif segment in self._short:
+            self._drop(segment)
         else:
             self.spare.append(segment)
 
@@ -167,25 +175,26 @@ class SegmentPool:
             self._awaiting_readers.discard(segment)
             self.freed(segment)
 
-    def keep_ready(self, idle: bool) -> None:
+    def keep_ready(self, calm: bool) -> None:
         """Make what a full disk and the next writes will need.
 
-        At rest it is written ahead, one file at a time, off the loop. While clients write, writing zeros would take the
-        disk from them: then the reserve is only allocated.
+        While little is written it is written ahead, one file at a time, off the loop: an fdatasync of what was only
+        allocated costs half as much again. While clients stream, writing zeros would take the disk from them: then
+        the reserve is only allocated.
         """
-        if self._preparing or not self._has_room(0):
+        if self.preparing or not self._has_room(0):
             return
-        if not idle:
+        if not calm:
             if len(self.spare) < CLIENTS_KEEP:
                 segment = self._create()
                 if segment:
                     self.spare.insert(0, segment)
         elif not self._has_ballast:
-            self._preparing = True
+            self.preparing = True
             self._has_ballast = True
             self._files.prepare_later(BALLAST, _BALLAST_BYTES, self._ballast_prepared)
-        elif len(self.spare) < CLIENTS_KEEP + 1:
-            self._preparing = True
+        elif len(self.spare) < CLIENTS_KEEP + WRITTEN_AHEAD:
+            self.preparing = True
             segment = self._unused_number()
             self._set_handle(segment, -2)  # taken
             self._files.prepare_later(
@@ -197,11 +206,7 @@ class SegmentPool:
         stay = max(SPARE_SEGMENTS, int(live_bytes * SPARE_FRACTION) // self.segment_bytes)
         surplus = min(self._lowest_spare, len(self.spare)) - stay
         for _ in range(surplus):
-            segment = self.spare.pop(0)  # the longest unused one
-            self._files.close(self.handles[segment])
-            self.handles[segment] = -2
-            self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
-            self.unlinked += 1
+            self._drop(self.spare.pop(0))  # the longest unused one
         self._lowest_spare = len(self.spare)
 
     def guard_metadata(self) -> None:
@@ -249,6 +254,13 @@ class SegmentPool:
             self.handles.append(-1)
         self.handles[segment] = handle
 
+    def _drop(self, segment: int) -> None:
+        self._short.discard(segment)
+        self._files.close(self.handles[segment])
+        self.handles[segment] = -2  # taken, until the file is gone
+        self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
+        self.unlinked += 1
+
     def _unlinked(self, segment: int, errno: int) -> None:
         if not errno:
             self._number_free(segment)
@@ -257,7 +269,7 @@ class SegmentPool:
         self.handles[segment] = -1
 
     def _prepared(self, segment: int, errno: int, handle: int) -> None:
-        self._preparing = False
+        self.preparing = False
         if errno or self._closed:
             self._number_free(segment)
             if not errno:
@@ -267,7 +279,7 @@ class SegmentPool:
         self.spare.insert(0, segment)
 
     def _ballast_prepared(self, errno: int, handle: int) -> None:
-        self._preparing = False
+        self.preparing = False
         if errno:
             self._has_ballast = False
             return

@@ -2,6 +2,7 @@
 
 import random
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -21,7 +22,7 @@ from protocol.disk import (
     pack_segment_header,
 )
 from tests.simulation.simulated_store import SimulatedBatch
-from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
+from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily, block
 
 MAGIC = RECORD_MAGIC.to_bytes(4, "little")
 
@@ -288,3 +289,48 @@ def test_a_family_that_cannot_be_opened_leaves_no_file_open() -> None:
     with pytest.raises(DiskError):
         family.open()
     assert not family.files._handles
+
+
+def test_a_segment_whose_length_a_power_cut_took_is_read_all_the_same() -> None:
+    """Its file is shorter than a segment, the log goes on in it, and the checkpoint does not know it yet."""
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    family.put(0, 1)
+    family.checkpoint()
+    first = family.disk.log.segment
+    number = 1
+    while family.disk.log.segment == first:
+        family.put(number, number)
+        number += 1
+    family.put(500, 77)
+    assert family.flush() == 0
+    begun = segment_path(family.disk.log.segment)
+    end = family.disk.log.offset
+    family.crash()
+    del family.drive.files[begun].content[end:]
+    family.open()
+    assert family.number_at(500) == 77
+
+
+def test_a_spare_file_that_is_not_whole_is_unlinked() -> None:
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    family.put(0, 1)
+    family.run(5.0)
+    spare = segment_path(family.disk.pool.spare[0])
+    family.crash()
+    del family.drive.files[spare].content[100:]
+    family.open()
+    family.run(1.0)
+    whole = [len(file.content) for path, file in family.drive.files.items() if path.endswith(".seg")]
+    assert set(whole) == {64 << 10}
+
+
+def test_a_full_disk_does_not_lose_a_segment_of_its_reserve_to_each_crash() -> None:
+    family = SimulatedFamily(segment_bytes=64 << 10, mix=replace(CALM, room_segments=12))
+    number = 0
+    while family.write(number * BLOCK_BYTES, block(number + 1)) == 0:
+        number += 1
+    for _ in range(6):
+        family.crash()
+        family.open()
+        assert family.discard(0, BLOCK_BYTES) == 0
+    assert family.discard(0, 1 << 30) == 0
