@@ -70,7 +70,6 @@ class PageMap:
         self.evictions = 0
         self.pinned = -1  # a page that is never evicted
         self._typecode = typecode
-        self._fields = fields
         self._zeros = array(typecode, [0]) * (PAGE_BLOCKS * fields)
         self._old: dict[int, Page] = {}
         self._old_order: Iterator[int] = iter(())

@@ -146,7 +146,6 @@ class LogDisk:
         self.reader = reader = Reader(files, maps, pool)
         self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed, self.parted)
         make_room = partial(writer.next_segment, CLEANER_KEEPS)
-        make_room = partial(writer.next_segment, CLEANER_KEEPS)
         self.cleaner = Cleaner(
             files, clock, log, maps, pool, make_room, writer.forget_room, self._work_finished, self.parted, report
         )

@@ -35,8 +35,8 @@ from protocol.disk import DamagedValueError
 from protocol.invariant import InvariantError, invariant
 
 MAX_PENDING_HOLES = 256
-SEGMENT = 0  # item offsets in a middle page
-OFFSET = PAGE_BLOCKS
+SMALL_HOLE_BLOCKS = 4096  # up to here a discard is worked into the maps at once, made or replayed
+OFFSET = PAGE_BLOCKS  # of these items in a middle page; the segment is the first one
 CHECKSUM = 2 * PAGE_BLOCKS
 EPOCH_SHIFT = 40  # MBA = epoch ‖ counter
 
@@ -73,10 +73,6 @@ class Maps:
         pair = self.logical.page_bytes + self.middle.page_bytes
         self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
         self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
-
-    def logical_page(self, number: int) -> Page | None:
-        """The page with every hole applied, or None: `load` it."""
-        return self.logical.get(number)
 
     def needed(self, lba: int, count: int, most: int = PAGE_BLOCKS) -> Need:
         """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`."""

@@ -26,7 +26,7 @@ from metadata.family_state import Checkpoint
 from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page, PageMap
 from metadata.seams import Files, Store
 from nbdserver.logdisk.log import Log
-from nbdserver.logdisk.maps import OFFSET, Maps
+from nbdserver.logdisk.maps import OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.records import (
     Record,
@@ -51,7 +51,6 @@ from protocol.disk import (
 )
 
 _COPY_BYTES = 1 << 20
-_LARGE_HOLE_BLOCKS = 4096
 _DURABLE_LSN = 10  # place of the field in a record header
 
 
@@ -248,7 +247,7 @@ class Replay:
 
     def _apply_hole(self, lba: int, count: int) -> None:
         maps = self._maps
-        if count > _LARGE_HOLE_BLOCKS:
+        if count > SMALL_HOLE_BLOCKS:
             maps.add_hole(lba, count)
             return
         for current in range(lba, lba + count):

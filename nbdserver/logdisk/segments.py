@@ -61,7 +61,8 @@ class SegmentPool:
     # -- opening
 
     def adopt(self, in_use: set[int]) -> None:
-        """Open the files of the segments in use and take every other whole file as spare. OSError if one is missing."""
+        """Open the files of the segments in use and take every other one as spare, until replay knows better and
+        `drop_short` unlinks those that are not whole. OSError if one in use is missing."""
         present: dict[str, int] = {}
         for name in self._files.list(DIRECTORY):
             stem, _, suffix = name.partition(".")

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Buffer, Clock, Files
 from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
-from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET
-from nbdserver.logdisk.writer import SMALL_HOLE_BLOCKS
+from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, SMALL_HOLE_BLOCKS
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES
 

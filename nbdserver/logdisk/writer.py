@@ -20,7 +20,7 @@ from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.region_table import REGION_SHIFT
 from metadata.seams import Buffer
 from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK, Log
-from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, Maps
+from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import run_length
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
@@ -28,7 +28,6 @@ from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
 
 LAYER = 1
-SMALL_HOLE_BLOCKS = 4096  # up to here a discard is worked into the maps at once
 _MOST_EXTENT_BLOCKS = 1 << 31
 _SPLIT_BLOCKS = 256
 _RECORDS_A_CHECK = 64  # after so many the background work looks whether something is due
