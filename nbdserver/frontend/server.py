@@ -1,14 +1,17 @@
 """The NBD server: accepts connections and keeps their sessions.
 
 Rules: at most `client_limit` connections; one more is closed at once. `drain` stops listening, lets every session
-finish what it took, and drops those that are not finished in time.
+finish what it took, and drops those that are not finished in time. `freeze` does the same but for the closing: who
+has finished stands still, and `hand_over` gives the connections to another process, whose `resume` goes on with them.
 """
 
 from collections.abc import Callable
 
 from metadata.seams import Clock, Connection, Network, Receiver, Timer
 from nbdserver.frontend.session import ClientInfo, Session
-from nbdserver.volume.export import Exports
+from nbdserver.volume.export import Export, Exports
+from protocol.handover import ClientState
+from protocol.handshake import OptionRefusedError
 
 CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each, once they have entered an export
 
@@ -69,13 +72,49 @@ class Server:
         self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
         for session in list(self._sessions.values()):
             session.shut_down()
-        if not self._sessions:
-            self._clock.call_soon(self._finish_drain)
+        self._check_drained()
+
+    def freeze(self, timeout_s: float, done: Callable[[], None]) -> None:
+        """Accept nobody, let every session finish and stand still; `done()` when all do or `timeout_s` is over."""
+        self._drained = done
+        self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
+        for session in list(self._sessions.values()):
+            session.freeze(self._check_drained)
+        self._check_drained()
+
+    def hand_over(self, limit: int, fit: Callable[[Export], bool]) -> list[tuple[int, ClientState]]:
+        """Give away the frozen sessions, at most `limit`, whose export is `fit`; the others are dropped."""
+        given: list[tuple[int, ClientState]] = []
+        for session in list(self._sessions.values()):
+            export = session.export
+            one = session.hand_over() if len(given) < limit and export is not None and fit(export) else None
+            if one is None:
+                session.disconnect("could not be handed over")
+            else:
+                del self._sessions[session.id]
+                given.append(one)
+        return given
+
+    def resume(self, connection: Connection, state: ClientState) -> Session | None:
+        """Go on with a client of another process: its Receiver, whose `resume` is called when it is connected."""
+        try:
+            session = Session(state.id, connection, self._clock, self._exports, self._gone, state)
+        except OptionRefusedError as error:
+            self._report("client-not-taken-over", {"peer": connection.peer_name, "reason": str(error)})
+            return None
+        self._last_id = max(self._last_id, state.id)
+        self._sessions[session.id] = session
+        return session
 
     def _give_up(self) -> None:
         for session in list(self._sessions.values()):
-            session.disconnect("not finished when the server stopped")
+            if not session.frozen:
+                session.disconnect("not finished when the server stopped")
         self._finish_drain()
+
+    def _check_drained(self) -> None:
+        if self._drained is not None and all(session.frozen for session in self._sessions.values()):
+            self._clock.call_soon(self._finish_drain)
 
     def _finish_drain(self) -> None:
         if self._drain_timer is not None:
@@ -100,5 +139,4 @@ class Server:
         self._report(
             "client-gone", {"client": session.id, "peer": session.peer_name, "export": export, "reason": reason}
         )
-        if self._drained is not None and not self._sessions:
-            self._clock.call_soon(self._finish_drain)
+        self._check_drained()

@@ -7,6 +7,8 @@ gone.
 Rules
 - The handshake has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being answered.
 - Whatever ends the connection, `_gone` runs exactly once: the export forgets the session, the server is told.
+- A session in transmission can be *frozen*: it stands still between two of its requests, and `hand_over` turns it into
+  its state, from which another process makes a session that goes on. The peer sees a pause.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +19,8 @@ from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export, ExportError, Exports, peer_host
-from protocol.handshake import Close, Enter, Handshake, Offer, OptionRefusedError, Reply
+from protocol.handover import ClientState
+from protocol.handshake import Agreement, Close, Enter, Handshake, Offer, OptionRefusedError, Reply
 from protocol.nbd import OptionReply
 
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -50,9 +53,15 @@ class Session:
         clock: Clock,
         exports: Exports,
         gone: Callable[["Session", str], None],
+        resumed: ClientState | None = None,
     ) -> None:
-        """`gone(session, reason)` is called once, when the connection is closed or lost."""
+        """`gone(session, reason)` is called once, when the connection is closed or lost.
+
+        With `resumed` it begins in the transmission phase (OptionRefusedError if its export does not have it any
+        more), and serves once `resume` is called.
+        """
         self.id = session_id
+        self.frozen = False
         self.peer_name = connection.peer_name
         self.peer_host = peer_host(connection.peer_name)
         self.export: Export | None = None
@@ -64,12 +73,20 @@ class Session:
         self._since_s = clock.now()
         self._received_bytes = 0
         self._buffer = ReceiveBuffer(HANDSHAKE_BUFFER_BYTES)
-        self._handshake: Handshake | None = Handshake(self)
+        self._handshake: Handshake | None = None
         self._transmission: Transmission | None = None
+        self._agreement: Agreement | None = None
         self._handshake_paused = False
         self._over = False
-        self._timeout: Timer = clock.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_timed_out)
-        connection.send([self._handshake.greeting()])
+        self._timeout: Timer | None = None
+        if resumed is None:
+            self._handshake = Handshake(self)
+            self._timeout = clock.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_timed_out)
+            connection.send([self._handshake.greeting()])
+        else:
+            self._since_s = resumed.since_s
+            self.enter(resumed.agreement.offer.name)
+            self._transmit(resumed.agreement, resumed.received)
 
     def info(self) -> ClientInfo:
         """For those who list clients."""
@@ -98,6 +115,45 @@ class Session:
             self._transmission.shut_down()
         else:
             self._close("the server is shutting down")
+
+    # --- handing over ---
+
+    def freeze(self, frozen: Callable[[], None]) -> None:
+        """Finish what was taken and stand still, then `frozen()`; in the handshake: close."""
+        if self._transmission is None:
+            self._close("the server hands over clients that have entered an export, not those in the handshake")
+            return
+
+        def stands_still() -> None:
+            self.frozen = True
+            frozen()
+
+        self._transmission.freeze(stands_still)
+
+    def hand_over(self) -> tuple[int, ClientState] | None:
+        """Leave, once frozen: (descriptor, state) for another process to go on with. None if that cannot be."""
+        if not self.frozen or self._over or self._transmission is None or self._agreement is None:
+            return None
+        detached = self._connection.detach()
+        if detached is None:
+            return None
+        descriptor, cookie, unsent = detached
+        state = ClientState(
+            cookie=cookie,
+            id=self.id,
+            since_s=self._since_s,
+            agreement=self._agreement,
+            skip_bytes=self._transmission.skip_bytes,
+            received=bytes(self._buffer.view[self._buffer.start : self._buffer.end]),
+            unsent=unsent,
+        )
+        self._leave()
+        return descriptor, state
+
+    def resume(self, state: ClientState) -> None:
+        """Serve, where another process stopped."""
+        if self._transmission is not None:
+            self._transmission.resume(state.skip_bytes, state.unsent)
 
     # --- Receiver ---
 
@@ -149,14 +205,21 @@ class Session:
     def _enter(self, event: Enter, leftover: bytes) -> None:
         if self.export is None or self._over:
             return
-        self._timeout.cancel()
+        if self._timeout is not None:
+            self._timeout.cancel()
         self._handshake = None
+        self._transmit(event.agreement, leftover).process()
+
+    def _transmit(self, agreement: Agreement, received: bytes) -> Transmission:
+        """Begin the transmission phase of an export that was entered."""
+        assert self.export is not None
+        self._agreement = agreement
         self._buffer.reserve(NORMAL_BYTES)
-        self._buffer.put(leftover)
+        self._buffer.put(received)
         self._transmission = Transmission(
-            self._connection, self._clock, self.export, event.agreement, self._buffer, self.counters, self._close
+            self._connection, self._clock, self.export, agreement, self._buffer, self.counters, self._close
         )
-        self._transmission.process()
+        return self._transmission
 
     def _handshake_timed_out(self) -> None:
         self.disconnect(f"no export was entered in {HANDSHAKE_TIMEOUT_S:.0f} s")
@@ -197,13 +260,16 @@ class Session:
             self._gone(reason)
 
     def _gone(self, reason: str) -> None:
-        if self._over:
-            return
+        if not self._over:
+            self._leave()
+            self._report_gone(self, reason)
+
+    def _leave(self) -> None:
         self._over = True
-        self._timeout.cancel()
+        if self._timeout is not None:
+            self._timeout.cancel()
         if self._transmission is not None:
             self._transmission.lost()
         self._handshake = self._transmission = None  # they refer back to the session: no cycle stays
         if self.export is not None:
             self.export.leave(self)
-        self._report_gone(self, reason)

@@ -128,6 +128,31 @@ class Transmission:
         """Take no more requests; finish when nothing waits."""
         self._end("the server is shutting down")
 
+    def freeze(self, frozen: Callable[[], None]) -> None:
+        """Take no more requests; `frozen()` when nothing waits. What is not processed stays in the buffer. One that
+        ends already goes on ending."""
+        if not self._ending and not self._over:
+            self._connection.pause_reading()
+            self._finished = lambda _reason: frozen()
+            self._end("the server hands its clients over")
+
+    @property
+    def skip_bytes(self) -> int:
+        """How much of a refused request's payload is still to come."""
+        return self._skip_bytes
+
+    def resume(self, skip_bytes: int, unsent: bytes) -> None:
+        """Go on where another process stopped; the buffer holds what it had not processed."""
+        self._skip_bytes = skip_bytes
+        if self._buffer.capacity_bytes > NORMAL_BYTES:
+            self._shrink_timer = self._clock.call_later(SHRINK_DELAY_S, self._shrink)
+        if unsent:
+            self._connection.send([unsent])
+        if self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
+            self._stall()
+        else:
+            self.process()
+
     # --- the batch ---
 
     def process(self) -> None:
@@ -455,7 +480,9 @@ class Transmission:
             self._go_on()
 
     def _go_on(self) -> None:
-        if self._stalled and not self._over and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
+        if self._ending or self._over:
+            return  # what would be read now has nobody to process it
+        if self._stalled and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
             self._stalled = False
             self.process()
             if not self._stalled and not self._over:

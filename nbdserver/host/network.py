@@ -12,37 +12,34 @@ Rules
 - It spins only while that pays: `Spinning` decides.
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
 - A receiver that raises loses its own connection, nobody else's.
+- Sockets that another process opened are taken as they are: `inherit` says at which address a listening one is used
+  instead of a new one, `adopt` makes a connection of a connected one. `release_listening` and `detach` give them away.
 
 Known weakness: to see that callbacks are ready it looks at the asyncio loop's own queue, which has no public name; on
 a loop without it they wait for up to `WAKE_S`.
 """
 
 import asyncio
-import contextlib
-import errno
 import logging
-import os
 import select
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Any
 
 from metadata.seams import Buffer, Connection, Receiver
+from nbdserver.host.listening import close_listening, listening_sockets, socket_cookie
 from nbdserver.host.spinning import SPIN_S, Spinning
 
 WAKE_S = 400e-6  # the longest stay outside the loop; entering it costs some 10 µs
 EVENTS_A_ROUND = 64
 BUFFERS_A_SEND = 1024  # IOV_MAX
 ACCEPTS_A_ROUND = 16
-LISTEN_BACKLOG = 128
 MORE_BYTES = 96 << 10  # received at once: there is probably more
 SEND_BUFFER_BYTES = 2 << 20  # of the kernel's, a connection: a batch of replies leaves with one call
 ACCEPT_PAUSE_S = 0.1  # when descriptors have run out
 LINGER_S = 10.0  # how long a closed connection may still take its last bytes
-UNIX_PATH_LIMIT_BYTES = 107
 
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
@@ -65,17 +62,55 @@ class SocketNetwork:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
+        self._listeners: dict[str, list[_Listener]] = {}
+        self._inherited: dict[str, list[socket.socket]] = {}
         loop.add_reader(self._epoll.fileno(), self._wake)
 
     def listen(self, address: str, accept: Callable[[Connection], Receiver | None]) -> Callable[[], None]:
         """As the seam says; ValueError for an address of another form and for a unix path that is too long."""
-        listeners = [_Listener(self, listening, accept) for listening in _listening_sockets(address)]
+        sockets = self._inherited.pop(address, None) or listening_sockets(address)
+        listeners = [_Listener(self, listening, accept) for listening in sockets]
+        self._listeners[address] = listeners
 
         def stop() -> None:
+            if self._listeners.get(address) is listeners:
+                del self._listeners[address]
             for listener in listeners:
                 listener.close()
 
         return stop
+
+    def inherit(self, address: str, descriptor: int) -> None:
+        """The next `listen` at this address uses this listening socket, with others that were given for it."""
+        inherited = socket.socket(fileno=descriptor)
+        inherited.setblocking(False)
+        self._inherited.setdefault(address, []).append(inherited)
+
+    def forget_inherited(self) -> None:
+        """Close the listening sockets that nobody asked for."""
+        for sockets in self._inherited.values():
+            for listening in sockets:
+                close_listening(listening)
+        self._inherited.clear()
+
+    def release_listening(self) -> list[tuple[int, int, str]]:
+        """Stop accepting without closing; (descriptor, cookie, address) of every listening socket, for another
+        process. Who connects meanwhile waits."""
+        released = [
+            (*listener.release(), address) for address, listeners in self._listeners.items() for listener in listeners
+        ]
+        self._listeners.clear()
+        return released
+
+    def adopt(self, descriptor: int) -> "SocketConnection":
+        """A connection of a connected socket, to be started. OSError if its peer has gone."""
+        connected = socket.socket(fileno=descriptor)
+        try:
+            address = connected.getpeername() if connected.family != socket.AF_UNIX else ""
+            return SocketConnection(self, connected, address)
+        except OSError:
+            connected.close()
+            raise
 
     def close(self) -> None:
         """Leave the loop. Connections must have been closed."""
@@ -139,20 +174,25 @@ class _Listener:
         self._socket = listening
         self._accept = accept
         self._closed = False
-        self._path = listening.getsockname() if listening.family == socket.AF_UNIX else None
         network.register(listening.fileno(), _READABLE, self._ready)
 
     def close(self) -> None:
         """Stop listening; the file of a unix socket goes."""
         if self._closed:
             return
+        self._leave()
+        close_listening(self._socket)
+
+    def release(self) -> tuple[int, int]:
+        """Stop listening here and leave the socket open: (descriptor, cookie)."""
+        self._leave()
+        cookie = socket_cookie(self._socket)
+        return self._socket.detach(), cookie
+
+    def _leave(self) -> None:
         self._closed = True
         if self._socket.fileno() in self._network._handlers:
             self._network.unregister(self._socket.fileno())
-        self._socket.close()
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
 
     def _ready(self, _mask: int) -> None:
         for _ in range(ACCEPTS_A_ROUND):
@@ -266,6 +306,19 @@ class SocketConnection:
         if self._registered_mask:
             self._network.unregister(self._descriptor)
         self._socket.close()
+
+    def detach(self) -> tuple[int, int, bytes] | None:
+        if self._closed or self._closing:
+            return None
+        self._closed = True
+        self._receiver = None
+        if self._registered_mask:
+            self._network.unregister(self._descriptor)
+        unsent = b"".join(self._queue)
+        self._queue.clear()
+        self._unsent_bytes = 0
+        cookie = socket_cookie(self._socket)
+        return self._socket.detach(), cookie, unsent
 
     # --- events ---
 
@@ -396,69 +449,3 @@ def _tune_tcp(connected: socket.socket) -> None:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_LIMIT_MS)
-
-
-def _listening_sockets(address: str) -> list[socket.socket]:
-    """The sockets of an address: one of a unix path, one of each address that a host name stands for."""
-    if address.startswith("unix:"):
-        return [_listen_at_path(address.removeprefix("unix:"))]
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not host.startswith("[")):
-        raise ValueError(f"{address!r} is no address to listen at: give HOST:PORT, [V6]:PORT or unix:PATH")
-    found = socket.getaddrinfo(
-        host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
-    )
-    listening: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, target in dict.fromkeys(found):
-            one = socket.socket(family, kind, protocol)
-            listening.append(one)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.setblocking(False)
-            one.bind(target)
-            one.listen(LISTEN_BACKLOG)
-    except OSError:
-        for one in listening:
-            one.close()
-        raise
-    return listening
-
-
-def _listen_at_path(path: str) -> socket.socket:
-    """Listen at a unix path; a socket file at which nobody listens any more is replaced."""
-    if len(os.fsencode(path)) > UNIX_PATH_LIMIT_BYTES:
-        raise ValueError(
-            f"the socket path {path} has {len(os.fsencode(path))} bytes; the system's limit is"
-            f" {UNIX_PATH_LIMIT_BYTES}: choose a shorter one"
-        )
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listening.setblocking(False)
-        try:
-            listening.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_abandoned(path):
-                raise
-            os.unlink(path)
-            listening.bind(path)
-        listening.listen(LISTEN_BACKLOG)
-    except OSError:
-        listening.close()
-        raise
-    return listening
-
-
-def _is_abandoned(path: str) -> bool:
-    """Whether the file is a socket at which nobody listens (connecting to any other file is refused too)."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False

@@ -13,6 +13,7 @@ from metadata.seams import Buffer
 from nbdserver.frontend.session import Session
 from nbdserver.volume.export import Export, Exports
 from protocol import nbd
+from protocol.handover import Handover, decode, encode
 from protocol.handshake import ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, HandshakeFlag, Option, ReplyFlag
 from tests.unit.memory_device import MemoryDevice
@@ -118,6 +119,12 @@ class ListConnection:
     def abort(self) -> None:
         self.closed = self.aborted = True
 
+    def detach(self) -> tuple[int, int, bytes] | None:
+        if self.closed:
+            return None
+        self.closed = True
+        return -1, id(self), b"".join(self._queued)
+
 
 @dataclass
 class Answer:
@@ -180,6 +187,23 @@ class Wire:
             room[:size_bytes] = view[:size_bytes]
             view = view[size_bytes:]
             self.session.received(size_bytes)
+
+    def hand_over(self, exports: Exports) -> None:
+        """Let the session be frozen and another one, of `exports`, go on with the connection."""
+        frozen: list[bool] = []
+        self.session.freeze(lambda: frozen.append(True))
+        self.clock.run()
+        assert frozen == [True]
+        given = self.session.hand_over()
+        assert given is not None
+        assert not self.connection.reading, "a frozen connection is read"
+        state = decode(b"".join(encode(Handover("", 0.0, 0, [], [given[1]])))).clients[0]
+        sent, taking = self.connection.sent, self.connection.taking
+        self.connection = ListConnection(self.connection.peer_name)
+        self.connection.sent, self.connection.taking = sent, taking
+        gone = self.gone
+        self.session = Session(1, self.connection, self.clock, exports, lambda _, reason: gone.append(reason), state)
+        self.session.resume(state)
 
     def request(
         self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from metadata.seams import Connection, Receiver
+from nbdserver.host.listening import socket_cookie
 from nbdserver.host.network import SocketNetwork
 
 
@@ -349,3 +350,70 @@ def test_a_callback_of_the_loop_runs_between_two_rounds(loop: Loop, path: str) -
             take(client, 1)
     loop.wait(lambda: len(order) == 400)
     assert order == ["received", "called back"] * 200
+
+
+def test_a_connection_is_detached_with_what_is_queued_and_goes_on_where_it_is_adopted(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    client = dial(path)
+    client.sendall(b"a")
+    assert take(client, 1) == b"a"
+    connection = loop.echoes[0].connection
+    data = bytes(8 << 20)
+    loop.call(connection.pause_reading)
+    loop.call(lambda: connection.send([data]))
+    client.sendall(b"in the kernel")
+    detached = loop.call(connection.detach)
+    assert isinstance(detached, tuple)
+    descriptor, cookie, unsent = detached
+    assert loop.call(connection.detach) is None
+    assert take(client, len(data) - len(unsent)) == bytes(len(data) - len(unsent))
+    assert unsent
+
+    def adopt() -> int:
+        adopted = loop.network.adopt(descriptor)
+        adopted.start(loop.accept(adopted))
+        return socket_cookie(adopted._socket)
+
+    assert loop.call(adopt) == cookie
+    assert take(client, len(b"in the kernel")) == b"in the kernel"
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_who_connects_while_nobody_accepts_waits_for_the_next_process(
+    loop: Loop, path: str, free_port: Callable[[], int], kind: str
+) -> None:
+    port = free_port()
+    address = f"unix:{path}" if kind == "unix" else f"localhost:{port}"
+    loop.listen(address)
+    released = loop.call(loop.network.release_listening)
+    assert isinstance(released, list)
+    assert {one[2] for one in released} == {address}
+    client = dial(path) if kind == "unix" else socket.create_connection(("127.0.0.1", port), 10)
+    client.sendall(b"hello")
+    time.sleep(0.05)
+    assert not loop.echoes
+
+    def inherit() -> None:
+        for descriptor, _, _ in released:
+            loop.network.inherit(address, descriptor)
+
+    loop.call(inherit)
+    loop.listen(address)
+    assert take(client, 5) == b"hello"
+
+
+def test_an_inherited_socket_that_nobody_wants_is_closed_with_its_file(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    released = loop.call(loop.network.release_listening)
+    assert isinstance(released, list)
+    loop.call(lambda: loop.network.inherit(f"unix:{path}", released[0][0]))
+    loop.call(loop.network.forget_inherited)
+    assert not Path(path).exists()
+    with pytest.raises(OSError):
+        dial(path)
+
+
+def test_a_socket_whose_peer_has_gone_is_not_adopted(loop: Loop) -> None:
+    never_connected = socket.socket()
+    with pytest.raises(OSError):
+        loop.call(lambda: loop.network.adopt(never_connected.detach()))

@@ -1,0 +1,149 @@
+"""What one process tells the next about the clients it hands over: the state of each connection, as bytes.
+
+Theory: the descriptors travel by another way; this says what each of them is. A connection in the transmission phase
+is its socket, what its handshake agreed on, the bytes that were received and not used yet, those of a refused payload
+that are still to be skipped, and the replies that the peer has not taken. The kernel keeps the rest.
+
+    magic (8)  version (4)  size of the head (4)  CRC-32C of all that follows (4)  head (JSON)  received, unsent, ...
+
+Rules
+- A socket is known by its SO_COOKIE, which the kernel gives to each socket once: descriptors may come in any order,
+  and some may be missing.
+- A program writes `VERSION` and reads every version in `READABLE`. What it cannot read is one sentence (HandoverError).
+- Nothing is taken from half a message: the CRC covers all of it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from construct import Bytes, ConstructError, Int32ub, Struct
+
+from protocol.checksum import crc32c
+from protocol.handshake import Agreement, Offer, ReplyStyle
+
+MAGIC = b"nbdHAND\x00"
+VERSION = 1
+READABLE = (1,)
+
+Preamble = Struct("magic" / Bytes(8), "version" / Int32ub, "head_bytes" / Int32ub, "crc" / Int32ub)
+
+
+class HandoverError(Exception):
+    """Bytes that are no handover, or one of a version that this program does not know."""
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """A connection in the transmission phase, between two requests or in the middle of one."""
+
+    cookie: int  # of its socket
+    id: int
+    since_s: float  # CLOCK_BOOTTIME: the same clock in every process until the machine boots
+    agreement: Agreement
+    skip_bytes: int  # of a refused request's payload, still to come
+    received: bytes  # requests, the last one perhaps cut off
+    unsent: bytes  # replies, the first one perhaps cut off
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A listening socket; a host name may stand for several at one address."""
+
+    cookie: int
+    address: str
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Everything that the next process is told."""
+
+    id: str
+    frozen_s: float  # CLOCK_BOOTTIME when the first client began to wait
+    dropped: int  # clients that could not be handed over
+    listening: Sequence[Listening]
+    clients: Sequence[ClientState]
+
+
+def encode(handover: Handover) -> list[bytes]:
+    """The pieces of a handover; together they are what `decode` takes."""
+    clients = [
+        {
+            "cookie": client.cookie,
+            "id": client.id,
+            "since_s": client.since_s,
+            "export": client.agreement.offer.name,
+            "size_bytes": client.agreement.offer.size_bytes,
+            "read_only": client.agreement.offer.read_only,
+            "description": client.agreement.offer.description,
+            "style": client.agreement.style.value,
+            "context_ids": client.agreement.context_ids,
+            "flags": client.agreement.flags,
+            "skip_bytes": client.skip_bytes,
+            "received_bytes": len(client.received),
+            "unsent_bytes": len(client.unsent),
+        }
+        for client in handover.clients
+    ]
+    head = json.dumps(
+        {
+            "id": handover.id,
+            "frozen_s": handover.frozen_s,
+            "dropped": handover.dropped,
+            "listening": [{"cookie": one.cookie, "address": one.address} for one in handover.listening],
+            "clients": clients,
+        }
+    ).encode()
+    body = [head, *(piece for client in handover.clients for piece in (client.received, client.unsent) if piece)]
+    fields = {"magic": MAGIC, "version": VERSION, "head_bytes": len(head), "crc": _crc(body)}
+    return [Preamble.build(fields), *body]
+
+
+def decode(data: bytes) -> Handover:
+    """Raises HandoverError."""
+    try:
+        preamble = Preamble.parse(data)
+    except ConstructError:
+        raise HandoverError("the state of the clients is cut off") from None
+    if preamble.magic != MAGIC:
+        raise HandoverError("this is no state of clients")
+    if preamble.version not in READABLE:
+        raise HandoverError(f"the state of the clients has version {preamble.version}, this program knows {READABLE}")
+    body = data[Preamble.sizeof() :]
+    if crc32c(body) != preamble.crc:
+        raise HandoverError("the state of the clients is damaged")
+    try:
+        return _parse(json.loads(body[: preamble.head_bytes]), memoryview(body)[preamble.head_bytes :])
+    except (KeyError, TypeError, ValueError) as error:
+        raise HandoverError(f"the state of the clients makes no sense: {error!r}") from None
+
+
+def _parse(head: dict[str, Any], rest: memoryview) -> Handover:
+    clients = []
+    position = 0
+    for item in head["clients"]:
+        middle = position + item["received_bytes"]
+        end = middle + item["unsent_bytes"]
+        offer = Offer(item["export"], item["size_bytes"], item["read_only"], item["description"])
+        agreement = Agreement(offer, ReplyStyle(item["style"]), tuple(item["context_ids"]), item["flags"])
+        clients.append(
+            ClientState(
+                cookie=item["cookie"],
+                id=item["id"],
+                since_s=item["since_s"],
+                agreement=agreement,
+                skip_bytes=item["skip_bytes"],
+                received=bytes(rest[position:middle]),
+                unsent=bytes(rest[middle:end]),
+            )
+        )
+        position = end
+    if position != len(rest):
+        raise ValueError(f"{len(rest)} bytes of clients, {position} announced")
+    listening = [Listening(item["cookie"], item["address"]) for item in head["listening"]]
+    return Handover(head["id"], head["frozen_s"], head["dropped"], listening, clients)
+
+
+def _crc(pieces: Sequence[bytes]) -> int:
+    return crc32c(b"".join(pieces))
