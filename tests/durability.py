@@ -54,12 +54,13 @@ class Judge:
         self.flushes = self.writes = 0
         self._dirty: set[int] = set()  # blocks with acknowledged versions above their floor
 
-    def write_until(self, client: Client, deadline: float) -> None:
-        """Write, trim and flush until `deadline` (monotonic), leaving requests in flight. ConnectionError if cut."""
+    def write_until(self, client: Client, deadline: float, finish: bool = False) -> None:
+        """Write, trim and flush until `deadline` (monotonic), leaving requests in flight unless they are to `finish`.
+        ConnectionError if cut."""
         in_flight: dict[int, Request] = {}
         busy: set[int] = set()
-        while time.monotonic() < deadline:
-            while len(in_flight) < DEPTH:
+        while (more := time.monotonic() < deadline) or (finish and in_flight):
+            while more and len(in_flight) < DEPTH:
                 cookie, request = self._send(client, busy)
                 in_flight[cookie] = request
             reply = client.receive()

@@ -1,22 +1,31 @@
 """A small NBD client for tests that must know what was acknowledged, and when.
 
-Simple replies only, requests pipelined by the caller: `send` returns a cookie, `receive` the next reply in the order
-in which the server answers. ConnectionError when the server is gone.
+Simple replies unless another style is asked for; requests pipelined by the caller: `send` returns a cookie, `receive`
+the next reply in the order in which the server answers. ConnectionError when the server is gone.
 """
 
 import itertools
 import socket
 from dataclasses import dataclass
 
+from protocol.handshake import ReplyStyle
 from protocol.nbd import (
     CLIENT_FLAGS,
+    EXTENDED_REPLY,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
     OPTION_HEADER,
     OPTION_MAGIC,
     REQUEST,
     REQUEST_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY,
+    STRUCTURED_REPLY_MAGIC,
+    Chunk,
     Command,
+    CommandFlag,
     Greeting,
     HandshakeFlag,
     Info,
@@ -25,7 +34,10 @@ from protocol.nbd import (
     Option,
     OptionReply,
     OptionReplyHeader,
+    ReplyFlag,
 )
+
+STYLE_OPTIONS = {ReplyStyle.STRUCTURED: Option.STRUCTURED_REPLY, ReplyStyle.EXTENDED: Option.EXTENDED_HEADERS}
 
 
 class RefusedError(Exception):
@@ -44,7 +56,13 @@ class Reply:
 class Client:
     """One connection to one export."""
 
-    def __init__(self, address: tuple[str, int] | str, name: str, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int] | str,
+        name: str,
+        timeout_s: float = 10.0,
+        style: ReplyStyle = ReplyStyle.SIMPLE,
+    ) -> None:
         """Connect to (host, port) or the path of a unix socket. RefusedError, OSError."""
         if isinstance(address, str):
             self.socket = socket.socket(socket.AF_UNIX)
@@ -53,6 +71,7 @@ class Client:
         else:
             self.socket = socket.create_connection(address, timeout_s)
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.style = style
         self._received = bytearray()
         self._cookies = itertools.count(1)
         self._read_lengths: dict[int, int] = {}
@@ -66,17 +85,54 @@ class Client:
         cookie = next(self._cookies)
         if command == Command.READ:
             self._read_lengths[cookie] = length
-        head = REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, len(data) or length)
-        self.socket.sendall(head + data)
+        self.socket.sendall(self.pack(cookie, command, offset, length, data, flags))
         return cookie
+
+    def pack(self, cookie: int, command: Command, offset: int, length: int, data: bytes, flags: int = 0) -> bytes:
+        """A request's bytes."""
+        if self.style is not ReplyStyle.EXTENDED:
+            return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, len(data) or length) + data
+        flags |= CommandFlag.PAYLOAD_LEN if data else 0
+        return EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, len(data) or length) + data
 
     def receive(self) -> Reply:
         """Wait for the next reply."""
+        start = self._take(4)
+        self._received[:0] = start
+        if int.from_bytes(start, "big") != SIMPLE_REPLY_MAGIC:
+            return self._receive_chunks()
         magic, error, cookie = SIMPLE_REPLY.unpack(self._take(SIMPLE_REPLY.size))
         if magic != SIMPLE_REPLY_MAGIC:
             raise AssertionError(f"a reply with magic {magic:#x}")
         length = self._read_lengths.pop(cookie, 0)
         return Reply(cookie, error, b"" if error else self._take(length))
+
+    def _receive_chunks(self) -> Reply:
+        """A reply in chunks; the chunks of one stand together."""
+        cookie, error, done, pieces = 0, 0, False, dict[int, bytes]()
+        while not done:
+            if self.style is ReplyStyle.EXTENDED:
+                magic, flags, kind, cookie, _, length = EXTENDED_REPLY.unpack(self._take(EXTENDED_REPLY.size))
+                expected = EXTENDED_REPLY_MAGIC
+            else:
+                magic, flags, kind, cookie, length = STRUCTURED_REPLY.unpack(self._take(STRUCTURED_REPLY.size))
+                expected = STRUCTURED_REPLY_MAGIC
+            if self.style is ReplyStyle.SIMPLE or magic != expected:
+                raise AssertionError(f"a reply with magic {magic:#x}")
+            payload = self._take(length)
+            done = bool(flags & ReplyFlag.DONE)
+            if kind == Chunk.ERROR:
+                error = int.from_bytes(payload[:4], "big")
+            elif kind == Chunk.OFFSET_DATA:
+                pieces[int.from_bytes(payload[:8], "big")] = payload[8:]
+            elif kind == Chunk.OFFSET_HOLE:
+                pieces[int.from_bytes(payload[:8], "big")] = bytes(int.from_bytes(payload[8:12], "big"))
+            else:
+                assert kind == Chunk.NONE, f"a chunk of type {kind}"
+        data = b"".join(piece for _, piece in sorted(pieces.items()))
+        length = self._read_lengths.pop(cookie, 0)
+        assert error or len(data) == length
+        return Reply(cookie, error, b"" if error else data)
 
     def request(self, command: Command, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0) -> Reply:
         """Send one request and wait for its reply; nothing else may be in flight."""
@@ -94,6 +150,10 @@ class Client:
     def _go(self, name: str) -> tuple[int, int]:
         Greeting.parse(self._take(Greeting.sizeof()))
         self.socket.sendall(CLIENT_FLAGS.pack(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
+        if self.style in STYLE_OPTIONS:
+            self.socket.sendall(OPTION_HEADER.pack(OPTION_MAGIC, STYLE_OPTIONS[self.style], 0))
+            agreed = OptionReplyHeader.parse(self._take(OptionReplyHeader.sizeof()))
+            assert (agreed.type, agreed.length) == (OptionReply.ACK, 0)
         body = InfoRequest.build({"name": name.encode(), "wanted": []})
         self.socket.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.GO, len(body)) + body)
         answer = None

@@ -59,6 +59,16 @@ class Volume(BaseModel):
     disk: dict[str, Any] = Field(description="what the log-structured disk says of itself")
 
 
+class Handover(BaseModel):
+    """How clients came over from the program before."""
+
+    id: str
+    failure: str = Field(description="why the program before goes on; empty when this one has taken over")
+    clients: int = Field(description="that were taken over")
+    dropped: int = Field(description="that have to connect again")
+    pause_s: float = Field(description="how long clients waited")
+
+
 class Status(BaseModel):
     """The node."""
 
@@ -71,6 +81,7 @@ class Status(BaseModel):
     free_bytes: int
     checksum: str
     warnings: list[str]
+    handover: Handover | None = Field(description="the last one; null if this program was started afresh")
     volumes: list[Volume]
 
 
@@ -155,6 +166,10 @@ def _add_node(app: FastAPI, node: Node) -> None:
     @app.get("/v1/status", summary="The node and its volumes")
     async def status() -> Status:
         return Status(version=program_version(), **await node.status())
+
+    @app.post("/v1/upgrade-in-place", status_code=202, summary="Become the program on disk, with the clients")
+    async def upgrade_in_place() -> dict[str, Any]:
+        return {**await node.upgrade_in_place(), "version": program_version()}
 
     @app.get("/v1/events", summary="What happened, oldest first")
     async def events(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from nbdserver.cli import check_command, client_commands, node_commands, serve, service, volume_commands
+from nbdserver.cli import check_command, client_commands, node_commands, serve, service, upgrade, volume_commands
 from nbdserver.cli.options import DataOption, JsonOption
 
 app = typer.Typer(
@@ -56,4 +56,5 @@ app.add_typer(volume_commands.app, name="volume")
 app.add_typer(client_commands.app, name="client")
 node_commands.add_to(app)
 check_command.add_to(app)
+upgrade.add_to(app)
 service.add_to(app)

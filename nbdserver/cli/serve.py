@@ -1,20 +1,23 @@
 """`nbdserver serve`: settings together, data directory taken, node run in the foreground."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nbdserver.cli.options import DataOption, JsonOption, data_path, wants_json
+from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, wants_json
 from nbdserver.node.addresses import check_address, check_socket_path, uri
+from nbdserver.node.directory import FORMAT_VERSION, DataDirectory
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, parse_volume_size
 
 if TYPE_CHECKING:
     from nbdserver.node.config import NodeSettings
     from nbdserver.node.control import Node
+    from nbdserver.node.inherited import Inherited
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,12 +52,19 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    check_only: Annotated[
+        bool,
+        typer.Option(
+            "--check-only", help="Say whether it would start: settings, data directory, code. Starts nothing."
+        ),
+    ] = False,
     json_output: JsonOption = False,
 ) -> int:
     """Serve this node's volumes to NBD clients, in the foreground, until Ctrl-C.
 
     Prints `ready: nbd://HOST:PORT/` when clients can attach. SIGTERM and Ctrl-C stop it cleanly; SIGHUP reloads
-    the settings file. With --json, one object a line.
+    the settings file. Listening sockets of a systemd socket unit are served too, and instead of the default
+    address. With --json, one object a line.
 
     Examples:
 
@@ -72,11 +82,35 @@ def serve(
         overrides["socket"] = check_socket_path(socket)
     import asyncio
 
+    from nbdserver.node import inherited
     from nbdserver.node.config import NodeSettings, load_settings
 
-    settings = (load_settings(config) if config else NodeSettings()).model_copy(update=overrides)
-    directory = data_path(context, data, settings.data)
-    return asyncio.run(_serve(settings, config, overrides, directory, volumes, wants_json(context, json_output)))
+    settings = load_settings(config) if config else NodeSettings()
+    as_json = wants_json(context, json_output)
+    if check_only:
+        return _check_only(data_path(context, data, settings.data), as_json)
+    got = inherited.take(os.environ)
+    if got.activated and "listen" not in settings.model_fields_set:
+        overrides.setdefault("listen", [])
+    settings = settings.model_copy(update=overrides)
+    directory = DataDirectory(data_path(context, data, settings.data), got.lock)
+    return asyncio.run(_serve(settings, config, overrides, directory, volumes, got, as_json))
+
+
+def _check_only(path: Path, as_json: bool) -> int:
+    """Do what a start does before it changes anything, and load all of the program."""
+    DataDirectory(path).check()
+    import nbdserver.api.server
+    import nbdserver.node.data  # noqa: F401
+    from nbdserver.api.app import program_version
+    from protocol.handover import READABLE
+
+    says = {"version": program_version(), "data_format": FORMAT_VERSION, "handover_versions": list(READABLE)}
+    if as_json:
+        print_json(says)
+    else:
+        print(f"nbdserver {says['version']} would start on {path}")
+    return 0
 
 
 def parse_create(text: str) -> tuple[str, int]:
@@ -94,18 +128,17 @@ async def _serve(
     settings: "NodeSettings",
     config: Path | None,
     overrides: dict[str, Any],
-    path: Path,
+    directory: DataDirectory,
     create: list[tuple[str, int]],
+    got: "Inherited",
     as_json: bool,
 ) -> int:
     from nbdserver.node.control import Node
-    from nbdserver.node.directory import DataDirectory
 
-    directory = DataDirectory(path)
     directory.open()
     try:
         voice = _JsonVoice() if as_json else _Voice()
-        node = Node(settings, directory, config, overrides, voice)
+        node = Node(settings, directory, config, overrides, voice, got)
         return await node.run(create, _start_api)
     finally:
         directory.release()

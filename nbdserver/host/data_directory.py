@@ -72,15 +72,26 @@ def is_locked(directory: str | os.PathLike[str]) -> bool:
     return False
 
 
+def _is_file(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
 class DataDirectoryLock:
     """The exclusive lock of a data directory, held from construction to `release` (or death of every holder).
 
     Raises DataDirectoryError, naming the holder's pid, if another process has it; OSError if the file cannot be made.
+    A descriptor of the locked file that was `inherited` is used if it is this directory's.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, inherited: int | None = None) -> None:
         path = os.path.join(directory, "lock")
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        if inherited is not None and _is_file(inherited, path):
+            self.descriptor = inherited
+        else:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

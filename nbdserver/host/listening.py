@@ -21,9 +21,15 @@ def socket_cookie(one: socket.socket) -> int:
     return int.from_bytes(one.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
 
 
-def close_listening(listening: socket.socket) -> None:
-    """Close it; the file of a unix socket goes."""
-    path = listening.getsockname() if listening.family == socket.AF_UNIX else None
+def descriptor_cookie(descriptor: int) -> int:
+    """The same of a socket's descriptor. OSError if it is none."""
+    with socket.socket(fileno=os.dup(descriptor)) as one:
+        return socket_cookie(one)
+
+
+def close_listening(listening: socket.socket, owned: bool) -> None:
+    """Close it; the file of a unix socket that is `owned` goes."""
+    path = listening.getsockname() if owned and listening.family == socket.AF_UNIX else None
     listening.close()
     if path:
         with contextlib.suppress(OSError):

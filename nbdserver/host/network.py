@@ -63,13 +63,14 @@ class SocketNetwork:
         self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
         self._listeners: dict[str, list[_Listener]] = {}
-        self._inherited: dict[str, list[socket.socket]] = {}
+        self._inherited: dict[str, list[tuple[socket.socket, bool]]] = {}
         loop.add_reader(self._epoll.fileno(), self._wake)
 
     def listen(self, address: str, accept: Callable[[Connection], Receiver | None]) -> Callable[[], None]:
         """As the seam says; ValueError for an address of another form and for a unix path that is too long."""
-        sockets = self._inherited.pop(address, None) or listening_sockets(address)
-        listeners = [_Listener(self, listening, accept) for listening in sockets]
+        inherited = self._inherited.pop(address, None)
+        sockets = inherited or [(listening, True) for listening in listening_sockets(address)]
+        listeners = [_Listener(self, listening, owned, accept) for listening, owned in sockets]
         self._listeners[address] = listeners
 
         def stop() -> None:
@@ -80,17 +81,18 @@ class SocketNetwork:
 
         return stop
 
-    def inherit(self, address: str, descriptor: int) -> None:
-        """The next `listen` at this address uses this listening socket, with others that were given for it."""
+    def inherit(self, address: str, descriptor: int, owned: bool = True) -> None:
+        """The next `listen` at this address uses this listening socket, with others that were given for it; the file of
+        a unix one that is not `owned` stays when it is closed."""
         inherited = socket.socket(fileno=descriptor)
         inherited.setblocking(False)
-        self._inherited.setdefault(address, []).append(inherited)
+        self._inherited.setdefault(address, []).append((inherited, owned))
 
     def forget_inherited(self) -> None:
         """Close the listening sockets that nobody asked for."""
         for sockets in self._inherited.values():
-            for listening in sockets:
-                close_listening(listening)
+            for listening, owned in sockets:
+                close_listening(listening, owned)
         self._inherited.clear()
 
     def release_listening(self) -> list[tuple[int, int, str]]:
@@ -168,20 +170,22 @@ class _Listener:
         self,
         network: SocketNetwork,
         listening: socket.socket,
+        owned: bool,
         accept: Callable[[Connection], Receiver | None],
     ) -> None:
         self._network = network
         self._socket = listening
+        self._owned = owned
         self._accept = accept
         self._closed = False
         network.register(listening.fileno(), _READABLE, self._ready)
 
     def close(self) -> None:
-        """Stop listening; the file of a unix socket goes."""
+        """Stop listening; the file of a unix socket that is ours goes."""
         if self._closed:
             return
         self._leave()
-        close_listening(self._socket)
+        close_listening(self._socket, self._owned)
 
     def release(self) -> tuple[int, int]:
         """Stop listening here and leave the socket open: (descriptor, cookie)."""

@@ -1,8 +1,15 @@
 """The control process: takes the data directory, keeps a data process alive, answers the API, stops cleanly.
 
-Order of a start: settings, data directory and lock, registry, data process, every family opened, then the NBD
-addresses, then the API; only then `ready`. Order of a stop: NBD clients, families (closed cleanly), API, lock. A
-second SIGINT or SIGTERM stops waiting: the log makes that safe, the next start only has to replay it.
+Order of a start: settings, data directory and lock, registry, data process, every family opened, the clients of the
+process before, then the NBD addresses, then the API; only then `ready`. Order of a stop: NBD clients, families
+(closed cleanly), API, lock. A second SIGINT or SIGTERM stops waiting: the log makes that safe, the next start only
+has to replay it. Where systemd keeps descriptors for us, a stop gives it the clients instead of closing them: it drops
+them if no start follows.
+
+An upgrade in place: the program on disk is checked; changes of volumes are waited for and the API ends; checkpoints;
+the data process hands its clients over and ends; this process becomes the program on disk. Up to the moment when
+clients stand still a failure changes nothing; between that and the end of the data process it costs the connections,
+and this program goes on; after it the new program answers for the rest. What was acknowledged is never lost.
 
 Rules: nothing of a client's data passes here. A data process that dies is started again, with every epoch raised;
 one that dies MAX_RESTARTS times within RESTART_WINDOW_S ends the node, so that whoever supervises it hears of it.
@@ -10,27 +17,33 @@ one that dies MAX_RESTARTS times within RESTART_WINDOW_S ends the node, so that 
 
 import asyncio
 import os
+import secrets
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
 from metadata.seams import Batch
-from nbdserver.node import systemd_notify
+from nbdserver.node import program, systemd_notify
 from nbdserver.node.addresses import port_holder, split_address
 from nbdserver.node.ballast import Ballast
 from nbdserver.node.config import NodeSettings, load_settings
 from nbdserver.node.data_process import DataProcess, DataProcessError
+from nbdserver.node.descriptors import CLIENT, LISTENING, LOCK, STATE, close_all
 from nbdserver.node.directory import DataDirectory
-from nbdserver.node.errors import NodeError, WrongInputError
+from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
+from nbdserver.node.inherited import Inherited
 from nbdserver.node.sizes import round_size
 from nbdserver.node.volumes import Volumes
 from protocol.invariant import InvariantError
+
+NO_LIMIT = 1 << 20
+"""Of descriptors that the program on disk can take over, beyond the data process's own limit."""
 
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
@@ -58,8 +71,10 @@ class Node:
         config_path: Path | None,
         overrides: dict[str, Any],
         voice: Voice,
+        inherited: Inherited | None = None,
     ) -> None:
-        """`settings` are those of `config_path` with `overrides` (from the command line) put over them."""
+        """`settings` are those of `config_path` with `overrides` (from the command line) put over them; `inherited` is
+        what the process was started with."""
         self.settings = settings
         self.directory = directory
         self.started_s = time.monotonic()
@@ -76,6 +91,11 @@ class Node:
         self._stopping = asyncio.Event()
         self._stop_asked_s = 0.0
         self._exit_code = 0
+        self.handover: dict[str, Any] | None = None
+        self._inherited = inherited or Inherited()
+        self._upgrade = ""  # the id of the one that is wanted
+        self._wanted = asyncio.Event()  # to stop, or to upgrade
+        self._starting_again = asyncio.Lock()
 
     async def run(self, create: list[tuple[str, int]], serve_api: Callable[["Node"], Any]) -> int:
         """Serve until a signal; returns the exit code. `serve_api` starts the API and returns an awaitable stop."""
@@ -83,9 +103,13 @@ class Node:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop_signal)
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
+        program.unblock_signals()
+        for problem in self._inherited.problems:
+            self._say(f"WARNING: {problem}")
         await self.volumes.remove_scraps()
         try:
             await self._start_data()
+            await self._take_over()
             for name, size_bytes in create:
                 await self.volumes.create(name, size_bytes, exist_ok=True)
             await self._listen()
@@ -101,11 +125,19 @@ class Node:
             raise
         self.events.add("node-started", {"pid": os.getpid()})
         self._announce()
-        await self._stopping.wait()
+        while not self._stopping.is_set():
+            await self._wanted.wait()
+            self._wanted.clear()
+            if self._upgrade and not self._stopping.is_set():
+                await self._replace_program(supervisor, stop_api)
+                # It has failed: this program goes on.
+                supervisor = loop.create_task(self._supervise())
+                stop_api = await serve_api(self)
         systemd_notify.notify("STOPPING=1")
         supervisor.cancel()
         self.events.add("node-stopping", {})
-        await self._stop_data()
+        if not await self._leave_clients_to_systemd():
+            await self._stop_data()
         await stop_api()
         self.close()
         return self._exit_code
@@ -127,6 +159,7 @@ class Node:
             "free_bytes": self.free_bytes(),
             "checksum": self._hello.get("checksum", ""),
             "warnings": self._warnings(),
+            "handover": self.handover,
             "volumes": await self.volumes.list(),
         }
 
@@ -142,7 +175,8 @@ class Node:
     def addresses(self) -> list[str]:
         """Return what NBD clients can connect to, as `HOST:PORT` and `unix:PATH`."""
         sockets = [f"unix:{self.settings.socket}"] if self.settings.socket else []
-        return [*self.settings.listen, *sockets]
+        activated = [address for _, address in self._inherited.activated]
+        return list(dict.fromkeys([*self.settings.listen, *sockets, *activated]))
 
     async def reload(self) -> None:
         """Take over what the settings file says now, as far as it can change without a restart (SIGHUP)."""
@@ -176,8 +210,135 @@ class Node:
         self.events.close()
         self._registry.close()
 
+    # --- handing over and taking over ---
+
+    async def upgrade_in_place(self) -> dict[str, Any]:
+        """Check that the program on disk can take over, and begin; returns {id, program: what it says of itself}.
+
+        `handover` in the status of whichever program goes on has this id when it is over. Raises ConflictError.
+        """
+        if self._upgrade or self._stopping.is_set():
+            raise ConflictError("the node is stopping or being upgraded already")
+        wanted = self._upgrade = secrets.token_hex(8)
+        try:
+            answer = await asyncio.to_thread(program.check)
+            if self._data is None:
+                raise ConflictError("the data process is being started again; try again in a moment")
+        except BaseException:
+            self._upgrade = ""
+            raise
+        self._wanted.set()
+        return {"id": wanted, "program": answer}
+
+    async def _replace_program(self, supervisor: "asyncio.Task[None]", stop_api: Callable[[], Any]) -> None:
+        """Become the program on disk; returns if that failed before the data process had ended."""
+        self._say("upgrade: preparing")
+        async with self._starting_again, self.volumes.changing:  # in this order: a start opens volumes
+            await stop_api()
+            supervisor.cancel()
+            data: DataProcess | None = None
+            try:
+                await self.call("prepare")
+                data = self._data  # from here on a failure costs it
+                descriptors = await self._take_clients(self._upgrade, NO_LIMIT)
+            except NodeError as error:
+                reason = str(error)
+            else:
+                await self._become_program_on_disk(descriptors)
+        self._say(f"upgrade failed, this program goes on: {reason}")
+        self.handover = {"id": self._upgrade, "failure": reason, "clients": 0, "dropped": 0, "pause_s": 0.0}
+        self.events.add("handover-failed", {"reason": reason})
+        self._upgrade = ""
+        if data is not None:
+            data.kill()  # the supervisor starts another one
+
+    async def _become_program_on_disk(self, descriptors: list[tuple[str, int]]) -> NoReturn:
+        self._say("upgrade: starting the program on disk")
+        late: set[signal.Signals] = set()
+        program.note_signals(late)
+        await asyncio.sleep(0)  # what has arrived before is dealt with in a turn of the loop
+        if self._stopping.is_set():
+            late.add(signal.SIGTERM)
+        activated = [("socket-unit", descriptor) for descriptor, _ in self._inherited.activated]
+        self.close()
+        program.replace([(LOCK, self.directory.lock_descriptor), *activated, *descriptors], late)
+
+    async def _take_clients(self, handover_id: str, limit: int) -> list[tuple[str, int]]:
+        """Let the data process hand its clients over and end; returns their named descriptors. Raises NodeError."""
+        data = self._data
+        if data is None:
+            raise DataProcessError("the data process is not running")
+        program.raise_descriptor_limit()
+        self._say("handing over: clients wait from now on")
+        answer = await data.call("hand_over", handover_id=handover_id, limit=limit)
+        listening, clients = answer["listening"], answer["clients"]
+        received = data.receive_descriptors(1 + listening + clients)
+        self._data = None
+        await data.wait()
+        self.events.add("clients-handed-over", {"clients": clients, "dropped": answer["dropped"]})
+        for problem in answer["problems"]:
+            self._say(f"WARNING: not closed cleanly: {problem}")
+        self._say(f"handing over: {clients} clients, volumes closed in {answer['closed_s']} s")
+        names = [STATE, *[LISTENING] * listening, *[CLIENT] * clients]
+        return list(zip(names, received, strict=True))
+
+    async def _leave_clients_to_systemd(self) -> bool:
+        """Give the clients to systemd, which hands them to the next start; False if it keeps none."""
+        room = systemd_notify.store_size() - 1
+        if room <= 0 or self._exit_code or self._data is None:
+            return False
+        try:
+            await self.call("prepare")
+            descriptors = await self._take_clients(secrets.token_hex(8), room)
+            for name in (STATE, LISTENING, CLIENT):
+                systemd_notify.store(name, [descriptor for label, descriptor in descriptors if label == name])
+        except (NodeError, OSError) as error:
+            self._say(f"the clients cannot be left to systemd: {error}")
+            return False
+        if not systemd_notify.barrier():
+            self._say("systemd does not say whether it keeps the clients; they may have to connect again")
+        return True
+
+    async def _take_over(self) -> None:
+        """Let the data process go on with what this process was started with."""
+        inherited = self._inherited
+        is_ours = inherited.state is None or self._is_ours_alone()
+        if not is_ours:
+            self._say("WARNING: systemd does not say that it has let go of the clients; they have to connect again")
+        try:
+            taken = await self.call(
+                "take_over",
+                state=inherited.state,
+                go_on=is_ours,
+                clients=inherited.clients,
+                listening=inherited.listening,
+                activated=inherited.activated,
+            )
+        except DataProcessError as error:
+            taken = None
+            self._say(f"WARNING: no client was taken over: {error}")
+        inherited.state, inherited.clients, inherited.listening = None, [], []
+        if taken is not None:
+            self.handover = {"failure": "", **taken}
+            self.events.add("clients-taken-over", taken)
+            self._say(f"{taken['clients']} clients taken over; they waited {taken['pause_s']} s")
+
+    def _is_ours_alone(self) -> bool:
+        """Make systemd forget the clients: if it gave them to a later start, their requests would be repeated."""
+        if not systemd_notify.store_size():
+            return True
+        for name in (STATE, LISTENING, CLIENT):
+            systemd_notify.remove(name)
+        return systemd_notify.barrier()
+
+    # --- the data process ---
+
     async def _start_data(self) -> None:
-        self._data = await DataProcess.start(self.directory.lock_descriptor, self._data_event)
+        inherited = self._inherited
+        handed_over = inherited.handed_over()
+        passed = [*handed_over, *(descriptor for descriptor, _ in inherited.activated)]
+        self._data = await DataProcess.start(self.directory.lock_descriptor, self._data_event, passed)
+        close_all(handed_over)
         self._hello = await self._data.call(
             "start",
             cache_bytes=self.settings.cache,
@@ -232,8 +393,10 @@ class Node:
                 self._give_up()
                 return
             try:
-                await self._start_data()
-                await self._listen()
+                async with self._starting_again:
+                    await self._start_data()
+                    await self._take_over()
+                    await self._listen()
             except (NodeError, OSError) as error:
                 self._say(f"the data process could not be started again: {error}")
                 if self._data is None:
@@ -244,6 +407,7 @@ class Node:
     def _give_up(self) -> None:
         self._exit_code = 1
         self._stopping.set()
+        self._wanted.set()
 
     def _data_event(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "recovering":
@@ -260,6 +424,7 @@ class Node:
             self._stop_asked_s = now_s
             self._say("stopping")
             self._stopping.set()
+            self._wanted.set()
 
     def _announce(self) -> None:
         self._voice.ready(self)

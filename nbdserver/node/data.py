@@ -1,7 +1,8 @@
 """The data process: one asyncio loop with the NBD sessions, the exports and the log disks of this node.
 
-Started by the control process as `python -m nbdserver.node.data DESCRIPTOR PARENT_PID`, where DESCRIPTOR is its end
-of the channel. It does what the channel asks (`Worker`), and reports events on it.
+Started by the control process as `python -m nbdserver.node.data CHANNEL DESCRIPTORS PARENT_PID`: CHANNEL is its end of
+the channel, DESCRIPTORS the socket over which it hands descriptors over. It does what the channel asks (`Worker`), and
+reports events on it.
 
 Rules
 - The first thing it does is to ask the kernel to be killed with its parent; then it looks whether the parent is
@@ -16,6 +17,7 @@ Rules
 """
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import gc
@@ -32,16 +34,22 @@ from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
 from nbdserver.host.network import SocketNetwork
 from nbdserver.logdisk.disk import DiskSettings
+from nbdserver.node import handover
 from nbdserver.node.channel import Channel
+from nbdserver.node.descriptors import close_all, send_descriptors
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
 from nbdserver.volume.export import Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
+from protocol.handover import HandoverError
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 DRAIN_TIMEOUT_S = 10.0
 """How long a stop waits for clients to take the replies to what they have asked."""
 
+
+PREPARE_TIMEOUT_S = 30.0
+"""How long a checkpoint may take before clients are made to wait for it."""
 
 CLIENTS_A_COLLECTION = 256
 """Each leaves a few KiB of cyclic garbage."""
@@ -58,8 +66,9 @@ class ListenError(Exception):
 class Worker:
     """What the control process can ask for: each public coroutine is a request of the channel."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket) -> None:
         self._loop = loop
+        self._descriptors = descriptors
         self._clock = HostClock(loop)
         self._network = SocketNetwork(loop)
         self._exports = Exports()
@@ -76,7 +85,7 @@ class Worker:
         """Do one request of the control process."""
         try:
             return await getattr(self, f"do_{name}")(**arguments)
-        except (FamilyError, ListenError, ExportError):
+        except (FamilyError, ListenError, ExportError, HandoverError):
             raise  # a refusal
         except Exception:
             _log.exception("the request %s failed", name)
@@ -154,6 +163,39 @@ class Worker:
                 raise ListenError(f"{address} {reason}") from error
         for gone in set(before) - set(addresses):
             self._server.stop_listening(gone)
+        self._network.forget_inherited()
+
+    async def do_take_over(
+        self,
+        state: int | None,
+        go_on: bool,
+        clients: list[int],
+        listening: list[int],
+        activated: list[tuple[int, str]],
+    ) -> dict[str, Any] | None:
+        """Go on with the clients of the process before (or drop them), and use its listening sockets and those of
+        socket units; every family that can be opened is open."""
+        assert self._server is not None
+        for descriptor, address in activated:
+            self._network.inherit(address, descriptor, owned=False)
+        if state is None:
+            return None
+        try:
+            before = handover.read_state(state)
+        except HandoverError:
+            close_all([*clients, *listening])
+            raise
+        if not go_on:
+            close_all(clients)
+            clients = []
+        handover.inherit_listening(self._network, before.listening, listening)
+        taken = handover.take(self._server, self._network, before.clients, clients)
+        return {
+            "id": before.id,
+            "clients": taken,
+            "dropped": before.dropped + len(before.clients) - taken,
+            "pause_s": round(self._clock.now() - before.frozen_s, 3),
+        }
 
     async def do_volumes(self) -> dict[str, Any]:
         """What is live of each open family."""
@@ -214,21 +256,61 @@ class Worker:
         """Drop a connection; False if there is none of this id."""
         return self._server.disconnect(client) if self._server else False
 
+    async def do_prepare(self) -> None:
+        """Make a checkpoint of every family, so that closing them soon has little to write."""
+        for family in list(self._families.values()):
+            if not family.disk.failure:
+                made = asyncio.Event()
+                family.disk.checkpointer.when_done(made.set)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(made.wait(), PREPARE_TIMEOUT_S)
+
+    async def do_hand_over(self, handover_id: str, limit: int) -> dict[str, Any]:
+        """Let clients stand still, close every family cleanly, send at most `limit` sockets and their state, and end
+        after the reply."""
+        assert self._server is not None
+        frozen_s = self._clock.now()
+        released = self._network.release_listening()
+        clients = len(self._server.clients())
+        frozen = asyncio.Event()
+        self._server.freeze(handover.FREEZE_TIMEOUT_S, frozen.set)
+        await frozen.wait()
+        problems = await self._close_families()
+
+        def fit(export: Export) -> bool:
+            return export.name not in problems
+
+        room = limit - len(released)
+        descriptors, given, dropped = handover.give(self._server, released, fit, handover_id, frozen_s, clients, room)
+        send_descriptors(self._descriptors, descriptors)
+        close_all(descriptors)
+        self._loop.call_soon(self.stopped.set)
+        return {
+            "listening": len(released),
+            "clients": given,
+            "dropped": dropped,
+            "closed_s": round(self._clock.now() - frozen_s, 3),
+            "problems": list(problems.values()),
+        }
+
     async def do_stop(self) -> None:
         """Finish what clients have asked, close every family cleanly, and end after the reply."""
         if self._server is not None:
             drained = asyncio.Event()
             self._server.drain(DRAIN_TIMEOUT_S, drained.set)
             await drained.wait()
-        problems: list[str] = []
-        for family in list(self._families.values()):
-            if family.disk.failure:
-                problems.append(f"{family.export.name if family.export else family.id}: {family.disk.failure}")
-            await family.close()
-        self._families.clear()
+        problems = await self._close_families()
         self._loop.call_soon(self.stopped.set)
         if problems:
-            raise FamilyError("not closed cleanly: " + "; ".join(problems))
+            raise FamilyError("not closed cleanly: " + "; ".join(problems.values()))
+
+    async def _close_families(self) -> dict[str, str]:
+        """Close every family; {export: why it was not closed cleanly}."""
+        families = list(self._families.values())
+        self._families.clear()
+        await asyncio.gather(*[family.close() for family in families])
+        names = {family.export.name if family.export else family.id: family.disk.failure for family in families}
+        return {name: f"{name}: {failure}" for name, failure in names.items() if failure}
 
     def _share_cache(self) -> None:
         """Give every open family its part of the node's cache."""
@@ -266,11 +348,11 @@ def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
         os._exit(EXIT_DEFECT)
 
 
-async def serve(sock: socket.socket) -> None:
+async def serve(sock: socket.socket, descriptors: socket.socket) -> None:
     """Serve the channel until it asks for the end, or ends."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(end_on_defect)
-    worker = Worker(loop)
+    worker = Worker(loop, descriptors)
 
     def channel_ended() -> None:
         if not worker.stopped.is_set():
@@ -283,7 +365,7 @@ async def serve(sock: socket.socket) -> None:
 
 def main() -> None:
     """The data process."""
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    descriptor, descriptors, parent = map(int, sys.argv[1:])
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
@@ -293,9 +375,9 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gc.disable()
-    sock = socket.socket(fileno=descriptor)
+    sock, sending = socket.socket(fileno=descriptor), socket.socket(fileno=descriptors)
     logging.basicConfig(level=logging.WARNING, format="nbdserver data process: %(levelname)s: %(name)s: %(message)s")
-    asyncio.run(serve(sock))
+    asyncio.run(serve(sock, sending))
 
 
 if __name__ == "__main__":

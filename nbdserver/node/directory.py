@@ -48,8 +48,10 @@ def default_path() -> Path:
 class DataDirectory:
     """The paths in a data directory, its version and its lock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inherited_lock: int | None = None) -> None:
+        """`inherited_lock` is the locked file's descriptor, if the process before handed it over."""
         self.path = Path(os.path.abspath(path))
+        self._inherited_lock = inherited_lock
         self._lock: DataDirectoryLock | None = None
 
     @property
@@ -170,7 +172,7 @@ class DataDirectory:
         deadline_s = time.monotonic() + ORPHAN_TIMEOUT_S
         while True:
             try:
-                return DataDirectoryLock(str(self.path))
+                return DataDirectoryLock(str(self.path), self._inherited_lock)
             except DataDirectoryError:
                 if self._holder_is_alive() or time.monotonic() > deadline_s:
                     raise

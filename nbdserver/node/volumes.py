@@ -120,6 +120,11 @@ class Volumes:
         self._lock = asyncio.Lock()
         self._failed: dict[str, str] = {}
 
+    @property
+    def changing(self) -> asyncio.Lock:
+        """Held while a change is made: who has it knows that none is half done."""
+        return self._lock
+
     async def remove_scraps(self) -> None:
         """Delete the directories of families that were being made or removed when the node stopped."""
         for family_id in self._families.scraps():
