@@ -1,6 +1,7 @@
 """The fixed keys of a family's LevelDB: what it is, whether it was closed cleanly, and where its checkpoint stands.
 
-One value each, versioned and checksummed. `family` never changes but for the size; `open` is written, synced, when
+One value each, versioned and checksummed. `family` never changes: its size is that of the first volume when it was
+made, and counts for a family that has no rows of layers yet. `open` is written, synced, when
 the family is opened for writing and when it is closed; `checkpoint` and the pending holes are part of every
 checkpoint's batch.
 """
@@ -8,6 +9,7 @@ checkpoint's batch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from metadata.logical_map import ADDRESS_SHIFT, LAYER_SHIFT
 from metadata.pages import KeyRange
 from metadata.seams import Batch, Store
 from protocol.disk import (
@@ -65,7 +67,10 @@ class Checkpoint:
 
 @dataclass
 class PendingHole:
-    """A discarded range that is not worked into the logical map yet; pages below `cursor` are."""
+    """A discarded range that is not worked into the logical map yet; pages below `cursor` are.
+
+    `first_lba` is an address and `cursor` the number of a page as in metadata/logical_map: the layer is part of them.
+    """
 
     hole: int
     first_lba: int
@@ -121,7 +126,14 @@ def put_checkpoint(batch: Batch, checkpoint: Checkpoint) -> None:
 
 def read_pending_holes(store: Store) -> list[PendingHole]:
     """The holes of the last checkpoint, oldest first; raises DamagedValueError."""
-    return [PendingHole(*PENDING_HOLE.unpack(unpack_value(key, value))) for key, value in store.range(*HOLE_KEYS)]
+    return [_hole(unpack_value(key, value)) for key, value in store.range(*HOLE_KEYS)]
+
+
+def _hole(payload: bytes) -> PendingHole:
+    hole, first_lba, count, cursor = PENDING_HOLE.unpack(payload)
+    if not first_lba >> ADDRESS_SHIFT:  # from before layers: of the only one
+        first_lba, cursor = first_lba | 1 << ADDRESS_SHIFT, cursor | 1 << LAYER_SHIFT
+    return PendingHole(hole, first_lba, count, cursor)
 
 
 def put_pending_holes(batch: Batch, holes: Sequence[PendingHole], gone: Sequence[int]) -> None:

@@ -29,8 +29,8 @@ Known weakness: entries are never moved together, so a map whose keys were freed
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
 
 from metadata.seams import Batch
 from protocol.disk import pack_value, unpack_value
@@ -54,6 +54,20 @@ _BASE_THRESHOLD = (
 _EVICTIONS_A_LOAD = 2  # so that dropping pages keeps up with loading them, and no load pays for many
 
 
+class Items(NamedTuple):
+    """What LevelDB holds of one page."""
+
+    base: Page | None
+    entries: list[tuple[int, Page]]  # (index, items)
+    stored: int  # bit set of the entries' indexes
+    stamp: int
+
+    def lay_over(self, page: Page) -> None:
+        """Put the single entries into a page."""
+        for index, items in self.entries:
+            page[index::PAGE_BLOCKS] = items
+
+
 class PageMap:
     """Pages of entries of `fields` items of typecode `typecode`, kept under `prefix` in LevelDB.
 
@@ -69,6 +83,7 @@ class PageMap:
         self.loads = 0
         self.evictions = 0
         self.pinned = -1  # a page that is never evicted
+        self.kind_at = len(prefix) + 7  # in a key
         self._typecode = typecode
         self._zeros = array(typecode, [0]) * (PAGE_BLOCKS * fields)
         self._old: dict[int, Page] = {}
@@ -112,32 +127,56 @@ class PageMap:
         """The keys that `install` needs the items of."""
         return self._key(number), self._key(number + 1)
 
+    def parse(self, items: list[tuple[bytes, bytes]]) -> Items:
+        """The values of one page's keys; raises DamagedValueError."""
+        base: Page | None = None
+        entries: list[tuple[int, Page]] = []
+        stored = stamp = 0
+        for key, value in items:
+            payload = unpack_value(key, value)
+            kind = key[self.kind_at : self.kind_at + 1]
+            if kind == _BASE:
+                base = array(self._typecode, payload)
+                invariant(len(base) == len(self._zeros), "a base value holds one page")
+            elif kind == _ENTRY:
+                entries.append((key[-1], array(self._typecode, payload)))
+                stored |= 1 << key[-1]
+            else:
+                stamp = int.from_bytes(payload, "little")
+        return Items(base, entries, stored, stamp)
+
     def install(self, number: int, items: list[tuple[bytes, bytes]]) -> Page:
         """Make a page from its items in LevelDB; raises DamagedValueError. A page already in memory wins."""
+        found = self.parse(items)
+        page = self._zeros[:] if found.base is None else found.base
+        found.lay_over(page)
+        return self.admit(number, page, found.stored, found.stamp)
+
+    def admit(self, number: int, page: Page, stored: int, stamp: int) -> Page:
+        """Take a page that was made from its items; one already in memory wins."""
         present = self.get(number)
         if present is not None:
             return present
-        page = self._zeros[:]
-        prefix_bytes = len(self.prefix) + 7
-        stored = 0
-        for key, value in items:
-            payload = unpack_value(key, value)
-            kind = key[prefix_bytes : prefix_bytes + 1]
-            if kind == _BASE:
-                page = array(self._typecode, payload)
-                invariant(len(page) == len(self._zeros), "a base value holds one page")
-            elif kind == _ENTRY:
-                index = key[-1]
-                page[index::PAGE_BLOCKS] = array(self._typecode, payload)
-                stored |= 1 << index
-            else:
-                self._stamps[number] = int.from_bytes(payload, "little")
         if stored:
             self._stored_entries[number] = stored
+        if stamp:
+            self._stamps[number] = stamp
         self.evict(_EVICTIONS_A_LOAD)
         self.pages[number] = page
         self.loads += 1
         return page
+
+    def admit_inline(self, number: int, page: Page) -> bool:
+        """Take a page that LevelDB has nothing of, while a batch is put together: what was seen resident stays so.
+
+        False if the map is full and has nothing to let go of.
+        """
+        if self._old:
+            self._drop(_EVICTIONS_A_LOAD)
+        elif len(self.pages) >= self.limit_pages:
+            return False
+        self.pages[number] = page
+        return True
 
     def evict(self, most: int) -> None:
         """Drop up to `most` clean pages of the old generation if the map is over its limit."""
@@ -145,6 +184,9 @@ class PageMap:
             self._old.update(self.pages)
             self._old_order = iter(list(self._old))
             self.pages.clear()
+        self._drop(most)
+
+    def _drop(self, most: int) -> None:
         while most and self._old and len(self.pages) + len(self._old) > self.limit_pages:
             number = next(self._old_order)
             page = self._old.pop(number, None)
@@ -157,13 +199,6 @@ class PageMap:
                 self._stamps.pop(number, None)
                 self.evictions += 1
             most -= 1
-
-    def first_resident(self, first: int, stop: int) -> int:
-        """The lowest resident page number in first <= number < stop, or `stop`."""
-        if stop - first < len(self.pages) + len(self._old):
-            return next((number for number in range(first, stop) if number in self.pages or number in self._old), stop)
-        resident = (number for pages in (self.pages, self._old) for number in pages)
-        return min((number for number in resident if first <= number < stop), default=stop)
 
     def take_out(self, first: int, stop: int) -> list[tuple[int, Page]]:
         """Remove the resident pages first <= number < stop from `pages`, for a caller that keeps them."""
@@ -201,11 +236,13 @@ class PageMap:
         invariant(not self._frozen, "one checkpoint at a time")
         self._frozen, self.changed = self.changed, {}
 
-    def encode(self, batch: Batch, stamp: int, taken_out: dict[int, Page], unstamped: frozenset[int]) -> Iterator[int]:
+    def encode(
+        self, batch: Batch, stamps: Mapping[int, int], taken_out: dict[int, Page], unstamped: frozenset[int]
+    ) -> Iterator[int]:
         """Put the frozen pages into `batch`, one page a step, yielding the number of values put.
 
-        `stamp` is written beside each page when it is not 0 (logical map: the last hole applied to it), but for those
-        in `unstamped`; `taken_out` holds pages that are resident but not in `pages`.
+        `stamps` says for some `group_of` pages what is written beside each (logical map: the last hole applied to
+        it), but for those in `unstamped`; `taken_out` holds pages that are resident but not in `pages`.
         """
         for number, changes in list(self._frozen.items()):
             page = self._copies.pop(number, None)
@@ -213,7 +250,8 @@ class PageMap:
                 page = self.get(number) or taken_out.get(number)
             invariant(page is not None, "a frozen page is resident")
             assert page is not None
-            yield self._encode_page(batch, number, page, sorted(set(changes)), 0 if number in unstamped else stamp)
+            stamp = 0 if number in unstamped else stamps.get(self.group_of(number), 0)
+            yield self._encode_page(batch, number, page, sorted(set(changes)), stamp)
             # Written: later changes of it need no copy.
             self._frozen[number] = _WRITTEN
             self._copies.pop(number, None)
@@ -227,7 +265,7 @@ class PageMap:
         key = self._key(number)
         stored = self._stored_entries.get(number, 0)
         values = 0
-        if page == self._zeros:
+        if page == self._zeros and self.is_absence(number):
             batch.delete(key + _BASE)
             batch.delete(key + _STAMP)
             values += self._delete_entries(batch, key, stored)
@@ -258,6 +296,14 @@ class PageMap:
             stored ^= lowest
             deleted += 1
         return deleted
+
+    def group_of(self, number: int) -> int:
+        """Which pages share a stamp: all. Asked once for each page that a checkpoint writes."""
+        return 0
+
+    def is_absence(self, number: int) -> bool:
+        """Whether a page of zeros needs no keys in the checkpoint that is being written."""
+        return True
 
     def _key(self, number: int) -> bytes:
         return self.prefix + number.to_bytes(7, "big")

@@ -11,8 +11,8 @@ the segment header, so that neither the remains of a former life nor client data
 
 A body is, for WRITE: extents (lba, count | kind << 32) u64 pairs, then per block the MBA (u64), then per block the
 CRC-32C (u32); for MOVE: per block the MBA (u64), then per block old segment and old offset (u32 pairs), then per
-block the CRC-32C (u32); for SEAL: SealBody. Data blocks follow the body, 4,096 bytes each, in the order of the MBAs,
-at whatever offset that is.
+block the CRC-32C (u32); for SEAL: SealBody; for TREE: the rows of the layers that were made or changed. Data blocks
+follow the body, 4,096 bytes each, in the order of the MBAs, at whatever offset that is.
 """
 
 import sys
@@ -34,6 +34,7 @@ BLOCK_BYTES = 4096
 WRITE = 1
 MOVE = 2
 SEAL = 3
+TREE = 4
 
 EXTENT_DATA = 0
 EXTENT_HOLE = 1
@@ -56,7 +57,7 @@ RecordHeader = Struct(
     "magic" / Const(RECORD_MAGIC, Int32ul),
     "kind" / Int8ul,
     "reserved" / Int8ul,
-    "extents" / Int16ul,
+    "extents" / Int16ul,  # of a TREE: rows
     "blocks" / Int32ul,
     "layer" / Int32ul,
     "epoch" / Int32ul,
@@ -88,9 +89,29 @@ MoveBody = Struct(
     "checksums" / Array(lambda this: this._.blocks, Int32ul),
 )
 
+NAMELESS = 0  # kinds of layers
+HEAD = 1
+SNAPSHOT = 2
+NAME_BYTES = 128
+
+LayerRow = Struct(
+    "layer" / Int32ul,
+    "parent" / Int32ul,  # 0: none
+    "first_mba" / Int64ul,  # what is lower belongs to the layers below
+    "size_bytes" / Int64ul,
+    "volume" / Int32ul,  # number in the family of the volume whose head or snapshot it is
+    "kind" / Int32ul,
+    "created_s" / Int64ul,  # of a snapshot
+    "name" / Bytes(NAME_BYTES),  # of a snapshot
+)
+TreeBody = Struct("rows" / Array(lambda this: this._.extents, LayerRow))
+TreeState = Struct("next_layer" / Int32ul, "reserved" / Int32ul)
+
 SEGMENT_HEADER = derive(SegmentHeader)
 RECORD_HEADER = derive(RecordHeader)
 SEAL_BODY = derive(SealBody)
+LAYER_ROW = derive(LayerRow)
+TREE_STATE = derive(TreeState)
 
 SEGMENT_HEADER_BYTES = SEGMENT_HEADER.size
 RECORD_HEADER_BYTES = RECORD_HEADER.size
@@ -106,6 +127,8 @@ def body_bytes(kind: int, extents: int, blocks: int) -> int:
     """Length of a record's body."""
     if kind == WRITE:
         return EXTENT_BYTES * extents + WRITE_BLOCK_BYTES * blocks
+    if kind == TREE:
+        return LAYER_ROW.size * extents
     return MOVE_BLOCK_BYTES * blocks if kind == MOVE else SEAL_BODY_BYTES
 
 
@@ -201,9 +224,9 @@ SegmentUsage = Struct(
 )
 PendingHole = Struct(
     "hole" / Int64ul,
-    "first_lba" / Int64ul,
+    "first_lba" / Int64ul,  # an address: layer and LBA
     "count" / Int64ul,
-    "cursor" / Int64ul,  # pages of the logical map below it are done
+    "cursor" / Int64ul,  # pages of the logical map below it are done: layer and page
 )
 FamilyState = Struct(
     "family" / Bytes(16),

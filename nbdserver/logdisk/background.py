@@ -72,7 +72,7 @@ class Background:
         if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.txid == self._last_txid):
             disk.cleaner.start()
         self._overrun = disk.cleaner.is_overrun()
-        disk.writer.blocked = not room or self._overrun or self.must_wait_for_checkpoint()
+        disk.appending.block(not room or self._overrun or self.must_wait_for_checkpoint())
         disk.maps.logical.evict(_EVICTIONS_A_CHECK)
         disk.maps.middle.evict(_EVICTIONS_A_CHECK)
         self._work_holes()
@@ -80,7 +80,7 @@ class Background:
 
     def work_finished(self) -> None:
         """A checkpoint or the cleaner of one segment came to its end: someone may wait for what that brought."""
-        if self._disk.cleaner.urgent or self._disk.writer.blocked:
+        if self._disk.cleaner.urgent or self._disk.appending.blocked:
             self._clock.call_soon(self.check)
 
     def can_gain_room(self) -> bool:

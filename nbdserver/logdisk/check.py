@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
 from metadata.family_state import Checkpoint, read_checkpoint, read_family, read_open_state, read_pending_holes
+from metadata.layers import CUT_KEYS, ROW_KEYS, STATE_KEY
+from metadata.logical_map import LAYER_SHIFT, LBA_OF_ADDRESS, PAGE_OF_LAYER
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
 from metadata.seams import Files, Store
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
@@ -96,7 +98,7 @@ class _FamilyCheck:
         self._progress = progress
         self._maps = Maps(store, 0, lambda _: None)
         self._table = self._maps.segments
-        self._size_blocks = self._segment_bytes = 0
+        self._segment_bytes = 0
         self._family = b""
         self._masks: dict[int, int] = {}  # middle page → bit set of the entries that no LBA claimed yet
         self._checkpoint: Checkpoint
@@ -141,7 +143,7 @@ class _FamilyCheck:
     def _check_small_values(self) -> None:
         for start, stop in ((b"\x01", b"L"), (b"N", b"\xff" * 9)):
             for key, _ in self._items(start, stop):
-                if key[:1] not in b"FOCHRS" or len(key) not in (1, 5, 9):
+                if key[:1] not in b"FOCHRSTYG" or len(key) not in (1, 5, 9):
                     self._find("value", f"key {key.hex()}", f"key {key.hex()} is none that this version writes")
 
     def _read_state(self) -> bool:
@@ -150,21 +152,29 @@ class _FamilyCheck:
             family = read_family(store)
             self._is_clean = read_open_state(store).clean
             self._checkpoint = read_checkpoint(store)
-            self._maps.holes = read_pending_holes(store)
+            tree = self._maps.tree
+            tree.load_items(
+                store.get(STATE_KEY),
+                self._items(*ROW_KEYS, quiet=True),
+                self._items(*CUT_KEYS, quiet=True),
+                family.size_bytes,
+            )
+            self._maps.take_holes(read_pending_holes(store))
             self._table.load(self._items(*self._table.key_range(), quiet=True))
             self._maps.regions.load(self._items(*self._maps.regions.key_range(), quiet=True))
-        except (DamagedValueError, OSError, ValueError, InvariantError) as error:
+        except (DamagedValueError, OSError, ValueError, KeyError, InvariantError) as error:
             self._incomplete(
                 "family", "fixed keys", f"the family's state cannot be read, so its maps mean nothing: {error}"
             )
             return False
         self._family = family.family
         self._segment_bytes = family.segment_bytes
-        self._size_blocks = -(-family.size_bytes // BLOCK_BYTES)
         self.result.pending_holes = len(self._maps.holes)
         self.result.segments = len(self._table.in_use)
         for hole in self._maps.holes:
-            if hole.first_lba + hole.count > self._size_blocks or hole.hole >= self._checkpoint.next_hole:
+            if (
+                hole.first_lba & LBA_OF_ADDRESS
+            ) + hole.count > LBA_OF_ADDRESS or hole.hole >= self._checkpoint.next_hole:
                 self._find(
                     "family", f"hole {hole.hole}", f"pending hole {hole.hole} does not lie in the volume's history"
                 )
@@ -173,12 +183,12 @@ class _FamilyCheck:
     def _pages(self, page_map: PageMap, quiet: bool = False) -> Iterator[tuple[int, Page]]:
         """Every page of a map, in order. The map is empty before and keeps a few pages."""
         start = page_map.prefix[:1]
-        prefix_bytes = len(page_map.prefix)
-        entry_key_bytes = {0: prefix_bytes + 8, 1: prefix_bytes + 9, 2: prefix_bytes + 8}
+        kind_at = page_map.kind_at
+        entry_key_bytes = {0: kind_at + 1, 1: kind_at + 2, 2: kind_at + 1}
 
         def ours() -> Items:
             for key, value in self._items(start, bytes((start[0] + 1,)), quiet):
-                kind = key[prefix_bytes + 7] if len(key) > prefix_bytes + 7 else -1
+                kind = key[kind_at] if len(key) > kind_at else -1
                 if key.startswith(page_map.prefix) and entry_key_bytes.get(kind) == len(key):
                     yield key, value
                 elif not quiet:
@@ -244,16 +254,22 @@ class _FamilyCheck:
             )  # fmt: skip
 
     def _check_logical(self) -> None:
-        masks = self._masks
+        masks, layers = self._masks, self._maps.tree.layers
         claimed = 0
         for looked, (number, page) in enumerate(self._pages(Maps(self._store, 0, lambda _: None).logical)):
+            layer = layers.get(number >> LAYER_SHIFT)
+            if layer is None:
+                self._find("logical-map", f"layer {number >> LAYER_SHIFT}", f"layer {number >> LAYER_SHIFT} is none")
+                continue
+            first_mba = layer.row.first_mba or 1
+            size_blocks = -(-layer.row.size_bytes // BLOCK_BYTES)
             for index, mba in enumerate(page):
-                if not mba:
-                    continue
+                if mba < first_mba:
+                    continue  # nothing, or a block of a layer below
                 claimed += 1
                 mask, bit = masks.get(mba >> PAGE_SHIFT, 0), 1 << (mba & PAGE_MASK)
-                lba = number << PAGE_SHIFT | index
-                if lba >= self._size_blocks:
+                lba = (number & PAGE_OF_LAYER) << PAGE_SHIFT | index
+                if lba >= size_blocks and not layer.holes:
                     self._find(
                         "logical-map", f"LBA {lba}", f"LBA {lba} is mapped and lies behind the end of the volume"
                     )

@@ -26,6 +26,8 @@ from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import Job, guarded
 from nbdserver.logdisk.segments import SegmentPool
 
+_KEYS_A_STEP = 256
+
 
 @dataclass
 class _Frozen:
@@ -33,8 +35,10 @@ class _Frozen:
     rows: FrozenRows
     holes: list[PendingHole]
     holes_gone: list[int]
-    stamp: int
+    stamps: dict[int, int]
     stale: frozenset[int]
+    moved: list[bytes]
+    number: int
 
 
 class Checkpointer:
@@ -53,6 +57,8 @@ class Checkpointer:
         self.running = False
         self.writing = False  # its batch, just now
         self.count = 0
+        self.next_number = 1  # of the next one to be frozen
+        self.synced_number = 0  # of the last one that is in LevelDB
         self.values_written = 0
         self.last_position_bytes = log.appended_bytes
         self.last_lsn = log.lsn
@@ -138,6 +144,7 @@ class Checkpointer:
         maps.logical.freeze()
         maps.middle.freeze()
         maps.regions.freeze()
+        maps.tree.freeze()
         self.last_position_bytes = log.appended_bytes
         self.last_lsn = log.lsn
         self.started_at = self._clock.now()
@@ -147,9 +154,13 @@ class Checkpointer:
             maps.segments.freeze(log.segment if log.offset else 0, log.sequence, log.lsn),
             [replace(hole) for hole in maps.holes],
             sorted(self._written_holes - pending),
-            maps.next_hole - 1 if maps.holes else 0,
+            maps.stamps(),
             frozenset(maps.stale),
+            maps.moved_keys,
+            self.next_number,
         )
+        maps.moved_keys = []
+        self.next_number += 1
         self._written_holes = pending
         return frozen
 
@@ -158,9 +169,11 @@ class Checkpointer:
         put_checkpoint(batch, frozen.position)
         put_pending_holes(batch, frozen.holes, frozen.holes_gone)
         for steps in (
+            maps.tree.encode(batch),
+            _delete(batch, frozen.moved),
             maps.segments.encode(batch, frozen.rows),
-            maps.logical.encode(batch, frozen.stamp, maps.stale, frozen.stale),
-            maps.middle.encode(batch, 0, {}, frozenset()),
+            maps.logical.encode(batch, frozen.stamps, maps.stale, frozen.stale),
+            maps.middle.encode(batch, {}, {}, frozenset()),
             maps.regions.encode(batch),
         ):
             for values in steps:
@@ -174,6 +187,10 @@ class Checkpointer:
             frozen.rows.dead.clear()
         self._pool.guard_metadata()
         self.writing = True
+        if frozen.moved:
+            # Whoever reads two layers while entries move between them may miss them in both.
+            self._maps.tree.moving = True
+            self._maps.tree.version += 1
         self._store.write_later(batch, guarded(self._failed, lambda errno: self._written(errno, frozen)))
 
     def _written(self, errno: int, frozen: _Frozen) -> None:
@@ -194,6 +211,10 @@ class Checkpointer:
 
     def _finish(self, frozen: _Frozen) -> None:
         crash_point("checkpoint-after-batch")
+        self.synced_number = frozen.number
+        if frozen.moved:
+            self._maps.tree.moving = False
+            self._maps.tree.version += 1
         self._maps.logical.thaw()
         self._maps.middle.thaw()
         self._free(frozen.rows.dead)
@@ -206,3 +227,10 @@ class Checkpointer:
 
     def _broken(self, error: Exception) -> None:
         self._failed(f"a checkpoint could not be built: {error!r}")
+
+
+def _delete(batch: Batch, keys: list[bytes]) -> Iterator[int]:
+    for first in range(0, len(keys), _KEYS_A_STEP):
+        for key in keys[first : first + _KEYS_A_STEP]:
+            batch.delete(key)
+        yield min(_KEYS_A_STEP, len(keys) - first)

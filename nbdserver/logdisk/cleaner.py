@@ -336,5 +336,5 @@ def _tail_of(record: Record, first: int) -> Record:
         record.kind, record.layer, record.epoch, record.txid, record.lsn, record.durable_lsn, record.previous_crc,
         record.crc, record.offset, record.data_offset + first * BLOCK_BYTES, record.blocks - first,
         record.extents, record.mbas[first:], record.old, record.checksums[first:], record.successor,
-        record.successor_salt,
+        record.successor_salt, record.rows,
     )  # fmt: skip

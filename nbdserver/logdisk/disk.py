@@ -1,4 +1,7 @@
-"""A disk kept in a log: one family with its one volume, open for writing.
+"""A disk kept in a log: one family, open for writing.
+
+A family is a volume, its snapshots and its clones. `head(volume)` is a volume as a block device, `view(layer)` a
+snapshot; what makes and removes them is in tree_changes.py.
 
 Theory. The parts know each other only through what is passed to them: maps (LBA → MBA → PBA), the log that appends
 and syncs, the pool of segment files, the read path and the write path that answer inline, the slow path for
@@ -10,8 +13,7 @@ Rules
   raised.
 - A failure (an fsync, a LevelDB write, damaged metadata) is for good: every operation is answered with EIO until the
   family is opened anew, and `failure` says why.
-
-Known weakness: one volume in a family, one layer in a volume.
+- A head is the same object for as long as the family is open, whatever happens to its layers.
 """
 
 from __future__ import annotations
@@ -34,20 +36,21 @@ from metadata.family_state import (
     read_open_state,
     read_pending_holes,
 )
+from metadata.layers import Row
 from metadata.seams import Clock, Done, Files, Store
-from nbdserver.block import Later, Operation
+from nbdserver.logdisk.appending import Appending
 from nbdserver.logdisk.background import Background
 from nbdserver.logdisk.checkpoint import Checkpointer
 from nbdserver.logdisk.cleaner import Cleaner
+from nbdserver.logdisk.devices import Head, View
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.recovery import RecoveryError, Replay
 from nbdserver.logdisk.segments import CLEANER_KEEPS, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
-from nbdserver.logdisk.writer import Writer
-from protocol.disk import BLOCK_BYTES, DamagedValueError
+from nbdserver.logdisk.tree_changes import TreeChanges
+from protocol.disk import BLOCK_BYTES, SNAPSHOT, DamagedValueError
 from protocol.invariant import InvariantError
 
 _MOST_DAMAGED_LBAS = 1024  # remembered for `status`
@@ -69,7 +72,7 @@ class DiskSettings:
 
 
 class LogDisk:
-    """An open family with its one volume. Make one with `open`; all methods are for the loop's thread."""
+    """An open family. Make one with `open`; all methods are for the loop's thread."""
 
     # -- making and opening
 
@@ -143,27 +146,32 @@ class LogDisk:
         except BaseException:
             pool.close()
             raise
-        self.reader = reader = Reader(files, maps, pool)
-        self.writer = writer = Writer(maps, log, pool, reader, self._check_background, self._append_failed, self.parted)
-        make_room = partial(writer.next_segment, CLEANER_KEEPS)
+        self._heads: dict[int, Head] = {}
+        self._views: set[View] = set()
+        self._blocks_read_before = 0  # by views that are closed
+        self.appending = Appending(log, pool, self._check_background, self.append_failed, self.parted)
+        make_room = partial(self.appending.next_segment, CLEANER_KEEPS)
+        appended = partial(self.appending.appended, None)
         self.cleaner = Cleaner(
-            files, clock, log, maps, pool, make_room, writer.forget_room, self._work_finished, self.parted, report
+            files, clock, log, maps, pool, make_room, appended, self._work_finished, self.parted, report
         )
         self.slow_path = SlowPath(self, files, clock)
+        self.tree_changes = changes = TreeChanges(self)
         self.background = Background(self, clock)
-        # BlockDevice, inline: see there.
-        self.read = reader.read
-        self.extents = reader.extents
-        self.write = writer.write
-        self.discard = writer.discard
-        self.commit = writer.commit
+        self.snapshot = changes.snapshot
+        self.clone = changes.clone
+        self.rollback = changes.rollback
+        self.resize = changes.resize
+        self.delete_snapshot = changes.delete_snapshot
+        self.delete_volume = changes.delete_volume
 
     def _recover(self, rng: random.Random, epoch: int, boot_id: str, progress: Callable[[int], None]) -> Log:
         store, maps, pool = self._store, self.maps, self.pool
         start = read_checkpoint(store)
         maps.segments.load(store.range(*maps.segments.key_range()))
         maps.regions.load(store.range(*maps.regions.key_range()))
-        maps.holes = read_pending_holes(store)
+        maps.tree.load(store, self.family.size_bytes)
+        maps.take_holes(read_pending_holes(store))
         maps.next_mba, maps.next_hole, maps.live_blocks = start.next_mba, start.next_hole, start.live_blocks
         pool.adopt(maps.segments.in_use)
         replay = Replay(self._files, store, pool, maps, self.family.family, progress)
@@ -190,17 +198,59 @@ class LogDisk:
         maps.begin_epoch(epoch)
         return log
 
-    # -- BlockDevice: what is not inline
+    # -- volumes and snapshots
 
-    @property
-    def size_bytes(self) -> int:
-        return self.family.size_bytes
+    def head(self, volume: int) -> Head:
+        """The volume as a block device; LookupError if there is none of that number."""
+        head = self._heads.get(volume)
+        if head is None:
+            if volume not in self.maps.tree.heads:
+                raise LookupError(f"there is no volume {volume} in the family")
+            head = self._heads[volume] = Head(self, self._files, volume)
+        return head
 
-    def later(
-        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1
-    ) -> None:
-        """See BlockDevice."""
-        self.slow_path.submit(operation, offset, length, data, done, limit)
+    def view(self, layer: int) -> View:
+        """A snapshot's layer as a block device, to be closed; LookupError if it is no snapshot's."""
+        found = self.maps.tree.layers.get(layer)
+        if found is None or found.row.kind != SNAPSHOT:
+            raise LookupError(f"layer {layer} is no snapshot's")
+        view = View(self, self._files, layer)
+        self._views.add(view)
+        return view
+
+    def volumes(self) -> list[Row]:
+        """The row of each volume's head, by number."""
+        tree = self.maps.tree
+        return [tree.layers[layer].row for _, layer in sorted(tree.heads.items())]
+
+    def snapshots(self) -> list[Row]:
+        """The row of each snapshot, the oldest first."""
+        return sorted(self.maps.tree.snapshots())
+
+    def clones(self, layer: int) -> set[int]:
+        """Numbers of the volumes that were made from a snapshot and are there, or have snapshots."""
+        return self.maps.tree.clones(layer)
+
+    def head_moved(self, volume: int, layer: int) -> None:
+        """The volume's head is another layer, or the same with another row."""
+        head = self._heads.get(volume)
+        if head is not None:
+            head.move_to(layer)
+
+    def volume_deleted(self, volume: int) -> None:
+        """There is no such volume any more."""
+        head = self._heads.pop(volume, None)
+        if head is not None:
+            head.gone = True
+            head.stop()
+            self._blocks_read_before += head.reader.blocks_read
+
+    def view_closed(self, view: View) -> None:
+        """Nobody looks at it any more."""
+        self._views.discard(view)
+        self._blocks_read_before += view.reader.blocks_read
+        self.maps.tree.open_view(view.layer, -1)
+        self._check_background()
 
     def flush(self, done: Done) -> None:
         """See BlockDevice."""
@@ -210,6 +260,10 @@ class LogDisk:
             self.log.sync(done)
 
     # -- for the parts
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Answer from the loop."""
+        self._clock.call_soon(callback)
 
     def read_store(
         self, ranges: Sequence[tuple[bytes, bytes]], done: Callable[[list[list[tuple[bytes, bytes]]]], None], limit: int
@@ -235,7 +289,7 @@ class LogDisk:
     def _work_finished(self) -> None:
         self.background.work_finished()
 
-    def _append_failed(self, error: OSError) -> int:
+    def append_failed(self, error: OSError) -> int:
         """An append that failed changed nothing here, but what the file holds is unknown until it is written again."""
         errno = error.errno or errnos.EIO
         self.report("append-failed", {"errno": errno, "error": str(error)})
@@ -257,8 +311,9 @@ class LogDisk:
             return
         self.failure = reason
         self.report("family-failed", {"reason": reason})
-        self.reader.stop()
-        self.writer.blocked = True
+        self.appending.block(True)
+        for device in (*self._heads.values(), *self._views):
+            device.stop()
         for done in self.log.fail():
             self._clock.call_soon(partial(done, errnos.EIO))
         self.checkpointer.abandon()
@@ -281,7 +336,7 @@ class LogDisk:
 
     def close(self, done: Callable[[], None]) -> None:
         """Make everything durable, note that the log was closed cleanly, then `done`. No operation may be under way."""
-        self.writer.blocked = True
+        self.appending.block(True)
         self.background.stop()
         self.cleaner.stop()
 
@@ -317,7 +372,9 @@ class LogDisk:
         maps, pool = self.maps, self.pool
         in_use = len(maps.segments.in_use)
         return {
-            "size_bytes": self.family.size_bytes,
+            "size_bytes": sum(row.size_bytes for row in self.volumes()),
+            "volumes": len(maps.tree.heads),
+            "layers": len(maps.tree.layers),
             "state": "failed" if self.failure else "full" if pool.full else "open",
             "failure": self.failure,
             "generation": self.opened.generation,
@@ -344,10 +401,13 @@ class LogDisk:
             "map_pages_now": maps.logical.resident_pages + maps.middle.resident_pages,
             "map_values_written": self.checkpointer.values_written,
             "checkpoints": self.checkpointer.count,
-            "batches": self.writer.batches,
-            "batch_blocks": self.writer.batch_blocks,
-            "discards": self.writer.discards,
-            "blocks_read": self.reader.blocks_read,
+            "map_pages_derived": maps.logical.derived,
+            "layers_now": len(maps.tree.layers),
+            "tree_changes": self.tree_changes.count,
+            "batches": self.appending.batches,
+            "batch_blocks": self.appending.batch_blocks,
+            "discards": self.appending.discards,
+            "blocks_read": self._blocks_read(),
             "log_bytes_appended": log.appended_bytes,
             "log_records": log.records,
             "syncs": log.syncs,
@@ -363,3 +423,7 @@ class LogDisk:
             "live_blocks_now": maps.live_blocks,
             "damaged_blocks": len(self.damaged_lbas),
         }
+
+    def _blocks_read(self) -> int:
+        readers = [device.reader for device in (*self._heads.values(), *self._views)]
+        return self._blocks_read_before + sum(reader.blocks_read for reader in readers)

@@ -34,6 +34,7 @@ from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
     EXTENT_BYTES,
+    LAYER_ROW,
     MOVE,
     MOVE_BLOCK_BYTES,
     RECORD_HEADER_BYTES,
@@ -41,6 +42,7 @@ from protocol.disk import (
     SEAL_BODY,
     SEAL_BYTES,
     SEGMENT_HEADER_BYTES,
+    TREE,
     WRITE,
     WRITE_BLOCK_BYTES,
     chain_key,
@@ -108,6 +110,11 @@ class Log:
         offset = self.offset or SEGMENT_HEADER_BYTES
         return max(0, self._pool.segment_bytes - SEAL_BYTES - offset) // MAX_BYTES_A_BLOCK
 
+    def has_room_for_rows(self, rows: int) -> bool:
+        """Whether a TREE record of so many rows fits into the open segment."""
+        offset = self.offset or SEGMENT_HEADER_BYTES
+        return offset + RECORD_HEADER_BYTES + rows * LAYER_ROW.size <= self._pool.segment_bytes - SEAL_BYTES
+
     def begin_if_needed(self) -> bool:
         """Begin the life of a family's first segment; False if there is no room for it."""
         if self.offset:
@@ -155,6 +162,15 @@ class Log:
         self.txid += 1
         try:
             return self._append(WRITE, layer, len(extents) >> 1, len(mbas), body, data)
+        except OSError:
+            self.txid -= 1
+            raise
+
+    def append_tree(self, rows: Sequence[bytes]) -> None:
+        """Append a change of the tree of layers: one modification. Raises OSError; the log is then as before."""
+        self.txid += 1
+        try:
+            self._append(TREE, 0, len(rows), 0, b"".join(rows), ())
         except OSError:
             self.txid -= 1
             raise

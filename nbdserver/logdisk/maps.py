@@ -4,18 +4,24 @@ pending.
     LBA ──logical map──► MBA ──middle map──► PBA = (segment, offset), CRC-32C
 
 A logical entry is one u64: 0 is nothing, otherwise an MBA. A middle entry is three u32: segment, offset, checksum;
-segment 0 is nothing. Overwriting a block that the head layer owns changes the middle map alone.
+segment 0 is nothing. Overwriting a block that the head layer owns changes the middle map alone; a shared one, with an
+MBA lower than the layer's first, gets a new MBA. Blocks are named by their address: layer and LBA.
 
 Discards. A small one is worked into both maps at once. One of a terabyte cannot be: it becomes a *pending hole*, a
 range and a number. Resident logical pages under it are set aside (`stale`), so that the hot path, which looks into
 `pages` only, cannot meet them. A page comes back through `settle`, which clears what the hole covers and frees its
 MBAs first; a worker settles the rest in the background. In LevelDB a page carries the number of the last hole that
 was applied to it (its stamp), written only while holes are pending; a page loaded with a lower stamp is settled first.
+When every page that the layer has is settled, the hole is done; over a parent it then stays as a *cut*, a range in
+which the parent is not seen.
+
+Loading a page of a layer that is not the root takes the layers below it too (lookup.py).
 
 Rules
 - A logical page in `logical.pages` has every pending hole applied.
 - `live` of a segment counts the middle entries that point into it, always.
 - At most MAX_PENDING_HOLES are pending; the caller makes others wait.
+- Only what the layer owns is freed with a discard; a shared block is taken out of the logical map alone.
 
 Known weakness: reading `extents` under a pending hole settles page by page.
 """
@@ -24,13 +30,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from errno import EIO
 
 from metadata.family_state import PendingHole
+from metadata.layers import MOST_CUTS, Tree
+from metadata.logical_map import ADDRESS_SHIFT, LAYER_SHIFT, LBA_OF_ADDRESS, LogicalMap
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
+from metadata.ranges import joined
 from metadata.region_table import RegionTable
 from metadata.seams import Store
 from metadata.segment_table import SegmentTable
+from nbdserver.logdisk.lookup import Lookup
 from protocol.disk import DamagedValueError
 from protocol.invariant import InvariantError, invariant
 
@@ -48,7 +57,8 @@ class Maps:
     """Logical and middle map, segment usage and regions of one family."""
 
     def __init__(self, store: Store, cache_bytes: int, failed: Callable[[str], None]) -> None:
-        self.logical = PageMap(b"L\x00\x00\x00\x01", "Q", 1, 0)
+        self.tree = Tree()
+        self.logical = LogicalMap(self.tree, 0)
         self.middle = PageMap(b"M", "I", 3, 0)
         self.set_cache_bytes(cache_bytes)
         self.segments = SegmentTable()
@@ -56,6 +66,7 @@ class Maps:
         self.next_mba = 0
         self.next_hole = 1
         self.holes: list[PendingHole] = []  # oldest first
+        self.moved_keys: list[bytes] = []  # that the next checkpoint deletes: what they held is elsewhere or freed
         self.stale: dict[int, Page] = {}
         self.logical_updates = 0
         self.middle_updates = 0
@@ -74,21 +85,31 @@ class Maps:
         self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
         self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
 
-    def needed(self, lba: int, count: int, most: int = PAGE_BLOCKS) -> Need:
-        """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`."""
+    def needed(self, address: int, count: int, most: int = PAGE_BLOCKS, first_mba: int = 1) -> Need:
+        """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`.
+
+        Of MBAs lower than `first_mba` the middle map is not needed: a change leaves them alone.
+        """
         need: Need = []
-        stop = lba + count
-        while lba < stop and len(need) < most:
-            number = lba >> PAGE_SHIFT
-            index = lba & PAGE_MASK
-            blocks = min(stop - lba, PAGE_BLOCKS - index)
-            page = self.logical.get(number)
+        stop = address + count
+        while address < stop and len(need) < most:
+            number = address >> PAGE_SHIFT
+            index = address & PAGE_MASK
+            blocks = min(stop - address, PAGE_BLOCKS - index)
+            page = self.page(number)
             if page is None:
                 need.append((self.logical, number))
             else:
-                need += [(self.middle, missing) for missing in self._missing_middle(page, index, blocks)]
-            lba += blocks
+                need += [(self.middle, missing) for missing in self._missing_middle(page, index, blocks, first_mba)]
+            address += blocks
         return need
+
+    def page(self, number: int) -> Page | None:
+        """A logical page if that needs no LevelDB."""
+        page = self.logical.get(number)
+        if page is None and (self.logical.prefix, number) not in self._loading:
+            page = self.logical.derive(number)
+        return page
 
     def load(self, need: Need, done: Callable[[], None]) -> None:
         """Bring the pages in; `done` when they were there (they may be gone again: ask `needed` once more)."""
@@ -111,42 +132,92 @@ class Maps:
             self._loading[key] = [one_loaded]
             to_load.append((page_map, number))
         if to_load:
-            # Stale pages need nothing from LevelDB, but are settled behind the same door: never from inside this call.
-            from_store = [each for each in to_load if each[0] is not self.logical or each[1] not in self.stale]
-            ranges = [page_map.key_range(number) for page_map, number in from_store]
-            stale = [number for page_map, number in to_load if page_map is self.logical and number in self.stale]
-            self._store.range_later(ranges, lambda errno, items: self._loaded(errno, from_store, items, stale))
+            self._read(to_load)
 
-    def _loaded(self, errno: int, need: Need, items: list[list[tuple[bytes, bytes]]], stale: list[int]) -> None:
+    def _read(self, need: Need) -> None:
+        """Read what LevelDB has of the pages; never answered from inside this call."""
+        plain = [each for each in need if each[0] is not self.logical]
+        # Stale pages need nothing from LevelDB, but are settled behind the same door.
+        stale = [number for page_map, number in need if page_map is self.logical and number in self.stale]
+        lookups = [
+            Lookup(self, number) for page_map, number in need if page_map is self.logical and number not in self.stale
+        ]
+        ranges = [page_map.key_range(number) for page_map, number in plain]
+        for lookup in lookups:
+            ranges += lookup.ranges()
+        self._store.range_later(ranges, lambda errno, items: self._loaded(errno, plain, lookups, stale, items))
+
+    def _loaded(
+        self,
+        errno: int,
+        plain: Need,
+        lookups: list[Lookup],
+        stale: list[int],
+        items: list[list[tuple[bytes, bytes]]],
+    ) -> None:
         for number in stale:
             self._settle_then_tell(number)
         if errno:
             self._failed(f"LevelDB could not read map pages (errno {errno})")
-            items = [[] for _ in need]
-        for (page_map, number), page_items in zip(need, items, strict=True):
+            for page_map, number in plain + [(self.logical, lookup.number) for lookup in lookups]:
+                self._tell(page_map, number)
+            return
+        for (page_map, number), page_items in zip(plain, items, strict=False):
             try:
-                self.install(page_map, number, [] if errno else page_items)
+                page_map.install(number, page_items)
             except (DamagedValueError, InvariantError) as error:
                 self._failed(str(error))
-                errno = errno or EIO
-            if not errno and page_map is self.logical and number in self.stale:
-                self._settle_then_tell(number)
+            self._tell(page_map, number)
+        at = len(plain)
+        for lookup in lookups:
+            asked = lookup.asked
+            try:
+                again = lookup.take(items[at : at + asked])
+            except (DamagedValueError, InvariantError) as error:
+                self._failed(str(error))
+                self._tell(self.logical, lookup.number)
+                again = False
             else:
-                self._tell(page_map, number)
+                if not again:
+                    self._looked_up(lookup)
+            at += asked
+            if again:
+                self._look_on(lookup)
 
-    def install(self, page_map: PageMap, number: int, items: list[tuple[bytes, bytes]]) -> None:
-        if page_map is self.logical and number in self.stale:
+    def _look_on(self, lookup: Lookup) -> None:
+        self._store.range_later(lookup.ranges(), lambda errno, items: self._loaded(errno, [], [lookup], [], items))
+
+    def _looked_up(self, lookup: Lookup) -> None:
+        if not lookup.is_torn:
+            self.admit(lookup)
+        elif lookup.number not in self.stale and self.logical.get(lookup.number) is None:
+            self._look_on(Lookup(self, lookup.number))
+            return
+        if lookup.number in self.stale:
+            self._settle_then_tell(lookup.number)
+        else:
+            self._tell(self.logical, lookup.number)
+
+    def admit(self, lookup: Lookup) -> None:
+        """Take a logical page that was looked up; under pending holes it is stale."""
+        number = lookup.number
+        if number in self.stale or number >> LAYER_SHIFT not in self.tree.layers:
             return  # set aside while it was being loaded, by a hole that came meanwhile
-        page_map.install(number, items)
-        if page_map is self.logical and self._pending_over(number, page_map.stamp(number)):
-            self._set_aside(number, page_map.stamp(number) + 1)
+        logical = self.logical
+        if logical.get(number) is None:
+            logical.admit(number, lookup.page(), lookup.stored, lookup.stamp)
+            if lookup.should_be_shorter and logical.pinned_pages * 2 < logical.limit_pages:
+                first_change = logical.changed.get(number) or logical.first_change(number)
+                first_change.extend(range(PAGE_BLOCKS))
+        if self._pending_over(number, logical.stamp(number)):
+            self._set_aside(number, logical.stamp(number) + 1)
 
     def _tell(self, page_map: PageMap, number: int) -> None:
         for waiter in self._loading.pop((page_map.prefix, number), ()):
             waiter()
 
-    def _missing_middle(self, page: Page, index: int, blocks: int) -> list[int]:
-        pages = {mba >> PAGE_SHIFT for mba in page[index : index + blocks] if mba}
+    def _missing_middle(self, page: Page, index: int, blocks: int, first_mba: int) -> list[int]:
+        pages = {mba >> PAGE_SHIFT for mba in page[index : index + blocks] if mba >= first_mba}
         return [number for number in pages if self.middle.get(number) is None]
 
     # -- changes
@@ -163,10 +234,10 @@ class Maps:
         """MBAs of a new epoch begin in a page of their own."""
         self.next_mba = epoch << EPOCH_SHIFT
 
-    def set_logical(self, lba: int, count: int, mba: int) -> None:
+    def set_logical(self, address: int, count: int, mba: int) -> None:
         """Point blocks of one resident page at MBAs that rise by one."""
-        number = lba >> PAGE_SHIFT
-        index = lba & PAGE_MASK
+        number = address >> PAGE_SHIFT
+        index = address & PAGE_MASK
         logical = self.logical
         changed = logical.changed.get(number) or logical.first_change(number)
         page = logical.pages[number]
@@ -201,30 +272,32 @@ class Maps:
 
     # -- holes
 
-    def clear(self, lba: int, count: int) -> None:
-        """Take the blocks out of both maps; what `needed` names must be resident."""
-        stop = lba + count
-        while lba < stop:
-            number = lba >> PAGE_SHIFT
-            index = lba & PAGE_MASK
-            blocks = min(stop - lba, PAGE_BLOCKS - index)
+    def clear(self, address: int, count: int) -> None:
+        """Take the blocks out of the maps; what `needed` names must be resident."""
+        stop = address + count
+        while address < stop:
+            number = address >> PAGE_SHIFT
+            index = address & PAGE_MASK
+            blocks = min(stop - address, PAGE_BLOCKS - index)
             page = self.logical.pages[number]
             if any(page[index : index + blocks]):
                 self._clear_in_page(number, page, index, index + blocks)
-            lba += blocks
+            address += blocks
 
     def _clear_in_page(self, number: int, page: Page, start: int, stop: int) -> bool:
-        """Clear the entries whose middle page is resident; whether all were."""
+        """Clear the entries that are shared or whose middle page is resident; whether all were."""
         changed = self.logical.changed.get(number) or self.logical.first_change(number)
+        first_mba = self.tree.first_mba(number >> LAYER_SHIFT)
         complete = True
         for index in range(start, stop):
             mba = page[index]
             if not mba:
                 continue
-            if self.middle.get(mba >> PAGE_SHIFT) is None:
-                complete = False
-                continue
-            self.set_middle(mba, 0, 0, 0)
+            if mba >= first_mba:
+                if self.middle.get(mba >> PAGE_SHIFT) is None:
+                    complete = False
+                    continue
+                self.set_middle(mba, 0, 0, 0)
             changed.append(index)
             page[index] = 0
             self.logical_updates += 1
@@ -232,16 +305,57 @@ class Maps:
             changed.append(start)
         return complete
 
-    def add_hole(self, lba: int, count: int) -> PendingHole:
+    def free(self, mba: int) -> bool:
+        """Take a block that nothing shows any more out of the middle map; whether it took room. Its page is
+        resident."""
+        page = self.middle.get(mba >> PAGE_SHIFT)
+        assert page is not None
+        if not page[mba & PAGE_MASK]:
+            return False
+        self.set_middle(mba, 0, 0, 0)
+        return True
+
+    def can_take_hole(self, layer: int) -> bool:
+        """Whether a long discard may become one more hole of the layer."""
+        return len(self.holes) < MAX_PENDING_HOLES and not self.has_many_cuts(layer)
+
+    def has_many_cuts(self, layer: int) -> bool:
+        """Whether so many ranges of the layer are cut out of its parent that no further one may be: what is discarded
+        then is written as entries."""
+        found = self.tree.layers[layer]
+        return len(found.cut) + found.holes >= MOST_CUTS
+
+    def add_hole(self, address: int, count: int) -> PendingHole:
         """Make a range read as zeros in time that does not depend on its length."""
-        hole = PendingHole(self.next_hole, lba, count, lba >> PAGE_SHIFT)
+        hole = PendingHole(self.next_hole, address, count, address >> PAGE_SHIFT)
         self.next_hole += 1
         self.holes.append(hole)
-        first, last = lba >> PAGE_SHIFT, (lba + count - 1) >> PAGE_SHIFT
+        self.tree.layers[address >> ADDRESS_SHIFT].holes += 1
+        first, last = address >> PAGE_SHIFT, (address + count - 1) >> PAGE_SHIFT
         for number, page in self.logical.take_out(first, last + 1):
             self.stale[number] = page
             self._stale_since[number] = hole.hole
         return hole
+
+    def take_holes(self, holes: list[PendingHole]) -> None:
+        """Those of the last checkpoint."""
+        self.holes = holes
+        for hole in holes:
+            self.tree.layers[hole.first_lba >> ADDRESS_SHIFT].holes += 1
+
+    def stamps(self) -> dict[int, int]:
+        """What a page that is written now is stamped with, for the layers that have pending holes."""
+        return {hole.first_lba >> ADDRESS_SHIFT: self.next_hole - 1 for hole in self.holes}
+
+    def holes_over(self, number: int) -> list[tuple[int, int, int]]:
+        """(number, first index, stop index) of the pending holes over a page, for one that is only looked at."""
+        since = self._stale_since.get(number, 1)
+        return [(hole.hole, *self._part(hole, number)) for hole in self._pending_over(number, since - 1)]
+
+    @staticmethod
+    def _part(hole: PendingHole, number: int) -> tuple[int, int]:
+        first = number << PAGE_SHIFT
+        return max(hole.first_lba - first, 0), min(hole.first_lba + hole.count - first, PAGE_BLOCKS)
 
     def _set_aside(self, number: int, since: int) -> None:
         for taken, page in self.logical.take_out(number, number + 1):
@@ -250,11 +364,16 @@ class Maps:
 
     def _pending_over(self, number: int, stamp: int) -> list[PendingHole]:
         first, stop = number << PAGE_SHIFT, (number + 1) << PAGE_SHIFT
+        layer = self.tree.layers.get(number >> LAYER_SHIFT)
+        if layer is None or not layer.holes:
+            return []
+        # Over a parent a page that the layer does not have needs the hole until it is done.
+        over_parent = layer.row.parent != 0
         return [
             hole
             for hole in self.holes
             if hole.hole > stamp
-            and hole.cursor <= number
+            and (over_parent or hole.cursor <= number)
             and hole.first_lba < stop
             and hole.first_lba + hole.count > first
         ]
@@ -262,12 +381,10 @@ class Maps:
     def settle(self, number: int) -> Need:
         """Apply the pending holes to a stale page and put it back; or the middle pages that are needed first."""
         page = self.stale[number]
-        first = number << PAGE_SHIFT
         complete = True
         remaining: list[tuple[int, int]] = []
         for hole in self._pending_over(number, self._stale_since[number] - 1):
-            start = max(hole.first_lba - first, 0)
-            stop = min(hole.first_lba + hole.count - first, PAGE_BLOCKS)
+            start, stop = self._part(hole, number)
             if any(page[start:stop]) and not self._clear_stale(number, page, start, stop):
                 complete = False
                 remaining.append((start, stop))
@@ -275,8 +392,11 @@ class Maps:
             del self.stale[number], self._stale_since[number]
             self.logical.put_back(number, page)
             return []
-        missing = {number for start, stop in remaining for number in self._missing_middle(page, start, stop - start)}
-        return [(self.middle, number) for number in missing]
+        first_mba = self.tree.first_mba(number >> LAYER_SHIFT)
+        missing = {
+            needed for start, stop in remaining for needed in self._missing_middle(page, start, stop - start, first_mba)
+        }
+        return [(self.middle, needed) for needed in missing]
 
     def _clear_stale(self, number: int, page: Page, start: int, stop: int) -> bool:
         if number not in self.logical.changed:
@@ -295,5 +415,11 @@ class Maps:
         self._tell(self.logical, number)
 
     def hole_done(self, hole: PendingHole) -> None:
-        """Every page under the hole has it applied."""
+        """Every page that the layer has under the hole has it applied."""
         self.holes.remove(hole)
+        number = hole.first_lba >> ADDRESS_SHIFT
+        layer = self.tree.layers[number]
+        layer.holes -= 1
+        if layer.row.parent:
+            first = hole.first_lba & LBA_OF_ADDRESS
+            self.tree.set_cut(number, joined((*layer.cut, (first, first + hole.count))))

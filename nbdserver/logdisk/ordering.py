@@ -42,6 +42,7 @@ class Rule(Enum):
     LOG_ENDS_ONLY_ABOVE_DURABLE = (
         "The log may end only above the highest txid known durable; else it is corrupt, not short."
     )
+    TREE_SYNCED_BEFORE_REPORT = "A change of the tree of layers is durable before it is reported."
 
 
 CRASH_POINTS: dict[str, Rule] = {
@@ -58,6 +59,8 @@ CRASH_POINTS: dict[str, Rule] = {
     "segment-before-reuse": Rule.REUSE_AFTER_READERS_LEFT,
     "clean-before-append": Rule.MOVE_ONLY_IF_UNCHANGED,
     "clean-after-append": Rule.MOVE_ONLY_IF_UNCHANGED,
+    "tree-before-append": Rule.TREE_SYNCED_BEFORE_REPORT,
+    "tree-after-append": Rule.TREE_SYNCED_BEFORE_REPORT,
     "replay-before-tail": Rule.REPLAY_VERIFIES_DATA,
     "replay-after-tail": Rule.TAIL_SYNCED_BEFORE_SERVING,
 }

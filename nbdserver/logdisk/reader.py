@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.seams import Buffer, Files
 from nbdserver.block import HOLE, ZERO, Extents
@@ -25,16 +26,21 @@ _ZERO_BLOCK = (bytes(BLOCK_BYTES),)
 
 
 class Reader:
-    """Answers reads and extents of one volume inline."""
+    """Answers reads and extents of one layer inline."""
 
-    def __init__(self, files: Files, maps: Maps, pool: SegmentPool) -> None:
+    def __init__(self, files: Files, maps: Maps, pool: SegmentPool, layer: int) -> None:
         self.blocks_read = 0
+        self._first_page = layer << LAYER_SHIFT
         self._maps = maps
         self._logical_pages = maps.logical.pages
         self._middle_pages = maps.middle.pages
         self._handles = pool.handles
         self._read_cached = files.read_cached
         self._stopped = False
+
+    def move_to(self, layer: int) -> None:
+        """Read another layer from now on."""
+        self._first_page = layer << LAYER_SHIFT
 
     def stop(self) -> None:
         """Answer nothing any more."""
@@ -45,7 +51,7 @@ class Reader:
         """See BlockDevice."""
         if length == BLOCK_BYTES and not offset & 4095:
             lba = offset >> 12
-            page = self._logical_pages.get(lba >> PAGE_SHIFT)
+            page = self._logical_pages.get((lba >> PAGE_SHIFT) + self._first_page)
             if page is not None:
                 mba = page[lba & PAGE_MASK]
                 if not mba:
@@ -69,7 +75,7 @@ class Reader:
         pieces: list[Buffer] = []
         lba = first
         while lba < stop:
-            page = self._maps.logical.get(lba >> PAGE_SHIFT)
+            page = self._maps.page((lba >> PAGE_SHIFT) + self._first_page)
             if page is None:
                 return None
             index = lba & PAGE_MASK
@@ -124,7 +130,7 @@ class Reader:
         end = offset + length
         at = offset
         while lba < stop:
-            page = self._maps.logical.get(lba >> PAGE_SHIFT)
+            page = self._maps.page((lba >> PAGE_SHIFT) + self._first_page)
             if page is None:
                 return found[:-1] if len(found) > 1 else None
             index = lba & PAGE_MASK

@@ -21,6 +21,7 @@ from protocol.disk import (
     SEGMENT_HEADER,
     SEGMENT_HEADER_BYTES,
     SEGMENT_MAGIC,
+    TREE,
     WRITE,
     block_splitter,
     body_bytes,
@@ -64,6 +65,7 @@ class Record:
     checksums: "array[int]"
     successor: int
     successor_salt: bytes
+    rows: bytes  # of a TREE
 
     @property
     def end(self) -> int:
@@ -90,7 +92,7 @@ def body_length(key: bytes, header: bytes) -> int | None:
     if len(header) < RECORD_HEADER_BYTES:
         return None
     fields = RECORD_HEADER.unpack(header)
-    if fields[0] != RECORD_MAGIC or record_crc(key, header) != fields[-1] or fields[1] not in (WRITE, MOVE, SEAL):
+    if fields[0] != RECORD_MAGIC or record_crc(key, header) != fields[-1] or fields[1] not in (WRITE, MOVE, SEAL, TREE):
         return None
     return body_bytes(fields[1], fields[3], fields[4])
 
@@ -107,7 +109,7 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     if crc32c(body) != body_crc:
         return None
     extent_array, mbas, old, checksums = array("Q"), array("Q"), array("I"), array("I")
-    successor, successor_salt = 0, b""
+    successor, successor_salt, rows = 0, b"", b""
     if kind == WRITE:
         cut = extents * EXTENT_BYTES
         extent_array.frombytes(body[:cut])
@@ -117,12 +119,14 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
         mbas.frombytes(body[: 8 * blocks])
         old.frombytes(body[8 * blocks : 16 * blocks])
         checksums.frombytes(body[16 * blocks :])
+    elif kind == TREE:
+        rows = body
     else:
         successor, _, successor_salt = SEAL_BODY.unpack(body)
     data_offset = offset + len(header) + len(body)
     return Record(
         kind, layer, epoch, txid, lsn, durable_lsn, previous_crc, crc, offset, data_offset, blocks,
-        extent_array, mbas, old, checksums, successor, successor_salt,
+        extent_array, mbas, old, checksums, successor, successor_salt, rows,
     )  # fmt: skip
 
 

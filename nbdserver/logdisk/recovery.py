@@ -23,9 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from metadata.family_state import Checkpoint
+from metadata.layers import unpack_rows
+from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page, PageMap
 from metadata.seams import Files, Store
 from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.lookup import Lookup
 from nbdserver.logdisk.maps import OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.records import (
@@ -37,6 +40,7 @@ from nbdserver.logdisk.records import (
     wrong_blocks,
 )
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
+from nbdserver.logdisk.tree_changes import apply_rows
 from protocol.disk import (
     BLOCK_BYTES,
     EXTENT_HOLE,
@@ -46,6 +50,7 @@ from protocol.disk import (
     RECORD_MAGIC,
     SEAL,
     SEGMENT_HEADER_BYTES,
+    TREE,
     WRITE,
     chain_key,
 )
@@ -217,16 +222,21 @@ class Replay:
             self._apply_write(record, segment)
         elif record.kind == MOVE:
             self._apply_move(record, segment)
+        elif record.kind == TREE:
+            apply_rows(self._maps.tree, unpack_rows(record.rows), 1)
 
     def _apply_write(self, record: Record, segment: int) -> None:
         maps = self._maps
+        if record.layer not in maps.tree.layers:
+            raise RecoveryError(f"the log is damaged: record {record.lsn} is of layer {record.layer}, which is none")
+        first_address = record.layer << ADDRESS_SHIFT
         block = 0
         for lba, count, kind in extents_of(record):
             maps.regions.mark(lba, count, record.txid)
             if kind == EXTENT_HOLE:
-                self._apply_hole(lba, count)
+                self._apply_hole(first_address + lba, count)
                 continue
-            for current in range(lba, lba + count):
+            for current in range(first_address + lba, first_address + lba + count):
                 mba = record.mbas[block]
                 self._logical(current)
                 self._middle(mba)
@@ -245,27 +255,29 @@ class Replay:
             if (page[index], page[OFFSET + index]) == old or not holds(Rule.MOVE_ONLY_IF_UNCHANGED):
                 self._maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
 
-    def _apply_hole(self, lba: int, count: int) -> None:
+    def _apply_hole(self, address: int, count: int) -> None:
         maps = self._maps
         if count > SMALL_HOLE_BLOCKS:
-            maps.add_hole(lba, count)
+            maps.add_hole(address, count)
             return
-        for current in range(lba, lba + count):
+        first_mba = maps.tree.first_mba(address >> ADDRESS_SHIFT)
+        for current in range(address, address + count):
             page = self._logical(current)
             mba = page[current & PAGE_MASK]
             if mba:
-                self._middle(mba)
+                if mba >= first_mba:
+                    self._middle(mba)
                 maps.clear(current, 1)
 
-    def _logical(self, lba: int) -> Page:
-        number = lba >> PAGE_SHIFT
+    def _logical(self, address: int) -> Page:
+        number = address >> PAGE_SHIFT
         maps = self._maps
         while True:
-            page = maps.logical.get(number)
+            page = maps.page(number)
             if page is not None:
                 return page
             if number not in maps.stale:
-                self._load(maps.logical, number)
+                self._look_up(number)
             while number in maps.stale:
                 for page_map, needed in maps.settle(number):
                     self._load(page_map, needed)
@@ -280,7 +292,13 @@ class Replay:
         return page
 
     def _load(self, page_map: PageMap, number: int) -> None:
-        self._maps.install(page_map, number, list(self._store.range(*page_map.key_range(number))))
+        page_map.install(number, list(self._store.range(*page_map.key_range(number))))
+
+    def _look_up(self, number: int) -> None:
+        lookup = Lookup(self._maps, number)
+        while lookup.take([list(self._store.range(*each)) for each in lookup.ranges()]):
+            pass
+        self._maps.admit(lookup)
 
 
 def read_record(files: Files, handle: int, key: bytes, offset: int) -> Record | None:

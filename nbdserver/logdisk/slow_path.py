@@ -20,10 +20,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Buffer, Clock, Files
 from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
-from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, SMALL_HOLE_BLOCKS
+from nbdserver.logdisk.devices import Device, Head
+from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS
+from nbdserver.logdisk.next_page import NextPage
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES
 
@@ -47,11 +50,18 @@ class SlowPath:
         self._parked: list[Callable[[], None]] = []
 
     def submit(
-        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int
+        self,
+        device: Device,
+        operation: Operation,
+        offset: int,
+        length: int,
+        data: bytes | None,
+        done: Later,
+        limit: int,
     ) -> None:
         """See BlockDevice.later."""
         self.under_way += 1
-        _Waiting(self, self._disk, operation, offset, length, data, done, limit)
+        _Waiting(self, device, operation, offset, length, data, done, limit)
 
     def wake(self) -> None:
         """Something may have changed for those who wait for room."""
@@ -71,7 +81,7 @@ class _Waiting:
     def __init__(
         self,
         slow_path: SlowPath,
-        disk: "LogDisk",
+        device: Device,
         operation: Operation,
         offset: int,
         length: int,
@@ -80,7 +90,8 @@ class _Waiting:
         limit: int,
     ) -> None:
         self._slow_path = slow_path
-        self._disk = disk
+        self._device = device
+        self._disk = device.disk
         self._operation = operation
         self._at = offset
         self._start = offset
@@ -97,6 +108,16 @@ class _Waiting:
         self._cold: dict[int, tuple[tuple[int, int, int], bytes]] = {}  # LBA → (address, content), for merging
         slow_path._clock.call_soon(self._go_on)
 
+    @property
+    def _first_page(self) -> int:
+        return self._device.layer << LAYER_SHIFT
+
+    @property
+    def _head(self) -> Head:
+        device = self._device
+        assert isinstance(device, Head)  # a view takes nothing that changes
+        return device
+
     # -- going on
 
     def _go_on(self) -> None:
@@ -109,7 +130,7 @@ class _Waiting:
     def _run(self) -> None:
         disk = self._disk
         while not self._over:
-            if disk.failure:
+            if disk.failure or self._device.gone:
                 self._finish(errnos.EIO)
                 return
             if self._at >= self._end:
@@ -147,9 +168,10 @@ class _Waiting:
             return self._try_extents()
         return self._try_change(end)
 
-    def _load(self, lba: int, count: int) -> bool:
-        """Whether the pages for these blocks are there; otherwise they are being loaded."""
-        need = self._disk.maps.needed(lba, count, MIN_PAGES // 2)
+    def _load(self, lba: int, count: int, first_mba: int = 1) -> bool:
+        """Whether the pages for these blocks are there; otherwise they are being loaded. The middle map is left out for
+        MBAs lower than `first_mba`."""
+        need = self._disk.maps.needed(self._device.first_address + lba, count, MIN_PAGES // 2, first_mba)
         if not need:
             return True
         self._tries += 1
@@ -162,8 +184,7 @@ class _Waiting:
     # -- reading
 
     def _try_read(self, end: int) -> bool:
-        disk = self._disk
-        found = disk.read(self._at, end - self._at)
+        found = self._device.read(self._at, end - self._at)
         if found is not None:
             if self._operation == Operation.READ:
                 self._pieces += found
@@ -227,7 +248,7 @@ class _Waiting:
     def _address(self, lba: int) -> tuple[int, int, int] | None:
         """(segment, offset, checksum) of a block whose pages are resident, None for a hole."""
         maps = self._disk.maps
-        page = maps.logical.get(lba >> PAGE_SHIFT)
+        page = maps.page(self._first_page + (lba >> PAGE_SHIFT))
         assert page is not None
         mba = page[lba & PAGE_MASK]
         if not mba:
@@ -252,7 +273,9 @@ class _Waiting:
             return self._try_discard(end)
         aligned_end = self._aligned_end(end)
         lba = self._at >> 12
-        if not self._load(lba, ((aligned_end + 4095) >> 12) - lba):
+        # What whole blocks replace is not looked up if it is shared: it stays where it is.
+        owned = 1 if (self._at | aligned_end) & 4095 else disk.maps.tree.first_mba(self._head.layer)
+        if not self._load(lba, ((aligned_end + 4095) >> 12) - lba, owned):
             return False
         begin = self._at - self._start
         data = self._data[begin : begin + aligned_end - self._at]
@@ -264,7 +287,7 @@ class _Waiting:
             within = self._at & 4095
             merged[within : within + len(data)] = data
             data = memoryview(bytes(merged))
-        return self._changed(disk.writer.write_now(lba, data), aligned_end)
+        return self._changed(self._head.writer.write_now(lba, data), aligned_end)
 
     def _aligned_end(self, end: int) -> int:
         """Where the piece from `_at` on ends so that it is whole blocks or lies in one block."""
@@ -274,8 +297,7 @@ class _Waiting:
 
     def _held(self, lba: int) -> bytes | None:
         """The present content of a block to be merged with, or None: it is being read."""
-        disk = self._disk
-        inline = disk.read(lba << 12, BLOCK_BYTES)
+        inline = self._device.read(lba << 12, BLOCK_BYTES)
         if inline is not None:
             return b"".join(inline)
         address = self._address(lba)
@@ -300,15 +322,17 @@ class _Waiting:
             # An edge: zeros merged into one block, unless it holds zeros.
             return self._zero_edge(min(self._end, (self._at | 4095) + 1))
         if stop - first > SMALL_HOLE_BLOCKS:
-            if len(disk.maps.holes) >= MAX_PENDING_HOLES:
-                self._slow_path.park(self._go_on)
-                return False
-            return self._changed(disk.writer.discard_now(first, stop - first), stop << 12)
+            layer = self._head.layer
+            if not disk.maps.has_many_cuts(layer):
+                if not disk.maps.can_take_hole(layer):
+                    self._slow_path.park(self._go_on)
+                    return False
+                return self._changed(self._head.writer.discard_now(first, stop - first), stop << 12)
         stop = min(stop, end >> 12) if end >> 12 > first else stop
         stop = min(stop, first + max(1, self._piece_bytes >> 12))
-        if not self._load(first, stop - first):
+        if not self._load(first, stop - first, disk.maps.tree.first_mba(self._head.layer)):
             return False
-        return self._changed(disk.writer.discard_now(first, stop - first), stop << 12)
+        return self._changed(self._head.writer.discard_now(first, stop - first), stop << 12)
 
     def _zero_edge(self, end: int) -> bool:
         lba = self._at >> 12
@@ -323,7 +347,7 @@ class _Waiting:
         if merged == held:
             self._at = end
             return True
-        return self._changed(self._disk.writer.write_now(lba, memoryview(bytes(merged))), end)
+        return self._changed(self._head.writer.write_now(lba, memoryview(bytes(merged))), end)
 
     def _changed(self, errno: int, end: int) -> bool:
         if errno == errnos.ENOSPC:
@@ -343,7 +367,7 @@ class _Waiting:
 
     def _try_extents(self) -> bool:
         disk = self._disk
-        found = disk.extents(self._at, self._end - self._at, self._limit + 1)
+        found = self._device.extents(self._at, self._end - self._at, self._limit + 1)
         if found is not None:
             self._extents = self._joined(found)
             self._finish(0)
@@ -351,9 +375,9 @@ class _Waiting:
         maps = disk.maps
         number = self._at >> 12 >> PAGE_SHIFT
         last = (self._end - 1) >> 12 >> PAGE_SHIFT
-        if maps.logical.get(number) is not None:
+        if maps.page(self._first_page + number) is not None:
             page_end = min(self._end, ((number + 1) << PAGE_SHIFT) << 12)
-            found = disk.extents(self._at, page_end - self._at, 1 << 16) or []
+            found = self._device.extents(self._at, page_end - self._at, 1 << 16) or []
             self._extents = self._joined(found)
             self._at = page_end
             self._extent_pages += 1
@@ -361,24 +385,17 @@ class _Waiting:
                 self._finish(0)
                 return False
             return True
-        start, stop = maps.logical.key_range(number)[0], maps.logical.key_range(last)[1]
-        evictions = maps.logical.evictions
-        disk.read_store([(start, stop)], lambda items: self._next_page(number, last, items[0], evictions), 1)
+        layers = [layer.row.layer for layer in maps.tree.chain(self._device.layer)]
+        NextPage(disk, layers, number, last, self._next_page)
         return False
 
-    def _next_page(self, number: int, last: int, items: list[tuple[bytes, bytes]], evictions: int) -> None:
+    def _next_page(self, following: int) -> None:
         """Everything before the next page that exists anywhere is a hole."""
-        maps = self._disk.maps
-        if maps.logical.evictions != evictions:
-            # A page may have been made, checkpointed and dropped since LevelDB was read: it would be seen nowhere.
-            self._go_on()
-            return
-        following = maps.logical.page_of_key(items[0][0]) if items else last + 1
-        following = maps.logical.first_resident(number, following)
-        following = min((each for each in maps.stale if number <= each < following), default=following)
+        number = self._at >> 12 >> PAGE_SHIFT
         if following <= number:
-            if maps.logical.get(number) is None:
-                maps.load([(maps.logical, number)], self._go_on)
+            maps = self._disk.maps
+            if maps.page(self._first_page + number) is None:
+                maps.load([(maps.logical, self._first_page + number)], self._go_on)
             else:
                 self._go_on()
             return

@@ -1,60 +1,47 @@
 """The write path: what arrives in one wake becomes one record.
 
 Theory. `write` checks that the pages it needs are in memory and puts the data into the open batch; `commit` looks up or
-gives out the MBAs, appends one record with one `pwritev`, then moves the maps.
+gives out the MBAs, appends one record with one `pwritev`, then moves the maps. A block of the layer's own keeps its
+MBA; one that is shared with another layer, or was never written, gets a new one.
 
 Rules
 - Maps are changed only after the append returned: a failed append changed nothing.
 - A batch is applied in its order; a discard or a partial block commits what came before it first.
-- `blocked` is one flag for all reasons why a write may not go on inline.
-- Anything unexpected between the append and the end of the map changes condemns the family: log and maps have parted.
+- `blocked` and the room are shared with the other writers of the family (appending.py).
 """
 
 from __future__ import annotations
 
 import errno as errnos
 from array import array
-from collections.abc import Callable
 
+from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.region_table import REGION_SHIFT
 from metadata.seams import Buffer
-from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK, Log
-from nbdserver.logdisk.maps import CHECKSUM, MAX_PENDING_HOLES, OFFSET, SMALL_HOLE_BLOCKS, Maps
+from nbdserver.logdisk.appending import Appending
+from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK
+from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import run_length
-from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
 
-LAYER = 1
 _MOST_EXTENT_BLOCKS = 1 << 31
 _SPLIT_BLOCKS = 256
-_RECORDS_A_CHECK = 64  # after so many the background work looks whether something is due
 
 
 class Writer:
     """The open batch of one volume and how it gets into log and maps."""
 
-    def __init__(
-        self,
-        maps: Maps,
-        log: Log,
-        pool: SegmentPool,
-        reader: Reader,
-        check_background: Callable[[], None],
-        append_failed: Callable[[OSError], int],
-        parted: Callable[[Exception], None],
-    ) -> None:
-        self.blocked = False
-        self.batches = self.batch_blocks = self.discards = 0
+    def __init__(self, maps: Maps, appending: Appending, reader: Reader, layer: int) -> None:
+        self.blocked = appending.blocked
         self._maps = maps
-        self._log = log
-        self._pool = pool
+        self._appending = appending
+        self._log = appending.log
+        self._pool = appending.pool
         self._read = reader.read
-        self._check_background = check_background
-        self._append_failed = append_failed
-        self._parted = parted
         self._logical_pages = maps.logical.pages
         self._middle_pages = maps.middle.pages
         self._live = maps.segments.live
@@ -64,6 +51,20 @@ class Writer:
         self._checksums = array("I")
         self._batch_errno = 0
         self._room_blocks = 0  # that may still be accepted before `_find_room` has to look again
+        self.move_to(layer)
+        appending.writers.append(self)
+
+    def move_to(self, layer: int) -> None:
+        """Write into another layer from now on; the open batch is empty."""
+        self._layer = layer
+        self._first_page = layer << LAYER_SHIFT
+        self._first_mba = self._maps.tree.first_mba(layer)
+
+    def stop(self) -> None:
+        """Take nothing inline any more."""
+        if self in self._appending.writers:
+            self._appending.writers.remove(self)
+        self.blocked = True
 
     def write(self, offset: int, data: memoryview) -> bool:
         """See BlockDevice."""
@@ -72,11 +73,11 @@ class Writer:
         length = len(data)
         lba = offset >> 12
         if length == BLOCK_BYTES and not offset & 4095:
-            page = self._logical_pages.get(lba >> PAGE_SHIFT)
+            page = self._logical_pages.get((lba >> PAGE_SHIFT) + self._first_page)
             if page is None:
                 return self._write_run(lba, data, 1)
             mba = page[lba & PAGE_MASK]
-            if mba and mba >> PAGE_SHIFT not in self._middle_pages:
+            if mba >= self._first_mba and mba >> PAGE_SHIFT not in self._middle_pages:
                 return self._write_run(lba, data, 1)
             if not self._room_blocks and not self._find_room(1):
                 return False
@@ -92,12 +93,15 @@ class Writer:
         return self._write_run(lba, data, length >> 12)
 
     def _write_run(self, lba: int, data: Buffer, count: int) -> bool:
-        if self._maps.needed(lba, count, 1):
+        if self._maps.needed(self._address(lba), count, 1, self._first_mba):
             return False
         if count > self._room_blocks and not self._find_room(count):
             return False
         self._accept(lba, data, count)
         return True
+
+    def _address(self, lba: int) -> int:
+        return (self._first_page << PAGE_SHIFT) + lba
 
     def _accept(self, lba: int, data: Buffer, count: int) -> None:
         self._room_blocks -= count
@@ -151,9 +155,9 @@ class Writer:
             return self._zero_partial(offset, length)
         count = stop - first
         if count > SMALL_HOLE_BLOCKS:
-            if len(self._maps.holes) >= MAX_PENDING_HOLES:
+            if not self._maps.can_take_hole(self._layer):
                 return False
-        elif count and self._maps.needed(first, count, 1):
+        elif count and self._maps.needed(self._address(first), count, 1, self._first_mba):
             return False
         head, tail = (first << 12) - offset, offset + length - (stop << 12)
         if (head and self._read(offset & ~4095, BLOCK_BYTES) is None) or (
@@ -188,22 +192,22 @@ class Writer:
         for first in range(lba, lba + count, _MOST_EXTENT_BLOCKS):
             extents.extend((first, min(_MOST_EXTENT_BLOCKS, lba + count - first) | EXTENT_HOLE << 32))
         try:
-            if not self._make_room(len(extents) >> 1, DISCARDS_KEEP):
+            if not self._appending.make_room(len(extents) >> 1, DISCARDS_KEEP):
                 return errnos.ENOSPC
-            log.append_write(LAYER, extents, array("Q"), array("I"), ())
+            log.append_write(self._layer, extents, array("Q"), array("I"), ())
             maps.regions.mark(lba, count, log.txid)
             if count > SMALL_HOLE_BLOCKS:
-                maps.add_hole(lba, count)
-                self._check_background()
+                maps.add_hole(self._address(lba), count)
+                self._appending.check_background()
             else:
-                maps.clear(lba, count)
+                maps.clear(self._address(lba), count)
         except OSError as error:
-            return self._append_failed(error)
+            return self._appending.append_failed(error)
         except Exception as error:
-            self._parted(error)
+            self._appending.parted(error)
             raise
-        self.discards += 1
-        self._after_append()
+        self._appending.discards += 1
+        self._appending.appended(self)
         return 0
 
     def commit(self) -> int:
@@ -216,11 +220,11 @@ class Writer:
         try:
             errno = self._append_batch(lbas, counts, data, checksums)
         except OSError as error:
-            errno = self._append_failed(error)
+            errno = self._appending.append_failed(error)
         except Exception as error:
-            self._parted(error)
+            self._appending.parted(error)
             raise
-        self._after_append()
+        self._appending.appended(self)
         errno, self._batch_errno = errno or self._batch_errno, 0
         return errno
 
@@ -230,6 +234,7 @@ class Writer:
             return self._append_in_parts(lbas, counts, data, checksums)
         maps = self._maps
         logical_pages = self._logical_pages
+        first_page, first_mba = self._first_page, self._first_mba
         mbas = array("Q")
         fresh: dict[int, int] = {}  # LBA → MBA given out in this batch
         runs: list[tuple[int, int, int]] = []  # the same as (LBA, blocks, MBA), each within one page
@@ -242,10 +247,11 @@ class Writer:
             extents.append(lba)
             extents.append(count)
             if count == 1:
-                page = logical_pages.get(lba >> PAGE_SHIFT) or maps.logical.get(lba >> PAGE_SHIFT)
+                number = (lba >> PAGE_SHIFT) + first_page
+                page = logical_pages.get(number) or maps.logical.get(number)
                 assert page is not None
                 mba = page[lba & PAGE_MASK]
-                if not mba:
+                if mba < first_mba:
                     mba = fresh.get(lba, 0)
                     if not mba:
                         mba = fresh[lba] = next_mba
@@ -256,13 +262,13 @@ class Writer:
             else:
                 maps.regions.mark(lba, count, txid)
                 next_mba = self._mbas_of_run(lba, count, mbas, fresh, runs, next_mba)
-        offset = log.append_write(LAYER, extents, mbas, checksums, data)
+        offset = log.append_write(self._layer, extents, mbas, checksums, data)
         maps.take_mbas(next_mba)
         for lba, count, mba in runs:
-            maps.set_logical(lba, count, mba)
+            maps.set_logical(self._address(lba), count, mba)
         self._point(mbas, checksums, offset)
-        self.batches += 1
-        self.batch_blocks += len(mbas)
+        self._appending.batches += 1
+        self._appending.batch_blocks += len(mbas)
         return 0
 
     def _point(self, mbas: array[int], checksums: array[int], offset: int) -> None:
@@ -337,15 +343,16 @@ class Writer:
         next_mba: int,
     ) -> int:
         stop = lba + count
+        first_mba = self._first_mba
         while lba < stop:
-            page = self._maps.logical.get(lba >> PAGE_SHIFT)
+            page = self._maps.logical.get((lba >> PAGE_SHIFT) + self._first_page)
             assert page is not None
             index = lba & PAGE_MASK
             blocks = min(stop - lba, PAGE_BLOCKS - index)
             held = page[index : index + blocks]
-            if 0 not in held:
+            if min(held) >= first_mba:
                 mbas.extend(held)
-            elif not any(held) and fresh.keys().isdisjoint(range(lba, lba + blocks)):
+            elif max(held) < first_mba and fresh.keys().isdisjoint(range(lba, lba + blocks)):
                 # All new: one run of MBAs, noted as one.
                 runs.append((lba, blocks, next_mba))
                 given = range(next_mba, next_mba + blocks)
@@ -354,7 +361,7 @@ class Writer:
                 next_mba += blocks
             else:
                 for number, mba in enumerate(held, lba):
-                    if not mba:
+                    if mba < first_mba:
                         mba = fresh.get(number, 0)
                         if not mba:
                             mba = fresh[number] = next_mba
@@ -369,7 +376,7 @@ class Writer:
         pieces = [(lba, count, memoryview(buffer)) for lba, count, buffer in zip(lbas, counts, data, strict=True)]
         at = 0
         while pieces:
-            if not self._make_room(min(len(pieces), MAX_RECORD_EXTENTS), CLIENTS_KEEP, blocks=1):
+            if not self._appending.make_room(min(len(pieces), MAX_RECORD_EXTENTS), CLIENTS_KEEP, blocks=1):
                 return errnos.ENOSPC
             room = self._log.room_blocks(WRITE, min(len(pieces), MAX_RECORD_EXTENTS))
             part: list[tuple[int, int, memoryview]] = []
@@ -390,28 +397,6 @@ class Writer:
             )
             at += blocks
         return 0
-
-    def _make_room(self, extents: int, keep: int, blocks: int = 0) -> bool:
-        log = self._log
-        if not log.begin_if_needed():
-            return False
-        while log.room_blocks(WRITE, extents) < blocks:
-            if not self.next_segment(keep):
-                return False
-        return True
-
-    def next_segment(self, keep: int) -> bool:
-        """Go on in another segment, if one is to be had."""
-        if not self._log.next_segment(keep):
-            return False
-        # What is accepted from now on may find no further segment: it takes the way that can wait for one.
-        self.blocked = self.blocked or not self._pool.can_take()
-        self._check_background()
-        return True
-
-    def _after_append(self) -> None:
-        if self._log.records % _RECORDS_A_CHECK == 0:
-            self._check_background()
 
     def write_now(self, lba: int, data: memoryview) -> int:
         """Append whole blocks whose pages are resident, without touching the reserve; 0 or an errno."""

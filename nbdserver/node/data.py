@@ -115,7 +115,7 @@ class Worker:
         )
         opened.export = Export(
             volume,
-            opened.disk,
+            opened.disk.head(1),
             description=settings["description"],
             read_only=settings["read_only"],
             shared=settings["shared"],

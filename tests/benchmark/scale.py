@@ -112,12 +112,12 @@ async def measure_lookup(directory: Path, spread: Spread, epoch: int) -> dict[st
         for index in indexes:
             offset = spread.lba(index) * BLOCK_BYTES
             started = time.perf_counter()
-            data = disk.read(offset, BLOCK_BYTES)
+            data = disk.head(1).read(offset, BLOCK_BYTES)
             if data is None:
                 await read_later(disk, offset)
                 cold.append(time.perf_counter() - started)
                 started = time.perf_counter()
-                data = disk.read(offset, BLOCK_BYTES)
+                data = disk.head(1).read(offset, BLOCK_BYTES)
             warm.append(time.perf_counter() - started)
             if data is None or b"".join(bytes(part) for part in data) != bytes(BLOCK_BYTES):
                 raise BenchmarkError(f"the block at {offset} was not read back")
@@ -134,7 +134,7 @@ async def measure_lookup(directory: Path, spread: Spread, epoch: int) -> dict[st
 
 async def read_later(disk: LogDisk, offset: int) -> None:
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    disk.later(Operation.READ, offset, BLOCK_BYTES, None, lambda errno, _: future.set_result(errno))
+    disk.head(1).later(Operation.READ, offset, BLOCK_BYTES, None, lambda errno, _: future.set_result(errno))
     errno = await future
     if errno:
         raise BenchmarkError(f"reading at {offset} failed: {os.strerror(errno)}")
@@ -148,8 +148,8 @@ async def overwrite_and_die(directory: Path, spread: Spread, epoch: int, overwri
         disk = open_disk(parts, epoch)
         for _ in range(overwrites // BATCH):
             offsets = [spread.lba(draw.randrange(spread.blocks)) * BLOCK_BYTES for _ in range(BATCH)]
-            missing = [offset for offset in offsets if not disk.write(offset, memoryview(data))]
-            if disk.commit():
+            missing = [offset for offset in offsets if not disk.head(1).write(offset, memoryview(data))]
+            if disk.head(1).commit():
                 raise BenchmarkError("a batch was refused")
             for offset in missing:
                 await write_later(disk, offset, data)
@@ -160,7 +160,7 @@ async def overwrite_and_die(directory: Path, spread: Spread, epoch: int, overwri
 
 async def write_later(disk: LogDisk, offset: int, data: bytes) -> None:
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    disk.later(Operation.WRITE, offset, len(data), data, lambda errno, _: future.set_result(errno))
+    disk.head(1).later(Operation.WRITE, offset, len(data), data, lambda errno, _: future.set_result(errno))
     errno = await future
     if errno:
         raise BenchmarkError(f"writing at {offset} failed: {os.strerror(errno)}")

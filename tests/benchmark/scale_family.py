@@ -21,6 +21,7 @@ from pathlib import Path
 
 from metadata.family_state import put_checkpoint, read_checkpoint
 from metadata.leveldb import LevelStore
+from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
@@ -81,6 +82,7 @@ def fill(directory: Path, store: LevelStore, spread: Spread, progress: Callable[
     """Map every block of `spread` in a freshly formatted family, chunk by chunk, and leave a checkpoint behind."""
     segment_blocks = (SEGMENT_BYTES - SEGMENT_HEADER_BYTES) // BLOCK_BYTES
     maps = Maps(store, CACHE_BYTES, _refuse)
+    maps.tree.load(store, 0)
     maps.begin_epoch(EPOCH)
     shuffle = random.Random(1).shuffle
     segment = first = 0
@@ -95,9 +97,10 @@ def fill(directory: Path, store: LevelStore, spread: Spread, progress: Callable[
                 segment += 1
                 _begin_segment(directory, maps, segment)
             lba = spread.lba(place)
-            if maps.logical.get(lba >> PAGE_SHIFT) is None:
-                maps.logical.create(lba >> PAGE_SHIFT)
-            maps.set_logical(lba, 1, mba)
+            address = 1 << ADDRESS_SHIFT | lba
+            if maps.logical.get(address >> PAGE_SHIFT) is None:
+                maps.logical.create(address >> PAGE_SHIFT)
+            maps.set_logical(address, 1, mba)
             maps.set_middle(mba, segment, SEGMENT_HEADER_BYTES + slot * BLOCK_BYTES, ZEROS_CRC)
             maps.regions.mark(lba, 1, segment)
         _checkpoint(store, maps, segment, is_last=stop == spread.blocks)
@@ -126,12 +129,13 @@ def _checkpoint(store: LevelStore, maps: Maps, segment: int, is_last: bool) -> N
     maps.logical.freeze()
     maps.middle.freeze()
     maps.regions.freeze()
+    maps.tree.freeze()
     batch = store.batch()
     rows = maps.segments.freeze(segment, segment, segment)
     for steps in (
         maps.segments.encode(batch, rows),
-        maps.logical.encode(batch, 0, {}, frozenset()),
-        maps.middle.encode(batch, 0, {}, frozenset()),
+        maps.logical.encode(batch, {}, {}, frozenset()),
+        maps.middle.encode(batch, {}, {}, frozenset()),
         maps.regions.encode(batch),
     ):
         for _ in steps:

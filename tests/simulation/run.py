@@ -17,6 +17,7 @@ from typing import Any
 
 from metadata.seams import Buffer
 from nbdserver.block import Operation
+from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
 from nbdserver.logdisk.records import parse_segment_header
@@ -69,6 +70,7 @@ class Run:
         self.files: SimulatedFiles
         self.store: SimulatedStore
         self.disk: LogDisk
+        self.device: Head
         self.in_flight = 0
 
     def tell(self, what: str) -> None:
@@ -177,6 +179,7 @@ class Run:
             self.counters["refused"] += 1
             self._end_life(power=self.random.random() < self.mix.power)
             return False
+        self.device = self.disk.head(1)
         if was_clean and self.reports["generation-raised"] > raised:
             raise ViolationError("the generation rose although the log was closed cleanly")
         if self._generation_due:
@@ -285,12 +288,12 @@ class Run:
         for lba in lbas:
             if self.disk.failure:
                 return
-            data = self.disk.read(lba << 12, BLOCK_BYTES)
+            data = self.device.read(lba << 12, BLOCK_BYTES)
             if data is not None:
                 self._recovered(lba, data, power)
                 continue
             self.in_flight += 1
-            self.disk.later(Operation.READ, lba << 12, BLOCK_BYTES, None, partial(self._looked, lba, power))
+            self.device.later(Operation.READ, lba << 12, BLOCK_BYTES, None, partial(self._looked, lba, power))
         self._wait("reads after a recovery", lambda: not self.in_flight)
         if not self.disk.failure:
             self._verify_power = None
@@ -314,7 +317,7 @@ class Run:
 
     def _wake(self) -> None:
         """What one wake of the loop brings: some operations, then one commit."""
-        rng, disk = self.random, self.disk
+        rng, device = self.random, self.device
         inline: list[Changes] = []
         for _ in range(rng.choice([1, 1, 3, 12])):
             kind = rng.choices(range(8), self.sizes.weights)[0]
@@ -330,7 +333,7 @@ class Run:
             else:
                 break
         if inline:
-            errno = disk.commit()
+            errno = device.commit()
             self.world.note("commit", errno)
             for changes in inline:
                 self._changed(changes, errno)
@@ -377,9 +380,9 @@ class Run:
         self.tell(f"{name} {offset / BLOCK_BYTES:.3f}+{length / BLOCK_BYTES:.3f}")
         changes = self.registers.ask(name, offset, data, length)
         if data is not None:
-            done = self.disk.write(offset, memoryview(bytearray(data)))
+            done = self.device.write(offset, memoryview(bytearray(data)))
         else:
-            done = self.disk.discard(offset, length)
+            done = self.device.discard(offset, length)
         if done:
             self.registers.order(changes)
             inline.append(changes)
@@ -407,14 +410,14 @@ class Run:
             self.world.note("answer", operation, offset, errno)
             done(errno, result)
 
-        self.disk.later(operation, offset, length, data, answered, 4)
+        self.device.later(operation, offset, length, data, answered, 4)
 
     def _read(self) -> None:
         offset, length = self._place(64)
         if self.random.random() < 0.2:
             cut = self.random.randrange(BLOCK_BYTES)
             offset, length = offset + cut, max(1, length - cut)
-        found = self.disk.read(offset, length)
+        found = self.device.read(offset, length)
         if found is not None:
             data = b"".join(found)
             right_length(data, length)
@@ -438,7 +441,7 @@ class Run:
         if self.random.random() < 0.2:
             length = self.sizes.size_bytes - offset
         limit = self.random.choice([1, 4, 1000])
-        found = self.disk.extents(offset, length, limit)
+        found = self.device.extents(offset, length, limit)
         if found is not None:
             if len(found) > limit:
                 raise ViolationError(f"{len(found)} extents, asked for at most {limit}")
@@ -469,7 +472,7 @@ class Run:
             else:
                 self.registers.flushed(asked)
 
-        self.disk.flush(answered)
+        self.device.flush(answered)
 
     def _accept(self, errno: int, what: str) -> None:
         """Raise unless the mix can be the cause of the errno."""

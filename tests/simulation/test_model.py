@@ -72,6 +72,7 @@ class BlockDeviceMachine(RuleBasedStateMachine):
             self.files, self.store, self.clock, self.world.random, DiskSettings(0, 1 << 18, 1.0), self.epoch,
             f"{self.boot:036d}", self._report,
         )  # fmt: skip
+        self.device = self.disk.head(1)
 
     def _report(self, kind: str, fields: dict[str, object]) -> None:
         if kind in ("family-failed", "append-failed", "checksum-error", "segment-not-cleaned"):
@@ -84,7 +85,7 @@ class BlockDeviceMachine(RuleBasedStateMachine):
 
     def _later(self, operation: Operation, offset: int, length: int, data: bytes | None, limit: int = 1) -> Any:
         answers: list[Any] = []
-        self.disk.later(operation, offset, length, data, lambda errno, found: answers.append((errno, found)), limit)
+        self.device.later(operation, offset, length, data, lambda errno, found: answers.append((errno, found)), limit)
         assert not answers, "answered from inside the call"
         errno, found = self._wait(answers)
         assert errno == 0
@@ -102,24 +103,24 @@ class BlockDeviceMachine(RuleBasedStateMachine):
             length = min(length, SIZE_BYTES - offset)
             self.label += 1
             data = pattern(self.label, offset, length)
-            if not self.disk.write(offset, memoryview(data)):
-                assert self.disk.commit() == 0
+            if not self.device.write(offset, memoryview(data)):
+                assert self.device.commit() == 0
                 self._later(Operation.WRITE, offset, length, data)
             self.model[offset : offset + length] = data
-        assert self.disk.commit() == 0
+        assert self.device.commit() == 0
 
     @rule(offset=OFFSETS, length=st.one_of(LENGTHS, st.integers(1, SIZE_BYTES)))
     def discard(self, offset: int, length: int) -> None:
         length = min(length, SIZE_BYTES - offset)
-        if not self.disk.discard(offset, length):
+        if not self.device.discard(offset, length):
             self._later(Operation.DISCARD, offset, length, None)
-        assert self.disk.commit() == 0
+        assert self.device.commit() == 0
         self.model[offset : offset + length] = bytes(length)
 
     @rule(offset=OFFSETS, length=LENGTHS)
     def read(self, offset: int, length: int) -> None:
         length = min(length, SIZE_BYTES - offset)
-        found = self.disk.read(offset, length)
+        found = self.device.read(offset, length)
         if found is None:
             found = self._later(Operation.READ, offset, length, None)
         assert b"".join(found) == self.model[offset : offset + length]
@@ -127,7 +128,7 @@ class BlockDeviceMachine(RuleBasedStateMachine):
     @rule(offset=OFFSETS, length=st.one_of(LENGTHS, st.just(SIZE_BYTES)), limit=st.sampled_from([1, 2, 1000]))
     def extents(self, offset: int, length: int, limit: int) -> None:
         length = min(length, SIZE_BYTES - offset)
-        found = self.disk.extents(offset, length, limit)
+        found = self.device.extents(offset, length, limit)
         if found is None:
             found = self._later(Operation.EXTENTS, offset, length, None, limit)
         assert 1 <= len(found) <= limit
@@ -146,7 +147,7 @@ class BlockDeviceMachine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         answers: list[int] = []
-        self.disk.flush(answers.append)
+        self.device.flush(answers.append)
         assert not answers
         assert self._wait(answers) == 0
 

@@ -77,7 +77,7 @@ def _read_through_a_hole_below_what_was_durable() -> bytes:
     for number in range(3):
         answers: list[int] = []
         content = bytes([number + 1]) * 4096
-        disk.later(Operation.WRITE, number * 4096, 4096, content, partial(_note, answers))
+        disk.head(1).later(Operation.WRITE, number * 4096, 4096, content, partial(_note, answers))
         clock.run(1.0)
         disk.flush(answers.append)
         clock.run(1.0)
@@ -89,7 +89,7 @@ def _read_through_a_hole_below_what_was_durable() -> bytes:
     segment[at] ^= 1
     disk, clock, _ = begin_life(2)
     read: list[Any] = []
-    disk.later(Operation.READ, 4096, 4096, None, lambda errno, data: read.append(data))
+    disk.head(1).later(Operation.READ, 4096, 4096, None, lambda errno, data: read.append(data))
     clock.run(1.0)
     return b"".join(read[0])
 

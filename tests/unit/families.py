@@ -17,6 +17,7 @@ from nbdserver.block import Operation
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
+from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from tests.simulation.faults import FaultMix
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
@@ -39,6 +40,7 @@ class FamilyUnderTest:
     """What both kinds share."""
 
     disk: LogDisk
+    device: Head  # of the first volume
     files: Any
     store: Any
     clock: Any
@@ -66,15 +68,16 @@ class FamilyUnderTest:
         self.disk = LogDisk.open(
             self.files, self.store, self.clock, self.rng, self.settings, self.epoch, self.boot_id, self.report
         )
+        self.device = self.disk.head(1)
 
     rng: random.Random
 
     # -- a session's way
 
     def write(self, offset: int, data: bytes) -> int:
-        if self.disk.write(offset, memoryview(data)):
-            return self.disk.commit()
-        errno = self.disk.commit()
+        if self.device.write(offset, memoryview(data)):
+            return self.device.commit()
+        errno = self.device.commit()
         return errno or int(self._later(Operation.WRITE, offset, len(data), data)[0])
 
     def put(self, lba: int, number: int, count: int = 1) -> None:
@@ -83,14 +86,14 @@ class FamilyUnderTest:
         assert self.write(lba * BLOCK_BYTES, data) == 0
 
     def discard(self, offset: int, length: int) -> int:
-        if self.disk.discard(offset, length):
-            return self.disk.commit()
-        errno = self.disk.commit()
+        if self.device.discard(offset, length):
+            return self.device.commit()
+        errno = self.device.commit()
         return errno or int(self._later(Operation.DISCARD, offset, length, None)[0])
 
     def read(self, offset: int, length: int) -> bytes:
         """OSError for an errno."""
-        found = self.disk.read(offset, length)
+        found = self.device.read(offset, length)
         if found is None:
             errno, found = self._later(Operation.READ, offset, length, None)
             if errno:
@@ -99,7 +102,7 @@ class FamilyUnderTest:
         return b"".join(buffers)
 
     def extents(self, offset: int, length: int, limit: int = 1000) -> list[tuple[int, int]]:
-        found = self.disk.extents(offset, length, limit)
+        found = self.device.extents(offset, length, limit)
         if found is None:
             errno, found = self._later(Operation.EXTENTS, offset, length, None, limit)
             assert errno == 0
@@ -112,13 +115,13 @@ class FamilyUnderTest:
         return int.from_bytes(data[:8], "little")
 
     def flush(self) -> int:
-        return int(self.wait(self.disk.flush)[0])
+        return int(self.wait(self.device.flush)[0])
 
     def checkpoint(self) -> None:
         self.wait(lambda done: self.disk.checkpointer.when_done(done))
 
     def _later(self, operation: Operation, offset: int, length: int, data: bytes | None, limit: int = 1) -> Any:
-        return self.wait(lambda done: self.disk.later(operation, offset, length, data, done, limit))
+        return self.wait(lambda done: self.device.later(operation, offset, length, data, done, limit))
 
 
 class SimulatedFamily(FamilyUnderTest):

@@ -81,7 +81,7 @@ def change(family: RealFamily, key: bytes, payload: Callable[[bytes], bytes | No
 
 def logical_key(family: RealFamily, lba: int) -> bytes:
     """Of the base value of the page that holds the LBA."""
-    return Maps(family.store, 0, print).logical.key_range(lba >> PAGE_SHIFT)[0] + b"\x00"
+    return Maps(family.store, 0, print).logical.key_range(1 << 32 | lba >> PAGE_SHIFT)[0] + b"\x00"
 
 
 def middle_key(family: RealFamily, mba: int) -> bytes:
@@ -238,7 +238,7 @@ def test_a_damaged_leveldb_table_is_found(family: RealFamily) -> None:
     with store_of(family):
         pass
     table = max((family.directory / "maps").glob("*.ldb"))
-    flip(table, table.read_bytes().find(Maps(family.store, 0, print).logical.prefix[:5]) + 40)
+    flip(table, table.read_bytes().find(Maps(family.store, 0, print).logical.key_range(1 << 32)[0][:5]) + 40)
     assert "store" in kinds(checked(family.directory))
 
 
@@ -315,7 +315,7 @@ def test_a_wrong_end_of_a_segment_is_found(family: RealFamily) -> None:
 def test_a_hole_outside_the_volume_is_found(family: RealFamily) -> None:
     with store_of(family) as store:
         batch = store.batch()
-        put_pending_holes(batch, [PendingHole(1, 0, 1 << 50, 0)], [])
+        put_pending_holes(batch, [PendingHole(1, 1 << 40, 1 << 50, 1 << 32)], [])
         store.write(batch)
     assert kinds(checked(family.directory)) == {"family"}
 

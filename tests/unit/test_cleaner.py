@@ -65,7 +65,7 @@ def test_the_most_recently_freed_segment_is_used_first() -> None:
 
 def place_of(family: SimulatedFamily, lba: int) -> tuple[int, int, int, int]:
     """(MBA, segment, offset, checksum) of a mapped block."""
-    logical = family.disk.maps.logical.get(lba >> 8)
+    logical = family.disk.maps.page(1 << 32 | lba >> 8)
     assert logical is not None
     mba = logical[lba & 255]
     middle = family.disk.maps.middle.get(mba >> 8)

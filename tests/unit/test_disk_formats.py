@@ -37,6 +37,8 @@ DERIVED = {
     "SegmentHeader": "SEGMENT_HEADER",
     "RecordHeader": "RECORD_HEADER",
     "SealBody": "SEAL_BODY",
+    "LayerRow": "LAYER_ROW",
+    "TreeState": "TREE_STATE",
     "ValueHeader": "VALUE_HEADER",
     "CheckpointState": "CHECKPOINT_STATE",
     "SegmentUsage": "SEGMENT_USAGE",

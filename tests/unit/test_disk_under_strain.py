@@ -204,6 +204,6 @@ def test_a_discard_that_cannot_be_done_at_once_leaves_the_open_batch_empty() -> 
         reads += 1
         return real(handle, length, offset) if reads <= 2 else None
 
-    family.disk.reader._read_cached = cached
-    assert not family.disk.discard(100, 5 * BLOCK_BYTES)
-    assert family.disk.writer._lbas == []
+    family.device.reader._read_cached = cached
+    assert not family.device.discard(100, 5 * BLOCK_BYTES)
+    assert family.device.writer._lbas == []

@@ -10,6 +10,7 @@ import pytest
 import protocol.disk as disk
 from metadata import family_state, pages
 from metadata.family_state import Checkpoint, Family, OpenState, PendingHole
+from metadata.layers import Row as LayerRow
 from metadata.region_table import RegionTable
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.maps import Maps
@@ -66,8 +67,10 @@ def test_every_format_is_drawn_field_by_field(name: str) -> None:
 def test_constants_are_as_written() -> None:
     assert f"format version {disk.FORMAT_VERSION}." in FORMAT
     assert f"| block | {disk.BLOCK_BYTES:,} bytes |" in FORMAT
-    assert "1 WRITE, 2 MOVE, 3 SEAL" in FORMAT
-    assert (disk.WRITE, disk.MOVE, disk.SEAL) == (1, 2, 3)
+    assert "1 WRITE, 2 MOVE, 3 SEAL, 4 TREE" in FORMAT
+    assert (disk.WRITE, disk.MOVE, disk.SEAL, disk.TREE) == (1, 2, 3, 4)
+    assert "0 nameless, 1 head, 2 snapshot" in FORMAT
+    assert (disk.NAMELESS, disk.HEAD, disk.SNAPSHOT) == (0, 1, 2)
     assert "0 data, 1 hole" in FORMAT
     assert (disk.EXTENT_DATA, disk.EXTENT_HOLE) == (0, 1)
     assert disk.SEGMENT_MAGIC == b"nbdSEG\x00\x01"
@@ -116,14 +119,18 @@ def keys_written() -> set[bytes]:
     regions.freeze()
     list(regions.encode(batch))
     maps = Maps(store, 1 << 20, lambda reason: None)
-    for page_map, stamp in ((maps.logical, 4), (maps.middle, 0)):
+    maps.tree.apply(LayerRow(1, 0, 0, 1 << 30, 1, disk.HEAD))
+    maps.tree.set_cut(1, ((0, 5),))
+    maps.tree.freeze()
+    list(maps.tree.encode(batch))
+    for page_map, stamps in ((maps.logical, {0: 4}), (maps.middle, {})):
         for number, changes in ((1, 1), (2, 200)):
             page = page_map.create(number)
             for index in range(changes):
                 (page_map.changed.get(number) or page_map.first_change(number)).append(index)
                 page[index] = 1
         page_map.freeze()
-        list(page_map.encode(batch, stamp, {}, frozenset()))
+        list(page_map.encode(batch, stamps, {}, frozenset()))
     return keys
 
 

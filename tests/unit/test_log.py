@@ -16,10 +16,10 @@ def test_flushes_asked_for_during_a_sync_share_the_next_one() -> None:
     family.put(0, 1)
     syncs = family.disk.log.syncs
     answers: list[int] = []
-    family.disk.flush(answers.append)
+    family.device.flush(answers.append)
     for number in range(20):
         family.put(number, number)
-        family.disk.flush(answers.append)
+        family.device.flush(answers.append)
     assert answers == []
     family.run(5.0)
     assert answers == [0] * 21
@@ -31,10 +31,10 @@ def test_a_flush_covers_what_was_appended_before_it_and_no_less() -> None:
     family = SimulatedFamily(mix=SLOW_SYNC)
     family.put(0, 1)
     durable: list[int] = []
-    family.disk.flush(lambda _: durable.append(family.disk.log.durable_lsn))
+    family.device.flush(lambda _: durable.append(family.disk.log.durable_lsn))
     family.put(1, 2)
     asked = family.disk.log.lsn
-    family.disk.flush(lambda _: durable.append(family.disk.log.durable_lsn))
+    family.device.flush(lambda _: durable.append(family.disk.log.durable_lsn))
     family.run(5.0)
     assert durable[1] >= asked > durable[0]
 

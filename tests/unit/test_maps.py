@@ -10,6 +10,8 @@ from nbdserver.logdisk.maps import Maps
 from tests.unit.families import SimulatedFamily, block
 
 TIB = 1 << 40
+PAGES = 1 << 32  # the first volume's first page
+BLOCKS = 1 << 40  # its first block
 SETTINGS = DiskSettings(cache_bytes=0, checkpoint_bytes=1 << 30, checkpoint_interval_s=3600.0)
 
 
@@ -30,13 +32,13 @@ def load_all(maps: Maps, family: SimulatedFamily, lba: int, count: int) -> None:
 
 def test_what_is_needed_is_the_logical_page_first_then_the_middle_pages(family: SimulatedFamily) -> None:
     maps = family.disk.maps
-    need = maps.needed(0, PAGE_BLOCKS)
-    assert need == [(maps.logical, 0)]
+    need = maps.needed(BLOCKS + 0, PAGE_BLOCKS)
+    assert need == [(maps.logical, PAGES + 0)]
     family.wait(lambda done: maps.load(need, lambda: done(0)))
-    assert {page_map for page_map, _ in maps.needed(0, PAGE_BLOCKS)} == {maps.middle}
-    load_all(maps, family, 0, PAGE_BLOCKS)
-    assert maps.needed(0, PAGE_BLOCKS) == []
-    assert maps.needed(PAGE_BLOCKS - 1, 2) == [(maps.logical, 1)]
+    assert {page_map for page_map, _ in maps.needed(BLOCKS + 0, PAGE_BLOCKS)} == {maps.middle}
+    load_all(maps, family, BLOCKS, PAGE_BLOCKS)
+    assert maps.needed(BLOCKS + 0, PAGE_BLOCKS) == []
+    assert maps.needed(BLOCKS + PAGE_BLOCKS - 1, 2) == [(maps.logical, PAGES + 1)]
 
 
 def test_two_who_need_a_page_read_it_once(family: SimulatedFamily) -> None:
@@ -44,7 +46,7 @@ def test_two_who_need_a_page_read_it_once(family: SimulatedFamily) -> None:
     loads = maps.logical.loads
     done: list[int] = []
     for name in range(5):
-        maps.load([(maps.logical, 0)], lambda name=name: done.append(name))  # type: ignore[misc]
+        maps.load([(maps.logical, PAGES + 0)], lambda name=name: done.append(name))  # type: ignore[misc]
     family.run(1.0)
     assert done == [0, 1, 2, 3, 4]
     assert maps.logical.loads == loads + 1
@@ -52,13 +54,13 @@ def test_two_who_need_a_page_read_it_once(family: SimulatedFamily) -> None:
 
 def test_a_hole_over_pages_in_memory_takes_them_from_the_hot_path_at_once(family: SimulatedFamily) -> None:
     maps = family.disk.maps
-    load_all(maps, family, 0, 2 * PAGE_BLOCKS)
-    maps.add_hole(0, 1 << 20)
-    assert maps.logical.get(0) is None
-    assert maps.logical.get(1) is None
-    assert set(maps.stale) == {0, 1}
-    load_all(maps, family, 0, 2 * PAGE_BLOCKS)
-    page = maps.logical.get(0)
+    load_all(maps, family, BLOCKS, 2 * PAGE_BLOCKS)
+    maps.add_hole(BLOCKS + 0, 1 << 20)
+    assert maps.page(PAGES + 0) is None
+    assert maps.page(PAGES + 1) is None
+    assert set(maps.stale) == {PAGES, PAGES + 1}
+    load_all(maps, family, BLOCKS, 2 * PAGE_BLOCKS)
+    page = maps.page(PAGES + 0)
     assert page is not None
     assert not any(page)
     assert maps.live_blocks == PAGE_BLOCKS
@@ -67,9 +69,9 @@ def test_a_hole_over_pages_in_memory_takes_them_from_the_hot_path_at_once(family
 
 def test_a_hole_over_pages_that_are_loaded_later_is_applied_to_them(family: SimulatedFamily) -> None:
     maps = family.disk.maps
-    maps.add_hole(10, (1 << 20) - 10)
-    load_all(maps, family, 0, 3 * PAGE_BLOCKS)
-    first = maps.logical.get(0)
+    maps.add_hole(BLOCKS + 10, (1 << 20) - 10)
+    load_all(maps, family, BLOCKS, 3 * PAGE_BLOCKS)
+    first = maps.page(PAGES + 0)
     assert first is not None
     assert all(first[:10])
     assert not any(first[10:])
@@ -80,12 +82,12 @@ def test_a_hole_is_applied_to_a_page_once_however_often_it_comes_and_goes(family
     """The page's stamp in LevelDB says that the hole was applied: what was written since stays."""
     maps = family.disk.maps
     family.disk.background.stop()
-    maps.add_hole(0, 1 << 20)
+    maps.add_hole(BLOCKS + 0, 1 << 20)
     assert family.write(5 * 4096, block(99)) == 0
     family.checkpoint()
     for number in range(10_000, 10_500):  # beyond the hole
-        maps.install(maps.logical, number, [])  # push page 0 out
-    assert maps.logical.get(0) is None
+        maps.logical.install(PAGES + number, [])  # push page 0 out
+    assert maps.page(PAGES + 0) is None
     assert maps.holes
     assert family.number_at(5) == 99
     assert family.number_at(6) == 0
@@ -94,9 +96,9 @@ def test_a_hole_is_applied_to_a_page_once_however_often_it_comes_and_goes(family
 def test_holes_that_overlap_are_applied_in_their_order(family: SimulatedFamily) -> None:
     maps = family.disk.maps
     family.disk.background.stop()
-    maps.add_hole(0, 1 << 20)
+    maps.add_hole(BLOCKS + 0, 1 << 20)
     family.put(3, 50)
-    maps.add_hole(2, 1 << 20)
+    maps.add_hole(BLOCKS + 2, 1 << 20)
     family.put(4, 60)
     assert [family.number_at(lba) for lba in range(6)] == [0, 0, 0, 0, 60, 0]
 
@@ -105,6 +107,6 @@ def test_new_mbas_begin_a_page_of_their_own_in_each_epoch(family: SimulatedFamil
     maps = family.disk.maps
     assert maps.next_mba == family.epoch << 40
     family.put(1 << 20, 1, 300)
-    page = maps.logical.get((1 << 20) >> 8)
+    page = maps.page(PAGES + ((1 << 20) >> 8))
     assert page is not None
     assert page == array("Q", range(family.epoch << 40, (family.epoch << 40) + 256))

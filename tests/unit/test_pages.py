@@ -81,7 +81,7 @@ class PageMapMachine(RuleBasedStateMachine):
             self.map.freeze()
             self.frozen = dict(self.model)
             self.batch = SimulatedBatch()
-            self.steps = self.map.encode(self.batch, 0, {}, frozenset())
+            self.steps = self.map.encode(self.batch, {}, {}, frozenset())
 
     @rule(most=st.integers(1, 50))
     def encode(self, most: int) -> None:
@@ -125,7 +125,7 @@ def set_entry(pages: PageMap, number: int, value: int) -> None:
 def checkpoint(pages: PageMap, stamp: int = 0) -> list[tuple[bytes, bytes | None]]:
     pages.freeze()
     batch = SimulatedBatch()
-    for _ in pages.encode(batch, stamp, {}, frozenset()):
+    for _ in pages.encode(batch, {0: stamp} if stamp else {}, {}, frozenset()):
         pass
     pages.thaw()
     return batch.changes
@@ -165,7 +165,7 @@ def test_a_changed_page_is_not_evicted_before_its_checkpoint_is_synced() -> None
     for number in range(4 * MIN_PAGES, 8 * MIN_PAGES):
         pages.install(number, [])
     assert pages.get(0) is not None
-    for _ in pages.encode(SimulatedBatch(), 0, {}, frozenset()):
+    for _ in pages.encode(SimulatedBatch(), {}, {}, frozenset()):
         pass
     pages.thaw()
     for number in range(8 * MIN_PAGES, 12 * MIN_PAGES):
@@ -221,17 +221,8 @@ def test_pages_that_are_taken_out_are_written_from_where_they_are() -> None:
     taken = dict(pages.take_out(0, 1))
     assert pages.get(0) is None
     batch = SimulatedBatch()
-    for _ in pages.encode(batch, 0, taken, frozenset()):
+    for _ in pages.encode(batch, {}, taken, frozenset()):
         pass
     pages.thaw()
     table.apply(batch.changes)
     assert new_map().install(0, table.items(*pages.key_range(0)))[1] == 42
-
-
-def test_the_first_resident_page_is_found_among_both_generations() -> None:
-    pages = new_map()
-    for number in (5, 900, 90000):
-        pages.install(number, [])
-    assert pages.first_resident(0, 10) == 5
-    assert pages.first_resident(6, 1 << 40) == 900
-    assert pages.first_resident(901, 1000) == 1000

@@ -27,7 +27,7 @@ def counted_reads(family: SimulatedFamily, monkeypatch: pytest.MonkeyPatch) -> l
         lengths.append(length)
         return real(handle, length, offset)
 
-    monkeypatch.setattr(family.disk.reader, "_read_cached", record)
+    monkeypatch.setattr(family.device.reader, "_read_cached", record)
     return lengths
 
 
@@ -72,7 +72,7 @@ def test_a_block_with_a_wrong_checksum_is_eio_and_reported_and_the_others_are_an
     family: SimulatedFamily, length: int
 ) -> None:
     rot(family, 31)
-    assert family.disk.read(30 * BLOCK_BYTES, length) is None
+    assert family.device.read(30 * BLOCK_BYTES, length) is None
     with pytest.raises(OSError) as caught:
         family.read(30 * BLOCK_BYTES, length)
     assert caught.value.errno == errno.EIO
@@ -95,7 +95,7 @@ def test_a_block_that_was_exchanged_for_an_older_one_is_eio(family: SimulatedFam
 
 def test_cold_data_is_read_off_the_loop_and_is_the_same(family: SimulatedFamily) -> None:
     family.files.mix = COLD
-    assert family.disk.read(3 * BLOCK_BYTES, BLOCK_BYTES) is None
+    assert family.device.read(3 * BLOCK_BYTES, BLOCK_BYTES) is None
     assert [family.number_at(lba) for lba in range(64)] == list(range(1, 65))
     assert family.disk.counters()["cold_reads"] >= 64
 
@@ -111,7 +111,7 @@ def test_extents_tell_data_from_holes(family: SimulatedFamily) -> None:
 
 def test_a_failed_family_answers_nothing(family: SimulatedFamily) -> None:
     family.disk.fail("a test says so")
-    assert family.disk.read(0, BLOCK_BYTES) is None
-    assert family.disk.extents(0, BLOCK_BYTES, 1) is None
+    assert family.device.read(0, BLOCK_BYTES) is None
+    assert family.device.extents(0, BLOCK_BYTES, 1) is None
     with pytest.raises(OSError):
         family.read(0, BLOCK_BYTES)

@@ -28,12 +28,12 @@ def cold() -> SimulatedFamily:
 def started(family: SimulatedFamily, operation: Operation, offset: int, length: int, data: bytes | None) -> list[int]:
     """Begin an operation; the list gets its errno when it ends."""
     answers: list[int] = []
-    family.disk.later(operation, offset, length, data, lambda number, _: answers.append(number))
+    family.device.later(operation, offset, length, data, lambda number, _: answers.append(number))
     return answers
 
 
 def test_a_partial_write_waits_for_its_block_and_merges(cold: SimulatedFamily) -> None:
-    assert not cold.disk.write(5 * BLOCK_BYTES + 10, memoryview(b"abc"))
+    assert not cold.device.write(5 * BLOCK_BYTES + 10, memoryview(b"abc"))
     assert cold.write(5 * BLOCK_BYTES + 10, b"abc") == 0
     expected = bytearray(block(6))
     expected[10:13] = b"abc"
@@ -138,12 +138,12 @@ def test_more_holes_than_may_be_pending_wait_and_all_are_worked_in() -> None:
     length = 1 << 25
     answers: list[int] = []
     for index in range(MAX_PENDING_HOLES + 20):
-        if family.disk.discard(index * 2 * length, length):
-            answers.append(family.disk.commit())
+        if family.device.discard(index * 2 * length, length):
+            answers.append(family.device.commit())
         else:
-            assert family.disk.commit() == 0
+            assert family.device.commit() == 0
             done = lambda number, _: answers.append(number)  # noqa: E731
-            family.disk.later(Operation.DISCARD, index * 2 * length, length, None, done)
+            family.device.later(Operation.DISCARD, index * 2 * length, length, None, done)
     assert len(answers) == MAX_PENDING_HOLES
     assert len(family.disk.maps.holes) == MAX_PENDING_HOLES
     family.run(60.0)

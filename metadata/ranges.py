@@ -1,0 +1,25 @@
+"""Sets of numbers as disjoint ranges: an immutable tuple of (first, stop) pairs in order, which never touch.
+
+They are immutable so that a checkpoint can keep one while it goes on being changed. Everything here is linear in the
+number of ranges, which the owner bounds.
+"""
+
+from collections.abc import Iterable
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The ranges in order, those that touch made one."""
+    found: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((first, stop))
+    return tuple(found)
+
+
+def within(ranges: Ranges, first: int, stop: int) -> list[tuple[int, int]]:
+    """What of the ranges lies in first <= number < stop."""
+    return [(max(start, first), min(end, stop)) for start, end in ranges if start < stop and end > first]

@@ -1,0 +1,88 @@
+"""What the writers of one family share: room in the log, whether a write may go on inline, and what an append is
+followed by.
+
+Rules
+- `blocked` is one flag for all reasons why a write may not go on inline. Each writer has a copy of it, because it looks
+  at it for every request; the copies change when the flag does.
+- A writer reckons with the room that it found; when another one appended, it has to look again.
+- An append that failed changed nothing here; anything unexpected between an append and the end of the map changes
+  condemns the family: log and maps have parted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nbdserver.logdisk.log import Log
+from nbdserver.logdisk.segments import SegmentPool
+from protocol.disk import WRITE
+
+if TYPE_CHECKING:
+    from nbdserver.logdisk.writer import Writer
+
+_RECORDS_A_CHECK = 64  # after so many the background work looks whether something is due
+
+
+class Appending:
+    """The log of one family as its writers see it."""
+
+    def __init__(
+        self,
+        log: Log,
+        pool: SegmentPool,
+        check_background: Callable[[], None],
+        append_failed: Callable[[OSError], int],
+        parted: Callable[[Exception], None],
+    ) -> None:
+        self.log = log
+        self.pool = pool
+        self.check_background = check_background
+        self.append_failed = append_failed
+        self.parted = parted
+        self.blocked = False
+        self.batches = self.batch_blocks = self.discards = 0
+        self.writers: list[Writer] = []
+        self._last: Writer | None = None
+
+    def block(self, blocked: bool) -> None:
+        """Send writes to the slow path, or let them go on inline again."""
+        if blocked != self.blocked:
+            self.blocked = blocked
+            for writer in self.writers:
+                writer.blocked = blocked
+
+    def make_room(self, extents: int, keep: int, blocks: int = 0) -> bool:
+        """Make the open segment have room for a record; False if there is no further one."""
+        log = self.log
+        if not log.begin_if_needed():
+            return False
+        while log.room_blocks(WRITE, extents) < blocks:
+            if not self.next_segment(keep):
+                return False
+        return True
+
+    def make_room_for_rows(self, rows: int, keep: int) -> bool:
+        """The same for a change of the tree of layers."""
+        log = self.log
+        return log.begin_if_needed() and (log.has_room_for_rows(rows) or self.next_segment(keep))
+
+    def next_segment(self, keep: int) -> bool:
+        """Go on in another segment, if one is to be had."""
+        if not self.log.next_segment(keep):
+            return False
+        # What is accepted from now on may find no further segment: it takes the way that can wait for one.
+        if not self.pool.can_take():
+            self.block(True)
+        self.check_background()
+        return True
+
+    def appended(self, writer: Writer | None) -> None:
+        """Somebody appended to the log: None if it was no writer."""
+        last = self._last
+        if last is not writer:
+            if last is not None:
+                last.forget_room()
+            self._last = writer
+        if self.log.records % _RECORDS_A_CHECK == 0:
+            self.check_background()
