@@ -134,10 +134,14 @@ class Cleaner:
         live, lsns = table.live, table.lsn
         newest = self._log.lsn
         worthwhile = _URGENTLY_WORTHWHILE if self.urgent else _WORTHWHILE
+        # Without a further segment only a victim that goes whole into the open one brings one.
+        room = self._capacity_blocks if self._pool.can_take(CLEANER_KEEPS) else self._log.room_blocks(MOVE, 0) - 1
         best, best_score = 0, 0.0
         for segment in table.in_use:
             blocks = live[segment]
-            if not blocks or segment == self._log.segment or self._damaged.get(segment) == table.sequence[segment]:
+            if not 0 < blocks <= room or segment == self._log.segment:
+                continue
+            if self._damaged.get(segment) == table.sequence[segment]:
                 continue
             used = min(1.0, blocks / self._capacity_blocks)
             if used > worthwhile:
@@ -151,11 +155,9 @@ class Cleaner:
         """Clean the best victim; False if there is none."""
         if self.running or self._stopped or self._log.is_failed:
             return self.running
-        if not self._pool.can_take(CLEANER_KEEPS) and self._log.room_blocks(MOVE, 0) < _MOVE_BLOCKS:
-            return False  # a checkpoint has to free something first
         victim = self.choose()
         if not victim:
-            return False
+            return False  # or a checkpoint has to free something first
         self.running = True
         self._victim = victim
         self._sequence = self._maps.segments.sequence[victim]
