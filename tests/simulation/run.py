@@ -12,6 +12,7 @@ Rules of this file
 import errno as errnos
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.simulation.registers import BLOCK_BYTES, Changes, Registers, Violatio
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.sizes import Bend, draw_hot_sizes, draw_sizes
+from tests.simulation.snapshots import Snapshots
 from tests.simulation.world import SimulatedClock, SimulatedCrash, World
 
 FAMILY = bytes(range(16))
@@ -48,10 +50,13 @@ class Run:
         self.bend = bend = bend or Bend()
         self.mix = changed(draw_mix(self.random, lying), bend.mix)
         self.sizes = draw_hot_sizes(self.random) if bend.hot else draw_sizes(self.random)
+        if bend.snapshots:
+            self.sizes = replace(self.sizes, snapshots=bend.snapshots)
         self.hits: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
         self.reports: Counter[str] = Counter()
         self.registers = Registers()
+        self.snapshots = Snapshots(self)
         room = self.mix.room_segments * self.sizes.segment_bytes
         self.drive = SimulatedDrive(self.world, room + HELD_BACK_BYTES)
         self.drive.watch = self._watch_salts
@@ -125,6 +130,7 @@ class Run:
             if not self._open():
                 return
             self._look_at_everything()
+            self._look_at_snapshots()
             for _ in range(wakes):
                 self._wake()
                 if self.disk.failure:
@@ -205,6 +211,7 @@ class Run:
         self._begin_life(without_faults(self.mix))
         if self._open():
             self._look_at_everything()
+            self._look_at_snapshots()
             self._rest()
             self._trim_and_write()
             self._close()
@@ -299,10 +306,15 @@ class Run:
             self._verify_power = None
         self.tell(f"looked at {len(lbas)} blocks")
 
+    def _look_at_snapshots(self) -> None:
+        if not self.disk.failure:
+            self.snapshots.look_at_some()
+            self._wait("reads of snapshots", lambda: not self.in_flight)
+
     def _looked(self, lba: int, power: bool, errno: int, data: Any) -> None:
         self.in_flight -= 1
         if errno:
-            self._accept(errno, "a read after a recovery")
+            self.accept(errno, "a read after a recovery")
             if not self.disk.failure:
                 self.registers.recovered(lba, None, power, self.mix.lies)
         else:
@@ -329,7 +341,7 @@ class Run:
                 self._extents()
             elif kind == 6:
                 offset, length = self._place(64)
-                self._later(Operation.CACHE, offset, length, None, lambda errno, _: self._accept(errno, "cache"))
+                self._later(Operation.CACHE, offset, length, None, lambda errno, _: self.accept(errno, "cache"))
             else:
                 break
         if inline:
@@ -339,6 +351,8 @@ class Run:
                 self._changed(changes, errno)
         if rng.random() < self.sizes.weights[7] / 4:
             self._flush()
+        if rng.random() < self.sizes.snapshots and not self.disk.failure:
+            self.snapshots.step()
         self._pass_time()
 
     def _pass_time(self) -> None:
@@ -396,7 +410,7 @@ class Run:
             self.registers.answer(changes)
             return
         self.tell(f"{changes[0][1].label}: errno {errno}")
-        self._accept(errno, "a change")
+        self.accept(errno, "a change")
         self.registers.doubt(changes)
 
     def _later(
@@ -427,7 +441,7 @@ class Run:
 
         def answered(errno: int, result: Any) -> None:
             if errno:
-                self._accept(errno, "a read")
+                self.accept(errno, "a read")
                 self.registers.end_read(begun, offset, None)
                 return
             data = b"".join(result)
@@ -452,7 +466,7 @@ class Run:
 
         def answered(errno: int, result: Any) -> None:
             if errno:
-                self._accept(errno, "extents")
+                self.accept(errno, "extents")
                 return
             # Only if nothing happened meanwhile do the answer and the registers speak of one moment.
             self.registers.extents(offset, length, result, settled=not busy and self.registers.tick() == before + 1)
@@ -468,13 +482,13 @@ class Run:
             self.world.note("flushed", errno)
             self.tell(f"flush of moment {asked}: errno {errno}")
             if errno:
-                self._accept(errno, "a flush")
+                self.accept(errno, "a flush")
             else:
                 self.registers.flushed(asked)
 
         self.device.flush(answered)
 
-    def _accept(self, errno: int, what: str) -> None:
+    def accept(self, errno: int, what: str) -> None:
         """Raise unless the mix can be the cause of the errno."""
         mix = self.mix
         if not errno or self.world.has_crashed:

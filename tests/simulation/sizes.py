@@ -21,6 +21,7 @@ class Sizes:
     settings: DiskSettings
     lives: int
     wakes: int
+    snapshots: float  # chance of a change of the snapshots, a wake
     weights: tuple[float, ...]  # of write, partial write, discard, large discard, read, extents, cache, flush
 
 
@@ -45,6 +46,7 @@ def draw_sizes(rng: random.Random) -> Sizes:
         ),
         lives=rng.randrange(2, 6),
         wakes=rng.choice([10, 50, 150]),
+        snapshots=rng.choice([0.0, 0.0, 0.05, 0.3]),
         weights=(
             *(rng.choice([0.0, 1.0, 4.0]) for _ in range(3)),
             rng.choice([0.0, 0.3]),
@@ -68,6 +70,7 @@ def draw_hot_sizes(rng: random.Random) -> Sizes:
         ),
         lives=4,
         wakes=rng.choice([50, 200]),
+        snapshots=rng.choice([0.0, 0.0, 0.02]),
         weights=(8.0, rng.choice([0.0, 1.0]), rng.choice([0.0, 1.0]), 0.0, rng.choice([1.0, 4.0]), 0.0, 0.0, 1.0),
     )
 
@@ -78,4 +81,5 @@ class Bend:
 
     mix: Mapping[str, float] = field(default_factory=dict)
     hot: bool = False
+    snapshots: float = 0.0  # chance of a change of the snapshots, a wake; 0: as drawn
     crash_at: str = ""  # a crash point at which every life ends that comes to it

@@ -34,7 +34,7 @@ def test_what_once_went_wrong_goes_well(seed: int) -> None:
 def test_every_crash_point_is_reached_and_survived(name: str) -> None:
     crashes = 0
     for seed in range(TRIES):
-        message, run = try_seed(seed, Bend(crash_at=name, hot=seed % 2 == 0))
+        message, run = try_seed(seed, Bend(crash_at=name, hot=seed % 2 == 0, snapshots=0.1))
         assert not message, f"seed {seed}: {message}"
         crashes += run.counters[f"crash at {name}"]
         if crashes >= CRASHES:
@@ -61,5 +61,6 @@ def test_runs_meet_what_they_are_for() -> None:
     for name in (
         "recycled", "clean-after-append", "checkpoint-after-batch", "segment-after-seal", "later", "cold", "unlink",
         "prepare", "crash in a call", "clean end", "errno 5", "errno 28", "generation-raised", "recovered",
+        "snapshots", "snapshots deleted",
     ):  # fmt: skip
         assert seen[name] >= 3, f"{name}: {seen[name]}"

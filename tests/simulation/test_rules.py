@@ -37,6 +37,7 @@ BENDS = {
     Rule.ACK_AFTER_APPEND: Bend({**HONEST, "append_error": 0.02, "power": 0.0}),
     Rule.FSYNC_FAILURE_IS_FATAL: Bend({**POWER, "sync_error": 0.3}),
     Rule.SALT_DRAWN_PER_LIFE: Bend(HONEST, hot=True),
+    Rule.TREE_SYNCED_BEFORE_REPORT: Bend(POWER, snapshots=0.5),
     Rule.REPLAY_VERIFIES_DATA: Bend({**POWER, "tear": 1.0}),
 }
 

@@ -1,0 +1,141 @@
+"""Snapshots in a simulated run: which must be there, and what each may show.
+
+Theory. A snapshot is asked for at a moment when no operation is under way; what each block may hold then is what the
+registers say, and the snapshot shows that for ever. One that was answered is durable; one that was not, because of an
+error or a crash, is there or not, and if it is there it shows the same. So is one whose deletion was not answered.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nbdserver.block import Operation
+from nbdserver.logdisk.devices import View
+from tests.simulation.registers import BLOCK_BYTES, ZEROS, ViolationError
+
+if TYPE_CHECKING:
+    from tests.simulation.run import Run
+
+_MOST = 12
+_MOST_LOOKED_AT = 3  # after each opening
+_BLOCKS = 25  # looked at in each
+
+Content = dict[int, frozenset[bytes]]
+
+
+class Snapshots:
+    """All snapshots of one run's volume."""
+
+    def __init__(self, run: "Run") -> None:
+        self._run = run
+        self._certain: dict[str, Content] = {}
+        self._doubtful: dict[str, Content] = {}
+
+    def step(self) -> None:
+        """Make, delete or look at one."""
+        run, rng = self._run, self._run.random
+        layers = self._layers()
+        if not run.in_flight and len(layers) < _MOST and rng.random() < 0.6:
+            self._make(f"s{run.registers.tick()}")
+        elif layers:
+            name = rng.choice(sorted(layers))
+            if rng.random() < 0.5:
+                self._delete(name, layers[name])
+            else:
+                self._look(name, layers[name])
+
+    def look_at_some(self) -> None:
+        """After a recovery: those that were promised are there, and show what they should."""
+        run = self._run
+        layers = self._layers()
+        if run.mix.lies:
+            self._certain = {name: content for name, content in self._certain.items() if name in layers}
+            return
+        for name in self._certain:
+            if name not in layers:
+                raise ViolationError(f"snapshot {name} is gone")
+        for name in layers:
+            if name not in self._certain and name not in self._doubtful:
+                raise ViolationError(f"snapshot {name} was never asked for, or is back")
+            self._certain.setdefault(name, self._doubtful.get(name, {}))
+        self._doubtful.clear()
+        for name in run.random.sample(sorted(layers), min(_MOST_LOOKED_AT, len(layers))):
+            self._look(name, layers[name])
+
+    def _layers(self) -> dict[str, int]:
+        return {row.name: row.layer for row in self._run.disk.snapshots()}
+
+    def _make(self, name: str) -> None:
+        run = self._run
+        content = {lba: frozenset(register.now()) for lba, register in run.registers.blocks.items()}
+        self._doubtful[name] = content
+        asked = run.registers.tick()
+        run.tell(f"snapshot {name}")
+
+        def made(errno: int) -> None:
+            run.in_flight -= 1
+            run.world.note("snapshot", name, errno)
+            if errno:
+                run.accept(errno, "a snapshot")
+                if name not in self._layers():
+                    self._doubtful.pop(name, None)
+            else:
+                self._certain[name] = self._doubtful.pop(name)
+                run.registers.flushed(asked)
+                run.counters["snapshots"] += 1
+
+        run.in_flight += 1
+        run.disk.snapshot(1, name, 0, made)
+
+    def _delete(self, name: str, layer: int) -> None:
+        run = self._run
+        if name not in self._certain:
+            return  # just being made or deleted
+        self._doubtful[name] = self._certain.pop(name)
+        run.tell(f"delete snapshot {name}")
+
+        def deleted(errno: int) -> None:
+            run.in_flight -= 1
+            run.world.note("snapshot deleted", name, errno)
+            if errno:
+                run.accept(errno, "deleting a snapshot")
+            else:
+                self._doubtful.pop(name, None)
+                run.counters["snapshots deleted"] += 1
+
+        run.in_flight += 1
+        run.disk.delete_snapshot(layer, deleted)
+
+    def _look(self, name: str, layer: int) -> None:
+        run = self._run
+        content = self._certain.get(name)
+        if content is None:
+            return
+        view = run.disk.view(layer)
+        blocks = sorted(run.registers.blocks)
+        lbas = run.random.sample(blocks, min(_BLOCKS, len(blocks)))
+        left = len(lbas)
+        if not lbas:
+            view.close()
+
+        def looked(lba: int, errno: int, data: Any) -> None:
+            nonlocal left
+            run.in_flight -= 1
+            left -= 1
+            if errno:
+                run.accept(errno, "a read of a snapshot")
+            elif not run.mix.lies and b"".join(data) not in content.get(lba, {ZEROS}):
+                raise ViolationError(f"snapshot {name} shows what block {lba} did not hold")
+            if not left:
+                view.close()
+
+        for lba in lbas:
+            run.in_flight += 1
+            self._read(view, lba, partial(looked, lba))
+
+    def _read(self, view: View, lba: int, looked: Callable[[int, Any], None]) -> None:
+        data = view.read(lba << 12, BLOCK_BYTES)
+        if data is not None:
+            looked(0, data)
+        else:
+            view.later(Operation.READ, lba << 12, BLOCK_BYTES, None, looked)
