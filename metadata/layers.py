@@ -105,6 +105,8 @@ class Tree:
         self.frozen_root = 0
         self.version = 0  # raised when entries moved from one layer to another
         self.moving = False  # a batch that moves some is being written
+        self.next_checkpoint = 1  # number of the next one to be frozen
+        self.synced_checkpoint = 0  # of the last one that LevelDB has
         self.removable: set[int] = set()  # nameless ones with at most one child and no view
         self._stored_pages = 0
         self._rows: dict[int, Row | None] = {}
@@ -237,6 +239,7 @@ class Tree:
     def freeze(self) -> None:
         """Fix what the next `encode` writes; constant time."""
         self.frozen_root = self.root
+        self.next_checkpoint += 1
         self._frozen = (self.next_layer, self._rows, self._cuts)
         self._rows, self._cuts = {}, {}
 

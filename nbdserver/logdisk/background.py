@@ -4,6 +4,7 @@ turn.
 Theory. One place decides, from a few numbers, on each new segment, every some records, and four times a second:
 - a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be
   freed, or after `checkpoint_interval_s` with any change;
+- the taking apart of layers that nothing needs (tree_work.py);
 - the cleaner when there is more garbage than may lie about (more may under load than at rest), or when the disk is
   full;
 - writes are *blocked* (sent to the slow path, where they wait or get ENOSPC) while no further segment can be had for
@@ -76,6 +77,7 @@ class Background:
         disk.maps.logical.evict(_EVICTIONS_A_CHECK)
         disk.maps.middle.evict(_EVICTIONS_A_CHECK)
         self._work_holes()
+        disk.tree_work.check()
         disk.slow_path.wake()
 
     def work_finished(self) -> None:

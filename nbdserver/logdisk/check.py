@@ -5,6 +5,8 @@ which it never outruns: the maps name each other's entries one to one, the segme
 map points to, each segment's chain of records reaches its `end`, and each live block is where a record of that chain
 put it, with the checksum that both give. What was logged behind the checkpoint is walked as recovery would walk it.
 
+The logical maps of the layers are check_layers.py's.
+
 Rules
 - Nothing is changed: files are read, the store is read, no page or row is written back.
 - Every value is looked at by itself; one that is damaged is a finding, and the comparisons that need it are left out,
@@ -18,13 +20,15 @@ every GATHERED_BLOCKS live blocks. Dead blocks are not read: nothing will ever a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, pairwise
 
 from metadata.family_state import Checkpoint, read_checkpoint, read_family, read_open_state, read_pending_holes
 from metadata.layers import CUT_KEYS, ROW_KEYS, STATE_KEY
-from metadata.logical_map import LAYER_SHIFT, LBA_OF_ADDRESS, PAGE_OF_LAYER
+from metadata.logical_map import LBA_OF_ADDRESS
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
 from metadata.seams import Files, Store
+from nbdserver.logdisk.check_layers import LayerCheck
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
 from nbdserver.logdisk.records import Record, parse_segment_header
 from nbdserver.logdisk.recovery import RecoveryError, Replay, read_record
@@ -54,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 class Finding:
     """Something that is wrong: `kind` for programs, the sentence for people."""
 
-    kind: str  # store, value, family, segment-table, logical-map, middle-map, chain, data, log
+    kind: str  # store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log
     sentence: str
     where: str
 
@@ -254,35 +258,18 @@ class _FamilyCheck:
             )  # fmt: skip
 
     def _check_logical(self) -> None:
-        masks, layers = self._masks, self._maps.tree.layers
+        pages = self._pages(Maps(self._store, 0, lambda _: None).logical)
         claimed = 0
-        for looked, (number, page) in enumerate(self._pages(Maps(self._store, 0, lambda _: None).logical)):
-            layer = layers.get(number >> LAYER_SHIFT)
-            if layer is None:
-                self._find("logical-map", f"layer {number >> LAYER_SHIFT}", f"layer {number >> LAYER_SHIFT} is none")
-                continue
-            first_mba = layer.row.first_mba or 1
-            size_blocks = -(-layer.row.size_bytes // BLOCK_BYTES)
-            for index, mba in enumerate(page):
-                if mba < first_mba:
-                    continue  # nothing, or a block of a layer below
-                claimed += 1
-                mask, bit = masks.get(mba >> PAGE_SHIFT, 0), 1 << (mba & PAGE_MASK)
-                lba = (number & PAGE_OF_LAYER) << PAGE_SHIFT | index
-                if lba >= size_blocks and not layer.holes:
-                    self._find(
-                        "logical-map", f"LBA {lba}", f"LBA {lba} is mapped and lies behind the end of the volume"
-                    )
-                if mask & bit:
-                    masks[mba >> PAGE_SHIFT] = mask ^ bit
-                elif self.result.is_complete:
-                    self._find("logical-map", f"LBA {lba}", f"LBA {lba} points to MBA {mba:#x}, {self._why_not(mba)}")
+        check = LayerCheck(self._maps, self._masks, self._find, self._why_not, partial(self._items, quiet=True))
+        check.check_tree()
+        for looked, (number, page) in enumerate(pages):
+            claimed += check.check_page(number, page, self.result.is_complete)
             if not looked % _PAGES_A_PROGRESS:
                 self._progress("logical map", claimed, self.result.live_blocks)
-        left = sum(mask.bit_count() for mask in masks.values())
+        left = sum(mask.bit_count() for mask in self._masks.values())
         if left and self.result.is_complete:
-            number = min(number for number, mask in masks.items() if mask)
-            first = number << PAGE_SHIFT | (masks[number] & -masks[number]).bit_length() - 1
+            number = min(number for number, mask in self._masks.items() if mask)
+            first = number << PAGE_SHIFT | (self._masks[number] & -self._masks[number]).bit_length() - 1
             self._find(
                 "middle-map",
                 f"MBA {first:#x}",

@@ -57,8 +57,6 @@ class Checkpointer:
         self.running = False
         self.writing = False  # its batch, just now
         self.count = 0
-        self.next_number = 1  # of the next one to be frozen
-        self.synced_number = 0  # of the last one that is in LevelDB
         self.values_written = 0
         self.last_position_bytes = log.appended_bytes
         self.last_lsn = log.lsn
@@ -157,10 +155,9 @@ class Checkpointer:
             maps.stamps(),
             frozenset(maps.stale),
             maps.moved_keys,
-            self.next_number,
+            maps.tree.next_checkpoint - 1,
         )
         maps.moved_keys = []
-        self.next_number += 1
         self._written_holes = pending
         return frozen
 
@@ -211,7 +208,7 @@ class Checkpointer:
 
     def _finish(self, frozen: _Frozen) -> None:
         crash_point("checkpoint-after-batch")
-        self.synced_number = frozen.number
+        self._maps.tree.synced_checkpoint = frozen.number
         if frozen.moved:
             self._maps.tree.moving = False
             self._maps.tree.version += 1

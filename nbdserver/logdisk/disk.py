@@ -50,6 +50,7 @@ from nbdserver.logdisk.recovery import RecoveryError, Replay
 from nbdserver.logdisk.segments import CLEANER_KEEPS, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.tree_changes import TreeChanges
+from nbdserver.logdisk.tree_work import TreeWork
 from protocol.disk import BLOCK_BYTES, SNAPSHOT, DamagedValueError
 from protocol.invariant import InvariantError
 
@@ -157,6 +158,7 @@ class LogDisk:
         )
         self.slow_path = SlowPath(self, files, clock)
         self.tree_changes = changes = TreeChanges(self)
+        self.tree_work = TreeWork(self, clock)
         self.background = Background(self, clock)
         self.snapshot = changes.snapshot
         self.clone = changes.clone
@@ -339,13 +341,14 @@ class LogDisk:
         self.appending.block(True)
         self.background.stop()
         self.cleaner.stop()
+        self.tree_work.stop()
 
         def wait() -> None:
             if self.failure:
                 self._closed = True
                 self.pool.close()
                 done()
-            elif self.cleaner.running or self.background.busy or self.slow_path.under_way:
+            elif self.cleaner.running or self.background.busy or self.tree_work.layer or self.slow_path.under_way:
                 self._clock.call_later(0.01, wait)
             else:
                 self.checkpointer.when_done(closed)
@@ -404,6 +407,10 @@ class LogDisk:
             "map_pages_derived": maps.logical.derived,
             "layers_now": len(maps.tree.layers),
             "tree_changes": self.tree_changes.count,
+            "layers_dropped": self.tree_work.layers_dropped,
+            "layers_merged": self.tree_work.layers_merged,
+            "layers_blocks_freed": self.tree_work.blocks_freed,
+            "layers_removable_now": len(maps.tree.removable),
             "batches": self.appending.batches,
             "batch_blocks": self.appending.batch_blocks,
             "discards": self.appending.discards,

@@ -420,6 +420,7 @@ class Maps:
         number = hole.first_lba >> ADDRESS_SHIFT
         layer = self.tree.layers[number]
         layer.holes -= 1
+        layer.dirty_since = self.tree.next_checkpoint
         if layer.row.parent:
             first = hole.first_lba & LBA_OF_ADDRESS
             self.tree.set_cut(number, joined((*layer.cut, (first, first + hole.count))))

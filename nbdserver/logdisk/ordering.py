@@ -42,6 +42,8 @@ class Rule(Enum):
     LOG_ENDS_ONLY_ABOVE_DURABLE = (
         "The log may end only above the highest txid known durable; else it is corrupt, not short."
     )
+    MERGE_FREES_WHAT_IS_HIDDEN = "A merge frees a block of a layer only if the layer's child does not show it."
+    MERGED_ENTRIES_STAY = "The keys of a merged layer are deleted in the batch in which its child has their entries."
     TREE_SYNCED_BEFORE_REPORT = "A change of the tree of layers is durable before it is reported."
 
 
@@ -59,6 +61,8 @@ CRASH_POINTS: dict[str, Rule] = {
     "segment-before-reuse": Rule.REUSE_AFTER_READERS_LEFT,
     "clean-before-append": Rule.MOVE_ONLY_IF_UNCHANGED,
     "clean-after-append": Rule.MOVE_ONLY_IF_UNCHANGED,
+    "merge-before-move": Rule.MERGED_ENTRIES_STAY,
+    "merge-after-remove": Rule.MERGE_FREES_WHAT_IS_HIDDEN,
     "tree-before-append": Rule.TREE_SYNCED_BEFORE_REPORT,
     "tree-after-append": Rule.TREE_SYNCED_BEFORE_REPORT,
     "replay-before-tail": Rule.REPLAY_VERIFIES_DATA,

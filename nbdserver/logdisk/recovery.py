@@ -223,7 +223,7 @@ class Replay:
         elif record.kind == MOVE:
             self._apply_move(record, segment)
         elif record.kind == TREE:
-            apply_rows(self._maps.tree, unpack_rows(record.rows), 1)
+            apply_rows(self._maps.tree, unpack_rows(record.rows))
 
     def _apply_write(self, record: Record, segment: int) -> None:
         maps = self._maps

@@ -173,7 +173,7 @@ class TreeChanges:
     def _apply(self, rows: Sequence[Row]) -> None:
         disk, tree = self._disk, self._tree
         volumes = {row.volume for row in rows}
-        apply_rows(tree, rows, disk.checkpointer.next_number)
+        apply_rows(tree, rows)
         for volume in volumes:
             layer = tree.heads.get(volume)
             if layer is None:
@@ -183,13 +183,12 @@ class TreeChanges:
         disk.appending.check_background()
 
 
-def apply_rows(tree: Tree, rows: Sequence[Row], next_checkpoint: int) -> None:
-    """Do what a TREE record says, when it happens and at replay. `next_checkpoint` will hold all that its layers have
-    by now."""
+def apply_rows(tree: Tree, rows: Sequence[Row]) -> None:
+    """Do what a TREE record says, when it happens and at replay."""
     for row in rows:
         is_new = row.layer not in tree.layers
         tree.apply(row)
         layer = tree.layers[row.layer]
-        layer.dirty_since = next_checkpoint
+        layer.dirty_since = tree.next_checkpoint  # it holds all that the layer has by now
         if is_new:
             layer.stored = set()

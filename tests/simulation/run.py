@@ -108,6 +108,8 @@ class Run:
         self.counters["batches"] += self.store.batches
         if self._opened:
             self.counters["recycled"] += self.disk.pool.recycled
+            for name in ("layers_merged", "layers_dropped", "layers_blocks_freed"):
+                self.counters[name] += self.disk.counters()[name]
         self.files.crash(power)
         self.store.crash()
         self.registers.crashed()

@@ -99,12 +99,17 @@ class SimulatedStore:
 
         found: list[Items] = []
 
-        def look() -> None:
-            found.extend(self._table.items(start, stop, limit) for start, stop in ranges)
-            self._later(finish)
+        def look(first: int, stop: int) -> None:
+            found.extend(self._table.items(*each, limit) for each in ranges[first:stop])
+            if stop < len(ranges):
+                self._later(lambda: look(stop, len(ranges)))
+            else:
+                self._later(finish)
 
-        # It reads at one moment and is answered at a later one, when a checkpoint may have been written in between.
-        self._later(look)
+        # It reads at one moment, or some ranges at one and the others at another, and is answered at a later one; a
+        # checkpoint may be written in between.
+        cut = self._random.randrange(1, len(ranges)) if len(ranges) > 1 and self._chance(0.3) else len(ranges)
+        self._later(lambda: look(0, cut))
 
     def batch(self) -> Batch:
         return SimulatedBatch()

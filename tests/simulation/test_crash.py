@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
 def test_runs_meet_what_they_are_for() -> None:
     """A change of the product or of the mixes must not quietly make the runs harmless."""
     seen = Run(0).counters
-    for seed in range(40):
+    for seed in range(60):
         run = try_seed(seed)[1]
         seen.update(run.counters)
         seen.update(run.hits)
@@ -61,6 +61,6 @@ def test_runs_meet_what_they_are_for() -> None:
     for name in (
         "recycled", "clean-after-append", "checkpoint-after-batch", "segment-after-seal", "later", "cold", "unlink",
         "prepare", "crash in a call", "clean end", "errno 5", "errno 28", "generation-raised", "recovered",
-        "snapshots", "snapshots deleted",
+        "snapshots", "snapshots deleted", "layers_merged", "layers_blocks_freed",
     ):  # fmt: skip
         assert seen[name] >= 3, f"{name}: {seen[name]}"

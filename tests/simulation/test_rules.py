@@ -37,6 +37,8 @@ BENDS = {
     Rule.ACK_AFTER_APPEND: Bend({**HONEST, "append_error": 0.02, "power": 0.0}),
     Rule.FSYNC_FAILURE_IS_FATAL: Bend({**POWER, "sync_error": 0.3}),
     Rule.SALT_DRAWN_PER_LIFE: Bend(HONEST, hot=True),
+    Rule.MERGE_FREES_WHAT_IS_HIDDEN: Bend(HONEST, snapshots=0.3),
+    Rule.MERGED_ENTRIES_STAY: Bend(HONEST, snapshots=0.3),
     Rule.TREE_SYNCED_BEFORE_REPORT: Bend(POWER, snapshots=0.5),
     Rule.REPLAY_VERIFIES_DATA: Bend({**POWER, "tear": 1.0}),
 }
