@@ -130,6 +130,16 @@ class Tree:
             yield found
             layer = found.row.parent
 
+    def difference(self, one: int, other: int) -> set[int]:
+        """The layers below either of the two, themselves included, that are not below both."""
+        found: set[int] = set()
+        while one != other:
+            # A layer's number is above its parent's.
+            younger = max(one, other)
+            found.add(younger)
+            one, other = min(one, other), self.layers[younger].row.parent
+        return found
+
     def clones(self, layer: int) -> set[int]:
         """Volumes that stand on the layer and are not its own."""
         own = self.layers[layer].row.volume

@@ -38,11 +38,13 @@ from metadata.family_state import (
 )
 from metadata.layers import Row
 from metadata.seams import Clock, Done, Files, Store
+from nbdserver.block import Extents
 from nbdserver.logdisk.appending import Appending
 from nbdserver.logdisk.background import Background
+from nbdserver.logdisk.changed import Changed
 from nbdserver.logdisk.checkpoint import Checkpointer
 from nbdserver.logdisk.cleaner import Cleaner
-from nbdserver.logdisk.devices import Head, View
+from nbdserver.logdisk.devices import Device, Head, View
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
@@ -232,6 +234,12 @@ class LogDisk:
     def clones(self, layer: int) -> set[int]:
         """Numbers of the volumes that were made from a snapshot and are there, or have snapshots."""
         return self.maps.tree.clones(layer)
+
+    def changed(
+        self, device: Device, since: int, offset: int, length: int, limit: int, done: Callable[[int, Extents], None]
+    ) -> None:
+        """(length, 1 if the contents differ) from `offset` on, between a head or view and layer `since`: changed.py."""
+        Changed(self, device, since, offset, length, limit, done)
 
     def head_moved(self, volume: int, layer: int) -> None:
         """The volume's head is another layer, or the same with another row."""

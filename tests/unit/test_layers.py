@@ -2,6 +2,7 @@
 
 import errno
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -76,6 +77,26 @@ def check(family: SimulatedFamily) -> None:
     """What a kill -9 of now leaves is whole."""
     result = check_family(family.files, family.store, quick=False)
     assert [finding.sentence for finding in result.findings] == []
+
+
+def changes(
+    family: SimulatedFamily, device: Device, since: int, first: int, count: int, limit: int = 1000
+) -> list[bool]:
+    """Whether each block changed."""
+    found: list[bool] = []
+    while len(found) < count:
+        offset, length = (first + len(found)) * BLOCK_BYTES, (count - len(found)) * BLOCK_BYTES
+        errno, extents = family.wait(
+            lambda done, o=offset, n=length: family.disk.changed(device, since, o, n, limit, done)  # type: ignore[misc]
+        )
+        assert errno == 0
+        assert 0 < len(extents) <= limit
+        assert all(one[1] != other[1] for one, other in pairwise(extents))
+        for size, is_dirty in extents:
+            assert size % BLOCK_BYTES == 0
+            found += [bool(is_dirty)] * (size // BLOCK_BYTES)
+    assert len(found) == count
+    return found
 
 
 def visible_blocks(family: SimulatedFamily) -> int:
@@ -347,6 +368,52 @@ def test_rows_are_what_they_say() -> None:
     assert Row.unpack(row.pack()) == row
 
 
+@pytest.mark.parametrize("end", ENDS)
+def test_what_changed_since_a_snapshot_is_known_also_after_a_rollback(family: SimulatedFamily, end: str) -> None:
+    put(family, 1, 0, 1, 1000)
+    first = snapshot(family, "first")
+    put(family, 1, 10, 2000, 5)
+    discard(family, 1, 100, 3)
+    second = snapshot(family, "second")
+    put(family, 1, 500, 3000, 2)
+    put(family, 1, 200_000, 1)
+    ends(family, end)
+    head = family.disk.head(1)
+
+    def changed(since: int, limit: int = 1000) -> set[int]:
+        return {lba for lba, is_dirty in enumerate(changes(family, head, since, 0, 262_144, limit)) if is_dirty}
+
+    in_second, in_head = {*range(10, 15), *range(100, 103)}, {500, 501, 200_000}
+    assert changed(second) == in_head
+    assert changed(first) == changed(first, limit=1) == in_head | in_second
+    assert change(family, "rollback", 1, first) == 0
+    put(family, 1, 11, 5)
+    ends(family, end)
+    head = family.disk.head(1)
+    assert changed(first) == {11}
+    assert changed(second) == in_second
+    view = family.disk.view(second)
+    assert {lba for lba, dirty in enumerate(changes(family, view, first, 0, 262_144)) if dirty} == in_second
+    assert changes(family, view, second, 5, 10) == [False] * 10
+    view.close()
+    discard(family, 1, 0, 262_144)
+    assert changed(first) == set(range(1000))
+    assert changed(second) == set(range(1000)) - {100, 101, 102}
+
+
+def test_the_changes_of_a_terabyte_of_which_little_changed_are_found_at_once() -> None:
+    family = SimulatedFamily(size_bytes=4 << 40, segment_bytes=256 << 10, settings=SMALL_CACHE)
+    put(family, 1, 0, 1, 2000)
+    first = snapshot(family, "first")
+    discard(family, 1, 100_000, 900_000_000)
+    put(family, 1, 1 << 29, 5)
+    family.run(30.0)
+    before = family.disk.counters()["map_page_loads"]
+    errno, extents = family.wait(lambda done: family.disk.changed(family.disk.head(1), first, 0, 4 << 40, 100, done))
+    assert (errno, extents) == (0, [((1 << 29) << 12, 0), (4096, 1), ((4 << 40) - ((1 << 29) + 1 << 12), 0)])
+    assert family.disk.counters()["map_page_loads"] - before < 30
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_histories_are_remembered(seed: int) -> None:
     """Volumes, snapshots, clones, rollbacks and ends of all kinds against a dictionary."""
@@ -402,6 +469,14 @@ def test_random_histories_are_remembered(seed: int) -> None:
             assert numbers(family, family.disk.head(volume), 0, 2560) == [content.get(lba, 0) for lba in range(2560)]
         for layer, (_, content) in named.items():
             assert seen(family, layer, 0, 2560) == [content.get(lba, 0) for lba in range(2560)]
+        for layer in rng.sample(sorted(named), min(2, len(named))):
+            volume = rng.choice(sorted(heads))
+            found = changes(family, family.disk.head(volume), layer, 0, 2560, rng.choice([1, 7, 1000]))
+            for lba, is_dirty in enumerate(found):
+                assert is_dirty or heads[volume].get(lba, 0) == named[layer][1].get(lba, 0)
+            # Contents are told by their numbers, which no two writes share.
+            same = [lba for lba in range(2560) if heads[volume].get(lba, 0) == named[layer][1].get(lba, 0)]
+            assert not [lba for lba in same if found[lba]]
         if rng.random() < 0.5:
             settled(family)
     settled(family)
