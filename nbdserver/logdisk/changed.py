@@ -5,8 +5,8 @@ layer alone shows. So two layers hold the same at an LBA if their MBAs are the s
 overwrites, rollbacks, merges. (A block that was written again with the same bytes counts as changed.)
 
 The layers that the two do not have in common are the only ones that can make a difference. LevelDB is asked for the
-next page that one of them has; what lies between is the same. Where such a layer hides a range of its parent, by a cut or
-a pending hole, all layers below are asked too: a page that nobody has is zeros in both.
+next page that one of them has; what lies between is the same. Where such a layer hides a range of its parent, by a cut
+or a pending hole, all layers below are asked too: a page that nobody has is zeros in both.
 
 Rules
 - The answer covers at least one byte, and at most what was asked for; it ends early after `limit` extents or
