@@ -37,7 +37,7 @@ class Connection(Protocol):
     peer_name: str
 
     def send(self, buffers: Sequence[Buffer]) -> None:
-        """Send or queue all of them. The buffers must not change until they left; `unsent_bytes` tells."""
+        """Send or queue all of them. A writable buffer is copied if it cannot leave at once: it may be used again."""
 
     @property
     def unsent_bytes(self) -> int: ...
@@ -97,6 +97,10 @@ class Files(Protocol):
 
     def read_cached(self, handle: int, length: int, offset: int) -> bytes | None:
         """What the page cache holds (RWF_NOWAIT), or None when any of it would have to come from the device."""
+
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        """`os.preadv`, bare: the hottest call of all. With RWF_NOWAIT less than asked for, or OSError, when any of it
+        would have to come from the device."""
 
     def read(self, handle: int, length: int, offset: int) -> bytes:
         """May wait for the device and return less at the end of the file: recovery and offline checks only."""

@@ -18,7 +18,7 @@ Rules
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from metadata.seams import Buffer, Done
 
@@ -39,6 +39,8 @@ class Operation(IntEnum):
 
 
 Extents = list[tuple[int, int]]
+BlockRoom = tuple[list[memoryview], Any]
+"""Memory for one block, twice: as a list of its writable view, for a scattered read, and as what `crc32c` takes."""
 Later = Callable[[int, "Sequence[Buffer] | Extents | None"], None]
 """Called with (errno, result); the result is None unless errno is 0."""
 
@@ -51,6 +53,9 @@ class BlockDevice(Protocol):
 
     def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Buffers that together hold the range, or None: ask `later`."""
+
+    def read_block(self, offset: int, room: BlockRoom) -> bool:
+        """Fill `room` with the block at `offset`. False: ask `read`; the room may have been written to."""
 
     def write(self, offset: int, data: memoryview) -> bool:
         """Add to the open batch, or False: ask `later` (with a copy of the data)."""

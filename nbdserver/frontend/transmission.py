@@ -2,6 +2,7 @@
 
 Theory: `process` walks over everything that was received. The two commonest requests, READ and WRITE without flags,
 are checked and done right there, with local names and no object a request; every other request goes through `_other`.
+A READ of one whole block is answered in a slot (see `block_replies`).
 Successful changes collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the
 batch one `commit` decides over all of them and one `send` carries all replies. FLUSH and FUA share one flush, begun
 after the commit.
@@ -23,7 +24,8 @@ import errno
 from collections.abc import Callable, Sequence
 
 from metadata.seams import Buffer, Clock, Connection, Timer
-from nbdserver.block import HOLE, ZERO, Extents
+from nbdserver.block import BLOCK_BYTES, HOLE, ZERO, Extents
+from nbdserver.frontend.block_replies import SLOTS, block_replies
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.volume.counters import Counters
@@ -54,6 +56,9 @@ _DONE, _OFFSET_DATA, _NONE = int(ReplyFlag.DONE), int(Chunk.OFFSET_DATA), int(Ch
 _PAYLOAD_LIMIT_BYTES = nbd.MAXIMUM_PAYLOAD_BYTES
 _pack_simple = nbd.SIMPLE_REPLY.pack
 _pack_data = nbd.STRUCTURED_DATA.pack
+_pack_simple_into = nbd.SIMPLE_REPLY.pack_into
+_pack_data_into = nbd.STRUCTURED_DATA.pack_into
+_pack_extended_data_into = nbd.EXTENDED_DATA.pack_into
 _pack_extended = nbd.EXTENDED_REPLY.pack
 _pack_extended_data = nbd.EXTENDED_DATA.pack
 
@@ -84,6 +89,14 @@ class Transmission:
         self._extended = agreement.style is ReplyStyle.EXTENDED
         self._simple = agreement.style is ReplyStyle.SIMPLE
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
+        self._slots = block_replies(
+            nbd.SIMPLE_REPLY.size
+            if self._simple
+            else nbd.EXTENDED_DATA.size
+            if self._extended
+            else nbd.STRUCTURED_DATA.size
+        )
+        self._slots_used = 0
         self._bound = (  # what `_walk` needs and what never changes on a connection
             self._request.unpack_from,
             self._request.size,
@@ -91,6 +104,7 @@ class Transmission:
             int(CommandFlag.PAYLOAD_LEN) if self._extended else 0,
             _PAYLOAD_LIMIT_BYTES if self._simple else SPARSE_READ_BYTES - 1,
             export.device.read,
+            export.device.read_block,
             export.device.write,
         )
         self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
@@ -191,14 +205,15 @@ class Transmission:
         data, view, position, end = buffer.data, buffer.view, buffer.start, buffer.end
         if self._skip_bytes:
             position = self._skip(position, end, self._skip_bytes)
-        unpack, header_bytes, magic_expected, write_flags, read_limit, read, write = self._bound
+        unpack, header_bytes, magic_expected, write_flags, read_limit, read, read_block, write = self._bound
+        slots, stride, rooms = self._slots.memory, self._slots.stride_bytes, self._slots.rooms
         extended, simple = self._extended, self._simple
         size_bytes = self._device.size_bytes
         writable = not (self._export.read_only or self._agreement.offer.read_only)
         out, acknowledge = self._out, self._acknowledged.append
         append = out.append
         last = end - header_bytes
-        reads = read_bytes = writes = write_bytes = 0
+        reads = read_bytes = writes = write_bytes = slot = 0
         self._batch_bytes = 0
         self._missing_bytes = header_bytes
         for _ in range(BATCH_REQUESTS):
@@ -211,6 +226,21 @@ class Transmission:
                 break
             if command == 0:
                 if flags == 0 and 0 < length <= read_limit and offset + length <= size_bytes:
+                    if length == BLOCK_BYTES and not offset & 4095 and slot < SLOTS and read_block(offset, rooms[slot]):
+                        at = slot * stride
+                        if simple:
+                            _pack_simple_into(slots, at, _SIMPLE_MAGIC, 0, cookie)
+                        elif extended:
+                            _pack_extended_data_into(
+                                slots, at, _EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset
+                            )
+                        else:
+                            _pack_data_into(
+                                slots, at, _STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset
+                            )
+                        slot += 1
+                        position += header_bytes
+                        continue
                     answer = read(offset, length)
                     if answer is not None:
                         if simple:
@@ -263,11 +293,12 @@ class Transmission:
         else:
             self._batch_bytes = BATCH_BYTES + 1
         counters = self._counters
-        counters.reads += reads
-        counters.read_bytes += read_bytes
+        counters.reads += reads + slot
+        counters.read_bytes += read_bytes + slot * BLOCK_BYTES
         counters.writes += writes
         counters.write_bytes += write_bytes
-        self._requests += reads + writes
+        self._requests += reads + slot + writes
+        self._slots_used = slot
         return position
 
     def _complete(self) -> None:
@@ -288,6 +319,10 @@ class Transmission:
             waiting = flushes + [replies.unpack_success(reply) for reply in forced]
             self._flushes = []
             self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
+        if self._slots_used:
+            slots = self._slots
+            out.insert(0, slots.view[: self._slots_used * slots.stride_bytes])
+            self._slots_used = 0
         if out:
             self._out = []
             self._connection.send(out)

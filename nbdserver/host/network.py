@@ -397,7 +397,9 @@ class SocketConnection:
             if skip_bytes >= size_bytes:
                 skip_bytes -= size_bytes
                 continue
-            self._queue.append(memoryview(buffer)[skip_bytes:])
+            view = memoryview(buffer)[skip_bytes:]
+            # What can be written to is memory that its sender uses again.
+            self._queue.append(view if view.readonly else memoryview(bytes(view)))
             self._unsent_bytes += size_bytes - skip_bytes
             skip_bytes = 0
 

@@ -315,6 +315,14 @@ class SimulatedFiles:
             return None
         return bytes(content[offset : offset + length])
 
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        content = self.read_cached(handle, sum(map(len, buffers)), offset)
+        if content is None:
+            raise BlockingIOError(errno.EAGAIN, "simulated: not in the page cache")
+        for buffer in buffers:
+            buffer[:], content = content[: len(buffer)], content[len(buffer) :]
+        return sum(map(len, buffers))
+
     def read(self, handle: int, length: int, offset: int) -> bytes:
         self.counts["read"] += 1
         if self._chance(self.mix.read_error):

@@ -7,7 +7,7 @@ In the mode `deferring` nothing is answered inline, so that every request goes t
 from collections.abc import Callable, Sequence
 
 from metadata.seams import Buffer, Done
-from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
+from nbdserver.block import BLOCK_BYTES, HOLE, ZERO, BlockRoom, Extents, Later, Operation
 
 GRAIN_BYTES = 4096
 
@@ -34,6 +34,12 @@ class MemoryDevice:
         if self.deferring:
             return None
         return [bytes(self._view[offset : offset + length])]
+
+    def read_block(self, offset: int, room: BlockRoom) -> bool:
+        if self.deferring:
+            return False
+        room[0][0][:] = self._view[offset : offset + BLOCK_BYTES]
+        return True
 
     def write(self, offset: int, data: memoryview) -> bool:
         if self.deferring:

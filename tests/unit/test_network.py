@@ -201,6 +201,21 @@ def test_what_a_slow_peer_does_not_take_waits_in_order_and_drained_is_told_once(
         loop.wait(lambda: echo.drains == 1 and echo.connection.unsent_bytes == 0)
 
 
+def test_memory_that_its_sender_uses_again_is_sent_as_it_was(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        memory = bytearray(b"a" * (8 << 20))
+
+        def send_and_use_again() -> None:
+            loop.echoes[0].connection.send([memoryview(memory)])
+            memory[:] = b"b" * len(memory)
+
+        loop.call(send_and_use_again)
+        assert take(client, len(memory)) == b"a" * len(memory)
+
+
 def test_what_is_sent_while_something_waits_goes_behind_it(loop: Loop, path: str) -> None:
     loop.listen(f"unix:{path}")
     with dial(path) as client:

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from nbdserver.frontend.block_replies import block_replies
 from nbdserver.logdisk.segments import segment_path
 from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
@@ -115,3 +116,26 @@ def test_a_failed_family_answers_nothing(family: SimulatedFamily) -> None:
     assert family.device.extents(0, BLOCK_BYTES, 1) is None
     with pytest.raises(OSError):
         family.read(0, BLOCK_BYTES)
+
+
+def read_block(family: SimulatedFamily, lba: int) -> bytes | None:
+    replies = block_replies(16)
+    return bytes(replies.rooms[3][0][0]) if family.device.read_block(lba * BLOCK_BYTES, replies.rooms[3]) else None
+
+
+def test_a_block_is_read_into_the_room_that_is_given(family: SimulatedFamily) -> None:
+    assert [read_block(family, lba) for lba in range(64)] == [block(number) for number in range(1, 65)]
+
+
+def test_a_block_that_is_not_data_in_the_page_cache_is_not_read_into_a_room(family: SimulatedFamily) -> None:
+    assert read_block(family, 64) is None, "a hole"
+    family.files.mix = COLD
+    assert read_block(family, 0) is None, "cold"
+    family.files.mix = FaultMix()
+    family.disk.fail("a test")
+    assert read_block(family, 0) is None, "failed"
+
+
+def test_a_damaged_block_is_not_read_into_a_room(family: SimulatedFamily) -> None:
+    rot(family, 6)
+    assert [lba for lba in range(64) if read_block(family, lba) is None] == [5]

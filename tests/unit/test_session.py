@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserver.frontend.block_replies import SLOTS
 from nbdserver.frontend.deferred import OPERATION_LIMIT
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
 from nbdserver.frontend.session import HANDSHAKE_TIMEOUT_S
@@ -81,6 +82,31 @@ def conversation(wire: Wire) -> tuple[bytes, dict[int, tuple[int, bytes | None]]
         add(0, None, Command.BLOCK_STATUS, 0, data=EXTENDED_PAYLOAD)
         add(errno.EINVAL, None, Command.TRIM, 0, data=b"what is this for")
     return packed, expected
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("count", [1, SLOTS - 1, SLOTS, SLOTS + 3])
+def test_block_reads_of_one_wake_leave_with_one_send_among_other_requests(style: ReplyStyle, count: int) -> None:
+    rig = make_rig()
+    rig.device.data[:] = random.Random(count).randbytes(SIZE_BYTES)
+    content = bytes(rig.device.data)
+    wire = rig.wire(style)
+    offsets = [index % (SIZE_BYTES // BLOCK) * BLOCK for index in range(count)]
+    asked = {}
+    packed = b""
+    for index, offset in enumerate(offsets):
+        cookie, request = wire.request(Command.READ, offset, BLOCK)
+        asked[cookie] = content[offset : offset + BLOCK]
+        packed += request
+        if index % 5 == 0:
+            packed += wire.request(Command.READ, offset + 1, 77)[1]
+    wrong, request = wire.request(Command.READ, SIZE_BYTES, BLOCK)
+    sends = wire.connection.sends
+    wire.feed(packed + request)
+    assert wire.connection.sends == sends + 1
+    answers = wire.answers()
+    assert {cookie: answers[cookie].joined() for cookie in asked} == asked
+    assert answers[wrong].error
 
 
 @pytest.mark.parametrize("style", STYLES)
