@@ -48,6 +48,9 @@ DRAIN_TIMEOUT_S = 10.0
 """How long a stop waits for clients to take the replies to what they have asked."""
 
 
+TAKEN_FIRST_S = 0.02
+"""Requests that arrived before the wish to stop are taken before it."""
+
 PREPARE_TIMEOUT_S = 30.0
 """How long a checkpoint may take before clients are made to wait for it."""
 
@@ -296,6 +299,7 @@ class Worker:
     async def do_stop(self) -> None:
         """Finish what clients have asked, close every family cleanly, and end after the reply."""
         if self._server is not None:
+            await asyncio.sleep(TAKEN_FIRST_S)
             drained = asyncio.Event()
             self._server.drain(DRAIN_TIMEOUT_S, drained.set)
             await drained.wait()

@@ -23,7 +23,7 @@ from nbdserver.cli.client import NodeClient
 from nbdserver.cli.main import run as run_command
 from nbdserver.node.control import NO_THREADS
 from nbdserver.node.directory import DataDirectory
-from protocol.nbd import Command
+from protocol.nbd import Command, CommandFlag
 from tests.conftest import ROOT, Processes
 from tests.nbd_client import Client, RefusedError
 from tests.serving import PROGRAM, Server, descendants, is_alive
@@ -208,6 +208,43 @@ def test_the_data_process_ignores_ctrl_c_and_the_program_stops_cleanly(start_ser
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(PATIENCE_S) == 0
     assert not is_alive(child)
+
+
+@pytest.mark.parametrize("flags", [0, CommandFlag.FUA])
+def test_sigterm_is_obeyed_after_the_replies_to_what_was_asked(start_server: StartServer, flags: int) -> None:
+    server = start_server()
+    client = attach(server)
+    cookies = [client.send(Command.WRITE, 4096 * at, data=bytes([at + 1]) * 4096, flags=flags) for at in range(16)]
+    cookies.append(client.send(Command.FLUSH))
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    replies = [client.receive() for _ in cookies]
+    assert sorted(reply.cookie for reply in replies) == cookies
+    assert not any(reply.error for reply in replies)
+    with pytest.raises(ConnectionError):
+        client.receive()
+    assert server.process.wait(PATIENCE_S) == 0
+    server.start()
+    assert attach(server).read(0, 65536) == b"".join(bytes([at + 1]) * 4096 for at in range(16))
+
+
+def test_a_client_that_takes_no_replies_holds_up_a_stop_for_a_bounded_time_and_a_second_sigterm_not_at_all(
+    start_server: StartServer,
+) -> None:
+    for signals, most_s in ((1, 14.0), (2, 3.0)):
+        server = start_server()
+        client = attach(server)
+        for _ in range(24):
+            client.send(Command.READ, 0, 1 << 20)
+        time.sleep(0.5)
+        assert server.process is not None
+        begun_s = time.monotonic()
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.7)
+        server.process.wait(PATIENCE_S)
+        assert time.monotonic() - begun_s < most_s
+        client.close()
 
 
 def test_systemd_is_told_when_clients_can_attach(
