@@ -111,7 +111,7 @@ class Background:
             return False
         if self._pinned_share() > _PINNED_SHARE:
             return True
-        if disk.log.lsn == disk.checkpointer.last_lsn:
+        if disk.log.lsn == disk.checkpointer.last_lsn and not disk.maps.moved_keys:
             return False
         empty = self._empty_segments()
         return (

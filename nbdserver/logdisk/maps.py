@@ -341,6 +341,7 @@ class Maps:
         """Those of the last checkpoint."""
         self.holes = holes
         for hole in holes:
+            invariant(hole.first_lba >> ADDRESS_SHIFT in self.tree.layers, "a pending hole is one of a layer")
             self.tree.layers[hole.first_lba >> ADDRESS_SHIFT].holes += 1
 
     def stamps(self) -> dict[int, int]:

@@ -13,6 +13,7 @@ Rules of this file
 """
 
 from array import array
+from collections.abc import Mapping
 from itertools import pairwise
 
 from nbdserver.block import ZERO
@@ -298,6 +299,17 @@ class Registers:
         what = f"block {lba} after {'a power loss' if power else 'kill -9'}"
         _judge(what, lba, lba << 12, content, allowed, self)
         register.settle({content}, self._count)
+
+    def replaced(self, contents: Mapping[int, frozenset[bytes]], certain: bool) -> None:
+        """Every block became what `contents` has (or zeros), durably; or (not `certain`) may have."""
+        at = self.tick()
+        for lba, register in self.blocks.items():
+            content = set(contents.get(lba, (ZEROS,)))
+            register.ever |= content
+            if certain:
+                register.settle(content, at)
+            else:
+                register.states[-1].final |= content
 
     def crashed(self) -> None:
         """Nothing is under way any more."""

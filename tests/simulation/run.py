@@ -197,13 +197,13 @@ class Run:
         return True
 
     def _close(self) -> None:
-        self._wait("operations", lambda: not self.in_flight)
+        self.wait("operations", lambda: not self.in_flight)
         if self.disk.failure:
             return
         closed: list[bool] = []
         asked = self.registers.tick()
         self.disk.close(lambda: closed.append(True))
-        self._wait("close", lambda: bool(closed))
+        self.wait("close", lambda: bool(closed))
         if not self.disk.failure:
             self.registers.flushed(asked)
             self._was_clean = True
@@ -240,14 +240,14 @@ class Run:
         label = self.label = self.label + 1
         trim = self.registers.ask(f"discard {label}", 0, None, self.sizes.size_bytes)
         self._later(Operation.DISCARD, 0, self.sizes.size_bytes, None, lambda errno, _: self._must_happen(trim, errno))
-        self._wait("a trim of everything", lambda: not self.in_flight)
+        self.wait("a trim of everything", lambda: not self.in_flight)
         self.clock.run(REST_S)
         first, blocks = self.sizes.areas[0]
         offset, length = first * BLOCK_BYTES, min(blocks, 16) * BLOCK_BYTES
         data = pattern(label, offset, length)
         write = self.registers.ask(f"write {label}", offset, data, length)
         self._later(Operation.WRITE, offset, length, data, lambda errno, _: self._must_happen(write, errno))
-        self._wait("a write after the trim", lambda: not self.in_flight)
+        self.wait("a write after the trim", lambda: not self.in_flight)
         self._look_at_everything()
 
     def _must_happen(self, changes: Changes, errno: int) -> None:
@@ -283,7 +283,7 @@ class Run:
         if start is not None and self.salts.setdefault(start.salt, start.sequence) != start.sequence:
             raise ViolationError(f"lives {self.salts[start.salt]} and {start.sequence} have the same salt")
 
-    def _wait(self, what: str, holds: Callable[[], bool]) -> None:
+    def wait(self, what: str, holds: Callable[[], bool]) -> None:
         if not self.clock.run_until(holds, ANSWER_LIMIT_S):
             raise ViolationError(f"{what} never ended ({self.in_flight} operations in flight, {self.disk.failure!r})")
 
@@ -303,7 +303,7 @@ class Run:
                 continue
             self.in_flight += 1
             self.device.later(Operation.READ, lba << 12, BLOCK_BYTES, None, partial(self._looked, lba, power))
-        self._wait("reads after a recovery", lambda: not self.in_flight)
+        self.wait("reads after a recovery", lambda: not self.in_flight)
         if not self.disk.failure:
             self._verify_power = None
         self.tell(f"looked at {len(lbas)} blocks")
@@ -311,7 +311,7 @@ class Run:
     def _look_at_snapshots(self) -> None:
         if not self.disk.failure:
             self.snapshots.look_at_some()
-            self._wait("reads of snapshots", lambda: not self.in_flight)
+            self.wait("reads of snapshots", lambda: not self.in_flight)
 
     def _looked(self, lba: int, power: bool, errno: int, data: Any) -> None:
         self.in_flight -= 1

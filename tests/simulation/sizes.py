@@ -46,7 +46,7 @@ def draw_sizes(rng: random.Random) -> Sizes:
         ),
         lives=rng.randrange(2, 6),
         wakes=rng.choice([10, 50, 150]),
-        snapshots=rng.choice([0.0, 0.0, 0.05, 0.3]),
+        snapshots=rng.choice([0.0, 0.05, 0.3]),
         weights=(
             *(rng.choice([0.0, 1.0, 4.0]) for _ in range(3)),
             rng.choice([0.0, 0.3]),
@@ -70,7 +70,7 @@ def draw_hot_sizes(rng: random.Random) -> Sizes:
         ),
         lives=4,
         wakes=rng.choice([50, 200]),
-        snapshots=rng.choice([0.0, 0.0, 0.02]),
+        snapshots=rng.choice([0.0, 0.02]),
         weights=(8.0, rng.choice([0.0, 1.0]), rng.choice([0.0, 1.0]), 0.0, rng.choice([1.0, 4.0]), 0.0, 0.0, 1.0),
     )
 

@@ -35,7 +35,10 @@ class Snapshots:
         """Make, delete or look at one."""
         run, rng = self._run, self._run.random
         layers = self._layers()
-        if not run.in_flight and len(layers) < _MOST and rng.random() < 0.6:
+        if not run.in_flight and self._certain and rng.random() < 0.2:
+            name = rng.choice(sorted(self._certain))
+            self._roll_back(name, layers[name])
+        elif not run.in_flight and len(layers) < _MOST and rng.random() < 0.6:
             self._make(f"s{run.registers.tick()}")
         elif layers:
             name = rng.choice(sorted(layers))
@@ -86,6 +89,25 @@ class Snapshots:
 
         run.in_flight += 1
         run.disk.snapshot(1, name, 0, made)
+
+    def _roll_back(self, name: str, layer: int) -> None:
+        run = self._run
+        content = self._certain[name]
+        run.tell(f"roll back to {name}")
+        # Until the answer it may have happened or not.
+        before = {lba: frozenset(register.now()) for lba, register in run.registers.blocks.items()}
+        run.registers.replaced(content, certain=False)
+        answers: list[int] = []
+        run.disk.rollback(1, layer, answers.append)
+        run.wait("a rollback", lambda: bool(answers))
+        run.world.note("rollback", name, answers)
+        if answers[0]:
+            run.accept(answers[0], "a rollback")
+            if not run.disk.failure:
+                run.registers.replaced(before, certain=False)
+        else:
+            run.registers.replaced(content, certain=True)
+            run.counters["rollbacks"] += 1
 
     def _delete(self, name: str, layer: int) -> None:
         run = self._run

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nbdserver.block import HOLE, ZERO, Operation
+from nbdserver.logdisk.devices import View
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from tests.simulation.faults import FaultMix
 from tests.simulation.registers import pattern
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.fuzz
 BLOCK_BYTES = 4096
 BLOCKS = 5000  # 20 map pages; a discard of more than 4,096 blocks is worked in later
 SIZE_BYTES = BLOCKS * BLOCK_BYTES
+LOOKED_AT_BYTES = 4 << 20  # of each snapshot and clone, at the end
 PLENTY = 1 << 40
 
 OFFSETS = st.one_of(
@@ -53,6 +55,8 @@ class BlockDeviceMachine(RuleBasedStateMachine):
         self.drive = SimulatedDrive(self.world, PLENTY)
         self.table = SimulatedTable(self.world)
         self.model = bytearray(SIZE_BYTES)
+        self.snapshots: dict[int, bytes] = {}
+        self.clones: dict[int, bytearray] = {}
         self.label = 0
         self.epoch = 0
         self.boot = 1
@@ -144,6 +148,99 @@ class BlockDeviceMachine(RuleBasedStateMachine):
     def cache(self, offset: int, length: int) -> None:
         self._later(Operation.CACHE, offset, min(length, SIZE_BYTES - offset), None)
 
+    # Snapshots.
+
+    def _change(self, operation: str, *arguments: Any) -> None:
+        answers: list[int] = []
+        getattr(self.disk, operation)(*arguments, answers.append)
+        assert not answers, "answered from inside the call"
+        assert self._wait(answers) == 0
+
+    @precondition(lambda self: len(self.snapshots) < 8)
+    @rule()
+    def snapshot(self) -> None:
+        self.label += 1
+        self._change("snapshot", 1, f"{self.label}", self.label)
+        layer = self.disk.snapshots()[-1].layer
+        self.snapshots[layer] = bytes(self.model)
+
+    @precondition(lambda self: self.snapshots)
+    @rule(which=st.integers(0, 7))
+    def delete_snapshot(self, which: int) -> None:
+        layer = sorted(self.snapshots)[which % len(self.snapshots)]
+        self._change("delete_snapshot", layer)
+        del self.snapshots[layer]
+
+    @precondition(lambda self: self.snapshots)
+    @rule(which=st.integers(0, 7))
+    def roll_back(self, which: int) -> None:
+        layer = sorted(self.snapshots)[which % len(self.snapshots)]
+        self._change("rollback", 1, layer)
+        self.model[:] = self.snapshots[layer]
+
+    @precondition(lambda self: self.snapshots)
+    @rule(which=st.integers(0, 7), volume=st.integers(2, 3))
+    def clone_or_delete_the_clone(self, which: int, volume: int) -> None:
+        layer = sorted(self.snapshots)[which % len(self.snapshots)]
+        if volume in self.clones:
+            self._change("delete_volume", volume)
+            del self.clones[volume]
+        else:
+            self._change("clone", layer, volume)
+            self.clones[volume] = bytearray(self.snapshots[layer])
+
+    @precondition(lambda self: self.clones)
+    @rule(volume=st.integers(2, 3), offset=OFFSETS, length=LENGTHS)
+    def write_clone(self, volume: int, offset: int, length: int) -> None:
+        if volume not in self.clones:
+            return
+        self.label += 1
+        length = min(length, SIZE_BYTES - offset)
+        data = pattern(self.label, offset, length)
+        answers: list[Any] = []
+        self.disk.head(volume).later(Operation.WRITE, offset, length, data, lambda errno, _: answers.append(errno))
+        assert self._wait(answers) == 0
+        self.clones[volume][offset : offset + length] = data
+
+    @precondition(lambda self: self.snapshots or self.clones)
+    @rule(which=st.integers(0, 9), offset=OFFSETS, length=LENGTHS)
+    def read_another(self, which: int, offset: int, length: int) -> None:
+        length = min(length, SIZE_BYTES - offset)
+        others = [*sorted(self.snapshots), *sorted(self.clones)]
+        other = others[which % len(others)]
+        if other in self.snapshots and which % len(others) < len(self.snapshots):
+            device: Any = self.disk.view(other)
+            expected = self.snapshots[other]
+        else:
+            device, expected = self.disk.head(other), bytes(self.clones[other])
+        assert self._read_all(device, offset, length) == expected[offset : offset + length]
+        if isinstance(device, View):
+            device.close()
+
+    def _read_all(self, device: Any, offset: int, length: int) -> bytes:
+        answers: list[Any] = []
+        device.later(Operation.READ, offset, length, None, lambda errno, found: answers.append((errno, found)))
+        errno, found = self._wait(answers)
+        assert errno == 0
+        return b"".join(found)
+
+    @precondition(lambda self: self.snapshots)
+    @rule(which=st.integers(0, 7))
+    def changed_since(self, which: int) -> None:
+        layer = sorted(self.snapshots)[which % len(self.snapshots)]
+        then, offset = self.snapshots[layer], 0
+        while offset < SIZE_BYTES:
+            answers: list[Any] = []
+            self.disk.changed(
+                self.device, layer, offset, SIZE_BYTES - offset, 9, lambda *answer, to=answers: to.append(answer)
+            )
+            errno, extents = self._wait(answers)
+            assert errno == 0
+            for length, dirty in extents:
+                if not dirty:
+                    assert self.model[offset : offset + length] == then[offset : offset + length]
+                offset += length
+
     @rule()
     def flush(self) -> None:
         answers: list[int] = []
@@ -192,6 +289,15 @@ class BlockDeviceMachine(RuleBasedStateMachine):
         for offset in range(0, SIZE_BYTES, 1 << 20):
             length = min(1 << 20, SIZE_BYTES - offset)
             assert b"".join(self._later(Operation.READ, offset, length, None)) == self.model[offset : offset + length]
+        for layer, content in list(self.snapshots.items())[-2:]:
+            view = self.disk.view(layer)
+            assert self._read_all(view, 0, LOOKED_AT_BYTES) == content[:LOOKED_AT_BYTES]
+            view.close()
+        for volume, written in self.clones.items():
+            assert self._read_all(self.disk.head(volume), 0, LOOKED_AT_BYTES) == written[:LOOKED_AT_BYTES]
+        self.clock.run(100.0)
+        layers = self.disk.maps.tree.layers.values()
+        assert all(layer.row.kind or len(layer.children) > 1 for layer in layers), "a layer is left that nothing needs"
 
 
 TestBlockDevice = BlockDeviceMachine.TestCase

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from metadata.layers import Row
+from metadata.logical_map import LBA_OF_ADDRESS, PAGE_OF_LAYER
 from nbdserver.block import Operation
 from nbdserver.logdisk.check import check_family
 from nbdserver.logdisk.devices import Device
 from nbdserver.logdisk.disk import DiskSettings
+from protocol.disk import PENDING_HOLE, pack_value, unpack_value
+from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
 
 MIB = 1 << 20
@@ -414,6 +417,51 @@ def test_the_changes_of_a_terabyte_of_which_little_changed_are_found_at_once() -
     assert family.disk.counters()["map_page_loads"] - before < 30
 
 
+def test_a_family_from_before_layers_opens_as_one_volume() -> None:
+    family = SimulatedFamily(size_bytes=1 << 30, segment_bytes=256 << 10)
+    put(family, 1, 0, 1, 300)
+    family.disk.background.stop()
+    discard(family, 1, 10, 100_000)
+    family.checkpoint()
+    family.crash()
+    batch = family.store.batch()
+    for key in [key for key in family.table.keys if key[:1] in b"TYG"]:
+        batch.delete(key)
+    (key,) = [key for key in family.table.keys if key[:1] == b"H"]
+    hole, address, count, cursor = PENDING_HOLE.unpack(unpack_value(key, family.table.values[key]))
+    batch.put(key, pack_value(key, PENDING_HOLE.pack(hole, address & LBA_OF_ADDRESS, count, cursor & PAGE_OF_LAYER)))
+    family.table.apply(batch.changes)  # type: ignore[attr-defined]
+    family._begin()
+    check(family)
+    family.open()
+    assert [(row.volume, row.layer, row.size_bytes) for row in family.disk.volumes()] == [(1, 1, 1 << 30)]
+    assert numbers(family, family.disk.head(1), 0, 300) == [*range(1, 11), *[0] * 290]
+    layer = snapshot(family, "first")
+    put(family, 1, 0, 77)
+    ends(family, "kill")
+    assert seen(family, layer, 0, 12) == [*range(1, 11), 0, 0]
+    settled(family)
+
+
+def test_a_full_disk_refuses_a_snapshot_and_lets_one_be_deleted() -> None:
+    mix = FaultMix(cold_read=0.0, latency_s=0.0001, tear=0.0, room_segments=12)
+    family = SimulatedFamily(size_bytes=1 << 30, segment_bytes=64 << 10, mix=mix)
+    put(family, 1, 0, 1)
+    layer = snapshot(family, "early")
+    lba = 1
+    while family.write(lba * BLOCK_BYTES, block(lba)) == 0:
+        lba += 1
+    answers = [change(family, "snapshot", 1, f"late {number}", 0) for number in range(600)]
+    assert answers[-1] == errno.ENOSPC
+    assert set(answers) <= {0, errno.ENOSPC}
+    assert len(family.disk.snapshots()) == 1 + answers.count(0)
+    assert change(family, "delete_snapshot", layer) == 0
+    assert change(family, "resize", 1, 1 << 20) == 0
+    assert numbers(family, family.disk.head(1), 0, 3) == [1, 1, 2]
+    ends(family, "kill")
+    assert numbers(family, family.disk.head(1), 0, 3) == [1, 1, 2]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_histories_are_remembered(seed: int) -> None:
     """Volumes, snapshots, clones, rollbacks and ends of all kinds against a dictionary."""
@@ -480,3 +528,55 @@ def test_random_histories_are_remembered(seed: int) -> None:
         if rng.random() < 0.5:
             settled(family)
     settled(family)
+
+
+def test_a_snapshot_that_someone_looks_at_stays_until_the_view_is_closed(family: SimulatedFamily) -> None:
+    put(family, 1, 0, 1, 100)
+    layer = snapshot(family, "one")
+    put(family, 1, 0, 201, 100)
+    view = family.disk.view(layer)
+    assert change(family, "delete_snapshot", layer) == 0
+    family.run(200.0)
+    assert numbers(family, view, 0, 100) == list(range(1, 101))
+    assert family.disk.maps.live_blocks == 200
+    with pytest.raises(LookupError):
+        family.disk.view(layer)
+    view.close()
+    settled(family)
+    assert family.disk.maps.live_blocks == 100
+
+
+def test_what_a_deleted_snapshot_held_comes_back_to_the_file_system() -> None:
+    family = SimulatedFamily(size_bytes=1 << 30, segment_bytes=256 << 10)
+    put(family, 1, 0, 1, 4000)
+    layer = snapshot(family, "one")
+    put(family, 1, 0, 10_001, 4000)
+    family.run(60.0)
+    before = family.files.free_bytes()
+    assert change(family, "delete_snapshot", layer) == 0
+    family.run(90.0)
+    assert family.files.free_bytes() - before > 0.8 * 4000 * BLOCK_BYTES
+    assert numbers(family, family.disk.head(1), 0, 4000) == list(range(10_001, 14_001))
+
+
+def test_a_deletion_goes_on_after_a_crash_in_the_middle_of_it() -> None:
+    family = SimulatedFamily(size_bytes=4 << 30, segment_bytes=1 << 20, settings=SMALL_CACHE)
+    for page in range(300):
+        put(family, 1, page * 256, page * 10, 3)
+    layer = snapshot(family, "one")
+    for page in range(300):
+        put(family, 1, page * 256 + 1, 50_000 + page)
+    assert change(family, "delete_snapshot", layer) == 0
+    work = family.disk.tree_work
+    moments = 0
+    while family.disk.maps.tree.layers.get(layer):
+        family.run(0.01)
+        if work.layer and family.disk.maps.moved_keys and moments < 4:
+            moments += 1
+            put(family, 1, 256 * moments, 90_000 + moments)
+            ends(family, "checkpoint and kill" if moments % 2 else "kill")
+            work = family.disk.tree_work
+    assert moments >= 2
+    settled(family)
+    assert family.disk.maps.live_blocks == 900
+    assert numbers(family, family.disk.head(1), 256 * 299, 3) == [2990, 50_299, 2992]
