@@ -41,8 +41,8 @@ from nbdserver.logdisk.pacing import DEFAULT_SHARE, SLICE_S, guarded
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
-_KEYS = 1024  # read at a time; a page has at most 258
-_FREED_A_STEP = 64  # some 0.1 ms
+_KEYS = 600  # read at a time; a page has at most 258
+_FREED_A_STEP = 32  # some 0.05 ms
 _MOST_MOVED_KEYS = 65_536  # that wait for a checkpoint
 _PAUSE_S = SLICE_S * (1 / DEFAULT_SHARE - 1)
 
@@ -146,7 +146,7 @@ class TreeWork:
             pages.pop()  # may be cut off
         self._cursor = pages[-1][0] + 1
         self._pages = pages[::-1]
-        self._slice()
+        self._clock.call_soon(self._go_on)
 
     # -- a page
 

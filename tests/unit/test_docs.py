@@ -15,6 +15,7 @@ from metadata.region_table import RegionTable
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.ordering import CRASH_POINTS, Rule
+from nbdserver.node.directory import FORMAT_VERSION
 from tests.conftest import ROOT
 from tests.simulation.faults import FaultMix
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
@@ -66,6 +67,8 @@ def test_every_format_is_drawn_field_by_field(name: str) -> None:
 
 def test_constants_are_as_written() -> None:
     assert f"format version {disk.FORMAT_VERSION}." in FORMAT
+    assert f"data directory is of version {FORMAT_VERSION}." in FORMAT
+    assert f"data directory, version {FORMAT_VERSION}\\n" in FORMAT
     assert f"| block | {disk.BLOCK_BYTES:,} bytes |" in FORMAT
     assert "1 WRITE, 2 MOVE, 3 SEAL, 4 TREE" in FORMAT
     assert (disk.WRITE, disk.MOVE, disk.SEAL, disk.TREE) == (1, 2, 3, 4)
