@@ -24,6 +24,7 @@ LAYER_SHIFT = 32  # of a page's number
 ADDRESS_SHIFT = 40  # of a block's address
 PAGE_OF_LAYER = (1 << LAYER_SHIFT) - 1
 LBA_OF_ADDRESS = (1 << ADDRESS_SHIFT) - 1
+_DERIVED_THROUGH = 64  # layers
 
 
 class LogicalMap(PageMap):
@@ -44,6 +45,7 @@ class LogicalMap(PageMap):
         layers = self._tree.layers
         layer = layers[number >> LAYER_SHIFT]
         page_of_layer = number & PAGE_OF_LAYER
+        steps = _DERIVED_THROUGH
         while layer.stored is not None and page_of_layer not in layer.stored and not layer.holes and not layer.cut:
             parent = layer.row.parent
             found = self.get(parent << LAYER_SHIFT | page_of_layer) if parent else self._zeros
@@ -54,6 +56,9 @@ class LogicalMap(PageMap):
                 self.derived += 1
                 return page
             layer = layers[parent]
+            steps -= 1
+            if not steps:
+                return None  # a long way for the hot path: it is looked up
         return None
 
     def dirty_pages(self) -> Iterator[int]:

@@ -35,17 +35,13 @@ class Device:
         self.disk = disk
         self.layer = layer
         self.gone = False
+        self.size_bytes = disk.maps.tree.layers[layer].row.size_bytes  # looked at for every batch
         self.reader = Reader(files, disk.maps, disk.pool, layer)
         if disk.failure:
             self.reader.stop()
         self.read: Callable[[int, int], Sequence[Buffer] | None] = self.reader.read
         self.read_block: Callable[[int, BlockRoom], bool] = self.reader.read_block
         self.extents: Callable[[int, int, int], Extents | None] = self.reader.extents
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the volume, or of the volume when the snapshot was made."""
-        return self.disk.maps.tree.layers[self.layer].row.size_bytes
 
     @property
     def first_address(self) -> int:
@@ -77,8 +73,9 @@ class Head(Device):
             self.writer.stop()
 
     def move_to(self, layer: int) -> None:
-        """The volume's head is another layer now."""
+        """The volume's head is another layer now, or has another size or first MBA."""
         self.layer = layer
+        self.size_bytes = self.disk.maps.tree.layers[layer].row.size_bytes
         self.reader.move_to(layer)
         self.writer.move_to(layer)
 
@@ -97,11 +94,6 @@ class View(Device):
     def __init__(self, disk: LogDisk, files: Files, layer: int) -> None:
         super().__init__(disk, files, layer)
         disk.maps.tree.open_view(layer, 1)
-        self._size_bytes = super().size_bytes
-
-    @property
-    def size_bytes(self) -> int:
-        return self._size_bytes
 
     def write(self, offset: int, data: memoryview) -> bool:
         """A snapshot is not written: `later` says so."""

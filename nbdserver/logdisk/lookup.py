@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _FIRST_LAYERS = 8
 _MORE_LAYERS = 64
+_LAYERS_A_STEP = 512  # walked past at a time, read or not
 _NOTHING = Items(None, [], 0, 0)
 
 StoredItems = list[tuple[bytes, bytes]]
@@ -68,12 +69,14 @@ class Lookup:
         self._torn = maps.tree.moving
 
     def ranges(self) -> list[KeyRange]:
-        """What to read next, for `take`; may be nothing."""
+        """What to read next, for `take`; may be nothing, also when `take` asks for more."""
         maps = self._maps
         most = _MORE_LAYERS if self._parts else _FIRST_LAYERS
         self._read = []
         ranges: list[KeyRange] = []
-        while self._next and len(ranges) < most:
+        walked = 0
+        while self._next and len(ranges) < most and walked < _LAYERS_A_STEP:
+            walked += 1
             layer = maps.tree.layers.get(self._next)
             if layer is None:
                 self._next = 0  # gone meanwhile: the lookup is torn

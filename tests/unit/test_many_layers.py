@@ -153,3 +153,19 @@ def test_discards_beyond_the_bound_of_cuts_are_written_as_entries(monkeypatch: p
             gone = start < 40_000 and start % 10_000 < 5000
             assert numbers(family, family.disk.head(1), start, 1) == [0 if gone else start + 1]
         assert seen(family, layer, 600, 1) == [601]
+
+
+def test_a_page_under_more_layers_than_are_walked_at_a_time_is_found() -> None:
+    family = SimulatedFamily(size_bytes=64 << 20, segment_bytes=1 << 20, settings=SMALL_CACHE)
+    put(family, 1, 0, 1, 10)
+    for number in range(1300):
+        snapshot(family, f"{number}")
+    assert numbers(family, family.disk.head(1), 0, 10) == list(range(1, 11))
+    for number in range(100):  # beyond the cache: the pages of the lowest layers go
+        put(family, 1, 256 * (number + 1), 1)
+    family.checkpoint()
+    for number in range(100):
+        assert numbers(family, family.disk.head(1), 256 * (number + 1), 1) == [1]
+    assert numbers(family, family.disk.head(1), 0, 10) == list(range(1, 11))
+    put(family, 1, 3, 99)
+    assert numbers(family, family.disk.head(1), 2, 3) == [3, 99, 5]
