@@ -237,6 +237,7 @@ class Run:
         """However full the disk was: a trim of everything is taken, gives room, and what is written then is there."""
         if self.disk.failure or self.mix.lies:
             return
+        self.snapshots.delete_all()  # what they show takes room
         label = self.label = self.label + 1
         trim = self.registers.ask(f"discard {label}", 0, None, self.sizes.size_bytes)
         self._later(Operation.DISCARD, 0, self.sizes.size_bytes, None, lambda errno, _: self._must_happen(trim, errno))
