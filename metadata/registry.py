@@ -105,6 +105,13 @@ class ExportSettings:
     shared: bool = False
     allowed_clients: tuple[str, ...] = ()
     """CIDRs; empty means everybody."""
+    iops: int = 0
+    """Operations a second that its clients may do together; 0: without limit."""
+    iops_burst: int = 0
+    """Operations that may be done at once after a pause; 0: one second's worth."""
+    bandwidth: int = 0
+    """Bytes a second, read and written; 0: without limit."""
+    bandwidth_burst: int = 0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class Settings(BaseModel):
     description: str
     shared: bool
     allowed_clients: list[str]
+    iops: int = Field(description="operations a second that clients may do together; 0: without limit")
+    iops_burst: int = Field(description="operations at once after a pause; 0: one second's worth")
+    bandwidth: int = Field(description="bytes a second, read and written; 0: without limit")
+    bandwidth_burst: int = Field(description="bytes at once after a pause; 0: one second's worth")
 
 
 class Volume(BaseModel):

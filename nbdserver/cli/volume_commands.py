@@ -82,6 +82,10 @@ def _short(settings: dict[str, Any]) -> str:
     words = [key.replace("_", "-") for key in ("read_only", "shared") if settings[key]]
     if settings["allowed_clients"]:
         words.append("allowed-clients=" + ",".join(settings["allowed_clients"]))
+    if settings["iops"]:
+        words.append(f"iops={settings['iops']}")
+    if settings["bandwidth"]:
+        words.append(f"bandwidth={format_size(settings['bandwidth'])}")
     return " ".join(words)
 
 
@@ -125,9 +129,15 @@ def set_settings(
     Keys: read-only=true|false; shared=true|false (more than one host may write, which needs a cluster file system);
     description=TEXT; allowed-clients=CIDR,CIDR (empty: everybody).
 
+    Limits for all its clients together: iops=N operations and bandwidth=SIZE bytes a second, read and written;
+    iops-burst=N and bandwidth-burst=SIZE: what may be done at once after a pause (else one second's worth). none
+    takes a limit away.
+
     Examples:
 
       nbdserver volume set disk0 read-only=true
+
+      nbdserver volume set disk0 iops=1000 iops-burst=5000 bandwidth=100M
 
       nbdserver volume set disk0 allowed-clients=10.0.0.0/8,fd00::/8 description='build farm'
     """

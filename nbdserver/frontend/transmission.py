@@ -30,6 +30,7 @@ from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
+from nbdserver.volume.limits import Throttle
 from protocol import nbd
 from protocol.handshake import Agreement, ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyFlag
@@ -120,6 +121,13 @@ class Transmission:
         self._over = False
         self._continuing = False
         self._batch_bytes = 0
+        self._most_requests, self._most_bytes = (
+            BATCH_REQUESTS,
+            BATCH_BYTES,
+        )  # of one batch; the volume's limits may allow less
+        self._limited_by: Throttle | None = None
+        self._charged_bytes = 0  # of all bytes moved, what the limits were charged
+        self._waits_since_s: float | None = None  # for the limits
         self._shrink_timer: Timer | None = None
 
     @property
@@ -131,6 +139,8 @@ class Transmission:
         """The connection is gone."""
         self._over = True
         self._deferred.disconnect()
+        if self._limited_by is not None:
+            self._limited_by.leave(self._admit)
         if self._shrink_timer is not None:
             self._shrink_timer.cancel()
 
@@ -173,6 +183,8 @@ class Transmission:
         """Do everything that was received and has room."""
         if self._stalled or self._over or self._ending:
             return
+        if self._export.throttle is not None and not self._admitted(self._export.throttle):
+            return
         started_s = self._clock.now()
         position = self._walk()
         self._complete()
@@ -184,13 +196,49 @@ class Transmission:
             counters.requests += requests
             counters.batch_requests.add(requests)
             counters.latency_us.add(int((self._clock.now() - started_s) * 1e6), requests)
+            if self._export.throttle is not None:
+                moved_bytes = counters.read_bytes + counters.write_bytes
+                self._export.throttle.take(requests, moved_bytes - self._charged_bytes)
+                self._charged_bytes = moved_bytes
         if self._ending:
             self._end(self._ending)
         elif self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
             self._stall()
-        elif self._batch_bytes > BATCH_BYTES and not self._continuing:
+        elif self._batch_bytes > self._most_bytes and not self._continuing:
             self._continuing = True
             self._clock.call_soon(self._continue)
+
+    def _admitted(self, throttle: Throttle) -> bool:
+        """Whether the volume's limits let anything be done now; if not, it is, when it is this connection's turn."""
+        if self._waits_since_s is not None:
+            return False
+        if self._limited_by is not throttle:
+            self._limited_by = throttle
+            self._charged_bytes = self._counters.read_bytes + self._counters.write_bytes
+        self._most_requests, self._most_bytes = throttle.allowance(BATCH_REQUESTS, BATCH_BYTES)
+        if self._most_requests and self._most_bytes:
+            return True
+        self._waits_since_s = self._clock.now()
+        self._connection.pause_reading()
+        throttle.wait(self._admit)
+        return False
+
+    def _admit(self) -> None:
+        """The limits let this connection go on."""
+        if self._waits_since_s is not None:
+            self._counters.throttled_us += int((self._clock.now() - self._waits_since_s) * 1e6)
+            self._waits_since_s = None
+        if self._export.throttle is None:
+            self._limited_by = None
+            self._most_requests, self._most_bytes = BATCH_REQUESTS, BATCH_BYTES
+        if self._stalled or self._over or self._ending:
+            return
+        self.process()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if not (self._stalled or self._over or self._ending or self._waits_since_s is not None):
+            self._connection.resume_reading()
 
     def _continue(self) -> None:
         self._continuing = False
@@ -213,10 +261,11 @@ class Transmission:
         out, acknowledge = self._out, self._acknowledged.append
         append = out.append
         last = end - header_bytes
+        most_bytes = self._most_bytes
         reads = read_bytes = writes = write_bytes = slot = 0
         self._batch_bytes = 0
         self._missing_bytes = header_bytes
-        for _ in range(BATCH_REQUESTS):
+        for _ in range(self._most_requests):
             if position > last:
                 break
             magic, flags, command, cookie, offset, length = unpack(data, position)
@@ -257,7 +306,7 @@ class Transmission:
                         reads += 1
                         read_bytes += length
                         position += header_bytes
-                        if read_bytes > BATCH_BYTES:
+                        if read_bytes > most_bytes:
                             self._batch_bytes = read_bytes
                             break
                         continue
@@ -288,10 +337,10 @@ class Transmission:
             if after == _STOP:
                 break
             position = after
-            if self._ending or self._batch_bytes > BATCH_BYTES:
+            if self._ending or self._batch_bytes > most_bytes:
                 break
         else:
-            self._batch_bytes = BATCH_BYTES + 1
+            self._batch_bytes = most_bytes + 1
         counters = self._counters
         counters.reads += reads + slot
         counters.read_bytes += read_bytes + slot * BLOCK_BYTES
@@ -520,8 +569,7 @@ class Transmission:
         if self._stalled and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
             self._stalled = False
             self.process()
-            if not self._stalled and not self._over:
-                self._connection.resume_reading()
+            self._read_on()
 
     def _end(self, reason: str) -> None:
         """Finish, as soon as nothing waits for the device."""

@@ -27,6 +27,7 @@ import resource
 import signal
 import socket
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from nbdserver.node.channel import Channel
 from nbdserver.node.descriptors import close_all, send_descriptors
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
 from nbdserver.volume.export import Export, ExportError, Exports
+from nbdserver.volume.limits import Limits
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
@@ -124,6 +126,7 @@ class Worker:
             shared=settings["shared"],
             allowed=settings["allowed_clients"],
         )
+        opened.export.limit(_limits(settings), self._clock)
         self._exports.add(opened.export)
         self._families[family] = opened
         self._share_cache()
@@ -139,6 +142,7 @@ class Worker:
             shared=settings["shared"],
             allowed=settings["allowed_clients"],
         )
+        export.limit(_limits(settings), self._clock)
 
     async def do_close(self, family: str, force: bool) -> int:
         """Close a family for good. Returns how many client connections keep it from that, unless `force`."""
@@ -337,6 +341,10 @@ class Worker:
 
     def _reporter(self, family: str, volume: str) -> Any:
         return lambda kind, fields: self._report(kind, {"family": family, "volume": volume, **fields})
+
+
+def _limits(settings: dict[str, Any]) -> Limits:
+    return Limits(**{field.name: settings[field.name] for field in fields(Limits)})
 
 
 def collect_garbage() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from metadata.registry import FAMILY_ID_BYTES, ExportSettings, Families, Family, RegistryError
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
-from nbdserver.node.sizes import SizeError, check_volume_size, format_size
+from nbdserver.node.sizes import SizeError, check_volume_size, format_size, parse_size
 from protocol.invariant import invariant
 
 MAX_VOLUMES = 1024
@@ -31,7 +31,10 @@ MAX_ALLOWED_CLIENTS = 256
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
-SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients")
+LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
+SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS)
+MAX_RATE = 1 << 40
+"""Operations or bytes a second; more is no limit to anything."""
 
 Call = Callable[..., Any]
 """`Channel.call` of the running data process."""
@@ -60,6 +63,8 @@ def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSet
             return replace(settings, description=value)
         case "allowed-clients":
             return replace(settings, allowed_clients=_parse_networks(value))
+        case "iops" | "iops-burst" | "bandwidth" | "bandwidth-burst" as limit:
+            return _change_limit(settings, limit, value)
         case "tls":
             raise WrongInputError("TLS is not available yet; limit who may attach with allowed-clients=CIDR,CIDR")
         case "size":
@@ -67,6 +72,29 @@ def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSet
                 "a volume cannot be resized yet; make another one with volume create NAME --size SIZE"
             )
     raise WrongInputError(f"{key!r:.60} is not a setting of a volume; known are {', '.join(SETTING_KEYS)}")
+
+
+def _change_limit(settings: ExportSettings, key: str, value: str) -> ExportSettings:
+    example = "100M or none" if key.startswith("bandwidth") else "1000 or none"
+    field = key.replace("-", "_")
+    if value.lower() in ("none", "0", ""):
+        rate = 0
+    elif key.startswith("iops") and not value.isdecimal():
+        raise WrongInputError(f"{key}={value!s:.40} is not a number of operations; write {key}={example}")
+    else:
+        try:
+            rate = parse_size(value)
+        except SizeError as error:
+            raise WrongInputError(f"{key}: {error}; write {key}={example}") from None
+    if rate > MAX_RATE:
+        raise WrongInputError(f"{key}={value!s:.40} is more than {MAX_RATE}; write {key}=none for no limit")
+    changed = replace(settings, **{field: rate})  # type: ignore[arg-type]
+    for limit in ("iops", "bandwidth"):
+        if getattr(changed, f"{limit}_burst") and not getattr(changed, limit):
+            if field != limit or rate:
+                raise WrongInputError(f"{limit}-burst needs a limit that it is the burst of; set {limit} too")
+            changed = replace(changed, **{f"{limit}_burst": 0})  # type: ignore[arg-type]
+    return changed
 
 
 def _parse_bool(key: str, value: str) -> bool:

@@ -44,6 +44,7 @@ class Counters:
         "read_bytes",
         "reads",
         "requests",
+        "throttled_us",
         "write_bytes",
         "writes",
     )
@@ -58,6 +59,7 @@ class Counters:
         self.flushes = 0
         self.deferred = 0  # requests that went to BlockDevice.later
         self.errors = 0  # error replies
+        self.throttled_us = 0  # how long it waited for the volume's limits
         self.batch_requests = Histogram()  # requests a batch
         self.latency_us = Histogram()  # from the bytes' arrival to the reply's sending, deferred ones included
 

@@ -20,8 +20,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Protocol
 
+from metadata.seams import Clock
 from nbdserver.block import BlockDevice
 from nbdserver.volume.counters import Counters
+from nbdserver.volume.limits import Limits, Throttle
 
 LOCAL_HOST = "local"
 NAME_LIMIT_BYTES = 4096  # the protocol's bound on strings
@@ -93,6 +95,7 @@ class Export:
         self.read_only = read_only
         self.shared = shared
         self.allowed = _networks(allowed)
+        self.throttle: Throttle | None = None  # of a volume with limits
         self.sessions: set[ExportSession] = set()
         self._past = Counters()  # of sessions that have left
 
@@ -104,6 +107,14 @@ class Export:
         for session in self.sessions:
             total.include(session.counters)
         return total
+
+    def limit(self, limits: Limits, clock: Clock) -> None:
+        """Set how fast clients may use it, at once; those who wait for old limits go on under the new ones."""
+        old = self.throttle
+        if limits != (old.limits if old is not None else Limits()):
+            self.throttle = Throttle(limits, clock) if limits.any else None
+            if old is not None:
+                old.end()
 
     def allows(self, peer_name: str) -> bool:
         """Whether a peer of this name may see and enter the export."""
