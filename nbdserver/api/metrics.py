@@ -30,6 +30,7 @@ HELP = {
     "batch_requests": "requests a batch",
     "deferred": "requests that had to wait for the device",
     "errors": "error replies",
+    "throttled_us": "microseconds that clients waited for the limits of the volume",
     "disk_logical_map_updates": "entries of the logical map that were changed",
     "disk_middle_map_updates": "entries of the middle map that were changed",
     "disk_log_bytes_appended": "bytes appended to the log; over write_bytes: the write amplification of data",

@@ -598,3 +598,24 @@ def test_clients_that_come_and_go_cost_no_memory(start_server: StartServer) -> N
 
     settled_kib = resident_kib_after(600)
     assert resident_kib_after(600) - settled_kib < 1024
+
+
+def test_a_limited_volume_is_served_at_its_rate_and_no_other_one_waits(start_server: StartServer) -> None:
+    server = start_server()
+    server.command("volume", "create", "slow", "--size", "64M")
+    server.command("volume", "set", "slow", "iops=100", "iops-burst=10")
+
+    def seconds(name: str, requests: int) -> float:
+        client = Client(("127.0.0.1", server.port), name)
+        started_s = time.monotonic()
+        for _ in range(requests):
+            client.send(Command.READ, 0, 4096)
+        assert [client.receive().error for _ in range(requests)] == [0] * requests
+        client.close()
+        return time.monotonic() - started_s
+
+    assert seconds("slow", 110) >= 0.9
+    assert seconds("disk0", 110) < 0.9
+    assert ask(server, "/v1/volumes/slow")["settings"]["iops"] == 100
+    server.command("volume", "set", "slow", "iops=none")
+    assert seconds("slow", 110) < 0.9

@@ -30,6 +30,9 @@ def test_any_other_name_is_refused_in_one_line(name: str) -> None:
         ("shared", "0", PLAIN),
         ("description", "a = b", ExportSettings(description="a = b")),
         ("allowed-clients", "10.0.0.0/8, fd00::/8", ExportSettings(allowed_clients=("10.0.0.0/8", "fd00::/8"))),
+        ("iops", "1000", ExportSettings(iops=1000)),
+        ("bandwidth", "1M", ExportSettings(bandwidth=1 << 20)),
+        ("bandwidth", "none", PLAIN),
         ("allowed-clients", "192.0.2.7", ExportSettings(allowed_clients=("192.0.2.7/32",))),
         ("allowed-clients", "all", PLAIN),
         ("allowed-clients", "", PLAIN),
@@ -42,6 +45,11 @@ def test_a_setting_is_changed_and_the_others_stay(key: str, value: str, expected
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("iops", "1K", "write iops=1000 or none"),
+        ("iops", str(1 << 41), "write iops=none"),
+        ("iops-burst", "5", "set iops too"),
+        ("bandwidth", "1MB", "ambiguous"),
+        ("bandwidth-burst", "1M", "set bandwidth too"),
         ("read-only", "maybe", "write read-only=true or read-only=false"),
         ("description", "x" * 4097, "longer than 4096 bytes"),
         ("allowed-clients", "10.0.0.1/8", "write for example 10.0.0.0/8"),
@@ -49,7 +57,7 @@ def test_a_setting_is_changed_and_the_others_stay(key: str, value: str, expected
         ("allowed-clients", ",".join(["10.0.0.0/8"] * 257), "at most 256"),
         ("tls", "require", "TLS is not available yet"),
         ("size", "20G", "cannot be resized yet"),
-        ("", "x", "known are read-only, description, shared, allowed-clients"),
+        ("", "x", "known are read-only, description, shared, allowed-clients, iops"),
     ],
 )
 def test_a_wrong_setting_says_what_would_be_right(key: str, value: str, message: str) -> None:
