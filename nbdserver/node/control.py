@@ -33,12 +33,13 @@ from nbdserver.node.addresses import port_holder, split_address
 from nbdserver.node.ballast import Ballast
 from nbdserver.node.config import NodeSettings, load_settings
 from nbdserver.node.data_process import DataProcess, DataProcessError
-from nbdserver.node.descriptors import CLIENT, LISTENING, LOCK, STATE, close_all
+from nbdserver.node.descriptors import LOCK, close_all
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.sizes import round_size
+from nbdserver.node.succession import Succession
 from nbdserver.node.volumes import Volumes
 from protocol.invariant import InvariantError
 
@@ -93,6 +94,7 @@ class Node:
         self._exit_code = 0
         self.handover: dict[str, Any] | None = None
         self._inherited = inherited or Inherited()
+        self._succession = Succession(self._inherited, self._say, self.events.add)
         self._upgrade = ""  # the id of the one that is wanted
         self._wanted = asyncio.Event()  # to stop, or to upgrade
         self._starting_again = asyncio.Lock()
@@ -265,22 +267,12 @@ class Node:
 
     async def _take_clients(self, handover_id: str, limit: int) -> list[tuple[str, int]]:
         """Let the data process hand its clients over and end; returns their named descriptors. Raises NodeError."""
-        data = self._data
-        if data is None:
+        if self._data is None:
             raise DataProcessError("the data process is not running")
-        program.raise_descriptor_limit()
-        self._say("handing over: clients wait from now on")
-        answer = await data.call("hand_over", handover_id=handover_id, limit=limit)
-        listening, clients = answer["listening"], answer["clients"]
-        received = data.receive_descriptors(1 + listening + clients)
-        self._data = None
+        descriptors = await self._succession.take_from(self._data, handover_id, limit)
+        data, self._data = self._data, None
         await data.wait()
-        self.events.add("clients-handed-over", {"clients": clients, "dropped": answer["dropped"]})
-        for problem in answer["problems"]:
-            self._say(f"WARNING: not closed cleanly: {problem}")
-        self._say(f"handing over: {clients} clients, volumes closed in {answer['closed_s']} s")
-        names = [STATE, *[LISTENING] * listening, *[CLIENT] * clients]
-        return list(zip(names, received, strict=True))
+        return descriptors
 
     async def _leave_clients_to_systemd(self) -> bool:
         """Give the clients to systemd, which hands them to the next start; False if it keeps none."""
@@ -290,46 +282,16 @@ class Node:
         try:
             await self.call("prepare")
             descriptors = await self._take_clients(secrets.token_hex(8), room)
-            for name in (STATE, LISTENING, CLIENT):
-                systemd_notify.store(name, [descriptor for label, descriptor in descriptors if label == name])
+            self._succession.leave_to_systemd(descriptors)
         except (NodeError, OSError) as error:
             self._say(f"the clients cannot be left to systemd: {error}")
             return False
-        if not systemd_notify.barrier():
-            self._say("systemd does not say whether it keeps the clients; they may have to connect again")
         return True
 
     async def _take_over(self) -> None:
         """Let the data process go on with what this process was started with."""
-        inherited = self._inherited
-        is_ours = inherited.state is None or self._is_ours_alone()
-        if not is_ours:
-            self._say("WARNING: systemd does not say that it has let go of the clients; they have to connect again")
-        try:
-            taken = await self.call(
-                "take_over",
-                state=inherited.state,
-                go_on=is_ours,
-                clients=inherited.clients,
-                listening=inherited.listening,
-                activated=inherited.activated,
-            )
-        except DataProcessError as error:
-            taken = None
-            self._say(f"WARNING: no client was taken over: {error}")
-        inherited.state, inherited.clients, inherited.listening = None, [], []
-        if taken is not None:
-            self.handover = {"failure": "", **taken}
-            self.events.add("clients-taken-over", taken)
-            self._say(f"{taken['clients']} clients taken over; they waited {taken['pause_s']} s")
-
-    def _is_ours_alone(self) -> bool:
-        """Make systemd forget the clients: if it gave them to a later start, their requests would be repeated."""
-        if not systemd_notify.store_size():
-            return True
-        for name in (STATE, LISTENING, CLIENT):
-            systemd_notify.remove(name)
-        return systemd_notify.barrier()
+        taken = await self._succession.give_to(self.call)
+        self.handover = taken or self.handover
 
     # --- the data process ---
 
