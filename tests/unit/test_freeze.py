@@ -7,6 +7,7 @@ import pytest
 
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES
 from nbdserver.volume.export import Exports
+from nbdserver.volume.limits import Limits
 from protocol.handshake import OptionRefusedError, ReplyStyle
 from protocol.nbd import Command, CommandFlag
 from tests.unit.session_rig import SIZE_BYTES, Answer, Rig, Wire, make_rig
@@ -202,3 +203,19 @@ def test_an_export_knows_the_clients_that_were_taken_over(rig: Rig) -> None:
     assert not rig.wire(peer_name="192.0.2.2:1000").entered
     wire.feed(wire.request(Command.DISC)[1])
     assert rig.wire(peer_name="192.0.2.2:1000").entered
+
+
+def test_a_client_that_waits_for_its_volumes_limits_goes_on_in_the_next_process(rig: Rig) -> None:
+    rig.export.limit(Limits(iops=1), rig.clock)
+    wire = rig.wire()
+    asked = [wire.request(Command.WRITE, 4096 * number, data=bytes([number + 1]) * BLOCK) for number in range(4)]
+    wire.feed(b"".join(packed for _, packed in asked))
+    rig.clock.run()
+    assert not wire.connection.reading, "the limits hold nothing up"
+    wire.hand_over(rig.exports)
+    for _ in range(10):
+        rig.clock.advance(1.0)
+    answers = told(wire)
+    assert [answers[cookie].error for cookie, _ in asked] == [0] * 4
+    assert wire.connection.reading
+    assert bytes(rig.device.data[4096 * number] for number in range(4)) == bytes([1, 2, 3, 4])
