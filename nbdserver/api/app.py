@@ -63,6 +63,35 @@ class Volume(BaseModel):
     disk: dict[str, Any] = Field(description="what the log-structured disk says of itself")
 
 
+class SnapshotRequest(BaseModel):
+    """What POST /v1/snapshots takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    volume: str
+    name: str = Field(description="the snapshot's name, without the volume's")
+
+
+class Snapshot(BaseModel):
+    """What a volume held at a moment."""
+
+    volume: str
+    name: str
+    export: str = Field(description="the name that clients attach by, read-only")
+    size_bytes: int
+    created: str = Field(description="ISO 8601, UTC")
+    clients: int = Field(description="client connections")
+
+
+class ResizeRequest(BaseModel):
+    """What POST /v1/volumes/NAME/resize takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
+    force: bool = Field(default=False, description="make it smaller too: what is cut off is gone")
+
+
 class Handover(BaseModel):
     """How clients came over from the program before."""
 
@@ -109,6 +138,7 @@ def make_app(node: Node) -> FastAPI:
     _add_errors(app)
     _add_node(app, node)
     _add_volumes(app, node)
+    _add_snapshots(app, node)
     _add_clients(app, node)
     return app
 
@@ -218,6 +248,28 @@ def _add_volumes(app: FastAPI, node: Node) -> None:
     @app.delete("/v1/volumes/{name:path}", status_code=204, summary="Delete a volume and its data")
     async def delete_volume(name: str, force: bool = False) -> None:
         await node.volumes.delete(name, force)
+
+
+def _add_snapshots(app: FastAPI, node: Node) -> None:
+    @app.post("/v1/volumes/{name}/resize", summary="Give a volume another size")
+    async def resize_volume(name: str, request: ResizeRequest) -> Volume:
+        return Volume(**await node.snapshots.resize(name, request.size_bytes, request.force))
+
+    @app.get("/v1/snapshots", summary="Snapshots of one volume, or of all")
+    async def list_snapshots(volume: str = "") -> list[Snapshot]:
+        return [Snapshot(**found) for found in await node.snapshots.listed(volume)]
+
+    @app.post("/v1/snapshots", status_code=201, summary="Keep what a volume holds now")
+    async def create_snapshot(request: SnapshotRequest) -> Snapshot:
+        return Snapshot(**await node.snapshots.create(request.volume, request.name))
+
+    @app.delete("/v1/snapshots/{volume}/{name}", status_code=204, summary="Delete a snapshot")
+    async def delete_snapshot(volume: str, name: str, force: bool = False) -> None:
+        await node.snapshots.delete(volume, name, force)
+
+    @app.post("/v1/snapshots/{volume}/{name}/rollback", summary="Let the volume hold what the snapshot holds")
+    async def rollback(volume: str, name: str) -> Volume:
+        return Volume(**await node.snapshots.rollback(volume, name))
 
 
 def _add_clients(app: FastAPI, node: Node) -> None:

@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from nbdserver.cli import check_command, client_commands, node_commands, serve, service, upgrade, volume_commands
+from nbdserver.cli import (
+    check_command,
+    client_commands,
+    node_commands,
+    serve,
+    service,
+    snapshot_commands,
+    upgrade,
+    volume_commands,
+)
 from nbdserver.cli.options import DataOption, JsonOption
 
 app = typer.Typer(
@@ -53,6 +62,7 @@ def root(
 
 serve.add_to(app)
 app.add_typer(volume_commands.app, name="volume")
+app.add_typer(snapshot_commands.app, name="snapshot")
 app.add_typer(client_commands.app, name="client")
 node_commands.add_to(app)
 check_command.add_to(app)

@@ -48,7 +48,7 @@ def serve(
         typer.Option(
             "--create",
             metavar="NAME=SIZE",
-            help="Make this volume if it is not there yet; may be repeated.",
+            help="Make this volume if it is not there yet (one that is there keeps its size); may be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -156,6 +156,37 @@ def set_settings(
         print(f"changed {name}: {', '.join(wanted)}")
 
 
+@app.command("resize")
+def resize(
+    context: typer.Context,
+    name: Name,
+    size: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="10G, 512M, 1.5T: powers of 1024.", show_default=False)
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Make it smaller too: what is cut off is gone.")] = False,
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Give a volume another size, at once. Clients that are attached see it when they attach again.
+
+    What it grows by reads as zeros. Making it smaller needs --force, and no client may be attached; its snapshots
+    keep all that they hold.
+
+    Example:
+
+      nbdserver volume resize disk0 --size 20G
+    """
+    try:
+        size_bytes = parse_volume_size(size)
+    except SizeError as error:
+        raise WrongInputError(f"--size: {error}") from None
+    volume = _client(context, data).post(volume_path(name) + "/resize", {"size_bytes": size_bytes, "force": force})
+    if wants_json(context, json_output):
+        print_json(volume)
+    else:
+        print(f"volume {name} has {format_size(size_bytes)}")
+
+
 @app.command("delete")
 def delete(
     context: typer.Context,

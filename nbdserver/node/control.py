@@ -39,6 +39,7 @@ from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.sizes import round_size
+from nbdserver.node.snapshots import Snapshots
 from nbdserver.node.succession import Succession
 from nbdserver.node.volumes import Volumes
 from protocol.invariant import InvariantError
@@ -87,6 +88,7 @@ class Node:
         self._registry = open_registry(directory)
         self._families = Families(self._registry, owner="local")
         self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment)
+        self.snapshots = Snapshots(self.volumes)
         self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()

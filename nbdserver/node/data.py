@@ -39,6 +39,7 @@ from nbdserver.node import handover
 from nbdserver.node.channel import Channel
 from nbdserver.node.descriptors import close_all, send_descriptors
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
+from nbdserver.node.snapshot_exports import SnapshotExports, resize
 from nbdserver.volume.export import Export, ExportError, Exports
 from nbdserver.volume.limits import Limits
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
@@ -128,10 +129,11 @@ class Worker:
         )
         opened.export.limit(_limits(settings), self._clock)
         self._exports.add(opened.export)
+        opened.snapshots = SnapshotExports(opened.disk, opened.export, self._exports)
         self._families[family] = opened
         self._share_cache()
         collect_garbage()
-        return {"generation": opened.disk.opened.generation}
+        return {"generation": opened.disk.opened.generation, "size_bytes": opened.export.device.size_bytes}
 
     async def do_set(self, family: str, settings: dict[str, Any]) -> None:
         """Change an export's settings, at once."""
@@ -143,6 +145,32 @@ class Worker:
             allowed=settings["allowed_clients"],
         )
         export.limit(_limits(settings), self._clock)
+        self._snapshots(family).settings_changed()
+
+    async def do_snapshots(self, family: str) -> list[dict[str, Any]]:
+        """The volume's snapshots."""
+        return self._snapshots(family).listed()
+
+    async def do_snapshot_create(self, family: str, snapshot: str) -> int:
+        """Make a snapshot; returns an errno."""
+        return await self._snapshots(family).create(snapshot)
+
+    async def do_snapshot_delete(self, family: str, snapshot: str) -> int:
+        """Delete a snapshot, disconnecting its clients; returns an errno."""
+        return await self._snapshots(family).delete(snapshot)
+
+    async def do_snapshot_rollback(self, family: str, snapshot: str) -> int:
+        """Go back to a snapshot; returns an errno, EBUSY while the volume has clients."""
+        if self._export(family).sessions:
+            return errno.EBUSY
+        return await self._snapshots(family).rollback(snapshot)
+
+    async def do_resize(self, family: str, size_bytes: int) -> int:
+        """Give the volume another size; returns an errno, EBUSY for making it smaller while it has clients."""
+        export = self._export(family)
+        if export.sessions and size_bytes < export.device.size_bytes:
+            return errno.EBUSY
+        return await resize(self._families[family].disk, size_bytes)
 
     async def do_close(self, family: str, force: bool) -> int:
         """Close a family for good. Returns how many client connections keep it from that, unless `force`."""
@@ -150,6 +178,7 @@ class Worker:
         if export.sessions and not force:
             return len(export.sessions)
         self._exports.remove(export.name)
+        self._snapshots(family).close()
         await self._families.pop(family).close()
         self._share_cache()
         return 0
@@ -285,7 +314,7 @@ class Worker:
         problems = await self._close_families()
 
         def fit(export: Export) -> bool:
-            return export.name not in problems
+            return export.name.partition("@")[0] not in problems  # a snapshot's family is its volume's
 
         room = limit - len(released)
         descriptors, given, dropped = handover.give(self._server, released, fit, handover_id, frozen_s, clients, room)
@@ -338,6 +367,12 @@ class Worker:
         if opened is None or opened.export is None:
             raise FamilyError("this volume is not open; `nbdserver status` says why")
         return opened.export
+
+    def _snapshots(self, family: str) -> SnapshotExports:
+        snapshots = self._families[family].snapshots if family in self._families else None
+        if snapshots is None:
+            raise FamilyError("this volume is not open; `nbdserver status` says why")
+        return snapshots
 
     def _reporter(self, family: str, volume: str) -> Any:
         return lambda kind, fields: self._report(kind, {"family": family, "volume": volume, **fields})

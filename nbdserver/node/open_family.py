@@ -16,6 +16,7 @@ from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.segments import BALLAST
+from nbdserver.node.snapshot_exports import SnapshotExports
 from nbdserver.volume.export import Export
 
 _STORE_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
@@ -118,6 +119,7 @@ class OpenFamily:
         """Open it: replays its log, which waits for the disk. Raises FamilyError."""
         self.id = family_id
         self.export: Export | None = None
+        self.snapshots: SnapshotExports | None = None
         self._clock = clock
         if not os.path.exists(os.path.join(directory, "maps", "CURRENT")):
             raise FamilyError(f"its maps are missing: {directory}/maps is no LevelDB")

@@ -29,7 +29,7 @@ MAX_NAME_LENGTH = 128
 MAX_DESCRIPTION_BYTES = 4096  # NBD's longest string
 MAX_ALLOWED_CLIENTS = 256
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
 SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS)
@@ -42,7 +42,7 @@ Call = Callable[..., Any]
 
 def check_name(name: str) -> str:
     """Return `name` if a volume may have it. Raises WrongInputError."""
-    if not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
         raise WrongInputError(
             f"{name!r:.60} cannot be a volume's name; use 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 _ . - "
             "and begin with a letter or digit"
@@ -68,9 +68,7 @@ def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSet
         case "tls":
             raise WrongInputError("TLS is not available yet; limit who may attach with allowed-clients=CIDR,CIDR")
         case "size":
-            raise WrongInputError(
-                "a volume cannot be resized yet; make another one with volume create NAME --size SIZE"
-            )
+            raise WrongInputError("a size is not a setting: nbdserver volume resize NAME --size SIZE")
     raise WrongInputError(f"{key!r:.60} is not a setting of a volume; known are {', '.join(SETTING_KEYS)}")
 
 
@@ -143,15 +141,15 @@ class Volumes:
         self._directory = directory
         self._families = families
         self._call = call
-        self._event = event
+        self.event = event
         self._segment_bytes = segment_bytes
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._failed: dict[str, str] = {}
 
     @property
     def changing(self) -> asyncio.Lock:
         """Held while a change is made: who has it knows that none is half done."""
-        return self._lock
+        return self.lock
 
     async def remove_scraps(self) -> None:
         """Delete the directories of families that were being made or removed when the node stopped."""
@@ -161,7 +159,7 @@ class Volumes:
 
     async def open_all(self) -> None:
         """Open every family in the data process. One that fails is reported and stays closed; the others are served."""
-        async with self._lock:
+        async with self.lock:
             self._failed.clear()
             for family in self._families.all():
                 try:
@@ -171,16 +169,16 @@ class Volumes:
                     continue  # noted in `_failed`, as an event and in `status`
 
     async def create(self, name: str, size_bytes: int, exist_ok: bool = False) -> dict[str, Any]:
-        """Make an empty volume and serve it. `exist_ok`: one with the same name and size is fine."""
+        """Make an empty volume and serve it. `exist_ok`: one that is there is fine; it keeps its size."""
         check_name(name)
         try:
             check_volume_size(size_bytes)
         except SizeError as error:
             raise WrongInputError(str(error)) from None
-        async with self._lock:
+        async with self.lock:
             there = self._families.find(name)
             if there is not None:
-                if exist_ok and there.size_bytes == size_bytes:
+                if exist_ok:
                     return self._describe(there, {})
                 raise ConflictError(
                     f"volume {name} exists already, with size {format_size(there.size_bytes)}; "
@@ -212,7 +210,7 @@ class Volumes:
                 self._families.add(family), "a name that was free is taken, although one change is made at a time"
             )
             family = await self._open(family)
-            self._event("volume-created", {"volume": name, "size_bytes": size_bytes})
+            self.event("volume-created", {"volume": name, "size_bytes": size_bytes})
             return self._describe(family, (await self._live()).get(family.id, {}))
 
     async def list(self) -> list[dict[str, Any]]:
@@ -227,7 +225,7 @@ class Volumes:
 
     async def set(self, name: str, changes: dict[str, str]) -> dict[str, Any]:
         """Change settings, all of `changes` or none, live."""
-        async with self._lock:
+        async with self.lock:
             family = self._find(name)
             settings = family.settings
             for key, value in changes.items():
@@ -236,14 +234,22 @@ class Volumes:
                 if family.id not in self._failed:
                     await self._call("set", family=family.id, settings=asdict(settings))  # may refuse
                 family = self._families.change(family, settings=settings)
-                self._event("volume-changed", {"volume": name, "changes": changes})
+                self.event("volume-changed", {"volume": name, "changes": changes})
             return self._describe(family, (await self._live()).get(family.id, {}))
 
     async def delete(self, name: str, force: bool = False) -> None:
         """Delete a volume and its data. Raises ConflictError while clients are attached, unless `force`."""
-        async with self._lock:
+        async with self.lock:
             family = self._find(name)
             if family.id not in self._failed:
+                snapshots = await self._call("snapshots", family=family.id)
+                if snapshots:
+                    names = ", ".join(found["name"] for found in snapshots[:5])
+                    more = f" and {len(snapshots) - 5} more" if len(snapshots) > 5 else ""
+                    raise ConflictError(
+                        f"volume {name} has snapshots: {names}{more}; delete them first "
+                        f"(nbdserver snapshot delete {name}@{snapshots[0]['name']})"
+                    )
                 count = await self._call("close", family=family.id, force=force)
                 if count:
                     raise ConflictError(
@@ -257,7 +263,20 @@ class Volumes:
                 raise
             self._failed.pop(family.id, None)
             await self._scrap(family.id)
-            self._event("volume-deleted", {"volume": name})
+            self.event("volume-deleted", {"volume": name})
+
+    async def ask(self, request: str, name: str, **arguments: Any) -> Any:
+        """A request to the data process about an open volume. Raises NotFoundError, NodeError."""
+        family = self._find(name)
+        if family.id in self._failed:
+            raise ConflictError(f"volume {name} is not open: {self._failed[family.id]}")
+        return await self._call(request, family=family.id, **arguments)
+
+    def note_size(self, name: str, size_bytes: int) -> None:
+        """The family has this size now."""
+        family = self._find(name)
+        if family.size_bytes != size_bytes:
+            self._families.change(family, size_bytes=size_bytes)
 
     async def _open(self, family: Family) -> Family:
         raised = self._families.raise_epoch(family)
@@ -272,8 +291,11 @@ class Volumes:
             )
         except NodeError as error:
             self._failed[family.id] = str(error)
-            self._event("volume-not-opened", {"volume": family.volume, "reason": str(error)})
+            self.event("volume-not-opened", {"volume": family.volume, "reason": str(error)})
             raise
+        if answer["size_bytes"] != raised.size_bytes:
+            # Resized or rolled back, and stopped before the registry knew.
+            raised = self._families.change(raised, size_bytes=answer["size_bytes"])
         if answer["generation"] > raised.generation:
             raised = self._families.change(raised, generation=answer["generation"])
         return raised

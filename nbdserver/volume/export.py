@@ -190,8 +190,8 @@ class Exports:
         return self._exports.get(name)
 
     def default(self, peer_name: str) -> Export | None:
-        """What the empty name means to a peer: the only export that it may see."""
-        visible = self.visible(peer_name)
+        """What the empty name means to a peer: the only volume that it may see; snapshots do not count."""
+        visible = [export for export in self.visible(peer_name) if "@" not in export.name]
         return visible[0] if len(visible) == 1 else None
 
     def visible(self, peer_name: str) -> list[Export]:

@@ -119,14 +119,12 @@ def test_it_prints_how_to_attach(start_server: StartServer, tmp_path: Path) -> N
         assert command in server.printed
 
 
-def test_creating_a_volume_that_is_there_is_fine_with_the_same_size_only(start_server: StartServer) -> None:
+def test_a_volume_that_is_wanted_at_the_start_and_there_keeps_its_size(start_server: StartServer) -> None:
     server = start_server()
+    server.command("volume", "resize", "disk0", "--size", "128M")
     assert server.stop() == 0
-    result = run("serve", "--data", server.data, "--listen", f"127.0.0.1:{server.port}", "--create", "disk0=32M")
-    assert result.returncode == 2
-    assert result.stderr.startswith("nbdserver: volume disk0 exists already, with size 64M; ")
-    assert result.stderr.count("\n") == 1
-    server.start()  # with --create disk0=64M, which it has
+    server.start()  # with --create disk0=64M
+    assert show(server)["size_bytes"] == 128 << 20
 
 
 def test_a_taken_port_is_one_line_that_names_the_holder_and_another_port(

@@ -24,6 +24,8 @@ class FakeData:
 
     failing: set[str] = field(default_factory=set)
     clients: int = 0
+    size_bytes: int = SIZE
+    snapshots: list[dict[str, str]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     epochs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -35,7 +37,8 @@ class FakeData:
             self.epochs.setdefault(arguments["family"], []).append(arguments["epoch"])
         if name in self.failing:
             raise DataProcessError(f"{name} failed")
-        return {"open": {"generation": 1}, "close": self.clients, "volumes": {}}.get(name)
+        opened = {"generation": 1, "size_bytes": self.size_bytes}
+        return {"open": opened, "close": self.clients, "volumes": {}, "snapshots": self.snapshots}.get(name)
 
 
 @dataclass
@@ -137,9 +140,24 @@ def test_a_deletion_cut_off_after_it_was_registered_is_finished_by_the_next_star
     assert (node.directories(), node.families.scraps()) == ([], [])
 
 
-def test_the_same_name_and_size_is_no_change_and_another_size_is_refused(node: Node) -> None:
+def test_a_volume_with_snapshots_is_not_deleted(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    node.data.snapshots = [{"name": f"s{number}"} for number in range(7)]
+    error = refused(ConflictError, lambda: node.volumes.delete("disk0", force=True))
+    assert "s0, s1, s2, s3, s4 and 2 more" in error
+    assert "close" not in node.data.calls
+
+
+def test_a_size_that_the_registry_did_not_hear_of_is_noted_at_the_next_opening(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    node.data.size_bytes = 2 * SIZE
+    asyncio.run(node.volumes.open_all())
+    assert asyncio.run(node.volumes.show("disk0"))["size_bytes"] == 2 * SIZE
+
+
+def test_a_volume_that_is_wanted_and_there_keeps_its_size(node: Node) -> None:
     asyncio.run(node.volumes.create("disk0", SIZE))
     asyncio.run(node.volumes.create("disk0", SIZE, exist_ok=True))
     assert node.data.calls.count("format") == 1
-    refused(ConflictError, lambda: node.volumes.create("disk0", 2 * SIZE, exist_ok=True))
+    assert asyncio.run(node.volumes.create("disk0", 2 * SIZE, exist_ok=True))["size_bytes"] == SIZE
     refused(ConflictError, lambda: node.volumes.create("disk0", SIZE))

@@ -56,7 +56,7 @@ def test_a_setting_is_changed_and_the_others_stay(key: str, value: str, expected
         ("allowed-clients", "example.com", "write for example 10.0.0.0/8,fd00::/8"),
         ("allowed-clients", ",".join(["10.0.0.0/8"] * 257), "at most 256"),
         ("tls", "require", "TLS is not available yet"),
-        ("size", "20G", "cannot be resized yet"),
+        ("size", "20G", "volume resize NAME --size SIZE"),
         ("", "x", "known are read-only, description, shared, allowed-clients, iops"),
     ],
 )
