@@ -25,8 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelSettings, LevelStore
-from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
+from metadata.registry import Families, Family, RegistryError
 from metadata.seams import Batch
 from nbdserver.node import program, systemd_notify
 from nbdserver.node.addresses import port_holder, split_address

@@ -11,7 +11,8 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from metadata.registry import EmbeddedRegistry, Families, Family, RegistryError
+from metadata.embedded_registry import EmbeddedRegistry
+from metadata.registry import Families, Family, RegistryError
 from nbdserver.host.completions import Completions
 from nbdserver.host.data_directory import DataDirectoryError, DataDirectoryLock
 from nbdserver.host.files import HostFiles

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelStore
-from metadata.registry import EmbeddedRegistry, Families, Family
+from metadata.registry import Families, Family
 from nbdserver.cli.main import run
 from nbdserver.host.data_directory import DataDirectoryLock
 from nbdserver.logdisk.segments import segment_path

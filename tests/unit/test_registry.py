@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelStore
-from metadata.registry import EmbeddedRegistry, ExportSettings, Families, Family, RegistryError
+from metadata.registry import ExportSettings, Families, Family, RegistryError
 from nbdserver.node.control import NO_THREADS
 from protocol.disk import pack_value
 

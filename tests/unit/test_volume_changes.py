@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from metadata.registry import EmbeddedRegistry, Families
+from metadata.embedded_registry import EmbeddedRegistry
+from metadata.registry import Families
 from nbdserver.node.control import open_registry
 from nbdserver.node.data_process import DataProcessError
 from nbdserver.node.directory import DataDirectory
