@@ -13,6 +13,9 @@ Buffer = bytes | bytearray | memoryview
 Done = Callable[[int], None]
 """Called with 0 or an errno."""
 
+DATAGRAM_LIMIT_BYTES = 65_507  # what IPv4 can carry; beyond the path's MTU it travels in fragments, lost all together
+CONNECT_TIMEOUT_S = 5.0
+
 
 class Timer(Protocol):
     """A pending call of `Clock.call_later`."""
@@ -32,7 +35,7 @@ class Clock(Protocol):
 
 
 class Connection(Protocol):
-    """One byte stream to a peer, whose bytes go to the Receiver that `Network.listen`'s callback returned for it."""
+    """One byte stream to a peer, whose bytes go to the Receiver that the callback of `Network` returned for it."""
 
     peer_name: str
 
@@ -73,11 +76,40 @@ class Receiver(Protocol):
         """The connection is gone; nothing follows."""
 
 
+class Datagrams(Protocol):
+    """One open datagram address."""
+
+    address: str
+    """Where it is reached: what `open_datagrams` was given, with the port that it got if that was 0."""
+
+    def send(self, peer: str, payload: bytes) -> None:
+        """Send to `HOST:PORT` or `[V6]:PORT`, numeric hosts only. It may be lost (also because the system has no room
+        or knows no way), doubled, delayed or overtaken: nobody is told. At most DATAGRAM_LIMIT_BYTES."""
+
+    def close(self) -> None:
+        """Idempotent; nothing is received afterwards."""
+
+
 class Network(Protocol):
-    """Connections."""
+    """Connections and datagrams."""
 
     def listen(self, address: str, accept: Callable[[Connection], Receiver | None]) -> Callable[[], None]:
         """Listen at `HOST:PORT`, `[V6]:PORT` or `unix:PATH`; return what stops listening. OSError if it cannot."""
+
+    def connect(
+        self,
+        address: str,
+        connected: Callable[[Connection], Receiver | None],
+        failed: Callable[[str], None],
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> Callable[[], None]:
+        """Connect to such an address (numeric hosts only) and return what gives it up. `connected` gets the connection
+        and returns what its bytes go to (None aborts it), or `failed` gets the reason: one of them, once, and not
+        from inside this call; neither after it was given up. ValueError for an address of another form."""
+
+    def open_datagrams(self, address: str, received: Callable[[str, bytes], None]) -> Datagrams:
+        """Receive datagrams at `HOST:PORT` or `[V6]:PORT`: `received(peer, payload)` for each, the peer's address in
+        the same form, which `send` takes. OSError if it cannot, ValueError for an address of another form."""
 
 
 class Files(Protocol):

@@ -1,4 +1,4 @@
-"""The real Network: TCP and unix sockets, read and written without asyncio's transports.
+"""The real Network: TCP, UDP and unix sockets, read and written without asyncio's transports.
 
 Theory: all sockets sit in one epoll instance of our own, and only that instance's descriptor is known to the asyncio
 loop. One wake of the loop so serves every ready connection, and *spins*: after a batch it asks the epoll again,
@@ -28,7 +28,10 @@ from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Any
 
-from metadata.seams import Buffer, Connection, Receiver
+from metadata.seams import CONNECT_TIMEOUT_S, Buffer, Connection, Receiver
+from nbdserver.host.addresses import address_name
+from nbdserver.host.connecting import Connecting
+from nbdserver.host.datagrams import SocketDatagrams
 from nbdserver.host.listening import close_listening, listening_sockets, socket_cookie
 from nbdserver.host.spinning import SPIN_S, Spinning
 
@@ -81,6 +84,20 @@ class SocketNetwork:
 
         return stop
 
+    def connect(
+        self,
+        address: str,
+        connected: Callable[[Connection], Receiver | None],
+        failed: Callable[[str], None],
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> Callable[[], None]:
+        """As the seam says; OSError if no descriptor is left."""
+        return Connecting(self, address, connected, failed, timeout_s).give_up
+
+    def open_datagrams(self, address: str, received: Callable[[str, bytes], None]) -> SocketDatagrams:
+        """As the seam says."""
+        return SocketDatagrams(self, address, received)
+
     def inherit(self, address: str, descriptor: int, owned: bool = True) -> None:
         """The next `listen` at this address uses this listening socket, with others that were given for it; the file of
         a unix one that is not `owned` stays when it is closed."""
@@ -119,7 +136,11 @@ class SocketNetwork:
         self.loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    # --- for connections and listeners ---
+    # --- for connections, listeners and datagrams ---
+
+    def connection(self, connected: socket.socket, address: Any) -> "SocketConnection":
+        """A connection of a connected socket, to be started."""
+        return SocketConnection(self, connected, address)
 
     def register(self, descriptor: int, mask: int, ready: Callable[[int], None]) -> None:
         """Call `ready(mask)` when one of the events in `mask` is there."""
@@ -436,8 +457,7 @@ def _peer_name(connected: socket.socket, address: Any) -> str:
         credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         process_id, user_id, _ = memoryview(credentials).cast("i").tolist()
         return f"unix:pid={process_id},uid={user_id}"
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return address_name(address)
 
 
 def _enlarge_send_buffer(connected: socket.socket) -> None:

@@ -1,8 +1,9 @@
 """The server over connections that are lists: limits, lists, disconnecting, draining."""
 
 from collections.abc import Callable
+from typing import cast
 
-from metadata.seams import Connection, Receiver
+from metadata.seams import Connection, Network, Receiver
 from nbdserver.frontend.server import Server
 from protocol import nbd
 from protocol.nbd import Command, Option
@@ -10,7 +11,7 @@ from tests.unit.session_rig import ListConnection, Rig, make_rig
 
 
 class Doors:
-    """A Network whose clients are let in by hand."""
+    """The part of a Network that a server uses; its clients are let in by hand."""
 
     def __init__(self) -> None:
         self.accepts: dict[str, Callable[[Connection], Receiver | None]] = {}
@@ -36,7 +37,11 @@ class House:
         self.doors = Doors()
         self.events: list[str] = []
         self.server = Server(
-            self.doors, rig.clock, rig.exports, lambda kind, fields: self.events.append(kind), client_limit
+            cast(Network, self.doors),
+            rig.clock,
+            rig.exports,
+            lambda kind, fields: self.events.append(kind),
+            client_limit,
         )
         self.server.listen("127.0.0.1:10809")
         self.server.listen("unix:/run/nbd")
