@@ -17,7 +17,7 @@ Rules
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from metadata.seams import Registry
+from metadata.seams import LocalRegistry
 
 FAMILY_ID_BYTES = 16
 
@@ -86,7 +86,7 @@ class Family:
 class Families:
     """The families in a registry, and the swaps that change them."""
 
-    def __init__(self, registry: Registry, owner: str) -> None:
+    def __init__(self, registry: LocalRegistry, owner: str) -> None:
         self._registry = registry
         self._owner = owner
 

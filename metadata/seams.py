@@ -9,6 +9,8 @@ it is done off the loop.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from metadata.registry_calls import Change, Event, Health, Reading, Swap, Unavailable
+
 Buffer = bytes | bytearray | memoryview
 Done = Callable[[int], None]
 """Called with 0 or an errno."""
@@ -202,8 +204,66 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
+class Lease(Protocol):
+    """A promise that keys bound to it are there: it is renewed by itself for as long as the registry answers.
+
+    A hint of life, nothing more: who must not act on an old promise looks at `valid_until_s` after each thing it hears.
+    """
+
+    @property
+    def id(self) -> int:
+        """What `Change.lease_id` takes."""
+
+    @property
+    def valid_until_s(self) -> float:
+        """On the Clock: until then no one else sees it end. Counted from when the renewal was *sent*; 0 when lost."""
+
+    def release(self) -> None:
+        """Give it up: its keys go as soon as the registry hears of it, at the latest when it ends; no `lost` follows."""
+
+
+class Watch(Protocol):
+    """A range that is watched."""
+
+    def cancel(self) -> None:
+        """Stop; no event follows, not even one that is under way. Idempotent."""
+
+
 class Registry(Protocol):
-    """The small consistent store of who owns what."""
+    """The small consistent store of who owns what, on this node or on several: swaps, leases, watches.
+
+    Every call is answered exactly once, after a bounded time. ValueError at once for what no registry takes (see the
+    bounds in metadata/registry_calls.py); all other trouble is part of the answer. The data path never waits for it.
+    """
+
+    def get_later(self, key: str, done: Callable[[Reading | Unavailable], None]) -> None:
+        """Read one key: a Reading of one item, or of none."""
+
+    def range_later(self, prefix: str, done: Callable[[Reading | Unavailable], None]) -> None:
+        """Read every key that begins with `prefix`, all as of one revision."""
+
+    def swap_later(self, changes: Sequence[Change], done: Callable[[Swap], None]) -> None:
+        """Make all changes or none. Durable when it is SWAPPED; what UNKNOWN means is told in registry_calls."""
+
+    def grant_later(self, ttl_s: float, lost: Callable[[], None], done: Callable[[Lease | Unavailable], None]) -> None:
+        """Take a lease and keep it. `lost()` follows once if it ends before it was released: no one renewed it in
+        time, or the registry has dropped it. The keys bound to it are gone, or will be."""
+
+    def watch(self, prefix: str, changed: Callable[[Event], None], after: int | None = None) -> Watch:
+        """Hear of every change below `prefix`, in order, each once, without gaps, until it is cancelled.
+
+        It begins with a reset: the range as it is. With `after` it begins with what changed later than that revision,
+        or with a reset where that is not known any more. Another reset follows whenever changes were missed.
+        """
+
+    def health(self) -> Health: ...
+
+    def close(self) -> None:
+        """Answer what is pending, end watches and leases without a further word (leases run out by themselves)."""
+
+
+class LocalRegistry(Protocol):
+    """What a registry on this machine can do at once; waits for the device."""
 
     def get(self, key: str) -> bytes | None: ...
 
