@@ -18,9 +18,9 @@ import errno
 import posixpath
 from collections.abc import Callable, Sequence
 
-from metadata.seams import Buffer, Done
+from metadata.seams import Buffer, Clock, Done
 from tests.simulation.faults import FaultMix
-from tests.simulation.world import SimulatedClock, SimulatedCrash, World
+from tests.simulation.world import SimulatedCrash, World
 
 Pieces = list[bytes]
 PAGE_BYTES = 4096
@@ -165,7 +165,7 @@ class SimulatedDrive:
 class SimulatedFiles:
     """The Files seam over a SimulatedDrive, for one life of the process."""
 
-    def __init__(self, drive: SimulatedDrive, clock: SimulatedClock, mix: FaultMix) -> None:
+    def __init__(self, drive: SimulatedDrive, clock: Clock, mix: FaultMix) -> None:
         self.mix = mix
         self.operations_left: int | None = None  # the process ends inside the call that makes it 0
         self.counts = dict.fromkeys(

@@ -13,9 +13,9 @@ import errno
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 
-from metadata.seams import Batch, Done
+from metadata.seams import Batch, Clock, Done
 from tests.simulation.faults import FaultMix
-from tests.simulation.world import SimulatedClock, World
+from tests.simulation.world import World
 
 Items = list[tuple[bytes, bytes]]
 
@@ -63,9 +63,7 @@ class SimulatedBatch:
 class SimulatedStore:
     """The Store seam over a SimulatedTable, for one life of the process."""
 
-    def __init__(
-        self, table: SimulatedTable, clock: SimulatedClock, mix: FaultMix, world_ends: Callable[[], bool]
-    ) -> None:
+    def __init__(self, table: SimulatedTable, clock: Clock, mix: FaultMix, world_ends: Callable[[], bool]) -> None:
         self.mix = mix
         self.batches = 0
         self._table = table
