@@ -24,7 +24,7 @@ from protocol.invariant import invariant
 from protocol.layout import derive
 from protocol.sealed_frames import DATAGRAM_BODY_BYTES
 
-KEY_LIMIT_BYTES = 512
+KEY_LIMIT_BYTES = 480  # what the registry takes, less its own prefix
 VALUE_LIMIT_BYTES = 256 << 10
 PAYLOAD_BYTES = 1200  # of an update in one message
 PREFIXES_LIMIT = 64
@@ -163,7 +163,7 @@ class Update(NamedTuple):
         end = UPDATE_HEAD.size + key_bytes
         if end + value_bytes != len(payload) or not 0 < key_bytes <= KEY_LIMIT_BYTES or value_bytes > VALUE_LIMIT_BYTES:
             raise MalformedError("an update has a wrong length")
-        if action not in _ACTIONS or is_kept > 1:
+        if action not in _ACTIONS or is_kept > 1 or b"\0" in payload[UPDATE_HEAD.size : end]:
             raise MalformedError("an update of an unknown kind")
         return Update(
             _ACTIONS[action], _text(payload[UPDATE_HEAD.size : end]), bytes(payload[end:]), bool(is_kept), expires_ms,

@@ -52,7 +52,7 @@ U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 FROM_1 = st.integers(1, 2**64 - 1)
 NAMES = st.text(max_size=20)
-KEYS = st.text(min_size=1, max_size=60)
+KEYS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60)
 POSITIONS = st.builds(Position, U32, U64)
 UPDATES = st.builds(
     Update, st.sampled_from(Action), KEYS, st.binary(max_size=3000), st.booleans(), U32, U64, U64

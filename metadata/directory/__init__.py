@@ -1,0 +1,1 @@
+"""The directory: the key-value map that a master publishes to every node (docs/directory.md)."""
