@@ -9,7 +9,9 @@ SHELL := /bin/bash
 DATA ?= ./var
 LISTEN ?= 127.0.0.1:10809
 ROUNDS ?= 50
-SEEDS ?= 1000
+MINUTES ?= 1
+SEED ?=
+WORLD ?= all
 EXAMPLES ?= 20000
 BENCH ?=
 
@@ -42,8 +44,8 @@ bench: $(VENV)/installed-for-tests  ## fio against this server and its peers in 
 	@tests/provision.sh
 	exec $(BIN)/python -m tests.benchmark $(BENCH)
 
-simulate: $(VENV)/installed-for-tests  ## the simulation with SEEDS random seeds
-	@SIMULATION_SEEDS=$(SEEDS) exec $(BIN)/python -m pytest -n 2 tests/simulation
+simulate: $(VENV)/installed-for-tests  ## run fresh seeds for MINUTES on all cores, or one SEED again with its story; WORLD says of what
+	@exec $(BIN)/python -m tests.simulation --world $(WORLD) $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
 
 power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS times under writes
 	@tests/provision.sh

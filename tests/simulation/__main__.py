@@ -1,47 +1,119 @@
-"""Run seeds by hand.
+"""Simulate from seeds: a disk under crashes and faults, and clusters of many nodes.
 
-python -m tests.simulation --seed 17            one seed, with its story
-python -m tests.simulation --minutes 10         as many seeds as fit, on all cores
+make simulate MINUTES=10                as many fresh seeds as fit, on all cores
+make simulate WORLD=directory SEED=17   one seed again, with its story
 """
 
 import argparse
 import multiprocessing
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 
-from tests.simulation.run import Run, lies, try_seed
+from tests.simulation.seeds import WORLDS, Tried, try_seed
 
-SEEDS_A_ROUND = 64
+PROGRESS_S = 1.0  # on a terminal; in a log a tenth as often
 ENOUGH = 10  # failures, after which there is no need to look for more
-
-
-def _try_for_pool(seed: int) -> tuple[int, str]:
-    return seed, try_seed(seed)[0]
 
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--world", choices=[*WORLDS, "all"], default="all", help="what to simulate")
     parser.add_argument("--seed", type=int, help="run one seed and tell its story")
-    parser.add_argument("--minutes", type=float, default=1.0, help="run seeds on all cores for that long")
-    parser.add_argument("--first", type=int, default=int(time.time()) * 1000, help="the first seed")
+    parser.add_argument("--minutes", type=float, default=1.0, help="run fresh seeds on all cores for that long")
+    parser.add_argument("--first", type=int, default=int(time.time()) * 1000, help="the first of the fresh seeds")
     arguments = parser.parse_args()
+    worlds = list(WORLDS) if arguments.world == "all" else [arguments.world]
     if arguments.seed is not None:
-        run = Run(arguments.seed, lying=lies(arguments.seed), story=print).go()
-        print(f"seed {arguments.seed}: fine, digest {run.world.digest:08x}, {dict(run.counters)}, {dict(run.reports)}")
-        return 0
-    until = time.monotonic() + arguments.minutes * 60
-    ran = failed = 0
+        return max(tell(world, arguments.seed) for world in worlds)
+    return explore(worlds, arguments.first, arguments.minutes * 60)
+
+
+def tell(world: str, seed: int) -> int:
+    """Run one seed with its story; return the exit code."""
+    tried = try_seed(world, seed, story=print)
+    print(f"{world}, seed {seed}: {tried.wrong or 'fine'}; fingerprint {tried.fingerprint}\n{tried.summary}")
+    return 1 if tried.wrong else 0
+
+
+def explore(worlds: list[str], first: int, duration_s: float) -> int:
+    """Run fresh seeds of all worlds in turn; return the exit code."""
+    began_s = time.monotonic()
+    tally = Tally(began_s, duration_s)
+
+    def seeds() -> Iterator[tuple[str, int]]:
+        number = first
+        while time.monotonic() < began_s + duration_s and len(tally.failed) < ENOUGH:
+            for world in worlds:
+                yield world, number
+            number += 1
+
+    # Plain `imap` would take all that `seeds` has to give at once: hand out what the cores can do, and a little more.
     with multiprocessing.Pool() as pool:
-        while time.monotonic() < until and failed < ENOUGH:
-            first = arguments.first + ran
-            for seed, wrong in pool.imap_unordered(_try_for_pool, range(first, first + SEEDS_A_ROUND)):
-                ran += 1
-                if wrong:
-                    failed += 1
-                    print(f"seed {seed}: {wrong}\n    again: python -m tests.simulation --seed {seed}", flush=True)
-    print(f"{ran} seeds from {arguments.first} on, {failed} failed")
-    return 1 if failed else 0
+        source, waiting = seeds(), []
+        while True:
+            while len(waiting) < 2 * (multiprocessing.cpu_count() + 1) and (task := next(source, None)) is not None:
+                waiting.append(pool.apply_async(try_seed, task))
+            if not waiting:
+                break
+            waiting[0].wait(0.05)
+            for each in [each for each in waiting if each.ready()]:
+                waiting.remove(each)
+                tally.add(each.get())
+            tally.show()
+    tally.show(last=True)
+    return 1 if tally.failed else 0
+
+
+class Tally:
+    """What came of all seeds so far, and the line that says so."""
+
+    def __init__(self, began_s: float, duration_s: float) -> None:
+        self.failed: list[Tried] = []
+        self._ran: Counter[str] = Counter()
+        self._began_s = began_s
+        self._limit_s = duration_s
+        self._shown_s = began_s
+        self._events = 0
+        self._node_s = 0.0
+        self._busy_s = 0.0
+        self._is_terminal = sys.stdout.isatty()
+
+    def add(self, tried: Tried) -> None:
+        """Count it; a failure is printed at once."""
+        self._ran[tried.world] += 1
+        if tried.events:
+            self._events += tried.events
+            self._node_s += tried.node_s
+            self._busy_s += tried.duration_s
+        if tried.wrong:
+            self.failed.append(tried)
+            print(f"{chr(13) * self._is_terminal}{tried.world}, seed {tried.seed}: {tried.wrong}\n    {tried.again}")
+
+    def show(self, last: bool = False) -> None:
+        """Print the progress line when it is time."""
+        now_s = time.monotonic()
+        if not last and now_s - self._shown_s < PROGRESS_S * (1 if self._is_terminal else 10):
+            return
+        self._shown_s = now_s
+        seeds = ", ".join(f"{count} of {world}" for world, count in self._ran.items()) or "none"
+        rates = ""
+        if self._busy_s:
+            rates = (
+                f"; {self._events / self._busy_s:,.0f} events/s and {self._node_s / self._busy_s:,.0f}"
+                " node-seconds/s on each core"
+            )
+        line = (
+            f"{now_s - self._began_s:.0f} of {self._limit_s:.0f} s; seeds: {seeds}; failed: {len(self.failed)}{rates}"
+        )
+        if self._is_terminal:
+            print(f"\r{line:<140}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Simulated lives of a LogDisk: crashes, power cuts, errors and lies of the device, and what is there afterwards.
 
-A failing test names its seed; `python -m tests.simulation --seed N` tells the story of it.
+A failing test names its seed; `make simulate WORLD=disk SEED=N` tells the story of it.
 """
-
-import os
 
 import pytest
 
@@ -11,7 +9,7 @@ from nbdserver.logdisk.ordering import CRASH_POINTS
 from tests.simulation.run import Run, try_seed
 from tests.simulation.sizes import Bend
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "640"))
+SEEDS = 640
 CHUNK = 20
 CRASHES = 3  # at each crash point, each survived
 TRIES = 60
