@@ -1,80 +1,198 @@
-"""The registry of one node: `Registry` over a Store of its own.
+"""The registry of one node: the Registry seam over a RegistryTable.
 
-    registry-version            "1"; written when the registry is made, checked at every opening
-    (every other key)           see metadata/registry.py
+Theory: the registry and everyone who uses it are one process. A lease can be lost only by that process standing still
+for too long, and all leases end with it: their keys are removed at the next opening.
 
 Rules
-- A value on disk carries a version and a CRC-32C over key and value, as all of our values in LevelDB do. A damaged
-  value is never used: OSError(EIO).
-- `compare_and_swap` changes all of its keys or none, and has synced them when it returns True.
+- Callbacks come from the clock, in the order of the calls and changes, never from inside a call.
+- What another user of the table changes is heard by watchers too.
 
-Known weakness: a synced write costs one LevelDB fsync on the caller's thread; nothing on the data path calls it.
+Known weakness: what changed before a watch began is not kept; a watcher that asks for it gets a reset.
 """
 
-import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from metadata.registry import RegistryError
-from metadata.seams import Store
-from protocol.disk import DamagedValueError, pack_value, unpack_value
+from metadata.kept_lease import KeptLease
+from metadata.registry_calls import (
+    MAX_LEASES,
+    MAX_WATCHES,
+    NO_LEASE,
+    Change,
+    Event,
+    Health,
+    Outcome,
+    Reading,
+    Swap,
+    Unavailable,
+    check_changes,
+    check_key,
+    check_prefix,
+    check_ttl,
+)
+from metadata.registry_table import RegistryTable
+from metadata.seams import Clock, Lease
 
-REGISTRY_VERSION = b"1"
-_VERSION_KEY = b"registry-version"
+_RETRY_S = 1.0
+_CLOSED = "the registry is closed"
+
+
+class EmbeddedWatch:
+    """`Watch`."""
+
+    def __init__(self, prefix: str, changed: Callable[[Event], None], ended: Callable[["EmbeddedWatch"], None]) -> None:
+        self.prefix = prefix
+        self._changed: Callable[[Event], None] | None = changed
+        self._ended = ended
+
+    def cancel(self) -> None:
+        if self._changed:
+            self._changed = None
+            self._ended(self)
+
+    def deliver(self, event: Event) -> None:
+        """Hand over an event, unless it was cancelled meanwhile."""
+        if self._changed:
+            self._changed(event)
 
 
 class EmbeddedRegistry:
-    """`Registry` over a Store of its own: one node, one process."""
+    """One node, one process."""
 
-    def __init__(self, store: Store) -> None:
-        """Take a Store; an empty one becomes a registry. RegistryError for a newer one, OSError for a damaged one."""
-        self._store = store
-        version = self._get(_VERSION_KEY)
-        if version is None:
-            batch = store.batch()
-            batch.put(_VERSION_KEY, pack_value(_VERSION_KEY, REGISTRY_VERSION))
-            store.write(batch)
-        elif version != REGISTRY_VERSION:
-            raise RegistryError(
-                f"the registry has version {version.decode(errors='replace')}, this program knows "
-                f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it"
-            )
+    def __init__(self, table: RegistryTable, clock: Clock) -> None:
+        """Take a table whose former user has ended; its leases have ended too. OSError if their keys cannot go."""
+        self._table = table
+        self._clock = clock
+        self._opened_s = clock.now()
+        self._last_error = ""
+        self._is_closed = False
+        self._watches: list[EmbeddedWatch] = []
+        self._leases: dict[int, KeptLease] = {}
+        self._last_lease_id = NO_LEASE
+        table.remove(table.bound_keys())
+        table.changed = self._tell
 
-    def get(self, key: str) -> bytes | None:
-        """Return the value of `key`, or None. OSError(EIO) when it is damaged."""
-        return self._get(key.encode())
+    def get_later(self, key: str, done: Callable[[Reading | Unavailable], None]) -> None:
+        """See `Registry`."""
+        check_key(key)
 
-    def range(self, prefix: str) -> list[tuple[str, bytes]]:
-        """Return every (key, value) below `prefix`, in order. OSError(EIO) when one is damaged."""
-        start = prefix.encode()
-        stop = start[:-1] + bytes([start[-1] + 1])
-        return [(key.decode(), _open(key, value)) for key, value in self._store.range(start, stop)]
+        def read() -> list[tuple[str, bytes]]:
+            value = self._table.get(key)
+            return [] if value is None else [(key, value)]
 
-    def compare_and_swap(self, changes: Sequence[tuple[str, bytes | None, bytes | None]]) -> bool:
-        """Make every (key, expected, new) true, durably, or change nothing and return False."""
-        batch = self._store.batch()
-        for key, expected, new in changes:
-            name = key.encode()
-            if self._get(name) != expected:
-                return False
-            if new is None:
-                batch.delete(name)
-            else:
-                batch.put(name, pack_value(name, new))
-        self._store.write(batch)
-        return True
+        self._read_later(read, done)
+
+    def range_later(self, prefix: str, done: Callable[[Reading | Unavailable], None]) -> None:
+        """See `Registry`."""
+        check_prefix(prefix)
+        self._read_later(lambda: self._table.range(prefix), done)
+
+    def swap_later(self, changes: Sequence[Change], done: Callable[[Swap], None]) -> None:
+        """See `Registry`."""
+        check_changes(changes)
+        answer = self._swap(changes)
+        self._clock.call_soon(lambda: done(answer))
+
+    def grant_later(self, ttl_s: float, lost: Callable[[], None], done: Callable[[Lease | Unavailable], None]) -> None:
+        """See `Registry`."""
+        check_ttl(ttl_s)
+        answer = self._refuse() or self._grant(ttl_s, lost)
+        self._clock.call_soon(lambda: done(answer))
+
+    def watch(self, prefix: str, changed: Callable[[Event], None], after: int | None = None) -> EmbeddedWatch:
+        """See `Registry`. OSError when a value below `prefix` is damaged."""
+        check_prefix(prefix)
+        if len(self._watches) >= MAX_WATCHES:
+            raise ValueError(f"there are {MAX_WATCHES} watches already")
+        watch = EmbeddedWatch(prefix, changed, self._watches.remove)
+        if self._is_closed:
+            return watch
+        if after != self._table.revision:
+            reset = Event(self._table.revision, True, tuple(self._table.range(prefix)))
+            self._deliver_later(watch, reset)
+        self._watches.append(watch)
+        return watch
+
+    def health(self) -> Health:
+        """See `Registry`."""
+        return Health(not self._is_closed, self._opened_s, "", self._last_error, 0)
 
     def close(self) -> None:
-        self._store.close()
+        """See `Registry`. Keys that are bound to leases go at the next opening."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for lease in self._leases.values():
+            lease.drop()
+        for watch in tuple(self._watches):
+            watch.cancel()
+        self._table.close()
 
-    def _get(self, key: bytes) -> bytes | None:
-        value = self._store.get(key)
-        return None if value is None else _open(key, value)
+    def _read_later(
+        self, read: Callable[[], list[tuple[str, bytes]]], done: Callable[[Reading | Unavailable], None]
+    ) -> None:
+        answer: Reading | Unavailable
+        try:
+            answer = Unavailable(_CLOSED) if self._is_closed else Reading(self._table.revision, tuple(read()))
+        except OSError as error:
+            answer = Unavailable(self._note(error))
+        self._clock.call_soon(lambda: done(answer))
 
+    def _swap(self, changes: Sequence[Change]) -> Swap:
+        if self._is_closed:
+            return Swap(Outcome.NOT_DONE, reason=_CLOSED)
+        for change in changes:
+            if change.lease_id != NO_LEASE and change.lease_id not in self._leases:
+                return Swap(Outcome.NOT_DONE, reason=f"the lease for {change.key} has ended")
+        try:
+            if not self._table.swap(changes):
+                return Swap(Outcome.LOST)
+        except OSError as error:
+            return Swap(Outcome.UNKNOWN, reason=self._note(error))
+        return Swap(Outcome.SWAPPED, self._table.revision)
 
-def _open(key: bytes, sealed: bytes) -> bytes:
-    try:
-        return unpack_value(key, sealed)
-    except DamagedValueError as error:
-        raise OSError(
-            errno.EIO, f"the registry's value of {key.decode(errors='replace')} is damaged: {error}"
-        ) from error
+    def _refuse(self) -> Unavailable | None:
+        if self._is_closed:
+            return Unavailable(_CLOSED)
+        if len(self._leases) >= MAX_LEASES:
+            return Unavailable(f"there are {MAX_LEASES} leases already")
+        return None
+
+    def _grant(self, ttl_s: float, lost: Callable[[], None]) -> KeptLease:
+        self._last_lease_id += 1
+        lease_id = self._last_lease_id
+
+        def renew(answered: Callable[[float | None], None]) -> None:
+            self._clock.call_soon(lambda: answered(ttl_s))
+
+        def ended(was_lost: bool) -> None:
+            del self._leases[lease_id]
+            self._remove_bound(lease_id)
+            if was_lost and not self._is_closed:
+                lost()
+
+        lease = KeptLease(self._clock, lease_id, ttl_s, self._clock.now(), renew, ended)
+        self._leases[lease_id] = lease
+        return lease
+
+    def _remove_bound(self, lease_id: int) -> None:
+        """Remove the keys of a lease that ended; again and again if the Store cannot."""
+        if self._is_closed:
+            return
+        try:
+            self._table.remove(self._table.bound_keys(lease_id))
+        except OSError as error:
+            self._note(error)
+            self._clock.call_later(_RETRY_S, lambda: self._remove_bound(lease_id))
+
+    def _tell(self, revision: int, changes: Sequence[tuple[str, bytes | None]]) -> None:
+        for watch in self._watches:
+            seen = tuple(change for change in changes if change[0].startswith(watch.prefix))
+            if seen:
+                self._deliver_later(watch, Event(revision, False, seen))
+
+    def _deliver_later(self, watch: EmbeddedWatch, event: Event) -> None:
+        self._clock.call_soon(lambda: watch.deliver(event))
+
+    def _note(self, error: OSError) -> str:
+        self._last_error = str(error)
+        return self._last_error

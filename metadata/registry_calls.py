@@ -36,6 +36,10 @@ MAX_TTL_S = 3600.0
 
 NO_LEASE = 0
 
+VERSION_KEY = "registry-version"
+REGISTRY_VERSION = b"1"
+"""The registry's own key, made with it and checked whenever it is opened: a newer one is refused."""
+
 
 class Outcome(Enum):
     """What became of a swap; see above."""
@@ -138,6 +142,15 @@ def check_key(key: str) -> None:
     size_bytes = len(key.encode())
     if not 0 < size_bytes <= MAX_KEY_BYTES or "\0" in key:
         raise ValueError(f"a key has 1 to {MAX_KEY_BYTES} bytes and no NUL; {key[:40]!r} has {size_bytes} bytes")
+    if key == VERSION_KEY:
+        raise ValueError(f"{VERSION_KEY!r} is the registry's own key")
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise ValueError for a prefix that no registry takes; "" is every key."""
+    size_bytes = len(prefix.encode())
+    if size_bytes > MAX_KEY_BYTES or "\0" in prefix:
+        raise ValueError(f"a prefix has at most {MAX_KEY_BYTES} bytes and no NUL; {prefix[:40]!r} has {size_bytes}")
 
 
 def check_ttl(ttl_s: float) -> None:

@@ -219,7 +219,7 @@ class Lease(Protocol):
         """On the Clock: until then no one else sees it end. Counted from when the renewal was *sent*; 0 when lost."""
 
     def release(self) -> None:
-        """Give it up: its keys go as soon as the registry hears of it, at the latest when it ends; no `lost` follows."""
+        """Give it up: its keys go as soon as the registry hears of it, at the latest when it ends. No `lost` then."""
 
 
 class Watch(Protocol):

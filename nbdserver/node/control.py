@@ -25,9 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.registry import Families, Family, RegistryError
+from metadata.registry_table import RegistryTable
 from metadata.seams import Batch
 from nbdserver.node import program, systemd_notify
 from nbdserver.node.addresses import port_holder, split_address
@@ -402,14 +402,14 @@ class Node:
         return []
 
 
-def open_registry(directory: DataDirectory) -> EmbeddedRegistry:
+def open_registry(directory: DataDirectory) -> RegistryTable:
     """Open, or make, the registry of a data directory. Raises NodeError."""
     try:
         store = _RegistryStore(directory)
         if next(store.range(b"a", b"z"), None) is None and any(directory.families.iterdir()):
             store.close()
             raise RegistryError(f"it is empty, yet there are volumes in {directory.families}: it is damaged")
-        return EmbeddedRegistry(store)
+        return RegistryTable(store)
     except (OSError, RegistryError) as error:
         raise NodeError(f"the registry in {directory.registry} cannot be opened: {error}") from None
 

@@ -11,8 +11,8 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from metadata.embedded_registry import EmbeddedRegistry
 from metadata.registry import Families, Family, RegistryError
+from metadata.registry_table import RegistryTable
 from nbdserver.host.completions import Completions
 from nbdserver.host.data_directory import DataDirectoryError, DataDirectoryLock
 from nbdserver.host.files import HostFiles
@@ -49,7 +49,7 @@ def check_directory(path: Path, volume: str, quick: bool, progress: Progress) ->
 def _families(directory: DataDirectory, volume: str) -> list[Family]:
     try:
         with opened_copy(directory.registry) as store:
-            families = Families(EmbeddedRegistry(store), owner="").all()
+            families = Families(RegistryTable(store), owner="").all()
     except (OSError, RegistryError) as error:
         raise NodeError(f"the registry in {directory.registry} is damaged: {error}") from None
     if volume:

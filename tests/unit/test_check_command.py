@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelStore
 from metadata.registry import Families, Family
+from metadata.registry_table import RegistryTable
 from nbdserver.cli.main import run
 from nbdserver.host.data_directory import DataDirectoryLock
 from nbdserver.logdisk.segments import segment_path
@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Place:
     directory.open()
     family = Family(secrets.token_hex(16), "disk0", 1 << 30, 1 << 20, owner="")
     store = LevelStore(str(directory.registry), NO_THREADS, NO_THREADS)
-    families = Families(EmbeddedRegistry(store), owner="")
+    families = Families(RegistryTable(store), owner="")
     families.begin(family.id)
     families.add(family)
     store.close()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelStore
 from metadata.registry import ExportSettings, Families, Family, RegistryError
+from metadata.registry_table import RegistryTable
 from nbdserver.node.control import NO_THREADS
 from protocol.disk import pack_value
 
@@ -37,11 +37,11 @@ def open_store(tmp_path: Path) -> Iterator[Callable[[], LevelStore]]:
 
 
 @pytest.fixture
-def registry(open_store: Callable[[], LevelStore]) -> EmbeddedRegistry:
-    return EmbeddedRegistry(open_store())
+def registry(open_store: Callable[[], LevelStore]) -> RegistryTable:
+    return RegistryTable(open_store())
 
 
-def test_a_swap_changes_all_of_its_keys_or_none(registry: EmbeddedRegistry) -> None:
+def test_a_swap_changes_all_of_its_keys_or_none(registry: RegistryTable) -> None:
     assert registry.compare_and_swap([("a", None, b"1"), ("b", None, b"2")])
     assert not registry.compare_and_swap([("a", b"1", b"3"), ("b", b"wrong", b"4")])
     assert (registry.get("a"), registry.get("b")) == (b"1", b"2")
@@ -49,26 +49,26 @@ def test_a_swap_changes_all_of_its_keys_or_none(registry: EmbeddedRegistry) -> N
     assert (registry.get("a"), registry.get("b"), registry.get("c")) == (None, b"5", b"6")
 
 
-def test_absence_is_an_expectation_too(registry: EmbeddedRegistry) -> None:
+def test_absence_is_an_expectation_too(registry: RegistryTable) -> None:
     assert registry.compare_and_swap([("a", None, b"")])
     assert not registry.compare_and_swap([("a", None, b"2")])
     assert registry.get("a") == b""
 
 
-def test_a_range_has_what_begins_with_the_prefix_in_order(registry: EmbeddedRegistry) -> None:
+def test_a_range_has_what_begins_with_the_prefix_in_order(registry: RegistryTable) -> None:
     registry.compare_and_swap([(key, None, key.encode()) for key in ("f/b", "f/a", "f", "f0", "g/a", "f/")])
     assert [key for key, _ in registry.range("f/")] == ["f/", "f/a", "f/b"]
 
 
 def test_what_was_swapped_is_there_after_opening_again(open_store: Callable[[], LevelStore]) -> None:
-    EmbeddedRegistry(open_store()).compare_and_swap([("a", None, b"1")])
-    assert EmbeddedRegistry(open_store()).get("a") == b"1"
+    RegistryTable(open_store()).compare_and_swap([("a", None, b"1")])
+    assert RegistryTable(open_store()).get("a") == b"1"
 
 
 @pytest.mark.parametrize("position", range(12))
 def test_a_flipped_bit_is_an_error_never_a_value(open_store: Callable[[], LevelStore], position: int) -> None:
     store = open_store()
-    registry = EmbeddedRegistry(store)
+    registry = RegistryTable(store)
     registry.compare_and_swap([("a", None, b"0123456789")])
     sealed = bytearray(store.get(b"a") or b"")
     sealed[position] ^= 0x10
@@ -81,7 +81,7 @@ def test_a_flipped_bit_is_an_error_never_a_value(open_store: Callable[[], LevelS
 
 def test_a_value_of_another_key_is_not_believed(open_store: Callable[[], LevelStore]) -> None:
     store = open_store()
-    registry = EmbeddedRegistry(store)
+    registry = RegistryTable(store)
     registry.compare_and_swap([("a", None, b"1")])
     batch = store.batch()
     batch.put(b"b", store.get(b"a") or b"")
@@ -96,7 +96,7 @@ def test_a_newer_registry_is_refused(open_store: Callable[[], LevelStore]) -> No
     batch.put(b"registry-version", pack_value(b"registry-version", b"2"))
     store.write(batch)
     with pytest.raises(RegistryError, match="version 2, this program knows 1"):
-        EmbeddedRegistry(store)
+        RegistryTable(store)
 
 
 @given(
@@ -122,7 +122,7 @@ def test_a_family_with_keys_of_a_newer_program_is_refused() -> None:
         Family.decode(family().encode().replace(b'"owner"', b'"columns":4,"owner"'))
 
 
-def test_every_opening_for_writing_raises_the_epoch(registry: EmbeddedRegistry) -> None:
+def test_every_opening_for_writing_raises_the_epoch(registry: RegistryTable) -> None:
     families = Families(registry, owner="here")
     families.begin(ID)
     assert families.add(family())
@@ -132,7 +132,7 @@ def test_every_opening_for_writing_raises_the_epoch(registry: EmbeddedRegistry) 
     assert families.find("disk0") == second
 
 
-def test_a_change_against_an_older_value_is_refused(registry: EmbeddedRegistry) -> None:
+def test_a_change_against_an_older_value_is_refused(registry: RegistryTable) -> None:
     families = Families(registry, owner="here")
     families.begin(ID)
     families.add(family())
@@ -141,7 +141,7 @@ def test_a_change_against_an_older_value_is_refused(registry: EmbeddedRegistry) 
         families.raise_epoch(family())
 
 
-def test_a_name_is_given_once(registry: EmbeddedRegistry) -> None:
+def test_a_name_is_given_once(registry: RegistryTable) -> None:
     families = Families(registry, owner="here")
     families.begin(ID)
     families.add(family())
@@ -152,7 +152,7 @@ def test_a_name_is_given_once(registry: EmbeddedRegistry) -> None:
     assert [item.id for item in families.all()] == [ID]
 
 
-def test_a_directory_is_a_scrap_before_it_is_a_family_and_after_it_was_one(registry: EmbeddedRegistry) -> None:
+def test_a_directory_is_a_scrap_before_it_is_a_family_and_after_it_was_one(registry: RegistryTable) -> None:
     families = Families(registry, owner="here")
     families.begin(ID)
     assert families.scraps() == [ID]
@@ -165,7 +165,7 @@ def test_a_directory_is_a_scrap_before_it_is_a_family_and_after_it_was_one(regis
     assert families.scraps() == []
 
 
-def test_a_family_keeps_its_name_and_id(registry: EmbeddedRegistry) -> None:
+def test_a_family_keeps_its_name_and_id(registry: RegistryTable) -> None:
     families = Families(registry, owner="here")
     families.begin(ID)
     families.add(family())

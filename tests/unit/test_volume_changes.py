@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from metadata.embedded_registry import EmbeddedRegistry
 from metadata.registry import Families
+from metadata.registry_table import RegistryTable
 from nbdserver.node.control import open_registry
 from nbdserver.node.data_process import DataProcessError
 from nbdserver.node.directory import DataDirectory
@@ -45,7 +45,7 @@ class FakeData:
 @dataclass
 class Node:
     directory: DataDirectory
-    registry: EmbeddedRegistry
+    registry: RegistryTable
     families: Families
     data: FakeData
     volumes: Volumes
