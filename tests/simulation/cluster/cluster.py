@@ -16,16 +16,15 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
-from metadata.seams import Registry
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Factory, Machine
 from tests.simulation.cluster.nemesis import Nemesis
 from tests.simulation.cluster.paths import Latency
-from tests.simulation.cluster.scheduler import Life, Scheduler
+from tests.simulation.cluster.scheduler import Scheduler
 from tests.simulation.cluster.simulated_network import Wires
+from tests.simulation.cluster.simulated_registry import RegistryTwin
 from tests.simulation.registers import ViolationError
 from tests.simulation.world import SimulatedCrash
 
@@ -67,7 +66,6 @@ class Cluster:
         seed: int,
         mix: Mix,
         factory: Factory,
-        registry_of: Callable[["Cluster", Machine, Life], Registry],
         story: Callable[[str], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(seed)
@@ -77,11 +75,10 @@ class Cluster:
         self.wires = Wires(self.scheduler, mix, self.hits, SAME_SITE, FAR)
         self.wires.watch_power(lambda name: self.machines[name].is_powered)
         self.machines: dict[str, Machine] = {}
-        self.registry_deeds: dict[str, Callable[[], bool]] = {}
+        self.registry = RegistryTwin(self.scheduler, mix, self.hits)
         self.nemesis = Nemesis(self, mix)
         self.node_s = 0.0  # lives of processes, all together, in virtual time
         self._factory = factory
-        self._registry_of = partial(registry_of, self)
         self._story = story
 
     @property
@@ -99,7 +96,7 @@ class Cluster:
         number = len(self.machines) + 1
         host = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
         self.wires.add(name, host, site)
-        machine = self.machines[name] = Machine(self.scheduler, self.wires, name, host, site, self._registry_of)
+        machine = self.machines[name] = Machine(self.scheduler, self.wires, self.registry, name, host, site)
         if self.mix["drift"]:
             self.hits["drift"] += 1
             machine.set_rate(1.0 + self.mix["drift"] * self.random.uniform(-1.0, 1.0))
@@ -143,6 +140,7 @@ class Cluster:
         """No fault happens any more. The core's machines run; the others are off."""
         self.nemesis.heal()
         self.wires.set_mix(Mix())
+        self.registry.set_mix(Mix())
         for name, machine in self.machines.items():
             if name in core:
                 machine.mix = replace(machine.mix, slow=0.0, store_write_error=0.0)

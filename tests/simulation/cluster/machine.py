@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from metadata.seams import Clock, Files, Network, Registry, Store
 from tests.simulation.cluster.scheduler import Event, Life, Scheduler
+from tests.simulation.cluster.simulated_registry import RegistryTwin, SimulatedRegistry
 from tests.simulation.faults import FaultMix
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
@@ -51,7 +52,6 @@ class Node(Protocol):
 
 
 Factory = Callable[["Machine", Seams], Node]
-RegistryOf = Callable[["Machine", Life], Registry]
 
 
 class MachineClock:
@@ -87,7 +87,7 @@ class Machine(World):
     """One machine and the process on it. As a World it has chance of its own and shares the trace of all."""
 
     def __init__(
-        self, scheduler: Scheduler, wires: "Wires", name: str, host: str, site: str, registry_of: RegistryOf
+        self, scheduler: Scheduler, wires: "Wires", registry: RegistryTwin, name: str, host: str, site: str
     ) -> None:
         super().__init__(scheduler.seed)
         self.random = random.Random(f"{scheduler.seed} {name}")
@@ -105,7 +105,7 @@ class Machine(World):
         self.lives = 0
         self.is_powered = True
         self._wires = wires
-        self._registry_of = registry_of
+        self._registry = registry
         self._booted_s = scheduler.now_s
         self._local_at_boot_s = 0.0
         self._files: SimulatedFiles | None = None
@@ -156,12 +156,13 @@ class Machine(World):
         device = MachineClock(self, life, is_device=True)
         self._files = SimulatedFiles(self.drive, device, self.mix)
         self._store = SimulatedStore(self.table, device, self.mix, self._files.world_ends)
+        clock = MachineClock(self, life)
         seams = Seams(
-            MachineClock(self, life),
+            clock,
             self._wires.network_of(self.host, life),
             self._files,
             self._store,
-            self._registry_of(self, life),
+            SimulatedRegistry(self._registry, clock, life),
             self.random,
         )
         self.note("start", self.lives)

@@ -45,9 +45,11 @@ class Nemesis:
             "pause": partial(self._pause, stands_still=False),
             "suspend": partial(self._pause, stands_still=True),
             "step": self._step,
+            "registry outage": self._silence_registry,
+            "registry compaction": self._compact_registry,
+            "watch break": self._break_watches,
+            "lease lost": cluster.registry.end_a_lease,
         }
-        for name, deed in cluster.registry_deeds.items():
-            self._deeds[name] = deed
 
     def begin(self) -> None:
         """Let the faults happen."""
@@ -103,7 +105,12 @@ class Nemesis:
         for path in paths:
             path.block()
 
+        # The registry is on one side of it, or has a way of its own to everyone.
+        cut_off = self._random.choice([sources, targets, []]) if both else []
+        self._cluster.registry.cuts.update(cut_off)
+
         def mend() -> None:
+            self._cluster.registry.cuts.subtract(cut_off)
             for path in paths:
                 path.unblock()
 
@@ -209,4 +216,27 @@ class Nemesis:
         leap_s = self._random.choice([0.01, 1.0, 60.0]) * self._random.random()
         self._cluster.tell(f"the clock of {machine.name} leaps by {leap_s:.3f} s")
         machine.leap(leap_s)
+        return True
+
+    # --- the registry ---
+
+    def _silence_registry(self) -> bool:
+        registry, duration_s = self._cluster.registry, self._away_s()
+        if self._random.random() < 0.5:
+            self._cluster.tell(f"the registry is silent for {duration_s:.3f} s")
+            registry.go_down()
+            self._broken(duration_s, registry.come_back)
+        else:
+            machine = self._random.choice(list(self._cluster.machines))
+            self._cluster.tell(f"the registry is silent to {machine} for {duration_s:.3f} s")
+            registry.cuts[machine] += 1
+            self._broken(duration_s, lambda: registry.cuts.subtract([machine]))
+        return True
+
+    def _compact_registry(self) -> bool:
+        self._cluster.registry.compact()
+        return True
+
+    def _break_watches(self) -> bool:
+        self._cluster.registry.break_watches()
         return True

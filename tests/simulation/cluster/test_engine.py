@@ -136,10 +136,6 @@ class Counting:
         return
 
 
-def no_registry(cluster: Cluster, machine: Machine, life: object) -> object:
-    return None
-
-
 def run(
     seed: int,
     toy: Callable[[Machine, Seams], Counter] = Counter,
@@ -147,7 +143,7 @@ def run(
     story: Callable[[str], None] | None = None,
 ) -> ClusterRun:
     drawn = draw_mix(random.Random(seed)) if mix is None else mix
-    cluster = Cluster(seed, drawn, toy, no_registry, story)  # type: ignore[arg-type]  # the toy needs no registry
+    cluster = Cluster(seed, drawn, toy, story)
     return ClusterRun(cluster, Counting(), safety_s=60.0, act_s=1.0).go()
 
 
