@@ -34,6 +34,7 @@ from metadata.registry_calls import (
     Unavailable,
     check_changes,
     check_key,
+    check_prefix,
     check_ttl,
 )
 from metadata.seams import Clock, Lease
@@ -286,6 +287,7 @@ class SimulatedRegistry:
         self._ask(partial(self.twin.get, key), done, Unavailable)
 
     def range_later(self, prefix: str, done: Callable[[Reading | Unavailable], None]) -> None:
+        check_prefix(prefix)
         self._ask(partial(self.twin.range, prefix), done, Unavailable)
 
     def swap_later(self, changes: Sequence[Change], done: Callable[[Swap], None]) -> None:
@@ -314,14 +316,19 @@ class SimulatedRegistry:
         self._ask(partial(self.twin.grant, ttl_s), granted, Unavailable)
 
     def watch(self, prefix: str, changed: Callable[[Event], None], after: int | None = None) -> _Watch:
+        check_prefix(prefix)
         if len(self._watches) >= MAX_WATCHES:
             raise ValueError(f"there are {MAX_WATCHES} watches already")
         watch = _Watch(self, prefix, changed, after)
         self._watches[watch] = None
+        if self._closed:
+            watch.cancel()
         return watch
 
     def health(self) -> Health:
-        return Health(self._connected, self._since_s, "simulated:1", self._last_error, len(self._pending))
+        return Health(
+            self._connected and not self._closed, self._since_s, "simulated:1", self._last_error, len(self._pending)
+        )
 
     def close(self) -> None:
         if self._closed:

@@ -2,11 +2,13 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.seams import Lease
+from tests.registry_conformance import RegistryConformance
 from tests.simulation.cluster.cluster import Cluster, ClusterRun
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Machine, Seams
@@ -191,6 +193,51 @@ class Clients:
     def _words(self) -> list[bytes]:
         items = self.cluster.registry.get(KEY).items
         return items[0][1].split() if items else []
+
+
+class _Idle:
+    """A process that only has seams."""
+
+    def __init__(self, machine: Machine, seams: Seams) -> None:
+        self.seams = seams
+
+    def close(self) -> None:
+        self.seams.registry.close()
+
+
+class TwinRig:
+    """Two machines and the registry, on a good day."""
+
+    def __init__(self) -> None:
+        self._cluster = Cluster(0, Mix(), _Idle)
+        seams = []
+        for name in ("node-1", "node-2"):
+            machine = self._cluster.add(name)
+            self._cluster.start(name)
+            assert isinstance(machine.node, _Idle)
+            seams.append(machine.node.seams)
+        self.registry, self.other = (each.registry for each in seams)
+        self.clock = seams[0].clock
+
+    def run_until(self, holds: Callable[[], bool]) -> None:
+        assert self._cluster.run_until(holds, limit_s=600.0)
+
+    def run_for(self, duration_s: float) -> None:
+        self._cluster.run(duration_s)
+
+    def stand_still(self, duration_s: float) -> None:
+        machine = self._cluster.machines["node-1"]
+        machine.pause()
+        self._cluster.run(duration_s)
+        machine.resume()
+
+
+class TestRegistryTwin(RegistryConformance):
+    """The sentences of tests/registry_conformance.py."""
+
+    @pytest.fixture
+    def rig(self) -> TwinRig:
+        return TwinRig()
 
 
 def run(seed: int, mix: Mix) -> tuple[Notes, ClusterRun]:
