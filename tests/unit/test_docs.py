@@ -17,6 +17,7 @@ from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.ordering import CRASH_POINTS, Rule
 from nbdserver.node.directory import FORMAT_VERSION
 from tests.conftest import ROOT
+from tests.simulation.cluster.faults import CATALOGUE
 from tests.simulation.faults import FaultMix
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.world import SimulatedClock, World
@@ -178,6 +179,12 @@ def names_of_tests(path: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
     }
+
+
+def test_the_faults_of_the_simulation_are_those_of_its_catalogue() -> None:
+    page = (DOCS / "simulation.md").read_text()
+    for fault in CATALOGUE:
+        assert f"| {fault.name} | {fault.means} |" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -103,7 +103,14 @@ class Cluster:
         if self.mix["slow disk"]:
             self.hits["slow disk"] += 1
             machine.mix = replace(machine.mix, slow=self.mix["slow disk"], latency_s=SLOW_DISK_LATENCY_S)
+        machine.mix = replace(machine.mix, store_write_error=self.mix["disk error"])
         return machine
+
+    def failed(self, machine: Machine, reason: str) -> None:
+        """The process of a machine cannot go on: it ends, as one that exits, and is started again."""
+        self.tell(f"{machine.name} ends: {reason}")
+        self.hits["disk error"] += 1
+        self.scheduler.at(self.now_s, machine.life, self.nemesis.exited, machine)
 
     def start(self, name: str) -> None:
         """Start the process of a machine, if it has none."""

@@ -66,7 +66,14 @@ class Nemesis:
     def crashed(self, machine: Machine) -> None:
         """A machine's process has ended inside a call of its disk."""
         self._cluster.hits["crash in a call"] += 1
-        machine.end(power=self._random.random() < 0.5)
+        self._end_and_start(machine, power=self._random.random() < 0.5)
+
+    def exited(self, machine: Machine) -> None:
+        """A machine's process has given up."""
+        self._end_and_start(machine, power=False)
+
+    def _end_and_start(self, machine: Machine, power: bool) -> None:
+        machine.end(power)
         if self._active:
             self._broken(self._away_s(), partial(self._cluster.start, machine.name))
         else:

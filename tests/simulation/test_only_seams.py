@@ -1,0 +1,143 @@
+"""Only what is behind the five seams differs from production.
+
+Theory: a simulator proves something of production code only if that is what runs. So every module of the simulator is
+listed here with what it is for; a running node is looked through, object by object, and may hold nothing of the
+simulator but seams; and no class or module of production may have got anything from a test.
+"""
+
+import gc
+import sys
+import types
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.simulation.cluster.machine import MachineClock
+from tests.simulation.cluster.scheduler import Event
+from tests.simulation.cluster.simulated_network import SimulatedDatagrams, SimulatedNetwork
+from tests.simulation.cluster.simulated_registry import SimulatedRegistry
+from tests.simulation.cluster.simulated_streams import SimulatedConnection
+from tests.simulation.run import Run
+from tests.simulation.simulated_files import SimulatedFiles
+from tests.simulation.simulated_store import SimulatedBatch, SimulatedStore
+from tests.simulation.world import SimulatedClock, SimulatedTimer
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCTION = ("nbdserver", "metadata", "protocol")
+
+SEAM, DRIVES, JUDGES = "stands behind a seam", "makes things happen", "says what is right"
+SIMULATOR_ONLY = {
+    "__main__": DRIVES,
+    "faults": DRIVES,
+    "registers": JUDGES,
+    "run": DRIVES,
+    "seeds": DRIVES,
+    "simulated_files": SEAM,
+    "simulated_store": SEAM,
+    "sizes": DRIVES,
+    "snapshots": JUDGES,
+    "world": SEAM,
+    "cluster.cluster": DRIVES,
+    "cluster.faults": DRIVES,
+    "cluster.machine": SEAM,
+    "cluster.nemesis": DRIVES,
+    "cluster.paths": SEAM,
+    "cluster.scheduler": SEAM,
+    "cluster.simulated_network": SEAM,
+    "cluster.simulated_registry": SEAM,
+    "cluster.simulated_streams": SEAM,
+}
+
+SEAMS = (
+    Event,
+    MachineClock,
+    SimulatedBatch,
+    SimulatedClock,
+    SimulatedConnection,
+    SimulatedDatagrams,
+    SimulatedFiles,
+    SimulatedNetwork,
+    SimulatedRegistry,
+    SimulatedStore,
+    SimulatedTimer,
+)
+
+
+def held_by(root: object, outside: object) -> Iterable[object]:
+    """Everything that can be reached from an object, but not through seams, classes, modules, globals or `outside`,
+    which is what production code reports to."""
+    seen = {id(root)}
+    waiting = [root]
+    while waiting:
+        one = waiting.pop()
+        owner = one.__self__ if isinstance(one, types.MethodType) else one
+        if owner is outside or isinstance(owner, SEAMS):
+            continue
+        yield one
+        inside: list[object] = gc.get_referents(one)
+        if isinstance(one, type | types.ModuleType):
+            inside = []
+        elif isinstance(one, types.FunctionType):
+            inside = [*(one.__defaults__ or ()), *(one.__closure__ or ())]
+        for each in inside:
+            if id(each) not in seen:
+                seen.add(id(each))
+                waiting.append(each)
+
+
+def strangers(root: object, outside: object = None) -> set[str]:
+    """Classes and functions of tests that an object holds and that are no seams."""
+    found = set()
+    for one in held_by(root, outside):
+        kind = one if isinstance(one, types.FunctionType | type) else type(one)
+        if kind.__module__.startswith("tests.") and kind not in SEAMS:
+            found.add(f"{kind.__module__}.{kind.__qualname__}")
+    return found
+
+
+def test_every_module_of_the_simulator_is_listed() -> None:
+    folder = ROOT / "tests" / "simulation"
+    found = {
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("*.py")
+        if not path.name.startswith(("test_", "__init__"))
+    }
+    assert found == set(SIMULATOR_ONLY)
+
+
+def test_a_running_disk_holds_nothing_of_the_simulator_but_seams() -> None:
+    run = Run(3).go()
+    assert strangers(run.disk, outside=run) == set()
+    assert strangers(run.disk)  # what it reports to
+
+
+def test_production_has_got_nothing_from_a_test() -> None:
+    changed = [
+        f"{module.__name__}.{name}"
+        for module in list(sys.modules.values())
+        if isinstance(module, types.ModuleType) and module.__name__.split(".")[0] in PRODUCTION
+        for name, value in members(module)
+        if str(getattr(value, "__module__", "")).startswith("tests.")
+    ]
+    assert not changed
+
+
+def members(module: types.ModuleType) -> Iterable[tuple[str, object]]:
+    """What a module defines, and what its classes do."""
+    for name, value in list(vars(module).items()):
+        yield name, value
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            for inner, method in list(vars(value).items()):
+                yield f"{name}.{inner}", method
+
+
+def test_a_stranger_is_found() -> None:
+    class Stranger:
+        pass
+
+    assert strangers({"deep": [lambda: Stranger]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protocol.checksum.crc32c", lambda data: 0)
+        with pytest.raises(AssertionError):
+            test_production_has_got_nothing_from_a_test()
