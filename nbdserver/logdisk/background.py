@@ -5,8 +5,8 @@ Theory. One place decides, from a few numbers, on each new segment, every some r
 - a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be
   freed, or after `checkpoint_interval_s` with any change;
 - the taking apart of layers that nothing needs (tree_work.py);
-- the cleaner when there is more garbage than may lie about (more may under load than at rest), or when the disk is
-  full;
+- the cleaner when there is more garbage than may lie about (more may under load than at rest or when room gets short),
+  or when the disk is full;
 - writes are *blocked* (sent to the slow path, where they wait or get ENOSPC) while no further segment can be had for
   clients or the pages that wait for a checkpoint fill the cache.
 
@@ -70,8 +70,10 @@ class Background:
         room = disk.pool.can_take()
         disk.pool.note_full(not room)
         disk.cleaner.urgent = not room
-        if not disk.cleaner.running and disk.cleaner.wanted(idle=disk.log.txid == self._last_txid):
-            disk.cleaner.start()
+        if not disk.cleaner.running:
+            idle = disk.log.txid == self._last_txid
+            if disk.cleaner.wanted(thorough=idle or disk.pool.is_short()):
+                disk.cleaner.start()
         self._overrun = disk.cleaner.is_overrun()
         disk.appending.block(not room or self._overrun or self.must_wait_for_checkpoint())
         disk.maps.logical.evict(_EVICTIONS_A_CHECK)
@@ -136,6 +138,7 @@ class Background:
             return
         self.check()
         disk.pool.guard_metadata()
+        disk.pool.trim_to_budget()
         if disk.log.offset:  # a volume that was never written takes no room
             appended_bytes = disk.log.appended_bytes - self._last_appended
             disk.pool.keep_ready(calm=appended_bytes < _CALM_SHARE * disk.pool.segment_bytes)

@@ -50,7 +50,7 @@ from protocol.disk import (
 _READ_BYTES = 1 << 20
 _MOVE_BLOCKS = 32  # a record: some 0.1 ms on the loop
 _BUSY_GARBAGE = 0.5, 8  # of the live data, and at least segments: what may lie about while clients write
-_IDLE_GARBAGE = 0.1, 2
+_THOROUGH_GARBAGE = 0.1, 2
 _OVERRUN = 2.0  # times what may lie about: clients write faster than the cleaner cleans, and have to wait
 _MOST_SHARE = 0.75
 _WORTHWHILE = 0.8  # live share above which a segment is not cleaned: each victim gains something, so it comes to an end
@@ -107,11 +107,11 @@ class Cleaner:
         used = table.segments_with_live_blocks - (in_open > 0)
         return (used * self._capacity_blocks - self._maps.live_blocks + in_open) * BLOCK_BYTES
 
-    def wanted(self, idle: bool) -> bool:
-        """Whether there is more garbage than may lie about."""
+    def wanted(self, thorough: bool) -> bool:
+        """Whether there is more garbage than may lie about; less may with `thorough`: at rest, or when room is short."""
         if self.urgent:
             return True
-        return self.garbage_bytes > self._allowed(_IDLE_GARBAGE if idle else _BUSY_GARBAGE)
+        return self.garbage_bytes > self._allowed(_THOROUGH_GARBAGE if thorough else _BUSY_GARBAGE)
 
     def is_overrun(self) -> bool:
         """Whether there is so much garbage that clients have to wait for the cleaner."""

@@ -49,7 +49,7 @@ from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.recovery import RecoveryError, Replay
-from nbdserver.logdisk.segments import CLEANER_KEEPS, DIRECTORY, SegmentPool
+from nbdserver.logdisk.segments import CLEANER_KEEPS, DIRECTORY, RESERVE_SEGMENTS, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.tree_changes import TreeChanges
 from nbdserver.logdisk.tree_work import TreeWork
@@ -392,7 +392,9 @@ class LogDisk:
             "epoch": self.opened.epoch,
             "txid": self.log.txid,
             "live_bytes": maps.live_blocks * BLOCK_BYTES,
-            "allocated_bytes": (in_use + len(pool.spare)) * pool.segment_bytes,
+            "allocated_bytes": pool.budget.used_bytes,
+            "filled_bytes": self.filled_bytes,
+            "full": pool.full,
             "segments": in_use,
             "spare_segments": len(pool.spare),
             "segment_bytes": pool.segment_bytes,
@@ -400,6 +402,12 @@ class LogDisk:
             "unsynced_records": self.log.lsn - self.log.durable_lsn,
             "damaged_lbas": sorted(self.damaged_lbas),
         }
+
+    @property
+    def filled_bytes(self) -> int:
+        """What cannot be cleaned away: the live data, and the reserve once anything was written."""
+        reserve_bytes = RESERVE_SEGMENTS * self.pool.segment_bytes if self.log.offset else 0
+        return self.maps.live_blocks * BLOCK_BYTES + reserve_bytes
 
     def counters(self) -> dict[str, int]:
         """Numbers that only rise, but for those that end in `_now`."""

@@ -6,18 +6,21 @@ max(8, 2 % of the live data) stay spare; what was not needed for a while is unli
 
 Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner and discards append with them,
 and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it is unlinked when the file
-system runs full, because LevelDB turns read-only when it meets the end itself.
+system runs full, because LevelDB turns read-only when it meets the end itself. A limit set by people (budget.py) is kept
+in the same way: `full` says which of the ends was met.
 
 Rules
 - A file is given out only after `freed`, that is when the checkpoint batch that no longer names it is synced, and only
   when no read that looked up an address in it is in flight.
 - Numbers start at 1 and the lowest unused one is taken, so that the lists indexed by number stay short.
+- The reserve is made beyond a budget too: without it nothing could be brought back below.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 from metadata.seams import Files
+from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 
 CLIENTS_KEEP = 3  # of the spare files, by those who append for clients
@@ -26,6 +29,8 @@ CLEANER_KEEPS = 1  # the last one is for discards
 DISCARDS_KEEP = 0
 SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
+RESERVE_SEGMENTS = CLIENTS_KEEP + 1  # and the open one: what an empty family takes
+SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do
 DIRECTORY = "segments"
 BALLAST = "ballast"
 _BALLAST_BYTES = 16 << 20
@@ -47,7 +52,9 @@ class SegmentPool:
         self.created = 0
         self.recycled = 0
         self.unlinked = 0
-        self.full = False
+        self.full = ""  # why clients get no further segment: "disk", "max-data", "node-max-data"
+        self.budget = Budget()
+        self.shared_budget = Budget()  # with other families
         self._files = files
         self._report = report
         self._short: set[int] = set()  # files that are not of segment_bytes
@@ -109,6 +116,7 @@ class SegmentPool:
     def close(self) -> None:
         """Close every file."""
         self._closed = True
+        self.share_budget(Budget())
         for segment, handle in enumerate(self.handles):
             if handle >= 0:
                 self._files.close(handle)
@@ -119,7 +127,7 @@ class SegmentPool:
     def take(self, keep: int) -> int:
         """A free segment file for a new life, or 0 when there is none but `keep` of the spare ones."""
         segment = 0
-        if len(self.spare) > keep:
+        if self._has_spare(keep):
             segment = self.spare.pop()
             self.recycled += 1
         elif self._has_room(keep):
@@ -131,13 +139,48 @@ class SegmentPool:
 
     def can_take(self, keep: int = CLIENTS_KEEP) -> bool:
         """Whether another segment could be had now."""
-        return len(self.spare) > keep or self._has_room(keep)
+        return self._has_spare(keep) or self._has_room(keep)
+
+    def is_short(self) -> bool:
+        """Whether clients can get only a few more segments."""
+        if len(self.spare) - CLIENTS_KEEP >= SHORT_SEGMENTS:
+            return False
+        files = SHORT_SEGMENTS + CLIENTS_KEEP - len(self.spare)
+        return self._overdrawn() or not self._has_room_for(files)
 
     def note_full(self, full: bool) -> None:
-        """Say once that clients can get no further segment, and once that they can again."""
-        if full != self.full:
-            self.full = full
-            self._report("disk-full" if full else "disk-has-room", {"free_bytes": self._files.free_bytes()})
+        """Say once that clients can get no further segment, and why, and once that they can again."""
+        if full != bool(self.full):
+            self.full = self._why_full() if full else ""
+            fields = {"reason": self.full} if full else {}
+            self._report("disk-full" if full else "disk-has-room", {**fields, "free_bytes": self._files.free_bytes()})
+
+    # -- budgets
+
+    def share_budget(self, budget: Budget) -> None:
+        """Draw from this one, instead of the one before, together with other families."""
+        self.shared_budget.used_bytes -= self.budget.used_bytes
+        self.shared_budget = budget
+        budget.used_bytes += self.budget.used_bytes
+
+    def trim_to_budget(self) -> None:
+        """Unlink spare files, but for the reserve, until no budget is overdrawn."""
+        while self._overdrawn() and len(self.spare) > CLIENTS_KEEP:
+            self._drop(self.spare.pop(0))
+
+    def _overdrawn(self) -> bool:
+        return bool(self.budget.overdrawn_bytes or self.shared_budget.overdrawn_bytes)
+
+    def _use(self, size_bytes: int) -> None:
+        self.budget.used_bytes += size_bytes
+        self.shared_budget.used_bytes += size_bytes
+
+    def _why_full(self) -> str:
+        needed_bytes = self._files_with_reserve(CLIENTS_KEEP) * self.segment_bytes
+        for budget, name in ((self.budget, "max-data"), (self.shared_budget, "node-max-data")):
+            if budget.left_bytes(needed_bytes) < needed_bytes:
+                return name
+        return "disk"
 
     def take_number(self, segment: int) -> bool:
         """Make the file of one given number: a family's first."""
@@ -183,10 +226,13 @@ class SegmentPool:
         allocated costs half as much again. While clients stream, writing zeros would take the disk from them: then
         the reserve is only allocated.
         """
-        if self.preparing or not self._has_room(0):
+        if self.preparing:
+            return
+        reserve_missing = len(self.spare) < CLIENTS_KEEP
+        if not (self._has_room(0) or (reserve_missing and self._disk_has_room_for(1))):
             return
         if not calm:
-            if len(self.spare) < CLIENTS_KEEP:
+            if reserve_missing:
                 segment = self._create()
                 if segment:
                     self.spare.insert(0, segment)
@@ -239,9 +285,23 @@ class SegmentPool:
         self.created += 1
         return segment
 
+    def _has_spare(self, keep: int) -> bool:
+        return len(self.spare) > keep and (keep < CLIENTS_KEEP or not self._overdrawn())
+
     def _has_room(self, keep: int) -> bool:
-        """Whether the file system has room for a file, and for those of the `keep` spare ones that are not made yet."""
-        files = 1 + max(0, keep - len(self.spare))
+        """Whether one more file can be made, and the reserve besides."""
+        return self._has_room_for(self._files_with_reserve(keep))
+
+    def _files_with_reserve(self, keep: int) -> int:
+        """One, and those of the `keep` spare ones that are not made yet."""
+        return 1 + max(0, keep - len(self.spare))
+
+    def _has_room_for(self, files: int) -> bool:
+        size_bytes = files * self.segment_bytes
+        left_bytes = self.budget.left_bytes(self.shared_budget.left_bytes(size_bytes))
+        return left_bytes == size_bytes and self._disk_has_room_for(files)
+
+    def _disk_has_room_for(self, files: int) -> bool:
         return self._files.free_bytes() >= files * self.segment_bytes + _FREE_FLOOR_BYTES
 
     def _unused_number(self) -> int:
@@ -253,10 +313,13 @@ class SegmentPool:
     def _set_handle(self, segment: int, handle: int) -> None:
         while len(self.handles) <= segment:
             self.handles.append(-1)
+        if self.handles[segment] == -1:
+            self._use(self.segment_bytes)
         self.handles[segment] = handle
 
     def _drop(self, segment: int) -> None:
         self._short.discard(segment)
+        self._use(-self.segment_bytes)
         self._files.close(self.handles[segment])
         self.handles[segment] = -2  # taken, until the file is gone
         self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
@@ -272,6 +335,7 @@ class SegmentPool:
     def _prepared(self, segment: int, errno: int, handle: int) -> None:
         self.preparing = False
         if errno or self._closed:
+            self._use(-self.segment_bytes)
             self._number_free(segment)
             if not errno:
                 self._files.close(handle)
