@@ -102,6 +102,28 @@ class Handover(BaseModel):
     pause_s: float = Field(description="how long clients waited")
 
 
+class Fill(BaseModel):
+    """Something that has a limit."""
+
+    subject: str = Field(description="file system, max_data (of the node), or volume NAME")
+    used_bytes: int = Field(description="of a limit: live data and the reserve, which cannot be cleaned away")
+    size_bytes: int
+    percent: float
+    alarm: int = Field(description="the threshold that was crossed: 80, 90 or 95; 0: none")
+
+
+class Capacity(BaseModel):
+    """What there is and what is promised, in bytes."""
+
+    size_bytes: int = Field(description="of the file system")
+    free_bytes: int
+    allocated_bytes: int = Field(description="segment files of all volumes")
+    max_data_bytes: int = Field(description="most that they may take; 0: the whole disk")
+    room_bytes: int = Field(description="what is free and what they take, at most max_data")
+    provisioned_bytes: int = Field(description="sizes of all volumes together")
+    overcommit: float = Field(description="most that volumes may have, as a multiple of the room; 0: any")
+
+
 class Status(BaseModel):
     """The node."""
 
@@ -114,6 +136,8 @@ class Status(BaseModel):
     free_bytes: int
     checksum: str
     warnings: list[str]
+    capacity: Capacity
+    fills: list[Fill] = Field(description="how full what has a limit is")
     handover: Handover | None = Field(description="the last one; null if this program was started afresh")
     volumes: list[Volume]
 
@@ -181,6 +205,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
     @app.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")
     async def metrics() -> Response:
         gauges: dict[str, Any] = {"start_time_seconds": started_s, "free_bytes": node.free_bytes(), "up": 0}
+        gauges |= node.capacity.gauges()
         counters: dict[str, Any] = {}
         live: dict[str, Any] = {}
         try:

@@ -8,11 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from nbdserver.cli.client import NodeClient
-from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, wants_json
+from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, wants_json
 from nbdserver.cli.volume_commands import print_volumes
 from nbdserver.node.sizes import round_size
 
 WAIT_S = 25
+
+EXIT_ATTENTION = 1
+
+FULL_REASONS = {
+    "disk": "the file system has no more room",
+    "max-data": "it takes all that its max-data allows",
+    "node-max-data": "all volumes together take all that max_data in node.yaml allows",
+}
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at settings files.")
 
@@ -23,27 +31,65 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(config_app, name="config")
 
 
-def status(context: typer.Context, data: DataOption = None, json_output: JsonOption = False) -> None:
+def status(
+    context: typer.Context,
+    check: Annotated[
+        bool, typer.Option("--check", help="End with 1 if something needs attention: for cron and monitoring.")
+    ] = False,
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> int:
     """Show the running node and its volumes.
 
-    Example:
+    With --check the exit code is 1 if a fill alarm stands (80, 90 or 95 %), a volume is full or failed, a block is
+    damaged, or there is a warning.
+
+    Examples:
 
       nbdserver status --json
+
+      nbdserver status --check >/dev/null || mail -s 'nbdserver needs attention' root
     """
     node = NodeClient(data_path(context, data)).get("/v1/status")
+    attention = _attention(node)
     if wants_json(context, json_output):
         print_json(node)
-        return
+    else:
+        _print_status(node, attention)
+    return EXIT_ATTENTION if check and attention else 0
+
+
+def _attention(node: dict[str, Any]) -> list[tuple[int, str]]:
+    """(how urgent: 1 or 2, sentence) of what somebody should look at."""
+    found = [(2, warning) for warning in node["warnings"]]
+    for fill in node["fills"]:
+        if fill["alarm"]:
+            used, size = round_size(fill["used_bytes"]), round_size(fill["size_bytes"])
+            sentence = f"{fill['subject']} is {fill['percent']:.1f} % full: {used} of {size}"
+            found.append((1 if fill["alarm"] < 90 else 2, sentence))
+    for volume in node["volumes"]:
+        name = volume["name"]
+        if volume["reason"]:
+            found.append((2, f"{name}: {volume['reason']}"))
+        elif volume["state"] == "full":
+            found.append((2, f"{name} is full: writes get ENOSPC ({FULL_REASONS[volume['disk']['full']]})"))
+        if damaged := volume["disk"].get("damaged_lbas"):
+            found.append((2, f"{name}: {len(damaged)} damaged blocks; nbdserver volume show {name}"))
+    return found
+
+
+def _print_status(node: dict[str, Any], attention: list[tuple[int, str]]) -> None:
+    capacity = node["capacity"]
     print(f"nbdserver {node['version']}, pid {node['pid']}, up {node['uptime_s']:.0f} s")
-    print(f"data {node['data']}, {round_size(node['free_bytes'])} free")
+    print(f"data {node['data']}, {round_size(node['free_bytes'])} free of {round_size(capacity['size_bytes'])}")
     print(f"listening on {', '.join(node['listen'])}")
-    for warning in node["warnings"]:
-        print(f"WARNING: {warning}")
+    limit = f", at most {capacity['overcommit']:g} times the room" if capacity["overcommit"] else ""
+    promised, room = round_size(capacity["provisioned_bytes"]), round_size(capacity["room_bytes"])
+    print(f"volumes of {promised} on {room} of room{limit}; they take {round_size(capacity['allocated_bytes'])}")
+    for urgency, sentence in attention:
+        print(coloured(f"WARNING: {sentence}", "yellow" if urgency == 1 else "red"))
     print()
     print_volumes(node["volumes"])
-    for volume in node["volumes"]:
-        if volume["reason"]:
-            print(f"{volume['name']}: {volume['reason']}")
 
 
 def events(

@@ -6,6 +6,7 @@ Errors are one line on standard error.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,11 @@ def data_path(context: typer.Context, data: Path | None, from_settings: Path | N
 def wants_json(context: typer.Context, here: bool) -> bool:
     """Return True if `--json` was given here or before the command."""
     return here or bool(context.find_root().params.get("json_output"))
+
+
+def coloured(text: str, colour: str) -> str:
+    """Return `text` in a colour if it goes to a terminal whose owner did not ask for none (NO_COLOR)."""
+    return typer.style(text, fg=colour) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
 def print_json(content: Any) -> None:

@@ -12,7 +12,7 @@ Rules
 """
 
 LEAST_SEGMENTS = 16
-"""That a limit of a family must have room for: a quarter of them is reserve."""
+"""That a limit of a family must have room for: three of them are reserve, one is open."""
 
 
 class Budget:
@@ -32,4 +32,3 @@ class Budget:
         if not self.limit_bytes:
             return most_bytes
         return max(0, min(most_bytes, self.limit_bytes - self.used_bytes))
-

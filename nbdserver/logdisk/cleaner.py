@@ -108,7 +108,7 @@ class Cleaner:
         return (used * self._capacity_blocks - self._maps.live_blocks + in_open) * BLOCK_BYTES
 
     def wanted(self, thorough: bool) -> bool:
-        """Whether there is more garbage than may lie about; less may with `thorough`: at rest, or when room is short."""
+        """Whether there is more garbage than may lie about; less may at rest, or when room is short (`thorough`)."""
         if self.urgent:
             return True
         return self.garbage_bytes > self._allowed(_THOROUGH_GARBAGE if thorough else _BUSY_GARBAGE)

@@ -49,7 +49,7 @@ from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.recovery import RecoveryError, Replay
-from nbdserver.logdisk.segments import CLEANER_KEEPS, DIRECTORY, RESERVE_SEGMENTS, SegmentPool
+from nbdserver.logdisk.segments import CLEANER_KEEPS, CLIENTS_KEEP, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.tree_changes import TreeChanges
 from nbdserver.logdisk.tree_work import TreeWork
@@ -406,7 +406,7 @@ class LogDisk:
     @property
     def filled_bytes(self) -> int:
         """What cannot be cleaned away: the live data, and the reserve once anything was written."""
-        reserve_bytes = RESERVE_SEGMENTS * self.pool.segment_bytes if self.log.offset else 0
+        reserve_bytes = CLIENTS_KEEP * self.pool.segment_bytes if self.log.offset else 0
         return self.maps.live_blocks * BLOCK_BYTES + reserve_bytes
 
     def counters(self) -> dict[str, int]:

@@ -6,8 +6,8 @@ max(8, 2 % of the live data) stay spare; what was not needed for a while is unli
 
 Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner and discards append with them,
 and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it is unlinked when the file
-system runs full, because LevelDB turns read-only when it meets the end itself. A limit set by people (budget.py) is kept
-in the same way: `full` says which of the ends was met.
+system runs full, because LevelDB turns read-only when it meets the end itself. A limit set by people (budget.py) is
+kept in the same way: `full` says which of the ends was met.
 
 Rules
 - A file is given out only after `freed`, that is when the checkpoint batch that no longer names it is synced, and only
@@ -29,7 +29,6 @@ CLEANER_KEEPS = 1  # the last one is for discards
 DISCARDS_KEEP = 0
 SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
-RESERVE_SEGMENTS = CLIENTS_KEEP + 1  # and the open one: what an empty family takes
 SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do
 DIRECTORY = "segments"
 BALLAST = "ballast"

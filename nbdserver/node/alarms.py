@@ -16,6 +16,10 @@ from dataclasses import dataclass
 THRESHOLDS = (80, 90, 95)
 HYSTERESIS = 2  # percentage points
 
+FILE_SYSTEM = "file system"
+MAX_DATA = "max_data"
+"""Of the node."""
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -51,7 +55,7 @@ class Fill:
     """How full something is."""
 
     subject: str
-    """"file-system", "node" (its max_data) or a volume's name (its max-data)."""
+    """FILE_SYSTEM, MAX_DATA, or "volume NAME" for its max-data."""
     used_bytes: int
     size_bytes: int
     """0: without limit."""

@@ -18,7 +18,7 @@ from nbdserver.node.addresses import check_address, check_socket_path
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_size
 
-LIVE_KEYS = ("listen", "socket", "http.public_read", "http.token_file")
+LIVE_KEYS = ("listen", "socket", "http.public_read", "http.token_file", "max_data", "overcommit")
 
 MAX_FILE_BYTES = 1 << 20
 """A settings file is a page of text: what is larger is the wrong file."""
@@ -40,6 +40,26 @@ def _size(least_bytes: int, most_bytes: int, power_of_two: bool = False) -> Any:
         return size_bytes
 
     return BeforeValidator(check)
+
+
+def _size_or_none(least_bytes: int, most_bytes: int) -> Any:
+    """`none` is 0: without limit."""
+    size = _size(least_bytes, most_bytes)
+
+    def check(value: object) -> int:
+        checked: int = 0 if value in (None, "none", "0", 0) else size.func(value)
+        return checked
+
+    return BeforeValidator(check)
+
+
+def _ratio(value: object) -> float:
+    """`none` is 0: without limit."""
+    if value in (None, "none"):
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.1 <= value <= 1000:
+        raise ValueError(f"{reprlib.repr(value)} is not a ratio from 0.1 to 1000; write for example 2.5, or none")
+    return float(value)
 
 
 def _address(value: object) -> str:
@@ -106,6 +126,12 @@ class NodeSettings(_Model):
     )
     max_connections: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
         default=1024, description="NBD connections at a time"
+    )
+    max_data: Annotated[int, _size_or_none(64 * _MIB, 1 << 50)] = Field(
+        default=0, description="most that the segment files of all volumes may take together; none: the whole disk"
+    )
+    overcommit: Annotated[float, BeforeValidator(_ratio)] = Field(
+        default=0.0, description="most that volumes may have together, as a multiple of the room there is; none: any"
     )
     http: HttpSettings = HttpSettings()
 

@@ -32,7 +32,8 @@ from metadata.seams import Batch
 from nbdserver.node import program, systemd_notify
 from nbdserver.node.addresses import port_holder, split_address
 from nbdserver.node.ballast import Ballast
-from nbdserver.node.config import NodeSettings, load_settings
+from nbdserver.node.capacity import Capacity
+from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings
 from nbdserver.node.data_process import DataProcess, DataProcessError
 from nbdserver.node.descriptors import LOCK, close_all
 from nbdserver.node.directory import DataDirectory
@@ -88,7 +89,9 @@ class Node:
         self.events = EventLog(directory.events, time.monotonic)
         self._registry = open_registry(directory)
         self._families = Families(self._registry, owner="local")
-        self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment)
+        self.capacity = Capacity(directory.path, lambda: self.settings, self._families.all, self.call, self.events.add)
+        admit = self.capacity.admit
+        self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment, admit)
         self.snapshots = Snapshots(self.volumes)
         self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
@@ -122,10 +125,12 @@ class Node:
             await self._stop_data()
             raise
         supervisor = loop.create_task(self._supervise())
+        watching = loop.create_task(self.capacity.watch())
         try:
             stop_api = await serve_api(self)
         except BaseException:
             supervisor.cancel()
+            watching.cancel()
             await self._stop_data()
             raise
         self.events.add("node-started", {"pid": os.getpid()})
@@ -140,6 +145,7 @@ class Node:
                 stop_api = await serve_api(self)
         systemd_notify.notify("STOPPING=1")
         supervisor.cancel()
+        watching.cancel()
         self.events.add("node-stopping", {})
         if not await self._leave_clients_to_systemd():
             await self._stop_data()
@@ -155,6 +161,7 @@ class Node:
 
     async def status(self) -> dict[str, Any]:
         """Return what `nbdserver status` shows."""
+        await self.capacity.look()
         return {
             "pid": os.getpid(),
             "data_pid": self._data.pid if self._data else None,
@@ -164,6 +171,8 @@ class Node:
             "free_bytes": self.free_bytes(),
             "checksum": self._hello.get("checksum", ""),
             "warnings": self._warnings(),
+            "capacity": self.capacity.describe(),
+            "fills": self.capacity.fills(),
             "handover": self.handover,
             "volumes": await self.volumes.list(),
         }
@@ -191,12 +200,13 @@ class Node:
                 if self._config_path
                 else self.settings
             )
-            live = {"listen": fresh.listen, "socket": fresh.socket}
+            live = {name: getattr(fresh, name) for name in LIVE_KEYS if "." not in name}
             http = {"public_read": fresh.http.public_read, "token_file": fresh.http.token_file}
             old = self.settings
             self.settings = old.model_copy(update=live | {"http": old.http.model_copy(update=http)})
             try:
                 await self._listen()
+                await self.call("limit_data", max_data_bytes=self.settings.max_data)
             except NodeError:
                 self.settings = old
                 raise
@@ -308,6 +318,7 @@ class Node:
             "start",
             cache_bytes=self.settings.cache,
             max_connections=self.settings.max_connections,
+            max_data_bytes=self.settings.max_data,
         )
         for warning in self._warnings():
             self._say(f"WARNING: {warning}")

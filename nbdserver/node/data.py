@@ -34,6 +34,7 @@ from typing import Any
 from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
 from nbdserver.host.network import SocketNetwork
+from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node import handover
 from nbdserver.node.channel import Channel
@@ -83,6 +84,7 @@ class Worker:
         self._clients_gone = 0
         self._server: Server | None = None
         self._settings = DiskSettings()
+        self._budget = Budget()
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.channel: Channel | None = None
         self.stopped = asyncio.Event()
@@ -97,11 +99,16 @@ class Worker:
             _log.exception("the request %s failed", name)
             raise
 
-    async def do_start(self, cache_bytes: int, max_connections: int) -> dict[str, Any]:
+    async def do_start(self, cache_bytes: int, max_connections: int, max_data_bytes: int) -> dict[str, Any]:
         """Take the settings; the first request."""
         self._settings = DiskSettings(cache_bytes=cache_bytes)
+        self._budget.limit_bytes = max_data_bytes
         self._server = Server(self._network, self._clock, self._exports, self._report, max_connections)
         return {"checksum": CHECKSUM_LIBRARY, "checksum_is_fast": CHECKSUM_IS_FAST}
+
+    async def do_limit_data(self, max_data_bytes: int) -> None:
+        """Change what the segment files of all families may take together; 0: no limit."""
+        self._budget.limit_bytes = max_data_bytes
 
     async def do_format(self, directory: str, family: str, size_bytes: int, segment_bytes: int) -> None:
         """Make an empty family."""
@@ -119,6 +126,7 @@ class Worker:
             self._settings,
             self._reporter(family, volume),
         )
+        opened.disk.pool.share_budget(self._budget)
         opened.export = Export(
             volume,
             opened.disk.head(1),
@@ -237,6 +245,16 @@ class Worker:
         """What is live of each open family."""
         return {
             family_id: {"clients": len(family.export.sessions) if family.export else 0, "disk": family.disk.status()}
+            for family_id, family in self._families.items()
+        }
+
+    async def do_room(self) -> dict[str, dict[str, int]]:
+        """Of each open family: what its segment files take, and what of that cannot be cleaned away."""
+        return {
+            family_id: {
+                "allocated_bytes": family.disk.pool.budget.used_bytes,
+                "filled_bytes": family.disk.filled_bytes,
+            }
             for family_id, family in self._families.items()
         }
 

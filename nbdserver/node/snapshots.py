@@ -90,6 +90,8 @@ class Snapshots:
                         f"volume {volume} has {format_size(found['size_bytes'])}; what lies behind "
                         f"{format_size(size_bytes)} would be lost: shrink its file system first, then add --force"
                     )
+            more_bytes = size_bytes - found["size_bytes"]
+            await self._volumes.admit(f"{volume} with {format_size(size_bytes)}", more_bytes)
             self._check(await self._ask("resize", volume, size_bytes=size_bytes), f"resizing {volume}")
             self._volumes.note_size(volume, size_bytes)
             self._volumes.event("volume-resized", {"volume": volume, "size_bytes": size_bytes})

@@ -12,7 +12,7 @@ import asyncio
 import ipaddress
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -137,12 +137,15 @@ class Volumes:
         call: Call,
         event: Callable[[str, dict[str, Any]], None],
         segment_bytes: int,
+        admit: Callable[[str, int], Awaitable[None]],
     ) -> None:
+        """`admit(what, more_bytes)` raises ConflictError if so much more may not be promised."""
         self._directory = directory
         self._families = families
         self._call = call
         self.event = event
         self._segment_bytes = segment_bytes
+        self.admit = admit
         self.lock = asyncio.Lock()
         self._failed: dict[str, str] = {}
 
@@ -186,6 +189,7 @@ class Volumes:
                 )
             if len(self._families.all()) >= MAX_VOLUMES:
                 raise ConflictError(f"this node has {MAX_VOLUMES} volumes, the most it takes; delete one first")
+            await self.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
             family = Family(
                 id=secrets.token_hex(FAMILY_ID_BYTES),
                 volume=name,

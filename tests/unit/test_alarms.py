@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserver.node.alarms import HYSTERESIS, THRESHOLDS, Alarms, Crossing, Fill, cross
+from nbdserver.node.alarms import FILE_SYSTEM, HYSTERESIS, THRESHOLDS, Alarms, Crossing, Fill, cross
 
 UP, DOWN = True, False
 
@@ -58,17 +58,19 @@ def test_a_level_that_swings_by_less_than_the_hysteresis_is_told_once(size: int,
 
 def test_alarms_keep_a_level_for_each_subject_and_forget_what_is_gone() -> None:
     alarms = Alarms()
-    crossed = alarms.look([Fill("file-system", 50, 100), Fill("disk0", 91, 100)])
+    crossed = alarms.look([Fill(FILE_SYSTEM, 50, 100), Fill("volume disk0", 91, 100)])
     assert [(fill.subject, crossing.percent, crossing.is_rising) for fill, crossing in crossed] == [
-        ("disk0", 80, UP),
-        ("disk0", 90, UP),
+        ("volume disk0", 80, UP),
+        ("volume disk0", 90, UP),
     ]
-    assert (alarms.level("file-system"), alarms.level("disk0"), alarms.level("nobody")) == (0, 90, 0)
-    assert alarms.look([Fill("file-system", 50, 100)]) == []
-    assert alarms.level("disk0") == 0
-    assert list(alarms.fills) == ["file-system"]
+    assert (alarms.level(FILE_SYSTEM), alarms.level("volume disk0"), alarms.level("nobody")) == (0, 90, 0)
+    assert alarms.look([Fill(FILE_SYSTEM, 50, 100)]) == []
+    assert alarms.level("volume disk0") == 0
+    assert list(alarms.fills) == [FILE_SYSTEM]
 
 
-@pytest.mark.parametrize(("used", "size", "percent"), [(0, 0, 0.0), (9499, 10000, 94.9), (95, 100, 95.0), (3, 2, 150.0)])
+@pytest.mark.parametrize(
+    ("used", "size", "percent"), [(0, 0, 0.0), (9499, 10000, 94.9), (95, 100, 95.0), (3, 2, 150.0)]
+)
 def test_a_fill_is_shown_in_tenths_of_a_percent(used: int, size: int, percent: float) -> None:
     assert Fill("x", used, size).percent == percent

@@ -24,6 +24,9 @@ WRONG: list[tuple[str, str]] = [
     ("segment: 48M", r"segment: 48M is not a power of two; write for example 32M"),
     ("max_connections: 0", r"max_connections: 0 is wrong: input should be greater than or equal to 1"),
     ("max_connections: many", r"max_connections: 'many' is wrong"),
+    ("max_data: 1M", r"max_data: 1M is outside 64M to 1024T"),
+    ("overcommit: lots", r"overcommit: 'lots' is not a ratio from 0.1 to 1000; write for example 2.5, or none"),
+    ("overcommit: 0", r"overcommit: 0 is not a ratio"),
     ("http: 9809", r"http: needs keys of its own below it: listen, public_read, token_file"),
     ("http: {public_read: 'yes'}", r"http.public_read: 'yes' is not true or false"),
     ("data: 5", r"data: 5 is not a path"),
@@ -76,12 +79,20 @@ def test_an_empty_file_gives_the_defaults() -> None:
 def test_all_keys_are_taken() -> None:
     text = (
         b"data: /d\nlisten: ['[::1]:1', localhost:2]\nsocket: /s\ncache: 1G\nsegment: 32M\nmax_connections: 7\n"
+        b"max_data: 2T\novercommit: 2.5\n"
         b"http: {listen: 127.0.0.1:3, public_read: true, token_file: /t}\n"
     )
     settings = parse_settings(text, "node.yaml")
     assert settings.listen == ["[::1]:1", "localhost:2"]
     assert (settings.cache, settings.segment, settings.max_connections) == (1 << 30, 32 << 20, 7)
     assert settings.http.public_read
+    assert (settings.max_data, settings.overcommit) == (2 << 40, 2.5)
+
+
+@pytest.mark.parametrize("text", ["max_data: none", "max_data: 0", "overcommit: none", ""])
+def test_none_is_no_limit(text: str) -> None:
+    settings = parse_settings(text.encode(), "node.yaml")
+    assert (settings.max_data, settings.overcommit) == (0, 0.0)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

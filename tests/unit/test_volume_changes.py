@@ -17,6 +17,7 @@ from nbdserver.node.errors import ConflictError
 from nbdserver.node.volumes import Volumes
 
 SIZE = 1 << 20
+MOST_BYTES = 1 << 30
 
 
 @dataclass
@@ -64,7 +65,12 @@ def node(tmp_path: Path) -> Iterator[Node]:
     directory.open()
     registry = open_registry(directory)
     families, data, events = Families(registry, "here"), FakeData(), list[str]()
-    volumes = Volumes(directory, families, data.call, lambda kind, fields: events.append(kind), 1 << 20)
+
+    async def admit(what: str, more_bytes: int) -> None:
+        if more_bytes > MOST_BYTES:
+            raise ConflictError(f"{what} is too much")
+
+    volumes = Volumes(directory, families, data.call, lambda kind, fields: events.append(kind), 1 << 20, admit)
     yield Node(directory, registry, families, data, volumes, events)
     registry.close()
     directory.release()
@@ -162,3 +168,10 @@ def test_a_volume_that_is_wanted_and_there_keeps_its_size(node: Node) -> None:
     assert node.data.calls.count("format") == 1
     assert asyncio.run(node.volumes.create("disk0", 2 * SIZE, exist_ok=True))["size_bytes"] == SIZE
     refused(ConflictError, lambda: node.volumes.create("disk0", SIZE))
+
+
+def test_a_volume_that_promises_too_much_is_refused_before_anything_is_made(node: Node) -> None:
+    assert (
+        refused(ConflictError, lambda: node.volumes.create("disk0", MOST_BYTES * 2)) == "volume disk0 of 2G is too much"
+    )
+    assert (node.data.calls, node.directories(), node.families.scraps()) == ([], [], [])
