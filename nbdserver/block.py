@@ -16,7 +16,7 @@ Rules
 - An operation that returned None or False changed nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ BLOCK_BYTES = 4096
 
 HOLE = 1  # extent flags, as in NBD's base:allocation
 ZERO = 2
+DIRTY = 1  # extent flag, as in qemu:dirty-bitmap
 
 
 class Operation(IntEnum):
@@ -75,6 +76,13 @@ class BlockDevice(Protocol):
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1
     ) -> None:
         """Do the operation when what it needs is there. `data` is for WRITE, `limit` for EXTENTS."""
+
+    def bitmaps(self) -> Mapping[str, int]:
+        """The older snapshots that `changed` can compare with: their names and numbers, the oldest first."""
+
+    def changed(self, since: int, offset: int, length: int, limit: int, done: Later) -> None:
+        """As EXTENTS of `later`, with DIRTY where the content may differ from that in the snapshot of number `since`;
+        ESTALE if that is gone."""
 
     def flush(self, done: Done) -> None:
         """`done(0)` when everything acknowledged before this call is durable."""

@@ -21,11 +21,12 @@ from typing import Any
 from construct import Bytes, ConstructError, Int32ub, Struct
 
 from protocol.checksum import crc32c
+from protocol.contexts import BASE_ALLOCATION, Context
 from protocol.handshake import Agreement, Offer, ReplyStyle
 
 MAGIC = b"nbdHAND\x00"
-VERSION = 1
-READABLE = (1,)
+VERSION = 2  # 1 knew only one context, and its identifier
+READABLE = (1, 2)
 
 Preamble = Struct("magic" / Bytes(8), "version" / Int32ub, "head_bytes" / Int32ub, "crc" / Int32ub)
 
@@ -78,7 +79,7 @@ def encode(handover: Handover) -> list[bytes]:
             "read_only": client.agreement.offer.read_only,
             "description": client.agreement.offer.description,
             "style": client.agreement.style.value,
-            "context_ids": client.agreement.context_ids,
+            "contexts": [[context.id, context.name, context.since] for context in client.agreement.contexts],
             "flags": client.agreement.flags,
             "skip_bytes": client.skip_bytes,
             "received_bytes": len(client.received),
@@ -126,7 +127,9 @@ def _parse(head: dict[str, Any], rest: memoryview) -> Handover:
         middle = position + item["received_bytes"]
         end = middle + item["unsent_bytes"]
         offer = Offer(item["export"], item["size_bytes"], item["read_only"], item["description"])
-        agreement = Agreement(offer, ReplyStyle(item["style"]), tuple(item["context_ids"]), item["flags"])
+        contexts = item["contexts"] if "contexts" in item else [[id_, BASE_ALLOCATION] for id_ in item["context_ids"]]
+        selected = tuple(Context(*context) for context in contexts)
+        agreement = Agreement(offer, ReplyStyle(item["style"]), selected, item["flags"])
         clients.append(
             ClientState(
                 cookie=item["cookie"],

@@ -10,13 +10,14 @@ Rules
 - Every option but EXPORT_NAME gets a final reply; an option that is unknown, too long or malformed gets an error and
   is skipped to its last byte, so that the stream stays in step.
 - What an option negotiated counts only if the option succeeded; a failed SET_META_CONTEXT clears the contexts.
+  Which contexts there are, and what selects them: contexts.py.
 - After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the
   connection closes.
 
 Known weakness: a client may pipeline options, which the protocol forbids; they are answered in order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -24,13 +25,13 @@ from typing import Any, Protocol
 from construct import ConstructError
 
 from protocol import nbd
+from protocol.contexts import Context, listed, needs_bitmaps, selected
 from protocol.invariant import InvariantError, invariant
 from protocol.nbd import HandshakeFlag, Info, Option, OptionReply, TransmissionFlag
 
 OPTION_LIMIT_BYTES = 64 << 10  # a name, a list of queries: more than any client sends, less than a receive buffer
 OPTION_LIMIT = 1024  # options a connection; a client that lists and asks about each export opens a connection for each
 QUERY_LIMIT = 64  # queries in one LIST_META_CONTEXT or SET_META_CONTEXT
-BASE_ALLOCATION_ID = 1
 
 # As an int: the complement of a flag enum holds only the bits that have a name.
 _CLIENT_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
@@ -119,6 +120,9 @@ class Offers(Protocol):
     def offer(self, name: str) -> Offer:
         """The export of this name ("" is the default export); OptionRefusedError if there is none for this peer."""
 
+    def bitmaps(self, name: str) -> Mapping[str, int]:
+        """The dirty bitmaps of an export that was offered, the oldest first: (name, number) for `Context.since`."""
+
     def enter(self, name: str) -> Offer:
         """As `offer`, and the connection now uses it; OptionRefusedError if it may not."""
 
@@ -129,8 +133,13 @@ class Agreement:
 
     offer: Offer
     style: ReplyStyle
-    context_ids: tuple[int, ...]
+    contexts: tuple[Context, ...]
     flags: int
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """Of the contexts that were selected."""
+        return tuple(context.id for context in self.contexts)
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ class Handshake:
 
     def _forget_negotiated(self) -> None:
         self._style = ReplyStyle.SIMPLE
-        self._contexts: tuple[int, ...] = ()
+        self._contexts: tuple[Context, ...] = ()
         self._contexts_export = ""
 
     def _header(self, magic: int, option: int, length: int) -> Event | None:
@@ -287,7 +296,8 @@ class Handshake:
     # --- packing ---
 
     def _reply(self, kind: OptionReply, payload: bytes = b"") -> bytes:
-        return _build(nbd.OptionReplyHeader, option=self._option, type=int(kind), length=len(payload)) + payload
+        header = nbd.OPTION_REPLY_HEADER.pack(nbd.OPTION_REPLY_MAGIC, self._option, int(kind), len(payload))
+        return header + payload
 
     def _error(self, kind: OptionReply, message: str) -> bytes:
         return self._reply(kind, message.encode()[: nbd.STRING_LIMIT_BYTES])
@@ -383,28 +393,23 @@ class Handshake:
         return b"".join(self._reply(OptionReply.INFO, payload) for payload in payloads)
 
     def _list_meta_context(self, data: bytes) -> Event:
-        _, queries = self._parse_meta_context(data)
-        replies = b""
-        if not queries or "base:" in queries or nbd.BASE_ALLOCATION in queries:
-            replies = self._reply(
-                OptionReply.META_CONTEXT, _build(nbd.MetaContextReply, context_id=0, name=nbd.BASE_ALLOCATION.encode())
-            )
-        return Reply(replies + self._acknowledge())
+        _, queries, bitmaps = self._parse_meta_context(data)
+        replies = [self._context(0, name) for name in listed(queries, bitmaps)]
+        return Reply(b"".join(replies) + self._acknowledge())
 
     def _set_meta_context(self, data: bytes) -> Event:
         self._contexts = ()
-        offer, queries = self._parse_meta_context(data)
-        replies = b""
-        if nbd.BASE_ALLOCATION in queries:
-            self._contexts = (BASE_ALLOCATION_ID,)
-            self._contexts_export = offer.name
-            replies = self._reply(
-                OptionReply.META_CONTEXT,
-                _build(nbd.MetaContextReply, context_id=BASE_ALLOCATION_ID, name=nbd.BASE_ALLOCATION.encode()),
-            )
-        return Reply(replies + self._acknowledge())
+        offer, queries, bitmaps = self._parse_meta_context(data)
+        self._contexts = selected(queries, bitmaps)
+        self._contexts_export = offer.name
+        replies = [self._context(context.id, context.name) for context in self._contexts]
+        return Reply(b"".join(replies) + self._acknowledge())
 
-    def _parse_meta_context(self, data: bytes) -> tuple[Offer, list[str]]:
+    def _context(self, context_id: int, name: str) -> bytes:
+        return self._reply(OptionReply.META_CONTEXT, nbd.META_CONTEXT_REPLY_START.pack(context_id) + name.encode())
+
+    def _parse_meta_context(self, data: bytes) -> tuple[Offer, list[str], Mapping[str, int]]:
+        """(the export, the queries, its bitmaps as far as they are needed)."""
         if self._style is ReplyStyle.SIMPLE:
             raise OptionRefusedError(
                 OptionReply.ERR_INVALID, "metadata contexts need structured replies or extended headers"
@@ -412,7 +417,9 @@ class Handshake:
         parsed = _parse(nbd.MetaContextRequest, data)
         if len(parsed.queries) > QUERY_LIMIT:
             raise OptionRefusedError(OptionReply.ERR_TOO_BIG, f"at most {QUERY_LIMIT} queries in one option")
-        return self._offers.offer(_text(parsed.name)), [_text(query) for query in parsed.queries]
+        offer = self._offers.offer(_text(parsed.name))
+        queries = [_text(query) for query in parsed.queries]
+        return offer, queries, self._offers.bitmaps(offer.name) if needs_bitmaps(queries) else {}
 
     def _agree(self, offer: Offer) -> Agreement:
         contexts = self._contexts if self._contexts_export == offer.name else ()

@@ -51,8 +51,6 @@ MINIMUM_BLOCK_BYTES = 1
 PREFERRED_BLOCK_BYTES = 4096
 MAXIMUM_PAYLOAD_BYTES = 32 << 20  # "any payload not exceeding 2^25 bytes" is what clients rely on
 
-BASE_ALLOCATION = "base:allocation"
-
 
 class HandshakeFlag(IntFlag):
     """Server's flags in the greeting and client's in its answer (the same bits)."""
@@ -185,6 +183,12 @@ class ExtentFlag(IntFlag):
     ZERO = 1 << 1
 
 
+class BitmapFlag(IntFlag):
+    """States of an extent in qemu:dirty-bitmap."""
+
+    DIRTY = 1 << 0
+
+
 # --- handshake ---
 
 Greeting = Struct(
@@ -213,7 +217,8 @@ InfoBlockSize = Struct(
     "maximum_payload_bytes" / Int32ub,
 )
 MetaContextRequest = Struct("name" / _String, "queries" / PrefixedArray(Int32ub, _String), Terminated)
-MetaContextReply = Struct("context_id" / Int32ub, "name" / GreedyBytes)
+MetaContextReplyStart = Struct("context_id" / Int32ub)
+MetaContextReply = Struct(*MetaContextReplyStart.subcons, "name" / GreedyBytes)
 
 # --- transmission ---
 
@@ -269,6 +274,8 @@ BlockStatusPayload = Struct("length" / Int64ub, "context_ids" / GreedyRange(Int3
 # --- derived, for what is parsed or packed once a request ---
 
 OPTION_HEADER = derive(OptionHeader)
+OPTION_REPLY_HEADER = derive(OptionReplyHeader)
+META_CONTEXT_REPLY_START = derive(MetaContextReplyStart)
 CLIENT_FLAGS = derive(ClientFlags)
 REQUEST = derive(Request)
 EXTENDED_REQUEST = derive(ExtendedRequest)

@@ -14,7 +14,8 @@ Rules
 """
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import starmap
 from typing import Protocol
 
 from construct import ConstructError
@@ -25,6 +26,8 @@ from protocol.invariant import InvariantError
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyError, ReplyFlag
 
 Buffer = bytes | bytearray | memoryview
+Statuses = Sequence[tuple[int, Sequence[tuple[int, int]]]]
+"""(context id, its (length, flags) extents) for each context."""
 
 _DONE = int(ReplyFlag.DONE)
 _NONE = int(Chunk.NONE)
@@ -56,6 +59,7 @@ _TRANSLATED = {
     errno.EFBIG: errno.ENOSPC,
     errno.EROFS: errno.EPERM,
     errno.EACCES: errno.EPERM,
+    errno.ESTALE: errno.EINVAL,  # what a dirty bitmap is compared with is gone
 }
 
 _MESSAGES = {
@@ -67,9 +71,7 @@ _MESSAGES = {
     errno.ENOTSUP: b"not faster than writing zeros",
     errno.ENOMEM: b"",
     errno.ESHUTDOWN: b"the server is shutting down",
-}
-_ERROR_PAYLOADS: dict[int, bytes] = {
-    error: nbd.Error.build({"error": error, "message": message}) for error, message in _MESSAGES.items()
+    errno.ESTALE: b"the snapshot of a dirty bitmap was deleted: make a full backup, or use that of another snapshot",
 }
 
 
@@ -77,6 +79,15 @@ def reply_error(error: int) -> int:
     """The errno that stands in a reply for this one: the protocol allows eight."""
     error = _TRANSLATED.get(error, error)
     return error if error in _REPLY_ERRORS else errno.EIO
+
+
+_ERROR_PAYLOADS: dict[int, bytes] = {
+    error: nbd.Error.build({"error": reply_error(error), "message": message}) for error, message in _MESSAGES.items()
+}
+
+
+def _error_payload(error: int) -> bytes:
+    return _ERROR_PAYLOADS.get(error) or _ERROR_PAYLOADS[reply_error(error)]
 
 
 def payload_bytes(extended: bool, flags: int, command: int, length: int) -> int:
@@ -135,6 +146,17 @@ def parse_status_payload(agreement: Agreement, payload: bytes) -> tuple[int, tup
     return parsed.length, ids
 
 
+def shortened(extents: Sequence[tuple[int, int]], length: int, limit: int) -> list[tuple[int, int]]:
+    """The (length, flags) extents that describe `length` bytes, at most `limit` of them."""
+    kept = []
+    for extent_bytes, flags in extents[:limit]:
+        kept.append((min(extent_bytes, length), flags))
+        length -= extent_bytes
+        if length <= 0:
+            break
+    return kept
+
+
 class Replies(Protocol):
     """Packs the replies of one style. `offset` is the request's; only the extended style uses it."""
 
@@ -142,7 +164,7 @@ class Replies(Protocol):
         """The request is done, without data."""
 
     def error(self, cookie: int, offset: int, error: int) -> bytes:
-        """The request failed with an errno of `ReplyError`."""
+        """The request failed with this errno, which is told as `reply_error` has it."""
 
     def data(self, cookie: int, offset: int, data_offset: int, length: int, done: bool) -> bytes:
         """What stands before `length` bytes of data at `data_offset`."""
@@ -150,10 +172,8 @@ class Replies(Protocol):
     def hole(self, cookie: int, offset: int, hole_offset: int, hole_bytes: int, done: bool) -> bytes:
         """A range that reads as zeros."""
 
-    def block_status(
-        self, cookie: int, offset: int, context_ids: Sequence[int], extents: Sequence[tuple[int, int]]
-    ) -> bytes:
-        """The same (length, flags) extents for each of the contexts."""
+    def block_status(self, cookie: int, offset: int, described: Statuses) -> bytes:
+        """A chunk for each context."""
 
     def unpack_success(self, reply: bytes) -> tuple[int, int]:
         """(cookie, offset) of what `success` packed; the offset is 0 where the style has none."""
@@ -166,7 +186,7 @@ class SimpleReplies:
         return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def error(self, cookie: int, offset: int, error: int) -> bytes:
-        return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, cookie)
+        return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, reply_error(error), cookie)
 
     def data(self, cookie: int, offset: int, data_offset: int, length: int, done: bool) -> bytes:
         return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -174,9 +194,7 @@ class SimpleReplies:
     def hole(self, cookie: int, offset: int, hole_offset: int, hole_bytes: int, done: bool) -> bytes:
         raise InvariantError("a simple reply cannot tell a hole")
 
-    def block_status(
-        self, cookie: int, offset: int, context_ids: Sequence[int], extents: Sequence[tuple[int, int]]
-    ) -> bytes:
+    def block_status(self, cookie: int, offset: int, described: Statuses) -> bytes:
         raise InvariantError("a simple reply cannot tell a block status")
 
     def unpack_success(self, reply: bytes) -> tuple[int, int]:
@@ -187,7 +205,7 @@ class StructuredReplies(SimpleReplies):
     """Structured chunks for data and errors, simple replies for successes without data."""
 
     def error(self, cookie: int, offset: int, error: int) -> bytes:
-        payload = _ERROR_PAYLOADS[error]
+        payload = _error_payload(error)
         return self._chunk(_DONE, int(Chunk.ERROR), cookie, len(payload)) + payload
 
     def data(self, cookie: int, offset: int, data_offset: int, length: int, done: bool) -> bytes:
@@ -199,14 +217,12 @@ class StructuredReplies(SimpleReplies):
         payload = nbd.OFFSET_HOLE.pack(hole_offset, hole_bytes)
         return self._chunk(_DONE if done else 0, _OFFSET_HOLE, cookie, len(payload)) + payload
 
-    def block_status(
-        self, cookie: int, offset: int, context_ids: Sequence[int], extents: Sequence[tuple[int, int]]
-    ) -> bytes:
-        described = b"".join([nbd.EXTENT.pack(length, flags) for length, flags in extents])
+    def block_status(self, cookie: int, offset: int, described: Statuses) -> bytes:
         chunks = []
-        for context_id, flags in _last_is_done(context_ids):
-            payload = nbd.BLOCK_STATUS_START.pack(context_id) + described
-            chunks.append(self._chunk(flags, int(Chunk.BLOCK_STATUS), cookie, len(payload)) + payload)
+        for left, (context_id, extents) in zip(reversed(range(len(described))), described, strict=True):
+            payload = nbd.BLOCK_STATUS_START.pack(context_id) + b"".join(starmap(nbd.EXTENT.pack, extents))
+            header = self._chunk(0 if left else _DONE, int(Chunk.BLOCK_STATUS), cookie, len(payload))
+            chunks += [header, payload]
         return b"".join(chunks)
 
     def _chunk(self, flags: int, kind: int, cookie: int, length: int) -> bytes:
@@ -220,7 +236,7 @@ class ExtendedReplies:
         return self._chunk(_DONE, _NONE, cookie, offset, 0)
 
     def error(self, cookie: int, offset: int, error: int) -> bytes:
-        payload = _ERROR_PAYLOADS[error]
+        payload = _error_payload(error)
         return self._chunk(_DONE, int(Chunk.ERROR), cookie, offset, len(payload)) + payload
 
     def data(self, cookie: int, offset: int, data_offset: int, length: int, done: bool) -> bytes:
@@ -232,14 +248,13 @@ class ExtendedReplies:
         payload = nbd.OFFSET_HOLE.pack(hole_offset, hole_bytes)
         return self._chunk(_DONE if done else 0, _OFFSET_HOLE, cookie, offset, len(payload)) + payload
 
-    def block_status(
-        self, cookie: int, offset: int, context_ids: Sequence[int], extents: Sequence[tuple[int, int]]
-    ) -> bytes:
-        described = b"".join([nbd.EXTENT_EXT.pack(length, flags) for length, flags in extents])
+    def block_status(self, cookie: int, offset: int, described: Statuses) -> bytes:
         chunks = []
-        for context_id, flags in _last_is_done(context_ids):
-            payload = nbd.BLOCK_STATUS_EXT_START.pack(context_id, len(extents)) + described
-            chunks.append(self._chunk(flags, int(Chunk.BLOCK_STATUS_EXT), cookie, offset, len(payload)) + payload)
+        for left, (context_id, extents) in zip(reversed(range(len(described))), described, strict=True):
+            start = nbd.BLOCK_STATUS_EXT_START.pack(context_id, len(extents))
+            payload = start + b"".join(starmap(nbd.EXTENT_EXT.pack, extents))
+            header = self._chunk(0 if left else _DONE, int(Chunk.BLOCK_STATUS_EXT), cookie, offset, len(payload))
+            chunks += [header, payload]
         return b"".join(chunks)
 
     def unpack_success(self, reply: bytes) -> tuple[int, int]:
@@ -257,8 +272,3 @@ def replies_of(style: ReplyStyle) -> Replies:
     if style is ReplyStyle.STRUCTURED:
         return StructuredReplies()
     return ExtendedReplies()
-
-
-def _last_is_done(context_ids: Sequence[int]) -> Iterable[tuple[int, int]]:
-    last = len(context_ids) - 1
-    return [(context_id, _DONE if index == last else 0) for index, context_id in enumerate(context_ids)]

@@ -20,7 +20,8 @@ from typing import cast
 from metadata.seams import Buffer, Clock, Done
 from nbdserver.block import BlockDevice, Extents, Operation
 from nbdserver.volume.counters import Counters
-from protocol.transmission import Replies, reply_error
+from protocol.contexts import Context
+from protocol.transmission import Replies
 
 OPERATION_LIMIT = 128
 BYTES_LIMIT = 64 << 20
@@ -68,6 +69,55 @@ class _ZeroFill:
         self.step()
 
 
+class _Status:
+    """What an extent's contexts say, one after the other, then `done(errno, found)`."""
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        offset: int,
+        length: int,
+        limit: int,
+        contexts: Sequence[Context],
+        done: Callable[[int, Sequence[Extents]], None],
+    ) -> None:
+        self._device = device
+        self._range = offset, length
+        self._limit = limit
+        self._contexts = contexts
+        self._done = done
+        self._found: list[Extents] = []
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Be done after the context that is under way."""
+        self._stopped = True
+
+    def step(self) -> None:
+        """Ask for the next context, or be done."""
+        while len(self._found) < len(self._contexts):
+            if self._stopped:
+                self._done(errno.ESHUTDOWN, [])
+                return
+            context = self._contexts[len(self._found)]
+            if context.is_bitmap:
+                self._device.changed(context.since, *self._range, self._limit, self._told)
+                return
+            extents = self._device.extents(*self._range, self._limit)
+            if extents is None:
+                self._device.later(Operation.EXTENTS, *self._range, None, self._told, self._limit)
+                return
+            self._found.append(extents)
+        self._done(0, self._found)
+
+    def _told(self, error: int, result: Sequence[Buffer] | Extents | None) -> None:
+        if error or not result:
+            self._done(error or errno.EIO, [])
+        else:
+            self._found.append(cast(Extents, result))
+            self.step()
+
+
 class Deferred:
     """The waiting requests of one connection."""
 
@@ -93,6 +143,7 @@ class Deferred:
         self._delivery_pending = False
         self._connected = True
         self._zero_fills: deque[_ZeroFill] = deque()  # the first one is being done
+        self._statuses: deque[_Status] = deque()  # the first one is being done
 
     def has_room(self, length: int) -> bool:
         """Whether one more request with `length` bytes of data may wait."""
@@ -109,6 +160,10 @@ class Deferred:
             self._zero_fills[0].stop()
             while len(self._zero_fills) > 1:
                 self._zero_fills.pop()
+        if self._statuses:
+            self._statuses[0].stop()
+            while len(self._statuses) > 1:
+                self._statuses.pop()
 
     # --- what can wait ---
 
@@ -137,17 +192,28 @@ class Deferred:
         # A hint: the rest may be asked for again. One request must not sweep the whole page cache.
         self._change(Operation.CACHE, cookie, offset, min(length, CACHE_LIMIT_BYTES), None, False)
 
-    def extents(self, cookie: int, offset: int, length: int, limit: int, answer: Callable[[Extents], bytes]) -> None:
-        """`answer` packs the reply."""
+    def block_status(
+        self,
+        cookie: int,
+        offset: int,
+        length: int,
+        limit: int,
+        contexts: Sequence[Context],
+        answer: Callable[[Sequence[Extents]], bytes],
+    ) -> None:
+        """`answer` packs the reply from the extents of each context. One request of a connection is worked on at a
+        time."""
         finish = self._begin(0)
 
-        def done(error: int, result: Sequence[Buffer] | Extents | None) -> None:
-            if error or not result:
-                finish([self._error(cookie, offset, error or errno.EIO)])
-            else:
-                finish([answer(cast(Extents, result))])
+        def done(error: int, found: Sequence[Extents]) -> None:
+            self._statuses.popleft()
+            if self._statuses:
+                self._clock.call_soon(self._statuses[0].step)
+            finish([self._error(cookie, offset, error) if error else answer(found)])
 
-        self._device.later(Operation.EXTENTS, offset, length, None, done, limit)
+        self._statuses.append(_Status(self._device, offset, length, limit, contexts, done))
+        if len(self._statuses) == 1:
+            self._clock.call_soon(self._statuses[0].step)
 
     def flush(self, acknowledgements: Sequence[Buffer], requests: Sequence[tuple[int, int]]) -> None:
         """Send the acknowledgements after a flush that begins now; or errors for their (cookie, offset) requests."""
@@ -233,4 +299,4 @@ class Deferred:
 
     def _error(self, cookie: int, offset: int, error: int) -> bytes:
         self._counters.errors += 1
-        return self._replies.error(cookie, offset, reply_error(error))
+        return self._replies.error(cookie, offset, error)

@@ -11,7 +11,7 @@ Rules
   its state, from which another process makes a session that goes on. The peer sees a pause.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from metadata.seams import Clock, Connection, Timer
@@ -231,6 +231,9 @@ class Session:
 
     def offer(self, name: str) -> Offer:
         return self._offer_of(self._find(name))
+
+    def bitmaps(self, name: str) -> Mapping[str, int]:
+        return self._find(name).device.bitmaps()
 
     def enter(self, name: str) -> Offer:
         export = self._find(name)

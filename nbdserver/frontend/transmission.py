@@ -24,7 +24,7 @@ import errno
 from collections.abc import Callable, Sequence
 
 from metadata.seams import Buffer, Clock, Connection, Timer
-from nbdserver.block import BLOCK_BYTES, HOLE, ZERO, Extents
+from nbdserver.block import BLOCK_BYTES, ZERO, Extents
 from nbdserver.frontend.block_replies import SLOTS, block_replies
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
@@ -32,9 +32,10 @@ from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
 from nbdserver.volume.limits import Throttle
 from protocol import nbd
+from protocol.contexts import Context
 from protocol.handshake import Agreement, ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyFlag
-from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, reply_error
+from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, shortened
 
 BATCH_BYTES = 4 << 20  # reply data of one batch: about one millisecond of copying
 BATCH_REQUESTS = 1024  # requests of one batch: some milliseconds of a client that sends the smallest possible ones
@@ -462,7 +463,7 @@ class Transmission:
 
     def _fail(self, cookie: int, offset: int, error: int) -> None:
         self._counters.errors += 1
-        self._out.append(self._replies.error(cookie, offset, reply_error(error)))
+        self._out.append(self._replies.error(cookie, offset, error))
 
     def _read(self, flags: int, cookie: int, offset: int, length: int, tried: bool) -> None:
         if not tried:
@@ -513,34 +514,35 @@ class Transmission:
         return True
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int, payload: memoryview) -> None:
-        context_ids: Sequence[int] = self._agreement.context_ids
+        contexts: Sequence[Context] = self._agreement.contexts
         if flags & CommandFlag.PAYLOAD_LEN:
             asked = parse_status_payload(self._agreement, bytes(payload))
             if asked is None or offset + asked[0] > self._device.size_bytes:
                 self._fail(cookie, offset, errno.EINVAL)
                 return
             length, context_ids = asked
+            contexts = [context for context in contexts if context.id in context_ids]
         limit = 1 if flags & CommandFlag.REQ_ONE else EXTENT_LIMIT
 
-        def answer(extents: Extents) -> bytes:
-            described: Extents = []
-            left_bytes = length
-            for extent_bytes, state in extents[:limit]:
-                described.append((min(extent_bytes, left_bytes), state & (HOLE | ZERO)))
-                left_bytes -= extent_bytes
-                if left_bytes <= 0:
-                    break
-            return self._replies.block_status(cookie, offset, context_ids, described)
+        def answer(found: Sequence[Extents]) -> bytes:
+            described = [
+                (context.id, shortened(extents, length, limit))
+                for context, extents in zip(contexts, found, strict=True)
+            ]
+            return self._replies.block_status(cookie, offset, described)
 
-        if not context_ids:
+        if not contexts:
             self._out.append(self._replies.success(cookie, offset))
             return
-        extents = self._device.extents(offset, length, limit)
-        self._batch_bytes += EXTENT_COST_BYTES * limit if extents is None else EXTENT_COST_BYTES * len(extents)
+        extents = None
+        if len(contexts) == 1 and not contexts[0].is_bitmap:
+            extents = self._device.extents(offset, length, limit)
         if extents is None:
-            self._deferred.extents(cookie, offset, length, limit, answer)
+            self._batch_bytes += EXTENT_COST_BYTES * limit * len(contexts)
+            self._deferred.block_status(cookie, offset, length, limit, contexts, answer)
         else:
-            self._out.append(answer(extents))
+            self._batch_bytes += EXTENT_COST_BYTES * len(extents)
+            self._out.append(answer([extents]))
 
     def _skip(self, position: int, end: int, size_bytes: int) -> int:
         """Pass over a payload, as far as it is here; what is not here yet is noted."""

@@ -12,44 +12,49 @@ Rules
 - The answer covers at least one byte, and at most what was asked for; it ends early after `limit` extents or
   _MOST_PAGES compared pages. Neighbours differ in what they say.
 - It holds for one moment during the call for each page; a caller who wants one moment for all compares snapshots.
+- What is compared with is a snapshot to the end, else the answer is ESTALE: a layer that has lost its name may be
+  merged, and then its MBAs are overwritten in place.
+- On the loop it works in slices.
 """
 
 from __future__ import annotations
 
 import errno as errnos
 from array import array
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT
-from nbdserver.block import Extents
+from metadata.seams import Clock
+from nbdserver.block import DIRTY, Extents, Later
 from nbdserver.logdisk.next_page import NextPage
-from protocol.disk import BLOCK_BYTES
+from nbdserver.logdisk.pacing import SLICE_S
+from protocol.disk import BLOCK_BYTES, SNAPSHOT
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.devices import Device
     from nbdserver.logdisk.disk import LogDisk
 
 _MOST_PAGES = 256
-DIRTY = 1
-CLEAN = 0
+_CLEAN = 0
 
 
 class Changed:
-    """One comparison; `done(errno, [(length, DIRTY or CLEAN)])`."""
+    """One comparison; `done(errno, [(length, DIRTY or 0)])`."""
 
     def __init__(
         self,
         disk: LogDisk,
+        clock: Clock,
         device: Device,
         since: int,
         offset: int,
         length: int,
         limit: int,
-        done: Callable[[int, Extents], None],
+        done: Later,
     ) -> None:
         self._disk = disk
+        self._clock = clock
         self._device = device
         self._since = since
         self._at = offset
@@ -69,16 +74,21 @@ class Changed:
             self._finish(errnos.EIO)
 
     def _run(self) -> None:
-        disk, maps = self._disk, self._disk.maps
+        disk, maps, now = self._disk, self._disk.maps, self._clock.now
+        until = now() + SLICE_S
         while True:
             if disk.failure or self._device.gone:
                 self._finish(errnos.EIO)
                 return
-            if self._since not in maps.tree.layers:
-                self._finish(errnos.ENOENT)
+            since = maps.tree.layers.get(self._since)
+            if since is None or since.row.kind != SNAPSHOT:
+                self._finish(errnos.ESTALE)
                 return
             if self._at >= self._end or len(self._extents) > self._limit or self._compared >= _MOST_PAGES:
                 self._finish(0)
+                return
+            if now() >= until:
+                disk.call_soon(self._go_on)
                 return
             page = self._at >> PAGE_SHIFT + 12
             numbers = [layer << LAYER_SHIFT | page for layer in (self._device.layer, self._since)]
@@ -92,7 +102,7 @@ class Changed:
         self._compared += 1
         page_end = min(self._end, (page + 1) << PAGE_SHIFT + 12)
         if one == other:
-            self._add(page_end, CLEAN)
+            self._add(page_end, _CLEAN)
             return
         first = self._at >> 12
         index = first - (page << PAGE_SHIFT)
@@ -101,7 +111,7 @@ class Changed:
             index += 1
             while index < PAGE_BLOCKS and (one[index] != other[index]) == is_dirty:
                 index += 1
-            self._add(min(page_end, ((page << PAGE_SHIFT) + index) * BLOCK_BYTES), DIRTY if is_dirty else CLEAN)
+            self._add(min(page_end, ((page << PAGE_SHIFT) + index) * BLOCK_BYTES), DIRTY if is_dirty else _CLEAN)
 
     def _add(self, end: int, state: int) -> None:
         length, self._at = end - self._at, end
@@ -122,7 +132,7 @@ class Changed:
     def _next_page(self, following: int) -> None:
         page = self._at >> PAGE_SHIFT + 12
         if following > page:
-            self._add(min(self._end, following << PAGE_SHIFT + 12), CLEAN)
+            self._add(min(self._end, following << PAGE_SHIFT + 12), _CLEAN)
             self._go_on()
             return
         maps = self._disk.maps
@@ -136,6 +146,6 @@ class Changed:
     def _finish(self, errno: int) -> None:
         def hand_over() -> None:
             self._disk.slow_path.under_way -= 1
-            self._done(errno, [] if errno else self._extents[: self._limit])
+            self._done(errno, None if errno else self._extents[: self._limit])
 
         self._disk.call_soon(hand_over)

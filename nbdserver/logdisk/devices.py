@@ -13,7 +13,7 @@ Rules
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from metadata.logical_map import ADDRESS_SHIFT
@@ -53,6 +53,16 @@ class Device:
     ) -> None:
         """See BlockDevice."""
         self.disk.slow_path.submit(self, operation, offset, length, data, done, limit)
+
+    def bitmaps(self) -> Mapping[str, int]:
+        """See BlockDevice: all snapshots of the volume that were made before, on whatever layers they lie."""
+        tree = self.disk.maps.tree
+        named = tree.names.get(tree.layers[self.layer].row.volume, {}) if not self.gone else {}
+        return {name: layer for name, layer in named.items() if layer < self.layer}
+
+    def changed(self, since: int, offset: int, length: int, limit: int, done: Later) -> None:
+        """See BlockDevice."""
+        self.disk.changed(self, since, offset, length, limit, done)
 
     def stop(self) -> None:
         """Answer nothing inline any more."""

@@ -38,7 +38,7 @@ from metadata.family_state import (
 )
 from metadata.layers import Row
 from metadata.seams import Clock, Done, Files, Store
-from nbdserver.block import Extents
+from nbdserver.block import Later
 from nbdserver.logdisk.appending import Appending
 from nbdserver.logdisk.background import Background
 from nbdserver.logdisk.changed import Changed
@@ -235,11 +235,9 @@ class LogDisk:
         """Numbers of the volumes that were made from a snapshot and are there, or have snapshots."""
         return self.maps.tree.clones(layer)
 
-    def changed(
-        self, device: Device, since: int, offset: int, length: int, limit: int, done: Callable[[int, Extents], None]
-    ) -> None:
-        """(length, 1 if the contents differ) from `offset` on, between a head or view and layer `since`: changed.py."""
-        Changed(self, device, since, offset, length, limit, done)
+    def changed(self, device: Device, since: int, offset: int, length: int, limit: int, done: Later) -> None:
+        """See BlockDevice, for a head or view of this family and a snapshot's layer: changed.py."""
+        Changed(self, self._clock, device, since, offset, length, limit, done)
 
     def head_moved(self, volume: int, layer: int) -> None:
         """The volume's head is another layer, or the same with another row."""

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nbdserver.block import HOLE, ZERO, Operation
+from nbdserver.block import DIRTY, HOLE, ZERO, Operation
 from nbdserver.logdisk.devices import View
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from tests.simulation.faults import FaultMix
@@ -225,21 +225,37 @@ class BlockDeviceMachine(RuleBasedStateMachine):
         return b"".join(found)
 
     @precondition(lambda self: self.snapshots)
-    @rule(which=st.integers(0, 7))
-    def changed_since(self, which: int) -> None:
-        layer = sorted(self.snapshots)[which % len(self.snapshots)]
-        then, offset = self.snapshots[layer], 0
-        while offset < SIZE_BYTES:
-            answers: list[Any] = []
-            self.disk.changed(
-                self.device, layer, offset, SIZE_BYTES - offset, 9, lambda *answer, to=answers: to.append(answer)
-            )
-            errno, extents = self._wait(answers)
-            assert errno == 0
-            for length, dirty in extents:
-                if not dirty:
-                    assert self.model[offset : offset + length] == then[offset : offset + length]
-                offset += length
+    @rule(which=st.integers(0, 7), to=st.integers(0, 8), offset=OFFSETS, limit=st.sampled_from([1, 9, 512]))
+    def changed_since(self, which: int, to: int, offset: int, limit: int) -> None:
+        """What a backup would copy makes the older snapshot's content the newer one's, or the volume's."""
+        layers = sorted(self.snapshots)
+        newer = layers[to] if to < len(layers) else 0
+        device: Any = self.disk.view(newer) if newer else self.device
+        expected = self.snapshots[newer] if newer else bytes(self.model)
+        older = [layer for layer in layers if not newer or layer < newer]
+        assert list(device.bitmaps().values()) == older
+        if older:
+            restored = bytearray(self.snapshots[older[which % len(older)]])
+            position = offset
+            while position < SIZE_BYTES:
+                for length, dirty in self._changed(device, older[which % len(older)], position, limit):
+                    if dirty:
+                        restored[position : position + length] = expected[position : position + length]
+                    position += length
+            assert restored[offset:] == expected[offset:], "a change was not told"
+        if newer:
+            device.close()
+
+    def _changed(self, device: Any, since: int, offset: int, limit: int) -> list[tuple[int, int]]:
+        answers: list[Any] = []
+        device.changed(since, offset, SIZE_BYTES - offset, limit, lambda *answer: answers.append(answer))
+        assert not answers, "answered from inside the call"
+        errno, extents = self._wait(answers)
+        assert errno == 0
+        assert 1 <= len(extents) <= limit
+        assert all(length > 0 and dirty in (0, DIRTY) for length, dirty in extents)
+        found: list[tuple[int, int]] = extents
+        return found
 
     @rule()
     def flush(self) -> None:

@@ -2,12 +2,14 @@
 
 In the mode `deferring` nothing is answered inline, so that every request goes through `later`. `commit_error`,
 `flush_error` and `later_error` make the next one fail; `events` tells the order of commits, flushes and completions.
+`snapshot(name)` makes a bitmap; what differs from it is told by the content of whole grains.
 """
 
-from collections.abc import Callable, Sequence
+import errno
+from collections.abc import Callable, Mapping, Sequence
 
 from metadata.seams import Buffer, Done
-from nbdserver.block import BLOCK_BYTES, HOLE, ZERO, BlockRoom, Extents, Later, Operation
+from nbdserver.block import BLOCK_BYTES, DIRTY, HOLE, ZERO, BlockRoom, Extents, Later, Operation
 
 GRAIN_BYTES = 4096
 
@@ -24,6 +26,8 @@ class MemoryDevice:
         self.flush_error = 0
         self.later_error = 0
         self.events: list[str] = []
+        self.snapshots: dict[str, int] = {}
+        self.contents: dict[int, bytes] = {}
         self.commits = 0
         self.flushes = 0
         self._soon = soon
@@ -89,6 +93,26 @@ class MemoryDevice:
 
         self._soon(answer)
 
+    def snapshot(self, name: str) -> None:
+        self.snapshots[name] = len(self.contents) + 1
+        self.contents[len(self.contents) + 1] = bytes(self.data)
+
+    def bitmaps(self) -> Mapping[str, int]:
+        return self.snapshots
+
+    def changed(self, since: int, offset: int, length: int, limit: int, done: Later) -> None:
+        def answer() -> None:
+            self.events.append(f"changed since {since}")
+            if since not in self.snapshots.values():
+                done(errno.ESTALE, None)
+            else:
+                then = self.contents[since]
+                grains = range(0, self.size_bytes, GRAIN_BYTES)
+                dirty = bytes(then[at : at + GRAIN_BYTES] != self.data[at : at + GRAIN_BYTES] for at in grains)
+                done(0, _runs(dirty, offset, length, limit, (0, DIRTY)))
+
+        self._soon(answer)
+
     def flush(self, done: Done) -> None:
         assert not self._open, "flushed with an open batch"
         self.flushes += 1
@@ -113,12 +137,17 @@ class MemoryDevice:
                 self.written[first:last] = bytes(last - first)
 
     def _extents(self, offset: int, length: int, limit: int) -> Extents:
-        found: Extents = []
-        position, stop = offset, offset + length
-        while position < stop and len(found) < limit:
-            is_data = self.written[position // GRAIN_BYTES]
-            other = self.written.find(0 if is_data else 1, position // GRAIN_BYTES)
-            edge = stop if other < 0 else min(stop, other * GRAIN_BYTES)
-            found.append((edge - position, 0 if is_data else HOLE | ZERO))
-            position = edge
-        return found
+        return _runs(self.written, offset, length, limit, (HOLE | ZERO, 0))
+
+
+def _runs(grains: bytes | bytearray, offset: int, length: int, limit: int, flags: tuple[int, int]) -> Extents:
+    """The extents of a range whose grains are 0 or 1; `flags` of either."""
+    found: Extents = []
+    position, stop = offset, offset + length
+    while position < stop and len(found) < limit:
+        kind = grains[position // GRAIN_BYTES]
+        other = grains.find(1 - kind, position // GRAIN_BYTES)
+        edge = stop if other < 0 else min(stop, other * GRAIN_BYTES)
+        found.append((edge - position, flags[kind]))
+        position = edge
+    return found

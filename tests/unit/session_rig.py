@@ -131,10 +131,17 @@ class Answer:
     """All that was replied to one request."""
 
     error: int = 0
+    message: str = ""
     data: dict[int, bytes] = field(default_factory=dict)  # offset (0 in simple replies) -> bytes
     holes: dict[int, int] = field(default_factory=dict)
-    extents: list[tuple[int, int]] = field(default_factory=list)
+    statuses: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # id of a context -> its extents
     done: bool = False
+
+    @property
+    def extents(self) -> list[tuple[int, int]]:
+        """Of the only context."""
+        (only,) = self.statuses.values()
+        return only
 
     def joined(self) -> bytes:
         pieces = {**self.data, **{offset: bytes(length) for offset, length in self.holes.items()}}
@@ -151,7 +158,7 @@ class Wire:
         style: ReplyStyle = ReplyStyle.STRUCTURED,
         peer_name: str = "192.0.2.1:1000",
         name: str = "disk",
-        contexts: bool = True,
+        queries: Sequence[str] = ("base:allocation",),
     ) -> None:
         self.style = style
         self.clock = clock
@@ -165,8 +172,8 @@ class Wire:
             hello += _option(
                 Option.STRUCTURED_REPLY if style is ReplyStyle.STRUCTURED else Option.EXTENDED_HEADERS, b""
             )
-            if contexts:
-                wanted = {"name": name.encode(), "queries": [b"base:allocation"]}
+            if queries:
+                wanted = {"name": name.encode(), "queries": [query.encode() for query in queries]}
                 hello += _option(Option.SET_META_CONTEXT, nbd.MetaContextRequest.build(wanted))
         self.feed(hello + _option(Option.GO, nbd.InfoRequest.build({"name": name.encode(), "wanted": []})))
         self.greeting = bytes(self.connection.sent)
@@ -270,9 +277,11 @@ def _take_chunk(answer: Answer, flags: int, kind: int, payload: bytes) -> None:
         answer.holes[parsed.offset] = parsed.hole_bytes
     elif kind in (Chunk.BLOCK_STATUS, Chunk.BLOCK_STATUS_EXT):
         parsed = (nbd.BlockStatus if kind == Chunk.BLOCK_STATUS else nbd.BlockStatusExt).parse(payload)
-        answer.extents = [(extent.length, extent.flags) for extent in parsed.extents]
+        assert parsed.context_id not in answer.statuses, "a context is told of twice"
+        answer.statuses[parsed.context_id] = [(extent.length, extent.flags) for extent in parsed.extents]
     elif kind == Chunk.ERROR:
-        answer.error = nbd.Error.parse(payload).error
+        told = nbd.Error.parse(payload)
+        answer.error, answer.message = told.error, told.message.decode()
     else:
         assert kind == Chunk.NONE
         assert not payload
@@ -292,8 +301,13 @@ class Rig:
     export: Export
     exports: Exports
 
-    def wire(self, style: ReplyStyle = ReplyStyle.STRUCTURED, peer_name: str = "192.0.2.1:1000") -> Wire:
-        return Wire(self.exports, self.clock, style, peer_name)
+    def wire(
+        self,
+        style: ReplyStyle = ReplyStyle.STRUCTURED,
+        peer_name: str = "192.0.2.1:1000",
+        queries: Sequence[str] = ("base:allocation",),
+    ) -> Wire:
+        return Wire(self.exports, self.clock, style, peer_name, queries=queries)
 
 
 def make_rig(deferring: bool = False, size_bytes: int = SIZE_BYTES) -> Rig:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.checksum import crc32c
+from protocol.contexts import Context
 from protocol.handover import (
     MAGIC,
     READABLE,
@@ -25,8 +26,9 @@ NUMBERS = st.integers(0, (1 << 64) - 1)
 TEXTS = st.text(max_size=40)
 TIMES = st.floats(0, 1e9)
 OFFERS = st.builds(Offer, TEXTS, NUMBERS, st.booleans(), TEXTS)
+CONTEXTS = st.builds(Context, NUMBERS, TEXTS, NUMBERS)
 AGREEMENTS = st.builds(
-    Agreement, OFFERS, st.sampled_from(ReplyStyle), st.lists(NUMBERS, max_size=3).map(tuple), st.integers(0, 65535)
+    Agreement, OFFERS, st.sampled_from(ReplyStyle), st.lists(CONTEXTS, max_size=3).map(tuple), st.integers(0, 65535)
 )
 CLIENTS = st.builds(ClientState, NUMBERS, NUMBERS, TIMES, AGREEMENTS, NUMBERS, st.binary(), st.binary())
 LISTENING = st.builds(Listening, NUMBERS, TEXTS)

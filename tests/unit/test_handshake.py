@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import nbd
+from protocol.contexts import LISTED_LIMIT, Context
 from protocol.handshake import (
     OPTION_LIMIT,
     OPTION_LIMIT_BYTES,
@@ -29,6 +30,8 @@ from protocol.handshake import (
 from protocol.nbd import Info, Option, OptionReply, TransmissionFlag
 
 SIZE_BYTES = 1 << 40
+BITMAPS = {"monday": 3, "tuesday": 5}  # of "a"
+MONDAY, TUESDAY = (f"qemu:dirty-bitmap:{name}" for name in BITMAPS)
 
 
 class Shop:
@@ -44,6 +47,9 @@ class Shop:
         if name not in ("", "a", "ro", "taken"):
             raise OptionRefusedError(OptionReply.ERR_UNKNOWN, "no such export")
         return Offer(name or "a", SIZE_BYTES, name == "ro", "the first" if name in ("", "a") else "")
+
+    def bitmaps(self, name: str) -> dict[str, int]:
+        return BITMAPS if name == "a" else {}
 
     def enter(self, name: str) -> Offer:
         if name == "taken":
@@ -104,7 +110,7 @@ def converse(data: bytes, piece_bytes: int = 0, flags: int = 3, tls_offered: boo
     return outcome
 
 
-ACK, INFO = OptionReply.ACK, OptionReply.INFO
+ACK, INFO, CONTEXT = OptionReply.ACK, OptionReply.INFO, OptionReply.META_CONTEXT
 STRUCTURED = option(Option.STRUCTURED_REPLY)
 CONVERSATIONS: dict[str, tuple[bytes, list[int]]] = {
     "go": (info(Option.GO), [INFO, INFO, ACK]),
@@ -133,14 +139,27 @@ CONVERSATIONS: dict[str, tuple[bytes, list[int]]] = {
         option(Option.EXTENDED_HEADERS) + STRUCTURED, [ACK, OptionReply.ERR_EXT_HEADER_REQD]),
     "contexts before structured replies": (
         contexts(Option.SET_META_CONTEXT, "base:allocation"), [OptionReply.ERR_INVALID]),
-    "all contexts": (STRUCTURED + contexts(Option.LIST_META_CONTEXT), [ACK, OptionReply.META_CONTEXT, ACK]),
+    "all contexts": (STRUCTURED + contexts(Option.LIST_META_CONTEXT), [ACK, CONTEXT, CONTEXT, CONTEXT, ACK]),
+    "all contexts of an export without bitmaps": (
+        STRUCTURED + contexts(Option.LIST_META_CONTEXT, name="ro"), [ACK, CONTEXT, ACK]),
     "contexts by wildcard": (
-        STRUCTURED + contexts(Option.LIST_META_CONTEXT, "base:"), [ACK, OptionReply.META_CONTEXT, ACK]),
-    "no context of another namespace": (STRUCTURED + contexts(Option.LIST_META_CONTEXT, "qemu:"), [ACK, ACK]),
+        STRUCTURED + contexts(Option.LIST_META_CONTEXT, "base:"), [ACK, CONTEXT, ACK]),
+    "no context of another namespace": (STRUCTURED + contexts(Option.LIST_META_CONTEXT, "x-a:"), [ACK, ACK]),
+    "bitmaps by wildcard": (
+        STRUCTURED + contexts(Option.LIST_META_CONTEXT, "qemu:", "qemu:dirty-bitmap:"), [ACK, CONTEXT, CONTEXT, ACK]),
+    "a bitmap by its name, which is known or not": (
+        STRUCTURED + contexts(Option.LIST_META_CONTEXT, TUESDAY, TUESDAY, "qemu:dirty-bitmap:sunday", "qemu:x"),
+        [ACK, CONTEXT, ACK]),
+    "contexts are selected together, each once": (
+        STRUCTURED + contexts(
+            Option.SET_META_CONTEXT, TUESDAY, "base:allocation", MONDAY, TUESDAY, "qemu:dirty-bitmap:no"),
+        [ACK, CONTEXT, CONTEXT, CONTEXT, ACK]),
+    "no wildcard selects bitmaps": (
+        STRUCTURED + contexts(Option.SET_META_CONTEXT, "qemu:", "qemu:dirty-bitmap:", "qemu:dirty-bitmap"), [ACK, ACK]),
     "a wildcard selects nothing": (STRUCTURED + contexts(Option.SET_META_CONTEXT, "base:"), [ACK, ACK]),
     "a context is selected": (
         STRUCTURED + contexts(Option.SET_META_CONTEXT, "x-a:b", "base:allocation"),
-        [ACK, OptionReply.META_CONTEXT, ACK]),
+        [ACK, CONTEXT, ACK]),
     "too many queries": (
         STRUCTURED + contexts(Option.SET_META_CONTEXT, *["x-a:b"] * 65), [ACK, OptionReply.ERR_TOO_BIG]),
     "contexts of an unknown export": (
@@ -198,6 +217,39 @@ def test_a_violation_closes_the_connection(name: str, piece_bytes: int) -> None:
     outcome = converse(data, piece_bytes, flags)
     assert isinstance(outcome.last, Close)
     assert outcome.handshake.state is State.CLOSED
+
+
+def context_replies(outcome: Outcome) -> list[tuple[int, str]]:
+    parsed = [nbd.MetaContextReply.parse(payload) for _, kind, payload in outcome.replies if kind == CONTEXT]
+    return [(reply.context_id, reply.name.decode()) for reply in parsed]
+
+
+def test_contexts_are_listed_without_and_selected_with_numbers_of_their_own() -> None:
+    outcome = converse(STRUCTURED + contexts(Option.LIST_META_CONTEXT))
+    assert context_replies(outcome) == [(0, "base:allocation"), (0, MONDAY), (0, TUESDAY)]
+    chosen = contexts(Option.SET_META_CONTEXT, TUESDAY, "base:allocation", MONDAY)
+    outcome = converse(STRUCTURED + chosen + info(Option.GO))
+    assert context_replies(outcome) == [(1, TUESDAY), (2, "base:allocation"), (3, MONDAY)]
+    assert isinstance(outcome.last, Enter)
+    agreed = outcome.last.agreement.contexts
+    assert agreed == (Context(1, TUESDAY, 5), Context(2, "base:allocation"), Context(3, MONDAY, 3))
+    assert [context.is_bitmap for context in agreed] == [True, False, True]
+
+
+def test_more_bitmaps_than_an_answer_holds_are_told_by_the_wildcard_and_still_selected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bitmaps = {f"snapshot{number}": number for number in range(LISTED_LIMIT + 1)}
+    monkeypatch.setattr(Shop, "bitmaps", lambda _, name: bitmaps)
+    for query in ("qemu:", "qemu:dirty-bitmap:"):
+        outcome = converse(STRUCTURED + contexts(Option.LIST_META_CONTEXT, query))
+        assert context_replies(outcome) == [(0, "qemu:dirty-bitmap:")]
+    last = f"qemu:dirty-bitmap:snapshot{LISTED_LIMIT}"
+    assert context_replies(converse(STRUCTURED + contexts(Option.LIST_META_CONTEXT, last))) == [(0, last)]
+    assert context_replies(converse(STRUCTURED + contexts(Option.SET_META_CONTEXT, last))) == [(1, last)]
+    del bitmaps["snapshot7"]
+    outcome = converse(STRUCTURED + contexts(Option.LIST_META_CONTEXT, "qemu:"))
+    assert len(context_replies(outcome)) == LISTED_LIMIT
 
 
 def test_the_agreement_tells_what_was_negotiated() -> None:

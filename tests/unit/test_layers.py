@@ -2,6 +2,7 @@
 
 import errno
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -402,6 +403,57 @@ def test_what_changed_since_a_snapshot_is_known_also_after_a_rollback(family: Si
     discard(family, 1, 0, 262_144)
     assert changed(first) == set(range(1000))
     assert changed(second) == set(range(1000)) - {100, 101, 102}
+
+
+def test_bitmaps_are_the_older_snapshots_of_the_same_volume(family: SimulatedFamily) -> None:
+    head = family.disk.head(1)
+    assert head.bitmaps() == {}
+    first, second, third = (snapshot(family, name) for name in ("first", "second", "third"))
+    assert change(family, "clone", second, 2) == 0
+    snapshot(family, "of the clone", 2)
+    assert list(head.bitmaps().items()) == [("first", first), ("second", second), ("third", third)]
+    view = family.disk.view(second)
+    assert view.bitmaps() == {"first": first}
+    view.close()
+    assert list(family.disk.head(2).bitmaps()) == ["of the clone"]
+    assert change(family, "rollback", 1, first) == 0
+    assert list(head.bitmaps()) == ["first", "second", "third"], (
+        "what was made later is older than the head all the same"
+    )
+    assert change(family, "delete_snapshot", second) == 0
+    ends(family, "kill")
+    assert family.disk.head(1).bitmaps() == {"first": first, "third": third}
+
+
+def test_a_snapshot_that_is_deleted_is_never_compared_with(family: SimulatedFamily) -> None:
+    """A merge gives its MBAs to the head, which overwrites them in place: they would look as if nothing had changed."""
+    put(family, 1, 0, 1, 600)
+    layer = snapshot(family, "first")
+    put(family, 1, 300, 5000)
+    view = family.disk.view(layer)
+    assert change(family, "delete_snapshot", layer) == 0
+
+    def compare(done: Callable[..., None]) -> None:
+        family.disk.changed(family.disk.head(1), layer, 0, 600 * BLOCK_BYTES, 100, done)
+
+    assert family.wait(compare) == (errno.ESTALE, None), "it is there still, because it is looked at"
+    view.close()
+    family.run(0.01)
+    put(family, 1, 0, 9000, 600)
+    assert family.wait(compare) == (errno.ESTALE, None)
+    settled(family)
+    assert layer not in family.disk.maps.tree.layers
+    assert family.wait(compare) == (errno.ESTALE, None)
+
+
+def test_a_snapshot_that_is_deleted_during_a_comparison_ends_it(family: SimulatedFamily) -> None:
+    put(family, 1, 0, 1, 2000)
+    layer = snapshot(family, "first")
+    answers: list[tuple[int, object]] = []
+    family.disk.changed(family.disk.head(1), layer, 0, 2000 * BLOCK_BYTES, 9, lambda *answer: answers.append(answer))
+    assert change(family, "delete_snapshot", layer) == 0
+    family.run(1.0)
+    assert answers in ([(errno.ESTALE, None)], [(0, [(2000 * BLOCK_BYTES, 0)])])
 
 
 def test_the_changes_of_a_terabyte_of_which_little_changed_are_found_at_once() -> None:

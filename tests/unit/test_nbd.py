@@ -14,7 +14,9 @@ DERIVED = {
     name: (declaration, getattr(nbd, fast))
     for name, fast in {
         "OptionHeader": "OPTION_HEADER",
+        "OptionReplyHeader": "OPTION_REPLY_HEADER",
         "ClientFlags": "CLIENT_FLAGS",
+        "MetaContextReplyStart": "META_CONTEXT_REPLY_START",
         "Request": "REQUEST",
         "ExtendedRequest": "EXTENDED_REQUEST",
         "SimpleReply": "SIMPLE_REPLY",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserver.block import DIRTY
 from nbdserver.frontend.block_replies import SLOTS
 from nbdserver.frontend.deferred import OPERATION_LIMIT
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
@@ -78,6 +79,7 @@ def conversation(wire: Wire) -> tuple[bytes, dict[int, tuple[int, bytes | None]]
     add(0, bytes(4096), Command.READ, 40960, 4096)
     if wire.style is not ReplyStyle.SIMPLE:
         add(0, None, Command.BLOCK_STATUS, 0, SIZE_BYTES)
+        add(0, None, Command.BLOCK_STATUS, 0, BLOCK, flags=CommandFlag.REQ_ONE)
     if wire.style is ReplyStyle.EXTENDED:
         add(0, None, Command.BLOCK_STATUS, 0, data=EXTENDED_PAYLOAD)
         add(errno.EINVAL, None, Command.TRIM, 0, data=b"what is this for")
@@ -238,8 +240,88 @@ def test_block_status_tells_extents_one_of_them_if_asked(rig: Rig) -> None:
 
 def test_block_status_without_a_context_is_refused() -> None:
     rig = make_rig()
-    wire = Wire(rig.exports, rig.clock, contexts=False)
+    wire = Wire(rig.exports, rig.clock, queries=())
     assert wire.ask(Command.BLOCK_STATUS, 0, BLOCK).error == errno.EINVAL
+
+
+BASE, MONDAY, TUESDAY = "base:allocation", "qemu:dirty-bitmap:monday", "qemu:dirty-bitmap:tuesday"
+
+
+def with_bitmaps(rig: Rig) -> None:
+    """Blocks 0 to 3 hold data since monday, of which block 1 was overwritten and block 2 trimmed since tuesday."""
+    wire = rig.wire()
+    rig.device.snapshot("monday")
+    wire.ask(Command.WRITE, 0, data=b"m" * 4 * BLOCK)
+    rig.device.snapshot("tuesday")
+    wire.ask(Command.WRITE, BLOCK, data=b"t" * BLOCK)
+    wire.ask(Command.TRIM, 2 * BLOCK, BLOCK)
+    wire.session.disconnect("set up")
+
+
+@pytest.mark.parametrize("style", [ReplyStyle.STRUCTURED, ReplyStyle.EXTENDED])
+def test_block_status_tells_each_context_that_was_selected(rig: Rig, style: ReplyStyle) -> None:
+    with_bitmaps(rig)
+    wire = rig.wire(style, queries=(TUESDAY, BASE, MONDAY))
+    expected = {
+        1: [(BLOCK, 0), (2 * BLOCK, DIRTY), (2 * BLOCK, 0)],
+        2: [(2 * BLOCK, 0), (BLOCK, 3), (BLOCK, 0), (BLOCK, 3)],
+        3: [(2 * BLOCK, DIRTY), (BLOCK, 0), (BLOCK, DIRTY), (BLOCK, 0)],
+    }
+    assert wire.ask(Command.BLOCK_STATUS, 0, 5 * BLOCK).statuses == expected
+    one = wire.ask(Command.BLOCK_STATUS, 0, 5 * BLOCK, flags=CommandFlag.REQ_ONE).statuses
+    assert one == {context: extents[:1] for context, extents in expected.items()}
+    only = rig.wire(style, queries=(MONDAY,))
+    assert only.ask(Command.BLOCK_STATUS, 100, BLOCK).extents == [(BLOCK, DIRTY)]
+    if style is ReplyStyle.EXTENDED:
+        payload = nbd.BlockStatusPayload.build({"length": 5 * BLOCK, "context_ids": [3, 1]})
+        answer = wire.ask(Command.BLOCK_STATUS, 0, data=payload)
+        assert answer.statuses == {context: expected[context] for context in (3, 1)}
+
+
+def test_a_bitmap_whose_snapshot_is_deleted_is_an_error_even_if_another_has_its_name(rig: Rig) -> None:
+    with_bitmaps(rig)
+    wire = rig.wire(queries=(BASE, MONDAY))
+    del rig.device.snapshots["monday"]
+    rig.device.snapshot("monday")
+    answer = wire.ask(Command.BLOCK_STATUS, 0, BLOCK)
+    assert (answer.error, answer.statuses) == (errno.EINVAL, {})
+    assert "deleted" in answer.message
+    assert wire.ask(Command.READ, 0, 1).joined() == b"m"
+    assert rig.wire(queries=(MONDAY,)).ask(Command.BLOCK_STATUS, 0, SIZE_BYTES).extents == [(SIZE_BYTES, 0)]
+
+
+def test_of_the_questions_for_bitmaps_of_a_connection_one_is_worked_on_at_a_time(rig: Rig) -> None:
+    with_bitmaps(rig)
+    wire = rig.wire(queries=(MONDAY, TUESDAY))
+    asked = [wire.request(Command.BLOCK_STATUS, 0, BLOCK) for _ in range(3)]
+    rig.device.events.clear()
+    wire.feed(b"".join(packed for _, packed in asked))
+    most = 0
+    while rig.clock.turn():
+        changed = rig.device.events.count("changed since 1") + rig.device.events.count("changed since 2")
+        rig.device.events.clear()
+        most = max(most, changed)
+    assert most == 1
+    assert [answer.error for answer in wire.answers().values()] == [0, 0, 0]
+
+
+def test_a_client_that_left_is_not_worked_for_any_more(rig: Rig) -> None:
+    with_bitmaps(rig)
+    wire = rig.wire(queries=(MONDAY, TUESDAY))
+    wire.feed(b"".join(wire.request(Command.BLOCK_STATUS, 0, BLOCK)[1] for _ in range(5)))
+    rig.device.events.clear()
+    rig.clock.turn()
+    wire.session.lost("gone")
+    rig.clock.run()
+    assert [event for event in rig.device.events if event.startswith("changed")] == ["changed since 1"]
+
+
+def test_a_client_that_is_handed_over_keeps_its_contexts(rig: Rig) -> None:
+    with_bitmaps(rig)
+    wire = rig.wire(queries=(BASE, TUESDAY))
+    before = wire.ask(Command.BLOCK_STATUS, 0, 5 * BLOCK).statuses
+    wire.hand_over(rig.exports)
+    assert wire.ask(Command.BLOCK_STATUS, 0, 5 * BLOCK).statuses == before
 
 
 def test_zeroes_without_holes_are_written_in_bounded_pieces_while_others_are_served(rig: Rig) -> None:
@@ -532,7 +614,8 @@ def test_mutated_requests_never_raise_never_hang_and_never_touch_another_session
     rig = make_rig(deferring)
     other = rig.wire(peer_name="192.0.2.1:2")
     assert other.ask(Command.WRITE, SIZE_BYTES - 5, data=b"mine!").error == 0
-    wire = rig.wire(style)
+    rig.device.snapshot("monday")
+    wire = rig.wire(style, queries=(BASE, MONDAY))
     packed, _ = conversation(wire)
     mutated = bytearray(packed + noise)
     for position, value in changes:

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import nbd
+from protocol.contexts import Context
 from protocol.handshake import Agreement, Offer, ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyError
-from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, reply_error
+from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, reply_error, shortened
 
 SIZE_BYTES = 1 << 44
 STATUS_PAYLOAD = int(nbd.TransmissionFlag.BLOCK_STATUS_PAYLOAD)
@@ -18,7 +19,8 @@ OVER = nbd.MAXIMUM_PAYLOAD_BYTES + 1
 
 def agreement(style: ReplyStyle = ReplyStyle.STRUCTURED, contexts: tuple[int, ...] = (1,)) -> Agreement:
     flags = STATUS_PAYLOAD if style is ReplyStyle.EXTENDED and contexts else 0
-    return Agreement(Offer("a", SIZE_BYTES, False), style, contexts, flags)
+    selected = tuple(Context(context_id, "base:allocation") for context_id in contexts)
+    return Agreement(Offer("a", SIZE_BYTES, False), style, selected, flags)
 
 
 REQUESTS = [
@@ -147,11 +149,39 @@ def test_replies_parse_back_to_what_was_told(
     hole = replies.hole(cookie, offset, offset + 5, length, done)
     assert header.parse(hole).length == 12
     assert nbd.OffsetHole.parse(hole[size_bytes:]).hole_bytes == length
-    status = replies.block_status(cookie, offset, (1,), extents)
+    status = replies.block_status(cookie, offset, [(7, extents), (9, extents[:1])])
     frame = nbd.BlockStatus if style is ReplyStyle.STRUCTURED else nbd.BlockStatusExt
-    assert header.parse(status).length == len(status) - size_bytes
-    assert header.parse(status).flags == 1
-    assert [(extent.length, extent.flags) for extent in frame.parse(status[size_bytes:]).extents] == extents
+    for context_id, expected, flags in ((7, extents, 0), (9, extents[:1], 1)):
+        told = header.parse(status)
+        assert (told.flags, told.cookie) == (flags, cookie)
+        parsed = frame.parse(status[size_bytes : size_bytes + told.length])
+        assert parsed.context_id == context_id
+        assert [(extent.length, extent.flags) for extent in parsed.extents] == expected
+        status = status[size_bytes + told.length :]
+    assert not status
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "expected"),
+    [
+        (100, 9, [(40, 1), (60, 0)]),
+        (40, 9, [(40, 1)]),
+        (41, 9, [(40, 1), (1, 0)]),
+        (39, 9, [(39, 1)]),
+        (100, 1, [(40, 1)]),
+        (300, 9, [(40, 1), (200, 0)]),
+    ],
+)
+def test_extents_are_shortened_to_what_was_asked_for(length: int, limit: int, expected: list[tuple[int, int]]) -> None:
+    assert shortened([(40, 1), (200, 0)], length, limit) == expected
+
+
+@pytest.mark.parametrize("style", [ReplyStyle.STRUCTURED, ReplyStyle.EXTENDED])
+def test_a_bitmap_whose_snapshot_is_gone_is_an_invalid_request_that_says_so(style: ReplyStyle) -> None:
+    header = nbd.StructuredReply if style is ReplyStyle.STRUCTURED else nbd.ExtendedReply
+    told = nbd.Error.parse(replies_of(style).error(1, 2, errno.ESTALE)[header.sizeof() :])
+    assert told.error == errno.EINVAL
+    assert b"snapshot" in told.message
 
 
 @given(st.integers(1, 200))
@@ -161,7 +191,13 @@ def test_a_reply_carries_only_the_errnos_of_the_protocol(error: int) -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(errno.EDQUOT, errno.ENOSPC), (errno.EFBIG, errno.ENOSPC), (errno.EROFS, errno.EPERM), (errno.ENXIO, errno.EIO)],
+    [
+        (errno.EDQUOT, errno.ENOSPC),
+        (errno.EFBIG, errno.ENOSPC),
+        (errno.EROFS, errno.EPERM),
+        (errno.ENXIO, errno.EIO),
+        (errno.ESTALE, errno.EINVAL),
+    ],
 )
 def test_other_errnos_are_translated(error: int, expected: int) -> None:
     assert reply_error(error) == expected
