@@ -47,10 +47,14 @@ class Connecting:
         if target == address:
             family, target = numeric_address(address, socket.SOCK_STREAM)
         self._target = target
-        self._timer: asyncio.Handle = network.loop.call_later(timeout_s, self._fail, f"no answer in {timeout_s:g} s")
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setblocking(False)
-        number = self._socket.connect_ex(target)
+        try:
+            number = self._socket.connect_ex(target)
+        except OSError as error:  # a path that is too long has no errno
+            self._socket.close()
+            raise ValueError(f"{address!r} is no address to connect to: {error}") from None
+        self._timer: asyncio.Handle = network.loop.call_later(timeout_s, self._fail, f"no answer in {timeout_s:g} s")
         if number == errno.EINPROGRESS:
             network.register(self._socket.fileno(), select.EPOLLOUT, self._ready)
             self._registered = True

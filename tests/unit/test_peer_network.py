@@ -206,6 +206,11 @@ def test_an_address_that_is_not_numeric_is_refused_with_what_would_be_right(loop
             loop.call(call)
 
 
+def test_a_path_that_is_too_long_is_refused(loop: Loop) -> None:
+    with pytest.raises(ValueError, match="too long"):
+        loop.call(lambda: loop.network.connect("unix:/" + "x" * 107, lambda connection: None, lambda reason: None))
+
+
 def test_an_address_and_its_text_are_one() -> None:
     for text in ("192.0.2.1:80", "[2001:db8::1]:65535", "[fe80::1%1]:7"):
         _, address = numeric_address(text, socket.SOCK_STREAM)
