@@ -22,9 +22,9 @@ from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Factory, Machine
 from tests.simulation.cluster.nemesis import Nemesis
 from tests.simulation.cluster.paths import Latency
+from tests.simulation.cluster.registry_twin import RegistryTwin
 from tests.simulation.cluster.scheduler import Scheduler
 from tests.simulation.cluster.simulated_network import Wires
-from tests.simulation.cluster.simulated_registry import RegistryTwin
 from tests.simulation.registers import ViolationError
 from tests.simulation.world import SimulatedCrash
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from metadata.seams import Clock, Files, Network, Registry, Store
+from tests.simulation.cluster.registry_twin import RegistryTwin
 from tests.simulation.cluster.scheduler import Event, Life, Scheduler
-from tests.simulation.cluster.simulated_registry import RegistryTwin, SimulatedRegistry
+from tests.simulation.cluster.simulated_registry import SimulatedRegistry
 from tests.simulation.faults import FaultMix
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
