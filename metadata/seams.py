@@ -185,6 +185,9 @@ class Store(Protocol):
     def range(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Items with start <= key < stop, in order, as of the call."""
 
+    def ranges(self, ranges: Sequence[tuple[bytes, bytes]]) -> list[list[tuple[bytes, bytes]]]:
+        """The items of each range, cheapest in the order of keys; waits for the device: starting only."""
+
     def range_later(
         self,
         ranges: Sequence[tuple[bytes, bytes]],

@@ -31,7 +31,7 @@ from metadata.seams import Files, Store
 from nbdserver.logdisk.check_layers import LayerCheck
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
 from nbdserver.logdisk.records import Record, parse_segment_header
-from nbdserver.logdisk.recovery import RecoveryError, Replay, read_record
+from nbdserver.logdisk.recovery import ReadAhead, RecoveryError, Replay, read_record
 from nbdserver.logdisk.segments import DIRECTORY, SegmentPool, segment_path
 from protocol.checksum import crc32c
 from protocol.disk import (
@@ -371,8 +371,9 @@ class _FamilyCheck:
             return None
         key, offset, crc = chain_key(sequence, salt), SEGMENT_HEADER_BYTES, start.previous_crc
         last: Record | None = None
+        ahead = ReadAhead(self._files, handle)
         while offset < end:
-            record = read_record(self._files, handle, key, offset)
+            record = read_record(ahead, key, offset)
             if record is None or record.previous_crc != crc or (last is not None and record.lsn != last.lsn + 1):
                 follows = f"and {end - offset} bytes should follow"
                 sentence = f"segment {segment} has no valid record at byte {offset}, {follows}"

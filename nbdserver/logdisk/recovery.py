@@ -6,6 +6,11 @@ CRCs that the header names, and does again what it did. The chain may end only w
 what was never known durable. If any valid header of this log behind the break knows a later lsn durable, the break is
 damage, not an end, and recovery refuses to go on.
 
+Records are applied in groups. The map pages that a group needs are read before it, in the order of their keys: at
+random each costs LevelDB a search of its own, and there are as many as blocks. Two kinds need not be read. A block
+that was written under an MBA older than the checkpoint was an overwrite: the logical map, then and now, says what it
+said in the checkpoint. And of pages of MBAs that the checkpoint had not given out LevelDB has nothing.
+
 Rules
 - Data is verified too (Rule.REPLAY_VERIFIES_DATA): a header can reach the disk without its data.
 - A move takes effect only if the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED).
@@ -19,13 +24,13 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from metadata.family_state import Checkpoint
 from metadata.layers import unpack_rows
 from metadata.logical_map import ADDRESS_SHIFT
-from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page, PageMap
+from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page
 from metadata.seams import Files, Store
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.lookup import Lookup
@@ -56,6 +61,8 @@ from protocol.disk import (
 )
 
 _COPY_BYTES = 1 << 20
+_AHEAD_BYTES = 1 << 20
+_GROUP_BLOCKS = 1 << 14  # at most; a quarter of what the cache holds
 _DURABLE_LSN = 10  # place of the field in a record header
 
 
@@ -85,10 +92,13 @@ class Replay:
         self._maps = maps
         self._family = family
         self._progress = progress
+        self._first_new_mba = 0
+        self._group_blocks = min(_GROUP_BLOCKS, maps.logical.limit_pages // 4, maps.middle.limit_pages // 4)
 
     def run(self, start: Checkpoint) -> Recovered:
         """Replay from `start`; raises RecoveryError, DamagedValueError or OSError."""
         maps = self._maps
+        self._first_new_mba = start.next_mba
         segment, offset, sequence, salt = start.segment, start.offset, start.sequence, start.salt
         previous_crc, lsn, txid = start.previous_crc, start.lsn, start.txid
         tail: list[tuple[int, int, int]] = []
@@ -99,15 +109,17 @@ class Replay:
                 break
             offset = offset or SEGMENT_HEADER_BYTES
             first = offset
-            record = None
-            for record in self._chain(segment, offset, chain_key(sequence, salt), previous_crc, lsn):
-                self._apply(record, segment)
+            record: Record | None = None
+            for group in self._groups(self._chain(segment, offset, chain_key(sequence, salt), previous_crc, lsn)):
+                self._bring(group)
+                for each in group:
+                    self._apply(each, segment)
+                    maps.segments.appended(segment, each.end, each.txid, each.lsn)
+                    blocks += each.blocks
+                record = group[-1]
                 offset, previous_crc, lsn, txid = record.end, record.crc, record.lsn, record.txid
-                maps.segments.appended(segment, offset, txid, lsn)
-                records += 1
-                blocks += record.blocks
-                if not records & 255:
-                    self._progress(record.end - first)
+                records += len(group)
+                self._progress(offset - first)
             tail.append((segment, 0 if first == SEGMENT_HEADER_BYTES else first, offset))
             if record is None or record.kind != SEAL:
                 self._refuse_if_durable(lsn, sequence, segment, offset)
@@ -170,19 +182,36 @@ class Replay:
 
     def _chain(self, segment: int, offset: int, key: bytes, previous_crc: int, lsn: int) -> Iterator[Record]:
         """The records from `offset` on that are next links with good data."""
+        ahead = ReadAhead(self._files, self._pool.handles[segment])
         while True:
-            record = read_record(self._files, self._pool.handles[segment], key, offset)
+            record = read_record(ahead, key, offset)
             if record is None or record.previous_crc != previous_crc or record.lsn != lsn + 1:
                 return
             if record.blocks and holds(Rule.REPLAY_VERIFIES_DATA):
-                length = record.blocks * BLOCK_BYTES
-                data = self._files.read(self._pool.handles[segment], length, record.data_offset)
+                data = ahead.read(record.data_offset, record.blocks * BLOCK_BYTES)
                 if wrong_blocks(data, record.checksums):
                     return
             yield record
             if record.kind == SEAL:
                 return
             offset, previous_crc, lsn = record.end, record.crc, record.lsn
+
+    def _groups(self, records: Iterator[Record]) -> Iterator[list[Record]]:
+        """The records, some at a time: what they need fits into the cache, and a change of the tree is alone."""
+        group: list[Record] = []
+        blocks = 0
+        for record in records:
+            touched = _touched_blocks(record)
+            if group and (blocks + touched > self._group_blocks or record.kind == TREE):
+                yield group
+                group, blocks = [], 0
+            group.append(record)
+            blocks += touched
+            if record.kind == TREE:
+                yield group
+                group, blocks = [], 0
+        if group:
+            yield group
 
     def _refuse_if_durable(self, lsn: int, sequence: int, segment: int, offset: int) -> None:
         """Raise RecoveryError if a header behind the break says that more than `lsn` was durable."""
@@ -215,6 +244,71 @@ class Replay:
             found = data.find(magic, found + 1)
         return durable
 
+    # -- the pages that are needed
+
+    def _bring(self, group: list[Record]) -> None:
+        """Have the map pages in memory that the records need, as far as that can be told before they are applied."""
+        maps = self._maps
+        middle: set[int] = set()
+        logical: set[int] = set()
+        for record in group:
+            middle.update(mba >> PAGE_SHIFT for mba in record.mbas)
+            if record.kind == WRITE and record.layer in maps.tree.layers:
+                logical.update(self._logical_pages(record))
+        self._bring_logical(number for number in logical if maps.page(number) is None and number not in maps.stale)
+        for record in group:
+            if record.kind == WRITE and record.layer in maps.tree.layers:
+                middle.update(self._middle_pages_under_holes(record))
+        self._bring_middle(number for number in middle if maps.middle.get(number) is None)
+
+    def _logical_pages(self, record: Record) -> Iterator[int]:
+        first_address = record.layer << ADDRESS_SHIFT
+        block = 0
+        for lba, count, kind in extents_of(record):
+            address = first_address + lba
+            if kind != EXTENT_HOLE:
+                block += count
+                if max(record.mbas[block - count : block]) < self._first_new_mba:
+                    continue
+            elif count > SMALL_HOLE_BLOCKS:
+                continue
+            yield from range(address >> PAGE_SHIFT, ((address + count - 1) >> PAGE_SHIFT) + 1)
+
+    def _middle_pages_under_holes(self, record: Record) -> Iterator[int]:
+        first_mba = self._maps.tree.first_mba(record.layer)
+        for lba, count, kind in extents_of(record):
+            if kind == EXTENT_HOLE and count <= SMALL_HOLE_BLOCKS:
+                address = (record.layer << ADDRESS_SHIFT) + lba
+                for page_map, number in self._maps.needed(address, count, count, first_mba):
+                    if page_map is self._maps.middle:
+                        yield number
+
+    def _bring_logical(self, numbers: Iterable[int]) -> None:
+        lookups = [Lookup(self._maps, number) for number in sorted(numbers)]
+        reading = lookups
+        while reading:
+            ranges = [lookup.ranges() for lookup in reading]
+            items = iter(self._store.ranges([each for of_lookup in ranges for each in of_lookup]))
+            reading = [
+                lookup
+                for lookup, asked in zip(reading, ranges, strict=True)
+                if lookup.take([next(items) for _ in asked])
+            ]
+        for lookup in lookups:
+            self._maps.admit(lookup)
+
+    def _bring_middle(self, numbers: Iterable[int]) -> None:
+        middle = self._maps.middle
+        stored: list[int] = []
+        for number in sorted(numbers):
+            if number << PAGE_SHIFT < self._first_new_mba:
+                stored.append(number)
+            else:
+                middle.create(number)
+        found = self._store.ranges([middle.key_range(number) for number in stored])
+        for number, items in zip(stored, found, strict=True):
+            middle.install(number, items)
+
     # -- doing it again
 
     def _apply(self, record: Record, segment: int) -> None:
@@ -238,10 +332,9 @@ class Replay:
                 continue
             for current in range(first_address + lba, first_address + lba + count):
                 mba = record.mbas[block]
-                self._logical(current)
                 self._middle(mba)
-                page = maps.logical.pages[current >> PAGE_SHIFT]
-                if page[current & PAGE_MASK] != mba:
+                # An older MBA is where it was: this was an overwrite.
+                if mba >= self._first_new_mba and self._logical(current)[current & PAGE_MASK] != mba:
                     maps.set_logical(current, 1, mba)
                 maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
                 maps.next_mba = max(maps.next_mba, mba + 1)
@@ -277,35 +370,52 @@ class Replay:
             if page is not None:
                 return page
             if number not in maps.stale:
-                self._look_up(number)
+                self._bring_logical((number,))
             while number in maps.stale:
-                for page_map, needed in maps.settle(number):
-                    self._load(page_map, needed)
+                self._bring_middle(needed for _, needed in maps.settle(number))
 
     def _middle(self, mba: int) -> Page:
         number = mba >> PAGE_SHIFT
         page = self._maps.middle.get(number)
         if page is None:
-            self._load(self._maps.middle, number)
+            self._bring_middle((number,))
             page = self._maps.middle.get(number)
         assert page is not None
         return page
 
-    def _load(self, page_map: PageMap, number: int) -> None:
-        page_map.install(number, list(self._store.range(*page_map.key_range(number))))
 
-    def _look_up(self, number: int) -> None:
-        lookup = Lookup(self._maps, number)
-        while lookup.take([list(self._store.range(*each)) for each in lookup.ranges()]):
-            pass
-        self._maps.admit(lookup)
+class ReadAhead:
+    """A segment's bytes, read in long pieces because most records are short; waits for the disk."""
+
+    def __init__(self, files: Files, handle: int) -> None:
+        self._files = files
+        self._handle = handle
+        self._start = 0
+        self._data = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Less at the end of the file."""
+        at = offset - self._start
+        if not 0 <= at <= len(self._data) - length:
+            if length > _AHEAD_BYTES:
+                return self._files.read(self._handle, length, offset)
+            self._data = self._files.read(self._handle, _AHEAD_BYTES, offset)
+            self._start = offset
+            at = 0
+        return self._data[at : at + length]
 
 
-def read_record(files: Files, handle: int, key: bytes, offset: int) -> Record | None:
-    """The record at `offset` of a segment in the life that `key` names, or None; waits for the disk."""
-    header = files.read(handle, RECORD_HEADER_BYTES, offset)
+def read_record(ahead: ReadAhead, key: bytes, offset: int) -> Record | None:
+    """The record at `offset` of a segment in the life that `key` names, or None."""
+    header = ahead.read(offset, RECORD_HEADER_BYTES)
     length = body_length(key, header)
     if length is None:
         return None
-    body = files.read(handle, length, offset + RECORD_HEADER_BYTES)
-    return parse_record(key, header, body, offset)
+    return parse_record(key, header, ahead.read(offset + RECORD_HEADER_BYTES, length), offset)
+
+
+def _touched_blocks(record: Record) -> int:
+    """How many map pages of a kind applying it may need, at most."""
+    if record.kind != WRITE:
+        return record.blocks
+    return sum(count for _, count, kind in extents_of(record) if kind != EXTENT_HOLE or count <= SMALL_HOLE_BLOCKS)

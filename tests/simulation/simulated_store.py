@@ -86,6 +86,9 @@ class SimulatedStore:
     def range(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
         return iter(self._table.items(start, stop))
 
+    def ranges(self, ranges: Sequence[tuple[bytes, bytes]]) -> list[Items]:
+        return [self._table.items(*each) for each in ranges]
+
     def range_later(
         self, ranges: Sequence[tuple[bytes, bytes]], done: Callable[[int, list[Items]], None], limit: int = 0
     ) -> None:

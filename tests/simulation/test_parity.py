@@ -132,6 +132,7 @@ def _tell_store(store: Store, finished: Finished) -> list[object]:
     said.append(finished(lambda done: store.range_later([(b"k", b"z"), (b"k2", b"k2"), (b"x", b"y")], done)))
     said.append(finished(lambda done: store.range_later([(b"k", b"z"), (b"k2", b"z")], done, limit=1)))
     said.append(list(store.range(b"k3", b"k1")))
+    said.append(store.ranges([(b"k2", b"z"), (b"k", b"k2"), (b"k3", b"k1")]))
     return said
 
 

@@ -67,6 +67,17 @@ def test_a_range_shows_the_store_as_of_the_call(tmp_path: Path, workers: Workers
     store.close()
 
 
+def test_many_ranges_are_read_at_once_in_any_order(tmp_path: Path, workers: Workers) -> None:
+    store = filled(tmp_path / "db", workers, 5)
+    found = store.ranges([(b"00003", b"z"), (b"00001", b"00001"), (b"00002", b"00001"), (b"x", b"y"), (b"0", b"00002")])
+    keys = [[key for key, _ in items] for items in found]
+    assert keys == [[b"00003", b"00004"], [], [], [], [b"00000", b"00001"]]
+    assert store.ranges([]) == []
+    store.close()
+    with pytest.raises(OSError):
+        store.ranges([(b"0", b"1")])
+
+
 def test_later_forms_answer_on_the_loop(tmp_path: Path, workers: Workers, loop: asyncio.AbstractEventLoop) -> None:
     store = filled(tmp_path / "db", workers, 3)
     batch = store.batch()

@@ -2,6 +2,7 @@
 
 import random
 from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from protocol.disk import (
     pack_segment_header,
 )
 from tests.simulation.simulated_store import SimulatedBatch
-from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily, block
+from tests.unit.families import BLOCK_BYTES, CALM, SETTINGS, SimulatedFamily, block
 
 MAGIC = RECORD_MAGIC.to_bytes(4, "little")
 
@@ -334,3 +335,62 @@ def test_a_full_disk_does_not_lose_a_segment_of_its_reserve_to_each_crash() -> N
         family.open()
         assert family.discard(0, BLOCK_BYTES) == 0
     assert family.discard(0, 1 << 30) == 0
+
+
+def test_replay_reads_the_map_pages_of_a_group_in_the_order_of_their_keys_and_no_others() -> None:
+    """Overwrites all over a volume: their logical pages say what they said, their middle pages are read in one go."""
+    family = SimulatedFamily(segment_bytes=8 << 20)  # all of it is one group
+    lbas = random.Random(4).sample(range(1 << 18), 400)
+    for lba in lbas:
+        family.put(lba, lba + 1)
+    family.close()
+    family.open()
+    for lba in reversed(lbas):
+        family.put(lba, lba + 2)
+    family.put(7, 7, count=300)  # these are new
+    family.crash()
+    family._begin()
+    asked: list[list[tuple[bytes, bytes]]] = []
+    read = family.store.ranges
+
+    def ranges(wanted: Sequence[tuple[bytes, bytes]]) -> list[list[tuple[bytes, bytes]]]:
+        asked.append(list(wanted))
+        return read(wanted)
+
+    family.store.ranges = ranges  # type: ignore[method-assign]
+    family._open_disk()
+    logical, middle = [[start for start, _ in wanted] for wanted in asked]
+    assert [key[:1] for key in logical] == [b"L"] * 2
+    assert [key[:1] for key in middle] == [b"M"] * 2
+    assert logical == sorted(logical)
+    assert middle == sorted(middle)
+    expected = {lba: lba + 2 for lba in lbas} | {7 + index: 7 + index for index in range(300)}
+    assert {lba: family.number_at(lba) for lba in expected} == expected
+
+
+def test_replay_needs_no_more_cache_than_it_has() -> None:
+    """More pages are touched than fit, and what is read ahead may be pushed out again before it is used."""
+    family = SimulatedFamily(settings=replace(SETTINGS, cache_bytes=0))
+    lbas = random.Random(5).sample(range(1 << 18), 300)
+    for lba in lbas:
+        family.put(lba, lba + 1)
+    for lba in lbas[:100]:
+        family.discard(lba * BLOCK_BYTES, 3 * BLOCK_BYTES)
+    family.crash()
+    family.open()
+    shown = [family.number_at(lba) for lba in lbas]
+    assert [number for number in shown if number] == [lba + 1 for lba in lbas[100:]]
+
+
+def test_replay_of_short_discards_frees_what_they_discarded() -> None:
+    family = SimulatedFamily()
+    family.put(0, 1, count=600)
+    family.checkpoint()
+    family.put(100, 1000)
+    family.discard(50 * BLOCK_BYTES, 500 * BLOCK_BYTES)
+    family.put(300, 2000)
+    family.crash()
+    family.open()
+    live = {lba: family.number_at(lba) for lba in range(600)}
+    assert live == {lba: lba + 1 if not 50 <= lba < 550 else 0 for lba in range(600)} | {300: 2000}
+    assert family.disk.status()["live_bytes"] == 101 * BLOCK_BYTES
