@@ -27,6 +27,8 @@ MAX_KEY_BYTES = 512
 MAX_CHANGES = 64
 MAX_SWAP_BYTES = 1 << 20
 """Keys, expected and new values of one swap together; etcd takes 1.5 MiB with its own framing."""
+MAX_RANGE_BYTES = 64 << 20
+"""Keys and values of one range together."""
 MAX_PENDING_CALLS = 256
 MAX_WATCHES = 256
 MAX_LEASES = 256

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.metadata
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +108,38 @@ def test_nothing_is_packed_by_a_format_string() -> None:
         for path in sources(package)
         for line, name in calls(path)
         if name.startswith("struct.") and name != "struct.Struct"
+    ]
+    assert not wrong
+
+
+def test_nothing_loads_grpc_but_the_registry_on_etcd() -> None:
+    grpc_users = {
+        str(path.relative_to(ROOT))
+        for package in LAYERS
+        for path in sources(package)
+        if {module.split(".")[0] for _, module in imports(path)} & {"grpc", "aetcd"}
+    }
+    assert all(name.startswith("metadata/etcd_") for name in grpc_users)
+    programs = "nbdserver.cli.main, nbdserver.node.control, nbdserver.node.data, nbdserver.api.server"
+    check = f"import sys, metadata.embedded_registry, {programs}; assert not {{'grpc', 'aetcd'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
+def test_no_process_is_forked_where_grpc_may_be_loaded() -> None:
+    forks = {"os.fork", "os.forkpty", "pty.fork", "fork", "forkpty", "ProcessPoolExecutor"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} forks: start a program instead"
+        for package in LAYERS
+        for path in sources(package)
+        for line, name in [*calls(path), *imports(path)]
+        if name in forks or name.startswith("multiprocessing")
+    ]
+    wrong += [
+        f"{path.relative_to(ROOT)}:{node.value.lineno} runs Python in a forked process"
+        for package in LAYERS
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "preexec_fn"
     ]
     assert not wrong
 

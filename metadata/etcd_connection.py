@@ -1,0 +1,365 @@
+"""One connection to an etcd cluster: the endpoint in use, the login, and what takes its place when it fails.
+
+Theory: at any time there is at most one *link*: a channel to one endpoint, logged in, over which etcd has answered a
+question. One task makes links, one after the other, and alone decides when one is broken. Calls wait for a link, use
+it, and say what is known when it breaks under them: the request was not sent, was refused, or may have been carried
+out.
+
+    connect ─► log in ─► ask for the registry's version ─► link ─ asked every second, answers within one ─► broken
+       ▲                                                                                                      │
+       └──────────────── next endpoint, at once; after all of them a pause that doubles, with jitter ◄────────┘
+
+Rules
+- The keepalive is a question that only a member with a leader and a majority can answer. HTTP/2 pings are not used: an
+  etcd with usual settings hangs up on who pings more often than every 5 s, and a member cut off from the others answers
+  pings for ever.
+- Every request asks for a leader (`hasleader`): without one, streams end instead of staying silent.
+- One channel is one endpoint: TLS checks its name, and what is in use can be told.
+- A token that is refused is asked for anew, once for all calls that it was refused to.
+- Another etcd cluster behind one of the endpoints is refused: its revisions mean something else.
+- grpc is loaded with this module, and with no other: who needs no etcd does not import it. Once it is loaded the
+  process may start others, but never fork: grpc's threads and locks do not survive that.
+
+Known weakness: deadlines of calls count CLOCK_MONOTONIC, so a call that waits during a suspend is answered late by that
+long. Leases are not concerned: they count by the Clock.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from aetcd import rpc
+from grpc.aio import AioRpcError, Channel, UsageError
+
+from metadata.registry_calls import REGISTRY_VERSION, VERSION_KEY, Health
+from metadata.seams import Clock
+
+MAX_ENDPOINTS = 16
+MAX_MESSAGE_BYTES = 16 << 20
+
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+_LEADER = ("hasleader", "true")
+_REPEAT_PAUSE_S = 0.05
+_MAX_LOGINS_PER_CALL = 2
+
+_REFUSALS = {
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+"""etcd gives these before it has carried out anything. Not so RESOURCE_EXHAUSTED: the write that finds the quota used
+up is carried out, and refused."""
+_NO_LEADER = "etcdserver: no leader"
+_TOKEN_REFUSALS = ("invalid auth token", "revision of auth store is old")
+
+
+@dataclass(frozen=True)
+class EtcdTls:
+    """PEM files, read at each connecting, so that renewed ones are taken up."""
+
+    ca_file: str
+    certificate_file: str | None = None
+    """Who this client is; with its key."""
+    key_file: str | None = None
+    server_name: str | None = None
+    """What the servers' certificates say, where that is not the endpoint's host."""
+
+
+@dataclass(frozen=True)
+class EtcdSettings:
+    """Where etcd is, who we are there, and how long things take."""
+
+    endpoints: tuple[str, ...]
+    """HOST:PORT or [V6]:PORT of its members."""
+    namespace: str
+    """What all our keys begin with in etcd."""
+    tls: EtcdTls | None = None
+    """None: in plain text."""
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    call_timeout_s: float = 5.0
+    connect_timeout_s: float = 3.0
+    probe_interval_s: float = 1.0
+    probe_timeout_s: float = 1.0
+    backoff_min_s: float = 0.1
+    backoff_max_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        """ValueError with one line that says what would be right."""
+        if not 0 < len(self.endpoints) <= MAX_ENDPOINTS:
+            raise ValueError(f"etcd has 1 to {MAX_ENDPOINTS} endpoints, not {len(self.endpoints)}")
+        for endpoint in self.endpoints:
+            host, _, port = endpoint.rpartition(":")
+            if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ValueError(f"etcd's endpoint {endpoint!r} is not HOST:PORT or [V6]:PORT")
+        if not self.namespace or "\0" in self.namespace:
+            raise ValueError("etcd's namespace is a text of one character or more, without NUL")
+        if (self.user is None) != (self.password is None):
+            raise ValueError("etcd's user and password belong together: give both, or none")
+        if self.tls and (self.tls.certificate_file is None) != (self.tls.key_file is None):
+            raise ValueError("etcd's client certificate and its key belong together: give both, or none")
+
+
+class EtcdError(Exception):
+    """No answer; one line."""
+
+    def __init__(self, reason: str, may_have_happened: bool, code: grpc.StatusCode | None = None) -> None:
+        super().__init__(reason)
+        self.may_have_happened = may_have_happened
+        """False: etcd has certainly changed nothing for this request, and never will."""
+        self.code = code
+
+
+class Link:
+    """A channel to one endpoint that answers."""
+
+    def __init__(self, endpoint: str, channel: Channel) -> None:
+        self.endpoint = endpoint
+        self.channel = channel
+        self.kv: Any = rpc.KVStub(channel)
+        self.lease: Any = rpc.LeaseStub(channel)
+        self.watch: Any = rpc.WatchStub(channel)
+        self.auth: Any = rpc.AuthStub(channel)
+        self.metadata: tuple[tuple[str, str], ...] = (_LEADER,)
+        self.login = asyncio.Lock()
+
+
+class EtcdConnection:
+    """Keeps a link to an etcd cluster, for calls to use."""
+
+    def __init__(
+        self, settings: EtcdSettings, clock: Clock, rng: random.Random, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._rng = rng
+        self._loop = loop
+        self._link: Link | None = None
+        self._has_link = asyncio.Event()
+        self._since_s = clock.now()
+        self._endpoint = ""
+        self._last_error = ""
+        self._cluster_id = 0
+        self._version_key = (settings.namespace + VERSION_KEY).encode()
+        self._task = loop.create_task(self._keep_link())
+
+    def health(self, pending_calls: int) -> Health:
+        """Return how it fares."""
+        is_connected = self._link is not None
+        return Health(is_connected, self._since_s, self._endpoint, self._last_error, pending_calls)
+
+    def note(self, error: str) -> None:
+        """Remember what went wrong, for `health`."""
+        self._last_error = error
+
+    def pause_s(self, failures: int) -> float:
+        """Return how long to wait after so many failures in a row."""
+        doublings = min(failures - len(self.settings.endpoints), 16)
+        if doublings < 0:
+            return self.settings.backoff_min_s * self._rng.random()
+        longest_s = min(self.settings.backoff_max_s, self.settings.backoff_min_s * (1 << doublings))
+        return longest_s * self._rng.uniform(0.5, 1)
+
+    def deadline(self) -> float:
+        """Return when a call that begins now has to be answered, on the loop's time."""
+        return self._loop.time() + self.settings.call_timeout_s
+
+    async def close(self) -> None:
+        """Give up the link; what uses it fails."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def link(self, deadline: float | None) -> Link:
+        """Wait for a link; EtcdError if there is none at `deadline`."""
+        while not self._link:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._has_link.wait()
+            except TimeoutError:
+                raise EtcdError(f"no connection to etcd: {self._last_error or 'not yet'}", False) from None
+        return self._link
+
+    async def call(self, service: str, method: str, request: Any, deadline: float, is_repeatable: bool = False) -> Any:
+        """Return etcd's response. EtcdError if there is none by `deadline` (the loop's time).
+
+        What changes nothing, or the same if done twice, is repeatable: it is sent again when a link broke under it.
+        """
+        logins = 0
+        while True:
+            link = await self.link(deadline)
+            metadata = link.metadata
+            try:
+                with translated():
+                    send = getattr(getattr(link, service), method)
+                    return await send(request, timeout=deadline - self._loop.time(), metadata=metadata)
+            except EtcdError as error:
+                if logins < _MAX_LOGINS_PER_CALL and is_token_refused(error):
+                    logins += 1
+                    await self.log_in_again(link, metadata)
+                elif not self._may_repeat(error, is_repeatable, deadline):
+                    self.note(str(error))
+                    raise
+                else:
+                    await asyncio.sleep(_REPEAT_PAUSE_S)
+
+    async def log_in_again(self, link: Link, refused: tuple[tuple[str, str], ...]) -> None:
+        """Get a new token, unless another has done so since `refused` was used. EtcdError if there is none."""
+        async with link.login:
+            if link.metadata == refused:
+                await self._log_in(link)
+
+    def _may_repeat(self, error: EtcdError, is_repeatable: bool, deadline: float) -> bool:
+        is_lasting = error.code in _REFUSALS or error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        is_passing = not is_lasting and (is_repeatable or not error.may_have_happened)
+        return is_passing and self._loop.time() + _REPEAT_PAUSE_S < deadline
+
+    async def _keep_link(self) -> None:
+        endpoints = self.settings.endpoints
+        index = self._rng.randrange(len(endpoints))
+        failures = 0
+        while True:
+            endpoint = endpoints[index % len(endpoints)]
+            index += 1
+            self._endpoint = endpoint
+            try:
+                async with self._opened(endpoint) as link:
+                    began_s = self._loop.time()
+                    self._set_link(link)
+                    try:
+                        await self._probe(link)
+                    finally:
+                        if self._loop.time() - began_s > self.settings.backoff_max_s:
+                            failures = 0
+                        self._set_link(None)
+            except EtcdError as error:
+                self.note(f"{endpoint}: {error}")
+            failures += 1
+            await asyncio.sleep(self.pause_s(failures))
+
+    def _set_link(self, link: Link | None) -> None:
+        self._link = link
+        self._since_s = self._clock.now()
+        if link:
+            self._has_link.set()
+        else:
+            self._has_link.clear()
+
+    @contextlib.asynccontextmanager
+    async def _opened(self, endpoint: str) -> AsyncIterator[Link]:
+        channel = self._make_channel(endpoint)
+        try:
+            link = Link(endpoint, channel)
+            if self.settings.user is not None:
+                await self._log_in(link)
+            await self._check_version(link)
+            yield link
+        finally:
+            await channel.close()
+
+    def _make_channel(self, endpoint: str) -> Channel:
+        tls = self.settings.tls
+        if not tls:
+            return grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+        try:
+            credentials = grpc.ssl_channel_credentials(
+                root_certificates=_read(tls.ca_file),
+                private_key=_read(tls.key_file),
+                certificate_chain=_read(tls.certificate_file),
+            )
+        except OSError as error:
+            raise EtcdError(f"a file for TLS cannot be read: {error}", False) from None
+        name = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
+        return grpc.aio.secure_channel(endpoint, credentials, options=(*_OPTIONS, *name))
+
+    async def _log_in(self, link: Link) -> None:
+        request = rpc.AuthenticateRequest(name=self.settings.user, password=self.settings.password)
+        with translated():
+            response = await link.auth.Authenticate(request, timeout=self.settings.connect_timeout_s)
+        link.metadata = (_LEADER, ("token", response.token))
+
+    async def _check_version(self, link: Link) -> None:
+        """Make the registry if there is none. EtcdError for a newer one, or one in another cluster."""
+        request = rpc.TxnRequest(
+            compare=[rpc.Compare(target=rpc.Compare.CREATE, key=self._version_key, create_revision=0)],
+            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=self._version_key, value=REGISTRY_VERSION))],
+            failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=self._version_key))],
+        )
+        with translated():
+            response = await link.kv.Txn(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
+        if not response.succeeded:
+            version = response.responses[0].response_range.kvs[0].value
+            if version != REGISTRY_VERSION:
+                raise EtcdError(
+                    f"the registry has version {version.decode(errors='replace')}, this program knows "
+                    f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it",
+                    False,
+                )
+        cluster_id = response.header.cluster_id
+        if self._cluster_id not in (0, cluster_id):
+            raise EtcdError(f"it is of another etcd cluster ({cluster_id:x}, not {self._cluster_id:x})", False)
+        self._cluster_id = cluster_id
+
+    async def _probe(self, link: Link) -> None:
+        """Ask again and again; EtcdError when there is no answer."""
+        request = rpc.RangeRequest(key=self._version_key, count_only=True)
+        lost = self._loop.create_task(link.channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
+        try:
+            while True:
+                done, _ = await asyncio.wait([lost], timeout=self.settings.probe_interval_s)
+                if done:
+                    raise EtcdError("the connection was lost", True)
+                metadata = link.metadata
+                try:
+                    with translated():
+                        await link.kv.Range(request, timeout=self.settings.probe_timeout_s, metadata=metadata)
+                except EtcdError as error:
+                    if not is_token_refused(error):
+                        raise
+                    await self.log_in_again(link, metadata)
+        finally:
+            lost.cancel()
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn what grpc raises into EtcdError."""
+    try:
+        yield
+    except AioRpcError as error:
+        code, details = error.code(), error.details() or ""
+        is_refused = code in _REFUSALS or details == _NO_LEADER
+        raise EtcdError(details or code.name.lower(), not is_refused, code) from None
+    except UsageError:
+        raise EtcdError("the connection was given up", False) from None
+    except asyncio.CancelledError:
+        # A closed channel cancels its calls; a cancelled task is another matter.
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise
+        raise EtcdError("the connection was given up", True) from None
+
+
+def is_token_refused(error: EtcdError) -> bool:
+    """True if logging in again may help."""
+    return any(refusal in str(error) for refusal in _TOKEN_REFUSALS)
+
+
+def _read(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return file.read()
