@@ -119,6 +119,11 @@ class Tree:
         """The lowest MBA that the layer does not share with those below; never 0."""
         return self.layers[layer].row.first_mba or 1
 
+    def snapshot(self, volume: int, name: str) -> Row | None:
+        """The row of one snapshot."""
+        layer = self.names.get(volume, {}).get(name)
+        return None if layer is None else self.layers[layer].row
+
     def snapshots(self) -> Iterator[Row]:
         """The rows of all snapshots."""
         return (self.layers[layer].row for names in self.names.values() for layer in names.values())
@@ -139,6 +144,13 @@ class Tree:
             found.add(younger)
             one, other = min(one, other), self.layers[younger].row.parent
         return found
+
+    def base(self, volume: int) -> Row | None:
+        """The newest snapshot of another volume that the volume stands on; None if it stands on none."""
+        for layer in self.chain(self.heads[volume]):
+            if layer.row.volume != volume and layer.row.kind == SNAPSHOT:
+                return layer.row
+        return None
 
     def clones(self, layer: int) -> set[int]:
         """Volumes that stand on the layer and are not its own."""

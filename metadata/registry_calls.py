@@ -39,8 +39,10 @@ MAX_TTL_S = 3600.0
 NO_LEASE = 0
 
 VERSION_KEY = "registry-version"
-REGISTRY_VERSION = b"1"
+REGISTRY_VERSION = b"2"
 """The registry's own key, made with it and checked whenever it is opened: a newer one is refused."""
+READABLE_VERSIONS = (b"1", REGISTRY_VERSION)
+"""An older one is marked with the present version: what is written from then on, an older program could not read."""
 
 
 class Outcome(Enum):

@@ -1,6 +1,6 @@
 """The keys of a registry in a Store of its own: what is durable of a registry on one node.
 
-    registry-version            "1"; written when the registry is made, checked at every opening
+    registry-version            "2"; written when the registry is made, checked at every opening
     NUL revision                the newest revision, in decimal digits
     NUL bound/<key>             the id of the lease that `key` is bound to, in decimal digits
     (every other key)           see metadata/registry.py
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from metadata.registry import RegistryError
 from metadata.registry_calls import (
     NO_LEASE,
+    READABLE_VERSIONS,
     REGISTRY_VERSION,
     VERSION_KEY,
     Change,
@@ -49,15 +50,15 @@ class RegistryTable:
         """Take a Store; an empty one becomes a registry. RegistryError for a newer one, OSError for a damaged one."""
         self._store = store
         version = self._get(_VERSION)
-        if version is None:
-            batch = store.batch()
-            _put(batch, _VERSION, REGISTRY_VERSION)
-            store.write(batch)
-        elif version != REGISTRY_VERSION:
+        if version is not None and version not in READABLE_VERSIONS:
             raise RegistryError(
                 f"the registry has version {version.decode(errors='replace')}, this program knows "
                 f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it"
             )
+        if version != REGISTRY_VERSION:
+            batch = store.batch()
+            _put(batch, _VERSION, REGISTRY_VERSION)
+            store.write(batch)
         self.revision = int(self._get(_REVISION) or b"0")
         self.changed: Changed = _tell_no_one
         """Called after each swap that wrote, with its revision and what it wrote."""

@@ -55,12 +55,14 @@ class Volume(BaseModel):
     size_bytes: int
     state: str = Field(description="serving, or failed")
     reason: str = Field(description="why it failed")
+    base: str = Field(description="the newest snapshot of another volume that it stands on; empty for none")
+    snapshots: int = Field(description="how many it has")
     generation: int = Field(description="raised when acknowledged writes may have been lost")
     epoch: int
-    family: str
+    family: str = Field(description="a volume and its clones are one family, with one log")
     settings: Settings
     clients: int = Field(description="client connections")
-    disk: dict[str, Any] = Field(description="what the log-structured disk says of itself")
+    disk: dict[str, Any] = Field(description="what the family's log-structured disk says of itself")
 
 
 class SnapshotRequest(BaseModel):
@@ -81,6 +83,25 @@ class Snapshot(BaseModel):
     size_bytes: int
     created: str = Field(description="ISO 8601, UTC")
     clients: int = Field(description="client connections")
+    clones: list[str] = Field(description="volumes that were made from it")
+
+
+class CloneRequest(BaseModel):
+    """What POST /v1/clones takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    volume: str
+    snapshot: str = Field(description="the snapshot's name, without the volume's")
+    name: str = Field(description="the new volume's name")
+
+
+class RenameRequest(BaseModel):
+    """What POST /v1/volumes/NAME/rename takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="the new name")
 
 
 class ResizeRequest(BaseModel):
@@ -216,9 +237,10 @@ def _add_node(app: FastAPI, node: Node) -> None:
             pass  # `up` says so
         volumes: dict[str, Figures] = {}
         for family in node.families():
-            own = {"volume_size_bytes": family.size_bytes, "volume_generation": family.generation}
-            figures = live.get(family.volume, {"counters": {}, "gauges": {}})
-            volumes[family.volume] = Figures(figures["counters"], figures["gauges"] | own)
+            for volume in family.volumes:
+                own = {"volume_size_bytes": volume.size_bytes, "volume_generation": family.generation}
+                figures = live.get(volume.name, {"counters": {}, "gauges": {}})
+                volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
         text = exposition(Figures(counters, gauges), volumes)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -279,6 +301,14 @@ def _add_snapshots(app: FastAPI, node: Node) -> None:
     @app.post("/v1/volumes/{name}/resize", summary="Give a volume another size")
     async def resize_volume(name: str, request: ResizeRequest) -> Volume:
         return Volume(**await node.snapshots.resize(name, request.size_bytes, request.force))
+
+    @app.post("/v1/volumes/{name}/rename", summary="Give a volume another name; attached clients go on")
+    async def rename_volume(name: str, request: RenameRequest) -> Volume:
+        return Volume(**await node.volumes.rename(name, request.name))
+
+    @app.post("/v1/clones", status_code=201, summary="Make a volume that holds what a snapshot holds")
+    async def create_clone(request: CloneRequest) -> Volume:
+        return Volume(**await node.volumes.clone(request.volume, request.snapshot, request.name))
 
     @app.get("/v1/snapshots", summary="Snapshots of one volume, or of all")
     async def list_snapshots(volume: str = "") -> list[Snapshot]:

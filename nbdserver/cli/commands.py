@@ -7,6 +7,7 @@ import typer
 from nbdserver.cli import (
     check_command,
     client_commands,
+    clone_commands,
     node_commands,
     serve,
     service,
@@ -63,6 +64,7 @@ def root(
 serve.add_to(app)
 app.add_typer(volume_commands.app, name="volume")
 app.add_typer(snapshot_commands.app, name="snapshot")
+app.add_typer(clone_commands.app, name="clone")
 app.add_typer(client_commands.app, name="client")
 node_commands.add_to(app)
 check_command.add_to(app)

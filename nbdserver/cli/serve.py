@@ -11,7 +11,7 @@ import typer
 from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, wants_json
 from nbdserver.node.addresses import check_address, check_socket_path, uri
 from nbdserver.node.directory import FORMAT_VERSION, DataDirectory
-from nbdserver.node.errors import WrongInputError
+from nbdserver.node.errors import WrongInputError, listed
 from nbdserver.node.sizes import SizeError, parse_volume_size
 
 if TYPE_CHECKING:
@@ -178,11 +178,11 @@ class _JsonVoice(_Voice):
 
 
 def _how_to_attach(node: "Node") -> list[str]:
-    names = [family.volume for family in node.families()]
+    names = [volume.name for family in node.families() for volume in family.volumes]
     name = names[0] if names else "NAME"
     lines = [
         f"data: {node.directory.path}",
-        f"volumes: {', '.join(names) or 'none yet; nbdserver volume create NAME --size 10G'}",
+        f"volumes: {listed(names, 20) or 'none yet; nbdserver volume create NAME --size 10G'}",
     ]
     for address in node.addresses():
         target = shlex.quote(uri(address, name))

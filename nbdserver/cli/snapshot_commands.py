@@ -20,7 +20,8 @@ def _client(context: typer.Context, data: Path | None) -> NodeClient:
     return NodeClient(data_path(context, data))
 
 
-def _parts(text: str) -> tuple[str, str]:
+def snapshot_parts(text: str) -> tuple[str, str]:
+    """Return (volume, name) of `VOLUME@NAME`. Raises WrongInputError."""
     volume, _, name = text.partition("@")
     if not volume or not name:
         raise WrongInputError(f"{text!r:.60} is not VOLUME@NAME; write for example disk0@monday")
@@ -28,7 +29,7 @@ def _parts(text: str) -> tuple[str, str]:
 
 
 def _path(text: str) -> str:
-    volume, name = _parts(text)
+    volume, name = snapshot_parts(text)
     return f"/v1/snapshots/{quote(volume, safe='')}/{quote(name, safe='')}"
 
 
@@ -46,7 +47,7 @@ def create(
 
       nbdserver snapshot create disk0@monday
     """
-    volume, name = _parts(snapshot)
+    volume, name = snapshot_parts(snapshot)
     made = _client(context, data).post("/v1/snapshots", {"volume": volume, "name": name})
     if wants_json(context, json_output):
         print_json(made)
@@ -72,10 +73,16 @@ def list_snapshots(
         print_json(snapshots)
         return
     rows = [
-        [found["export"], format_size(found["size_bytes"]), found["created"], str(found["clients"])]
+        [
+            found["export"],
+            format_size(found["size_bytes"]),
+            found["created"],
+            str(found["clients"]),
+            str(len(found["clones"])),
+        ]
         for found in snapshots
     ]
-    print_table(["NAME", ">SIZE", "CREATED", ">CLIENTS"], rows)
+    print_table(["NAME", ">SIZE", "CREATED", ">CLIENTS", ">CLONES"], rows)
 
 
 @app.command("delete")
@@ -87,6 +94,8 @@ def delete(
     json_output: JsonOption = False,
 ) -> None:
     """Delete a snapshot; the room that only it needed is given back in the background.
+
+    Clones of it stay as they are.
 
     Example:
 
@@ -115,4 +124,4 @@ def rollback(
     if wants_json(context, json_output):
         print_json(volume)
     else:
-        print(f"{_parts(snapshot)[0]} holds what {snapshot} holds")
+        print(f"{snapshot_parts(snapshot)[0]} holds what {snapshot} holds")

@@ -63,7 +63,7 @@ def list_volumes(context: typer.Context, data: DataOption = None, json_output: J
 
 def print_volumes(volumes: list[dict[str, Any]]) -> None:
     """Print a table of volumes."""
-    headings = ["NAME", ">SIZE", "STATE", ">CLIENTS", ">GENERATION", "SETTINGS"]
+    headings = ["NAME", ">SIZE", "STATE", ">CLIENTS", ">GENERATION", ">SNAPSHOTS", "BASE", "SETTINGS"]
     rows = [
         [
             volume["name"],
@@ -71,6 +71,8 @@ def print_volumes(volumes: list[dict[str, Any]]) -> None:
             volume["state"],
             str(volume["clients"]),
             str(volume["generation"]),
+            str(volume["snapshots"]),
+            volume["base"],
             _short(volume["settings"]),
         ]
         for volume in volumes
@@ -187,15 +189,43 @@ def resize(
         print(f"volume {name} has {format_size(size_bytes)}")
 
 
+@app.command("rename")
+def rename(
+    context: typer.Context,
+    name: Name,
+    new_name: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.", show_default=False)],
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Give a volume another name, and its snapshots with it (NEW@SNAPSHOT).
+
+    Clients that are attached go on. Who attaches again has to use the new name.
+
+    Example:
+
+      nbdserver volume rename disk1 build
+    """
+    volume = _client(context, data).post(volume_path(name) + "/rename", {"name": new_name})
+    if wants_json(context, json_output):
+        print_json(volume)
+    else:
+        print(f"volume {name} is called {new_name} now")
+
+
 @app.command("delete")
 def delete(
     context: typer.Context,
     name: Name,
-    force: Annotated[bool, typer.Option("--force", help="Disconnect its clients first.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Disconnect its clients first, delete its snapshots too.")
+    ] = False,
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Delete a volume and its data, for good. Refused while clients are attached, unless --force.
+    """Delete a volume and its data, for good. Refused while it has clients or snapshots, unless --force.
+
+    Refused in any case while there are clones of its snapshots. Delete the clones first, or the snapshots: clones go on
+    without them.
 
     Example:
 

@@ -231,9 +231,22 @@ class LogDisk:
         """The row of each snapshot, the oldest first."""
         return sorted(self.maps.tree.snapshots())
 
+    def snapshots_of(self, volume: int) -> list[Row]:
+        """The row of each snapshot of one volume, the oldest first."""
+        tree = self.maps.tree
+        return [tree.layers[layer].row for layer in sorted(tree.names.get(volume, {}).values())]
+
+    def snapshot_row(self, volume: int, name: str) -> Row | None:
+        """The row of one snapshot, or None."""
+        return self.maps.tree.snapshot(volume, name)
+
     def clones(self, layer: int) -> set[int]:
         """Numbers of the volumes that were made from a snapshot and are there, or have snapshots."""
         return self.maps.tree.clones(layer)
+
+    def base(self, volume: int) -> Row | None:
+        """The newest snapshot of another volume that the volume stands on; None if it stands on none."""
+        return self.maps.tree.base(volume)
 
     def changed(self, device: Device, since: int, offset: int, length: int, limit: int, done: Later) -> None:
         """See BlockDevice, for a head or view of this family and a snapshot's layer: changed.py."""
@@ -381,7 +394,7 @@ class LogDisk:
         maps, pool = self.maps, self.pool
         in_use = len(maps.segments.in_use)
         return {
-            "size_bytes": sum(row.size_bytes for row in self.volumes()),
+            "size_bytes": sum(maps.tree.layers[layer].row.size_bytes for layer in maps.tree.heads.values()),
             "volumes": len(maps.tree.heads),
             "layers": len(maps.tree.layers),
             "state": "failed" if self.failure else "full" if pool.full else "open",

@@ -138,7 +138,7 @@ class Capacity:
         return min(room_bytes, self._settings().max_data or room_bytes)
 
     def _provisioned_bytes(self) -> int:
-        return sum(family.size_bytes for family in self._families())
+        return sum(volume.size_bytes for family in self._families() for volume in family.volumes)
 
     def _tell(self, fill: Fill, crossing: Crossing) -> None:
         self._event(

@@ -27,22 +27,19 @@ import resource
 import signal
 import socket
 import sys
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
 from nbdserver.host.network import SocketNetwork
-from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node import handover
 from nbdserver.node.channel import Channel
 from nbdserver.node.descriptors import close_all, send_descriptors
-from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
-from nbdserver.node.snapshot_exports import SnapshotExports, resize
+from nbdserver.node.family_requests import FamilyRequests
+from nbdserver.node.garbage import collect_garbage
+from nbdserver.node.open_family import FamilyError, StoreThreads
 from nbdserver.volume.export import Export, ExportError, Exports
-from nbdserver.volume.limits import Limits
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
@@ -71,7 +68,7 @@ class ListenError(Exception):
 
 
 class Worker:
-    """What the control process can ask for: each public coroutine is a request of the channel."""
+    """What the control process can ask for: each `do_NAME`, here and in FamilyRequests, is a request of the channel."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket) -> None:
         self._loop = loop
@@ -79,20 +76,17 @@ class Worker:
         self._clock = HostClock(loop)
         self._network = SocketNetwork(loop)
         self._exports = Exports()
-        self._threads = StoreThreads(loop)
-        self._families: dict[str, OpenFamily] = {}
+        self._families = FamilyRequests(self._exports, StoreThreads(loop), self._clock, self._report)
         self._clients_gone = 0
         self._server: Server | None = None
-        self._settings = DiskSettings()
-        self._budget = Budget()
-        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.channel: Channel | None = None
         self.stopped = asyncio.Event()
 
     async def handle(self, name: str, arguments: dict[str, Any]) -> Any:
         """Do one request of the control process."""
         try:
-            return await getattr(self, f"do_{name}")(**arguments)
+            request = getattr(self, f"do_{name}", None) or getattr(self._families, f"do_{name}")
+            return await request(**arguments)
         except (FamilyError, ListenError, ExportError, HandoverError):
             raise  # a refusal
         except Exception:
@@ -101,95 +95,10 @@ class Worker:
 
     async def do_start(self, cache_bytes: int, max_connections: int, max_data_bytes: int) -> dict[str, Any]:
         """Take the settings; the first request."""
-        self._settings = DiskSettings(cache_bytes=cache_bytes)
-        self._budget.limit_bytes = max_data_bytes
+        self._families.settings = DiskSettings(cache_bytes=cache_bytes)
+        self._families.budget.limit_bytes = max_data_bytes
         self._server = Server(self._network, self._clock, self._exports, self._report, max_connections)
         return {"checksum": CHECKSUM_LIBRARY, "checksum_is_fast": CHECKSUM_IS_FAST}
-
-    async def do_limit_data(self, max_data_bytes: int) -> None:
-        """Change what the segment files of all families may take together; 0: no limit."""
-        self._budget.limit_bytes = max_data_bytes
-
-    async def do_format(self, directory: str, family: str, size_bytes: int, segment_bytes: int) -> None:
-        """Make an empty family."""
-        format_family(directory, self._threads, family, size_bytes, segment_bytes)
-
-    async def do_open(self, directory: str, family: str, volume: str, epoch: int, settings: dict[str, Any]) -> Any:
-        """Open a family and export its volume; returns its generation, which recovery may have raised."""
-        opened = OpenFamily(
-            family,
-            directory,
-            self._threads,
-            self._clock,
-            epoch,
-            self._boot_id,
-            self._settings,
-            self._reporter(family, volume),
-        )
-        opened.disk.pool.share_budget(self._budget)
-        opened.export = Export(
-            volume,
-            opened.disk.head(1),
-            description=settings["description"],
-            read_only=settings["read_only"],
-            shared=settings["shared"],
-            allowed=settings["allowed_clients"],
-        )
-        opened.export.limit(_limits(settings), self._clock)
-        self._exports.add(opened.export)
-        opened.snapshots = SnapshotExports(opened.disk, opened.export, self._exports)
-        self._families[family] = opened
-        self._share_cache()
-        collect_garbage()
-        return {"generation": opened.disk.opened.generation, "size_bytes": opened.export.device.size_bytes}
-
-    async def do_set(self, family: str, settings: dict[str, Any]) -> None:
-        """Change an export's settings, at once."""
-        export = self._export(family)
-        export.change(
-            description=settings["description"],
-            read_only=settings["read_only"],
-            shared=settings["shared"],
-            allowed=settings["allowed_clients"],
-        )
-        export.limit(_limits(settings), self._clock)
-        self._snapshots(family).settings_changed()
-
-    async def do_snapshots(self, family: str) -> list[dict[str, Any]]:
-        """The volume's snapshots."""
-        return self._snapshots(family).listed()
-
-    async def do_snapshot_create(self, family: str, snapshot: str) -> int:
-        """Make a snapshot; returns an errno."""
-        return await self._snapshots(family).create(snapshot)
-
-    async def do_snapshot_delete(self, family: str, snapshot: str) -> int:
-        """Delete a snapshot, disconnecting its clients; returns an errno."""
-        return await self._snapshots(family).delete(snapshot)
-
-    async def do_snapshot_rollback(self, family: str, snapshot: str) -> int:
-        """Go back to a snapshot; returns an errno, EBUSY while the volume has clients."""
-        if self._export(family).sessions:
-            return errno.EBUSY
-        return await self._snapshots(family).rollback(snapshot)
-
-    async def do_resize(self, family: str, size_bytes: int) -> int:
-        """Give the volume another size; returns an errno, EBUSY for making it smaller while it has clients."""
-        export = self._export(family)
-        if export.sessions and size_bytes < export.device.size_bytes:
-            return errno.EBUSY
-        return await resize(self._families[family].disk, size_bytes)
-
-    async def do_close(self, family: str, force: bool) -> int:
-        """Close a family for good. Returns how many client connections keep it from that, unless `force`."""
-        export = self._export(family)
-        if export.sessions and not force:
-            return len(export.sessions)
-        self._exports.remove(export.name)
-        self._snapshots(family).close()
-        await self._families.pop(family).close()
-        self._share_cache()
-        return 0
 
     async def do_listen(self, addresses: list[str]) -> None:
         """Accept clients at exactly these addresses; on failure everything stays as it was."""
@@ -241,43 +150,8 @@ class Worker:
             "pause_s": round(self._clock.now() - before.frozen_s, 3),
         }
 
-    async def do_volumes(self) -> dict[str, Any]:
-        """What is live of each open family."""
-        return {
-            family_id: {"clients": len(family.export.sessions) if family.export else 0, "disk": family.disk.status()}
-            for family_id, family in self._families.items()
-        }
-
-    async def do_room(self) -> dict[str, dict[str, int]]:
-        """Of each open family: what its segment files take, and what of that cannot be cleaned away."""
-        return {
-            family_id: {
-                "allocated_bytes": family.disk.pool.budget.used_bytes,
-                "filled_bytes": family.disk.filled_bytes,
-            }
-            for family_id, family in self._families.items()
-        }
-
     async def do_counters(self) -> dict[str, Any]:
         """Counters (numbers that only grow, and histograms) and gauges: of the node, and of each volume."""
-        volumes: dict[str, Any] = {}
-        for family in self._families.values():
-            if family.export is None:
-                continue
-            disk: dict[str, Any] = {"disk_metadata_bytes_written": family.metadata_bytes_written}
-            gauges: dict[str, Any] = {"clients": len(family.export.sessions)}
-            for name, value in family.disk.counters().items():
-                if name.endswith("_now"):
-                    gauges[f"disk_{name.removesuffix('_now')}"] = value
-                else:
-                    disk[f"disk_{name}"] = value
-            for name, now in family.disk.status().items():
-                if isinstance(now, (int, float)):
-                    gauges[f"disk_{name}"] = now
-            volumes[family.export.name] = {
-                "counters": family.export.counters.as_dict() | disk,
-                "gauges": gauges,
-            }
         usage = resource.getrusage(resource.RUSAGE_SELF)
         node = {
             "counters": {"data_process_cpu_seconds": usage.ru_utime + usage.ru_stime},
@@ -286,7 +160,7 @@ class Worker:
                 "data_process_peak_resident_bytes": usage.ru_maxrss * 1024,
             },
         }
-        return {"node": node, "volumes": volumes}
+        return {"node": node, "volumes": self._families.figures()}
 
     async def do_clients(self) -> list[dict[str, Any]]:
         """Every connection."""
@@ -312,10 +186,10 @@ class Worker:
 
     async def do_prepare(self) -> None:
         """Make a checkpoint of every family, so that closing them soon has little to write."""
-        for family in list(self._families.values()):
-            if not family.disk.failure:
+        for disk in self._families.disks():
+            if not disk.failure:
                 made = asyncio.Event()
-                family.disk.checkpointer.when_done(made.set)
+                disk.checkpointer.when_done(made.set)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(made.wait(), PREPARE_TIMEOUT_S)
 
@@ -329,7 +203,7 @@ class Worker:
         frozen = asyncio.Event()
         self._server.freeze(handover.FREEZE_TIMEOUT_S, frozen.set)
         await frozen.wait()
-        problems = await self._close_families()
+        problems = await self._families.close()
 
         def fit(export: Export) -> bool:
             return export.name.partition("@")[0] not in problems  # a snapshot's family is its volume's
@@ -344,7 +218,7 @@ class Worker:
             "clients": given,
             "dropped": dropped,
             "closed_s": round(self._clock.now() - frozen_s, 3),
-            "problems": list(problems.values()),
+            "problems": list(dict.fromkeys(problems.values())),
         }
 
     async def do_stop(self) -> None:
@@ -354,23 +228,10 @@ class Worker:
             drained = asyncio.Event()
             self._server.drain(DRAIN_TIMEOUT_S, drained.set)
             await drained.wait()
-        problems = await self._close_families()
+        problems = await self._families.close()
         self._loop.call_soon(self.stopped.set)
         if problems:
-            raise FamilyError("not closed cleanly: " + "; ".join(problems.values()))
-
-    async def _close_families(self) -> dict[str, str]:
-        """Close every family; {export: why it was not closed cleanly}."""
-        families = list(self._families.values())
-        self._families.clear()
-        await asyncio.gather(*[family.close() for family in families])
-        names = {family.export.name if family.export else family.id: family.disk.failure for family in families}
-        return {name: f"{name}: {failure}" for name, failure in names.items() if failure}
-
-    def _share_cache(self) -> None:
-        """Give every open family its part of the node's cache."""
-        for family in self._families.values():
-            family.disk.maps.set_cache_bytes(self._settings.cache_bytes // len(self._families))
+            raise FamilyError("not closed cleanly: " + "; ".join(dict.fromkeys(problems.values())))
 
     def _report(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "client-gone":
@@ -379,31 +240,6 @@ class Worker:
                 self._loop.call_soon(collect_garbage)
         if self.channel is not None:
             self.channel.notify(kind, fields)
-
-    def _export(self, family: str) -> Export:
-        opened = self._families.get(family)
-        if opened is None or opened.export is None:
-            raise FamilyError("this volume is not open; `nbdserver status` says why")
-        return opened.export
-
-    def _snapshots(self, family: str) -> SnapshotExports:
-        snapshots = self._families[family].snapshots if family in self._families else None
-        if snapshots is None:
-            raise FamilyError("this volume is not open; `nbdserver status` says why")
-        return snapshots
-
-    def _reporter(self, family: str, volume: str) -> Any:
-        return lambda kind, fields: self._report(kind, {"family": family, "volume": volume, **fields})
-
-
-def _limits(settings: dict[str, Any]) -> Limits:
-    return Limits(**{field.name: settings[field.name] for field in fields(Limits)})
-
-
-def collect_garbage() -> None:
-    """Free what only refers to itself; what is left is never looked at again."""
-    gc.collect()
-    gc.freeze()
 
 
 def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """What a person did that cannot be done, and what broke: one line, no traceback, and an exit code."""
 
+from collections.abc import Sequence
+
 EXIT_WRONG_INPUT = 2
 EXIT_NOT_RUNNING = 3
 
@@ -34,3 +36,14 @@ class NotRunningError(NodeError):
     """No node serves this data directory."""
 
     exit_code = EXIT_NOT_RUNNING
+
+
+def counted(count: int, what: str) -> str:
+    """`1 client connection`, `2 client connections`."""
+    return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names and how many there are more; "" for none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

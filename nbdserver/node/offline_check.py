@@ -26,7 +26,8 @@ Progress = Callable[[str, str, int, int], None]
 
 
 def check_directory(path: Path, volume: str, quick: bool, progress: Progress) -> Iterator[tuple[str, CheckResult]]:
-    """(volume, result) of each volume, or of the one named. Raises WrongInputError, or NodeError if a node runs."""
+    """(oldest volume, result) of each family, or of the one with the volume named: a volume and its clones are one
+    family and checked as one. Raises WrongInputError, or NodeError if a node runs."""
     directory = DataDirectory(path)
     directory.require()
     if not os.access(path, os.W_OK | os.X_OK):
@@ -40,7 +41,7 @@ def check_directory(path: Path, volume: str, quick: bool, progress: Progress) ->
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the tail's walk opens every segment
         for family in _families(directory, volume):
-            name = family.volume
+            name = family.name
             yield name, _check(directory, family, quick, lambda *what, name=name: progress(name, *what))
     finally:
         lock.release()
@@ -53,7 +54,7 @@ def _families(directory: DataDirectory, volume: str) -> list[Family]:
     except (OSError, RegistryError) as error:
         raise NodeError(f"the registry in {directory.registry} is damaged: {error}") from None
     if volume:
-        families = [family for family in families if family.volume == volume]
+        families = [family for family in families if volume in [each.name for each in family.volumes]]
         if not families:
             raise NotFoundError(f"there is no volume {volume!r:.60} in {directory.path}")
     return families

@@ -1,6 +1,6 @@
-"""One open family in the data process: its files, its store, its log disk and the export that clients see.
+"""One open family in the data process: its files, its store, and its log disk.
 
-Rules: opened under an epoch that the registry was given before; closed in the order export, disk, store, files.
+Rules: opened under an epoch that the registry was given before; closed in the order disk, store, files.
 What opening finds wrong is one sentence (FamilyError) and leaves nothing open.
 """
 
@@ -16,8 +16,6 @@ from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.segments import BALLAST
-from nbdserver.node.snapshot_exports import SnapshotExports
-from nbdserver.volume.export import Export
 
 _STORE_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
 """The map pages have a cache of their own above it."""
@@ -118,8 +116,6 @@ class OpenFamily:
     ) -> None:
         """Open it: replays its log, which waits for the disk. Raises FamilyError."""
         self.id = family_id
-        self.export: Export | None = None
-        self.snapshots: SnapshotExports | None = None
         self._clock = clock
         if not os.path.exists(os.path.join(directory, "maps", "CURRENT")):
             raise FamilyError(f"its maps are missing: {directory}/maps is no LevelDB")

@@ -1,4 +1,4 @@
-"""The snapshots of an open family, in the data process: made, taken away, and exported read-only as VOLUME@NAME.
+"""The snapshots of one volume, in the data process: made, taken away, and exported read-only as VOLUME@NAME.
 
 Rules: every snapshot of the volume has an export as long as it has a name, so that clients can list them; an export
 has the volume's settings for who may attach, and shares its limits. Changes answer an errno; 0 is durable.
@@ -15,43 +15,43 @@ from nbdserver.logdisk.devices import View
 from nbdserver.logdisk.disk import LogDisk
 from nbdserver.volume.export import Export, Exports
 
-VOLUME_NUMBER = 1
-"""Of the one volume in its family."""
-
 
 class SnapshotExports:
-    """The snapshots of one volume, whose own export is `volume`."""
+    """The snapshots of the family's volume `number`, whose own export is `volume`."""
 
-    def __init__(self, disk: LogDisk, volume: Export, exports: Exports) -> None:
+    def __init__(self, disk: LogDisk, number: int, volume: Export, exports: Exports) -> None:
         self._disk = disk
+        self._number = number
         self._volume = volume
         self._exports = exports
         self._open: dict[str, tuple[Row, View, Export]] = {}
-        for row in disk.snapshots():
+        for row in disk.snapshots_of(number):
             self._add(row)
 
-    def listed(self) -> list[dict[str, Any]]:
-        """What there is, oldest first."""
-        return [
-            {
-                "name": row.name,
-                "size_bytes": row.size_bytes,
-                "created_s": row.created_s,
-                "clients": len(export.sessions),
-            }
-            for row, _, export in sorted(self._open.values(), key=lambda item: item[0].layer)
-        ]
+    def __len__(self) -> int:
+        return len(self._open)
 
     @property
     def clients(self) -> int:
         return sum(len(export.sessions) for _, _, export in self._open.values())
 
+    def listed(self) -> list[dict[str, Any]]:
+        """What there is, oldest first. `clones` are numbers of volumes."""
+        rows = sorted((row for row, _, _ in self._open.values()), key=lambda row: row.layer)
+        return [self._described(row, self._open[row.name][2]) for row in rows]
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """One of them, or None."""
+        found = self._open.get(name)
+        return None if found is None else self._described(found[0], found[2])
+
     async def create(self, name: str) -> int:
         """Keep what the volume holds now, all that was acknowledged, under this name."""
         created_s = int(time.time())
-        errno = await _answer(lambda done: self._disk.snapshot(VOLUME_NUMBER, name, created_s, done))
-        if not errno:
-            self._add(next(row for row in self._disk.snapshots() if row.name == name))
+        errno = await answered(lambda done: self._disk.snapshot(self._number, name, created_s, done))
+        row = self._disk.snapshot_row(self._number, name)
+        if not errno and row is not None:
+            self._add(row)
         return errno
 
     async def delete(self, name: str) -> int:
@@ -59,19 +59,21 @@ class SnapshotExports:
         row, view, export = self._open.pop(name)
         self._exports.remove(export.name)
         view.close()
-        errno = await _answer(lambda done: self._disk.delete_snapshot(row.layer, done))
+        errno = await answered(lambda done: self._disk.delete_snapshot(row.layer, done))
         if errno and not self._disk.failure:
             self._add(row)
         return errno
 
     async def rollback(self, name: str) -> int:
         """Let the volume hold what the snapshot holds. Nobody may be attached to the volume."""
-        return await _answer(lambda done: self._disk.rollback(VOLUME_NUMBER, self._open[name][0].layer, done))
+        return await answered(lambda done: self._disk.rollback(self._number, self._open[name][0].layer, done))
 
-    def settings_changed(self) -> None:
-        """The volume's settings changed."""
-        for _, _, export in self._open.values():
-            export.change(allowed=[str(network) for network in self._volume.allowed])
+    def volume_changed(self) -> None:
+        """The volume has other settings, or another name."""
+        for row, _, export in self._open.values():
+            if export.name != self._name(row):
+                self._exports.rename(export, self._name(row))
+            export.change(allowed=[str(network) for network in self._volume.allowed], description=self._description())
             export.throttle = self._volume.throttle
 
     def close(self) -> None:
@@ -84,9 +86,9 @@ class SnapshotExports:
     def _add(self, row: Row) -> None:
         view = self._disk.view(row.layer)
         export = Export(
-            f"{self._volume.name}@{row.name}",
+            self._name(row),
             view,
-            description=f"snapshot of {self._volume.name}",
+            description=self._description(),
             read_only=True,
             allowed=[str(network) for network in self._volume.allowed],
         )
@@ -94,13 +96,26 @@ class SnapshotExports:
         self._exports.add(export)
         self._open[row.name] = (row, view, export)
 
+    def _name(self, row: Row) -> str:
+        return f"{self._volume.name}@{row.name}"
 
-async def resize(disk: LogDisk, size_bytes: int) -> int:
-    """Give the volume another size. Returns an errno."""
-    return await _answer(lambda done: disk.resize(VOLUME_NUMBER, size_bytes, done))
+    def _description(self) -> str:
+        return f"snapshot of {self._volume.name}"
+
+    def _described(self, row: Row, export: Export) -> dict[str, Any]:
+        return {
+            "volume": self._volume.name,
+            "name": row.name,
+            "layer": row.layer,
+            "size_bytes": row.size_bytes,
+            "created_s": row.created_s,
+            "clients": len(export.sessions),
+            "clones": sorted(self._disk.clones(row.layer)),
+        }
 
 
-async def _answer(begin: Callable[[Done], None]) -> int:
-    answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    begin(answered.set_result)
-    return await answered
+async def answered(begin: Callable[[Done], None]) -> int:
+    """Begin a change of the tree of layers and wait for its errno."""
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    begin(answer.set_result)
+    return await answer

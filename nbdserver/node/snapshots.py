@@ -7,14 +7,13 @@ Rules: what is refused is refused in one line that names what is in the way, and
 when it is answered.
 """
 
-import errno as errnos
-import os
 from datetime import UTC, datetime
 from typing import Any
 
-from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
-from nbdserver.node.volumes import NAME, Volumes
+from nbdserver.node.volume_settings import NAME
+from nbdserver.node.volumes import Volumes, change_error
 
 MAX_NAME_BYTES = 128
 
@@ -39,27 +38,34 @@ class Snapshots:
         """Keep what the volume holds now under a name."""
         check_snapshot_name(name)
         async with self._volumes.lock:
-            if any(found["name"] == name for found in await self._of(volume)):
+            if await self._ask("snapshot", volume, snapshot=name):
                 raise ConflictError(
                     f"volume {volume} has a snapshot {name} already; choose another name, "
                     f"or nbdserver snapshot delete {volume}@{name} first"
                 )
             self._check(await self._ask("snapshot_create", volume, snapshot=name), f"making {volume}@{name}")
             self._volumes.event("snapshot-created", {"volume": volume, "snapshot": name})
-            return next(found for found in await self._of(volume) if found["name"] == name)
+            return await self._find(volume, name)
 
     async def listed(self, volume: str = "") -> list[dict[str, Any]]:
         """Return the snapshots of one volume, or of all, oldest first."""
-        names = [volume] if volume else [found["name"] for found in await self._volumes.list() if not found["reason"]]
-        return [snapshot for name in names for snapshot in await self._of(name)]
+        if volume:
+            return [_described(found) for found in await self._ask("snapshots", volume)]
+        snapshots: list[dict[str, Any]] = []
+        for family in self._volumes.open_families():
+            try:
+                snapshots += map(_described, await self._volumes.call("snapshots", family=family.id))
+            except NodeError:
+                continue  # its volumes say why
+        return snapshots
 
     async def delete(self, volume: str, name: str, force: bool = False) -> None:
-        """Delete a snapshot. Refused while clients are attached to it, unless `force`."""
+        """Delete a snapshot. Refused while clients are attached to it, unless `force`. Clones of it go on."""
         async with self._volumes.lock:
             clients = (await self._find(volume, name))["clients"]
             if clients and not force:
                 raise ConflictError(
-                    f"snapshot {volume}@{name} has {clients} client connection{'s' if clients > 1 else ''}; "
+                    f"snapshot {volume}@{name} has {counted(clients, 'client connection')}; "
                     "detach first, or add --force to disconnect"
                 )
             self._check(await self._ask("snapshot_delete", volume, snapshot=name), f"deleting {volume}@{name}")
@@ -101,39 +107,36 @@ class Snapshots:
         clients = (await self._volumes.show(volume))["clients"]
         if clients:
             raise ConflictError(
-                f"volume {volume} has {clients} client connection{'s' if clients > 1 else ''} and cannot be {done}; "
+                f"volume {volume} has {counted(clients, 'client connection')} and cannot be {done}; "
                 "detach first (nbdserver client list, client disconnect)"
             )
 
     async def _ask(self, request: str, volume: str, **arguments: Any) -> Any:
         return await self._volumes.ask(request, volume, **arguments)
 
-    async def _of(self, volume: str) -> list[dict[str, Any]]:
-        return [
-            {
-                "volume": volume,
-                "name": found["name"],
-                "export": f"{volume}@{found['name']}",
-                "size_bytes": found["size_bytes"],
-                "created": datetime.fromtimestamp(found["created_s"], UTC).isoformat(),
-                "clients": found["clients"],
-            }
-            for found in await self._ask("snapshots", volume)
-        ]
-
     async def _find(self, volume: str, name: str) -> dict[str, Any]:
-        there = await self._of(volume)
-        for found in there:
-            if found["name"] == name:
-                return found
-        names = ", ".join(found["name"] for found in there[-5:]) or "none yet"
-        raise NotFoundError(f"there is no snapshot {name!r:.60} of volume {volume}; it has: {names}")
+        found = await self._ask("snapshot", volume, snapshot=name)
+        if found is None:
+            names = [there["name"] for there in await self._ask("snapshots", volume)]
+            raise NotFoundError(
+                f"there is no snapshot {name!r:.60} of volume {volume}; it has: {listed(names[::-1]) or 'none yet'}"
+            )
+        return _described(found)
 
     @staticmethod
     def _check(errno: int, doing: str) -> None:
-        if errno == errnos.EMLINK:
-            raise ConflictError(f"{doing}: the volume has as many snapshots as it can; delete some first")
-        if errno == errnos.ENOSPC:
-            raise ConflictError(f"{doing}: the disk is full; free some room first")
         if errno:
-            raise NodeError(f"{doing} failed: {os.strerror(errno)}; nbdserver events says more")
+            raise change_error(errno, doing)
+
+
+def _described(found: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot as people see it."""
+    return {
+        "volume": found["volume"],
+        "name": found["name"],
+        "export": f"{found['volume']}@{found['name']}",
+        "size_bytes": found["size_bytes"],
+        "created": datetime.fromtimestamp(found["created_s"], UTC).isoformat(),
+        "clients": found["clients"],
+        "clones": found["clones"],
+    }

@@ -1,130 +1,50 @@
-"""Volumes, from the control process: create, list, show, set, delete.
+"""Volumes, from the control process: create, clone, list, show, set, rename, delete.
 
 Theory: the registry says what exists; the data process serves it. A change goes first to where it can be refused,
-then to the registry, then to the data process; after a crash in between, the next start does the rest from the
-registry alone.
+then to the registry, then to the data process; after a crash in between, the next start does the rest. What is made or
+deleted within a family, beside other volumes, stands in its log as well (metadata/families.py):
 
-Rules: one change at a time (`_lock`). A name, a size and a setting are checked here before anything is changed;
-every refusal is one line. A family is opened only under an epoch that was raised for that opening.
+    clone     registry: MAKING  ─►  log  ─►  registry: THERE  ─►  served
+    delete    no client can attach any more  ─►  registry: DELETING  ─►  log  ─►  registry: forgotten
+
+A family is opened before its volumes are served. In between, what the registry says of them and what the log has is
+brought together (`_settle`): what was being made counts if the log has it, what was being deleted is deleted.
+
+Rules: one change at a time (`lock`). A name, a size and a setting are checked before anything is changed; every refusal
+is one line that names what is in the way. A family is opened only under an epoch that was raised for that opening.
 """
 
 import asyncio
-import ipaddress
-import re
+import contextlib
+import errno as errnos
+import os
 import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from metadata.registry import FAMILY_ID_BYTES, ExportSettings, Families, Family, RegistryError
+from metadata.registry import (
+    FAMILY_ID_BYTES,
+    FIRST_VOLUME,
+    Families,
+    Family,
+    RegistryError,
+    Volume,
+    VolumeState,
+)
 from nbdserver.node.directory import DataDirectory
-from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
-from nbdserver.node.sizes import SizeError, check_volume_size, format_size, parse_size
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
+from nbdserver.node.sizes import SizeError, check_volume_size, format_size
+from nbdserver.node.volume_settings import change_settings, check_name
 from protocol.invariant import invariant
 
-MAX_VOLUMES = 1024
-"""Each open family costs an open LevelDB, its share of the cache and a segment of ballast."""
-
-MAX_NAME_LENGTH = 128
-MAX_DESCRIPTION_BYTES = 4096  # NBD's longest string
-MAX_ALLOWED_CLIENTS = 256
-
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
-SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS)
-MAX_RATE = 1 << 40
-"""Operations or bytes a second; more is no limit to anything."""
+MAX_FAMILIES = 1024
+"""Each open one costs an open LevelDB, its share of the cache and a segment of ballast. Clones are of their base's."""
 
 Call = Callable[..., Any]
 """`Channel.call` of the running data process."""
 
-
-def check_name(name: str) -> str:
-    """Return `name` if a volume may have it. Raises WrongInputError."""
-    if not NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
-        raise WrongInputError(
-            f"{name!r:.60} cannot be a volume's name; use 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 _ . - "
-            "and begin with a letter or digit"
-        )
-    return name
-
-
-def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSettings:
-    """Return `settings` with one `key=value` as written on the command line. Raises WrongInputError."""
-    match key.replace("_", "-"):
-        case "read-only":
-            return replace(settings, read_only=_parse_bool(key, value))
-        case "shared":
-            return replace(settings, shared=_parse_bool(key, value))
-        case "description":
-            if len(value.encode()) > MAX_DESCRIPTION_BYTES or "\0" in value:
-                raise WrongInputError(f"the description is longer than {MAX_DESCRIPTION_BYTES} bytes; shorten it")
-            return replace(settings, description=value)
-        case "allowed-clients":
-            return replace(settings, allowed_clients=_parse_networks(value))
-        case "iops" | "iops-burst" | "bandwidth" | "bandwidth-burst" as limit:
-            return _change_limit(settings, limit, value)
-        case "tls":
-            raise WrongInputError("TLS is not available yet; limit who may attach with allowed-clients=CIDR,CIDR")
-        case "size":
-            raise WrongInputError("a size is not a setting: nbdserver volume resize NAME --size SIZE")
-    raise WrongInputError(f"{key!r:.60} is not a setting of a volume; known are {', '.join(SETTING_KEYS)}")
-
-
-def _change_limit(settings: ExportSettings, key: str, value: str) -> ExportSettings:
-    example = "100M or none" if key.startswith("bandwidth") else "1000 or none"
-    field = key.replace("-", "_")
-    if value.lower() in ("none", "0", ""):
-        rate = 0
-    elif key.startswith("iops") and not value.isdecimal():
-        raise WrongInputError(f"{key}={value!s:.40} is not a number of operations; write {key}={example}")
-    else:
-        try:
-            rate = parse_size(value)
-        except SizeError as error:
-            raise WrongInputError(f"{key}: {error}; write {key}={example}") from None
-    if rate > MAX_RATE:
-        raise WrongInputError(f"{key}={value!s:.40} is more than {MAX_RATE}; write {key}=none for no limit")
-    changed = replace(settings, **{field: rate})  # type: ignore[arg-type]
-    for limit in ("iops", "bandwidth"):
-        if getattr(changed, f"{limit}_burst") and not getattr(changed, limit):
-            if field != limit or rate:
-                raise WrongInputError(f"{limit}-burst needs a limit that it is the burst of; set {limit} too")
-            changed = replace(changed, **{f"{limit}_burst": 0})  # type: ignore[arg-type]
-    return changed
-
-
-def _parse_bool(key: str, value: str) -> bool:
-    lowered = value.lower()
-    if lowered in ("true", "yes", "on", "1"):
-        return True
-    if lowered in ("false", "no", "off", "0"):
-        return False
-    raise WrongInputError(f"{key}={value!s:.40} is not true or false; write {key}=true or {key}=false")
-
-
-def _parse_networks(value: str) -> tuple[str, ...]:
-    words = [word.strip() for word in value.split(",") if word.strip()]
-    if words == ["all"]:
-        return ()
-    if len(words) > MAX_ALLOWED_CLIENTS:
-        raise WrongInputError(
-            f"allowed-clients has {len(words)} networks, at most {MAX_ALLOWED_CLIENTS}; write larger ones"
-        )
-    networks: list[str] = []
-    for word in words:
-        try:
-            networks.append(str(ipaddress.ip_network(word)))
-        except ValueError as error:
-            try:
-                hint = str(ipaddress.ip_network(word, strict=False))
-            except ValueError:
-                hint = "10.0.0.0/8,fd00::/8"
-            raise WrongInputError(
-                f"allowed-clients: {word!r:.60} is not a network ({error}); write for example {hint}"
-            ) from None
-    return tuple(networks)
+Found = tuple[Family, Volume]
 
 
 class Volumes:
@@ -142,12 +62,13 @@ class Volumes:
         """`admit(what, more_bytes)` raises ConflictError if so much more may not be promised."""
         self._directory = directory
         self._families = families
-        self._call = call
+        self.call = call
         self.event = event
         self._segment_bytes = segment_bytes
         self.admit = admit
         self.lock = asyncio.Lock()
         self._failed: dict[str, str] = {}
+        self._missing: dict[tuple[str, int], str] = {}  # volumes that an open family does not have
 
     @property
     def changing(self) -> asyncio.Lock:
@@ -164,12 +85,15 @@ class Volumes:
         """Open every family in the data process. One that fails is reported and stays closed; the others are served."""
         async with self.lock:
             self._failed.clear()
+            self._missing.clear()
             for family in self._families.all():
                 try:
                     await self._open(family)
                 except (NodeError, RegistryError, OSError) as error:
                     self._failed.setdefault(family.id, str(error))
                     continue  # noted in `_failed`, as an event and in `status`
+
+    # -- making
 
     async def create(self, name: str, size_bytes: int, exist_ok: bool = False) -> dict[str, Any]:
         """Make an empty volume and serve it. `exist_ok`: one that is there is fine; it keeps its size."""
@@ -180,26 +104,23 @@ class Volumes:
             raise WrongInputError(str(error)) from None
         async with self.lock:
             there = self._families.find(name)
-            if there is not None:
-                if exist_ok:
-                    return self._describe(there, {})
+            if there is not None and exist_ok and there[1].state == VolumeState.THERE:
+                return self._describe(*there, {})
+            self._refuse_taken(name)
+            if len(self._families.all()) >= MAX_FAMILIES:
                 raise ConflictError(
-                    f"volume {name} exists already, with size {format_size(there.size_bytes)}; "
-                    f"choose another name, or nbdserver volume delete {name} first"
+                    f"this node has {MAX_FAMILIES} volumes besides clones, the most it takes; delete one first"
                 )
-            if len(self._families.all()) >= MAX_VOLUMES:
-                raise ConflictError(f"this node has {MAX_VOLUMES} volumes, the most it takes; delete one first")
             await self.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
             family = Family(
                 id=secrets.token_hex(FAMILY_ID_BYTES),
-                volume=name,
-                size_bytes=size_bytes,
                 segment_bytes=self._segment_bytes,
                 owner="",
+                volumes=(Volume(FIRST_VOLUME, name, size_bytes),),
             )
             self._families.begin(family.id)
             try:
-                await self._call(
+                await self.call(
                     "format",
                     directory=str(self._directory.family(family.id)),
                     family=family.id,
@@ -213,133 +134,285 @@ class Volumes:
             invariant(
                 self._families.add(family), "a name that was free is taken, although one change is made at a time"
             )
-            family = await self._open(family)
+            await self._open(family)
             self.event("volume-created", {"volume": name, "size_bytes": size_bytes})
-            return self._describe(family, (await self._live()).get(family.id, {}))
+            return await self._shown(name)
+
+    async def clone(self, base: str, snapshot: str, name: str) -> dict[str, Any]:
+        """Make a volume that holds what a snapshot holds, and serve it. Who may attach to it is as with its base."""
+        check_name(name)
+        async with self.lock:
+            self._refuse_taken(name)
+            family, volume = self._find(base)
+            found = await self.ask("snapshot", base, snapshot=snapshot)
+            if found is None:
+                raise NotFoundError(f"there is no snapshot {snapshot!r:.60} of volume {base}")
+            size_bytes = found["size_bytes"]
+            await self.admit(f"clone {name} of {format_size(size_bytes)}", size_bytes)
+            settings = volume.settings.for_clone()
+            family, made = self._families.add_volume(family, name, size_bytes, settings)
+            errno = await self.call("clone", family=family.id, layer=found["layer"], number=made.number)
+            if errno:
+                # It was refused; after a failure of the family the next start finds out what its log has.
+                if not (await self.call("volume", family=family.id, number=made.number))["disk"].get("failure"):
+                    self._families.remove_volume(family, made)
+                raise change_error(errno, f"cloning {base}@{snapshot}")
+            family = self._families.change_volume(family, made, state=VolumeState.THERE)
+            await self._serve(family, [family.volume(made.number)])
+            self.event("clone-created", {"volume": name, "base": f"{base}@{snapshot}"})
+            return await self._shown(name)
+
+    # -- looking
 
     async def list(self) -> list[dict[str, Any]]:
-        """Return every volume with what the data process says of it."""
+        """Return every volume with what the data process says of it, by name."""
         live = await self._live()
-        return [self._describe(family, live.get(family.id, {})) for family in self._families.all()]
+        found = [
+            self._describe(family, volume, live.get(family.id, {}))
+            for family in self._families.all()
+            for volume in family.volumes
+            if volume.state == VolumeState.THERE
+        ]
+        return sorted(found, key=lambda shown: str(shown["name"]))
 
     async def show(self, name: str) -> dict[str, Any]:
         """Return one volume. Raises NotFoundError."""
-        family = self._find(name)
-        return self._describe(family, (await self._live()).get(family.id, {}))
+        self._find(name)
+        return await self._shown(name)
+
+    def open_families(self) -> Sequence[Family]:
+        """Those that the data process can be asked about."""
+        return [family for family in self._families.all() if family.id not in self._failed]
+
+    # -- changing
 
     async def set(self, name: str, changes: dict[str, str]) -> dict[str, Any]:
         """Change settings, all of `changes` or none, live."""
         async with self.lock:
-            family = self._find(name)
-            settings = family.settings
+            family, volume = self._find(name)
+            settings = volume.settings
             for key, value in changes.items():
                 settings = change_settings(settings, key, value)
-            if settings != family.settings:
-                if family.id not in self._failed:
-                    await self._call("set", family=family.id, settings=asdict(settings))  # may refuse
-                family = self._families.change(family, settings=settings)
+            if settings != volume.settings:
+                if not self._why_not(family, volume):
+                    await self.call("set", family=family.id, number=volume.number, settings=asdict(settings))
+                self._families.change_volume(family, volume, settings=settings)
                 self.event("volume-changed", {"volume": name, "changes": changes})
-            return self._describe(family, (await self._live()).get(family.id, {}))
+            return await self._shown(name)
+
+    async def rename(self, name: str, new_name: str) -> dict[str, Any]:
+        """Give a volume another name, and its snapshots with it. Attached clients go on."""
+        check_name(new_name)
+        async with self.lock:
+            family, volume = self._find(name)
+            self._refuse_taken(new_name)
+            self._families.rename(family, volume, new_name)
+            if not self._why_not(family, volume):
+                await self.call("rename", family=family.id, number=volume.number, new_name=new_name)
+            self.event("volume-renamed", {"volume": name, "new_name": new_name})
+            return await self._shown(new_name)
 
     async def delete(self, name: str, force: bool = False) -> None:
-        """Delete a volume and its data. Raises ConflictError while clients are attached, unless `force`."""
+        """Delete a volume and its data. ConflictError while it has clients or snapshots, unless `force`, and while
+        there are clones of its snapshots."""
         async with self.lock:
-            family = self._find(name)
-            if family.id not in self._failed:
-                snapshots = await self._call("snapshots", family=family.id)
-                if snapshots:
-                    names = ", ".join(found["name"] for found in snapshots[:5])
-                    more = f" and {len(snapshots) - 5} more" if len(snapshots) > 5 else ""
+            family, volume = self._find(name)
+            others = [each for each in family.volumes if each != volume and each.state == VolumeState.THERE]
+            is_served = not self._why_not(family, volume)
+            if is_served:
+                await self._refuse_dependents(family, volume, force)
+                clients = await self.call("withdraw", family=family.id, number=volume.number, force=force)
+                if clients:
                     raise ConflictError(
-                        f"volume {name} has snapshots: {names}{more}; delete them first "
-                        f"(nbdserver snapshot delete {name}@{snapshots[0]['name']})"
-                    )
-                count = await self._call("close", family=family.id, force=force)
-                if count:
-                    raise ConflictError(
-                        f"volume {name} has {count} client connection{'s' if count > 1 else ''}; "
+                        f"volume {name} has {counted(clients, 'client connection')}; "
                         "detach first, or add --force to disconnect"
                     )
             try:
-                self._families.remove(family)
+                if others:
+                    family = self._families.change_volume(family, volume, state=VolumeState.DELETING)
+                else:
+                    if family.id not in self._failed:
+                        await self.call("close", family=family.id)
+                    self._families.remove(family)
             except (OSError, RegistryError) as error:
-                self._failed[family.id] = f"closed to be deleted, which failed ({error}); the next start opens it again"
+                reason = f"closed to be deleted, which failed ({error}); the next start opens it again"
+                if others:
+                    self._missing[family.id, volume.number] = reason
+                else:
+                    self._failed[family.id] = reason
                 raise
-            self._failed.pop(family.id, None)
-            await self._scrap(family.id)
+            if not others:
+                self._failed.pop(family.id, None)
+                await self._scrap(family.id)
+            elif family.id not in self._failed:
+                await self._delete_from_log(family, volume)
+            self._missing.pop((family.id, volume.number), None)
             self.event("volume-deleted", {"volume": name})
 
     async def ask(self, request: str, name: str, **arguments: Any) -> Any:
         """A request to the data process about an open volume. Raises NotFoundError, NodeError."""
-        family = self._find(name)
-        if family.id in self._failed:
-            raise ConflictError(f"volume {name} is not open: {self._failed[family.id]}")
-        return await self._call(request, family=family.id, **arguments)
+        family, volume = self._find(name)
+        if reason := self._why_not(family, volume):
+            raise ConflictError(f"volume {name} is not open: {reason}")
+        return await self.call(request, family=family.id, number=volume.number, **arguments)
 
     def note_size(self, name: str, size_bytes: int) -> None:
-        """The family has this size now."""
-        family = self._find(name)
-        if family.size_bytes != size_bytes:
-            self._families.change(family, size_bytes=size_bytes)
+        """The volume has this size now."""
+        family, volume = self._find(name)
+        if volume.size_bytes != size_bytes:
+            self._families.change_volume(family, volume, size_bytes=size_bytes)
 
-    async def _open(self, family: Family) -> Family:
+    # -- opening
+
+    async def _open(self, family: Family) -> None:
         raised = self._families.raise_epoch(family)
+        is_open = False
         try:
-            answer = await self._call(
+            answer = await self.call(
                 "open",
                 directory=str(self._directory.family(raised.id)),
                 family=raised.id,
-                volume=raised.volume,
+                volume=raised.name,
                 epoch=raised.epoch,
-                settings=asdict(raised.settings),
             )
+            is_open = True
+            if answer["generation"] > raised.generation:
+                raised = self._families.change(raised, generation=answer["generation"])
+            raised = await self._settle(raised, {int(key): size for key, size in answer["sizes_bytes"].items()})
+            there = [volume for volume in raised.volumes if volume.state == VolumeState.THERE]
+            await self._serve(raised, [volume for volume in there if not self._why_not(raised, volume)])
         except NodeError as error:
             self._failed[family.id] = str(error)
-            self.event("volume-not-opened", {"volume": family.volume, "reason": str(error)})
+            for volume in family.volumes:
+                self.event("volume-not-opened", {"volume": volume.name, "reason": str(error)})
+            if is_open:
+                with contextlib.suppress(NodeError):
+                    await self.call("close", family=family.id)
             raise
-        if answer["size_bytes"] != raised.size_bytes:
-            # Resized or rolled back, and stopped before the registry knew.
-            raised = self._families.change(raised, size_bytes=answer["size_bytes"])
-        if answer["generation"] > raised.generation:
-            raised = self._families.change(raised, generation=answer["generation"])
-        return raised
+
+    async def _settle(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
+        """Finish what was begun in the family when the node stopped, and see that every volume is there."""
+        settled = self._families.settled(family, sizes_bytes)
+        for volume in settled.volumes:
+            if volume.number not in sizes_bytes:
+                reason = "its family's log does not have it: the data directory is damaged or not of one moment"
+                self._missing[family.id, volume.number] = reason
+                self.event("volume-not-opened", {"volume": volume.name, "reason": reason})
+            elif volume.state == VolumeState.DELETING:
+                try:
+                    settled = await self._delete_from_log(settled, volume)
+                    self.event("volume-deleted", {"volume": volume.name})
+                except NodeError as error:
+                    self.event("volume-not-deleted", {"volume": volume.name, "reason": str(error)})
+        for number in sorted(set(sizes_bytes) - {volume.number for volume in settled.volumes}):
+            if number not in {volume.number for volume in family.volumes}:
+                self.event("volume-without-name", {"family": family.id, "number": number, "volume": family.name})
+        return settled
+
+    async def _serve(self, family: Family, volumes: Sequence[Volume]) -> None:
+        wanted = [
+            {"number": volume.number, "name": volume.name, "settings": asdict(volume.settings)} for volume in volumes
+        ]
+        await self.call("serve", family=family.id, volumes=wanted)
+
+    async def _delete_from_log(self, family: Family, volume: Volume) -> Family:
+        errno = await self.call("delete", family=family.id, number=volume.number)
+        if errno:
+            raise NodeError(
+                f"deleting {volume.name} was begun and not finished ({os.strerror(errno)}); the next start goes on"
+            )
+        return self._families.remove_volume(family, volume)
 
     async def _scrap(self, family_id: str) -> None:
         await asyncio.to_thread(self._directory.remove_family, family_id)
         self._families.scrapped(family_id)
 
+    # -- refusing and describing
+
+    def _refuse_taken(self, name: str) -> None:
+        there = self._families.find(name)
+        if there is None:
+            return
+        _, volume = there
+        if volume.state != VolumeState.THERE:
+            begun = "deleted" if volume.state == VolumeState.DELETING else "made"
+            raise ConflictError(f"volume {name} was being {begun}, which the next start finishes; choose another name")
+        raise ConflictError(
+            f"volume {name} exists already, with size {format_size(volume.size_bytes)}; "
+            f"choose another name, or nbdserver volume delete {name} first"
+        )
+
+    async def _refuse_dependents(self, family: Family, volume: Volume, force: bool) -> None:
+        name = volume.name
+        snapshots = await self.call("snapshots", family=family.id, number=volume.number)
+        clones = sorted({clone for found in snapshots for clone in found["clones"]})
+        if clones:
+            raise ConflictError(
+                f"volume {name} has snapshots of which there are clones: {listed(clones)}; delete the clones first, or "
+                f"the snapshots, without which clones go on (nbdserver snapshot delete {name}@{snapshots[0]['name']})"
+            )
+        if snapshots and not force:
+            raise ConflictError(
+                f"volume {name} has snapshots: {listed([found['name'] for found in snapshots])}; delete them first "
+                f"(nbdserver snapshot delete {name}@{snapshots[0]['name']}), or add --force to delete them too"
+            )
+
+    def _why_not(self, family: Family, volume: Volume) -> str:
+        """Why the data process cannot be asked about a volume, or ""."""
+        return self._failed.get(family.id) or self._missing.get((family.id, volume.number), "")
+
     async def _live(self) -> dict[str, dict[str, Any]]:
         try:
-            live: dict[str, dict[str, Any]] = await self._call("volumes")
+            live: dict[str, dict[str, Any]] = await self.call("volumes")
         except NodeError:
             return {}
         return live
 
-    def _find(self, name: str) -> Family:
-        family = self._families.find(name)
-        if family is None:
-            names = ", ".join(item.volume for item in self._families.all()[:5]) or "none yet"
-            raise NotFoundError(f"there is no volume {name!r:.60}; this node has: {names}")
-        return family
+    def _find(self, name: str) -> Found:
+        found = self._families.find(name)
+        if found is None or found[1].state != VolumeState.THERE:
+            names = listed(sorted(volume.name for family in self._families.all() for volume in family.volumes))
+            raise NotFoundError(f"there is no volume {name!r:.60}; this node has: {names or 'none yet'}")
+        return found
 
-    def _describe(self, family: Family, live: dict[str, Any]) -> dict[str, Any]:
+    async def _shown(self, name: str) -> dict[str, Any]:
+        family, volume = self._find(name)
+        live: dict[str, Any] = {}
+        if family.id not in self._failed:
+            with contextlib.suppress(NodeError):
+                live = await self.call("volume", family=family.id, number=volume.number)
+        return self._describe(family, volume, live)
+
+    def _describe(self, family: Family, volume: Volume, live: dict[str, Any]) -> dict[str, Any]:
         disk = live.get("disk", {})
-        reason = self._failed.get(family.id) or disk.get("failure", "")
+        own = live.get("volumes", {}).get(str(volume.number), {})
+        reason = self._why_not(family, volume) or disk.get("failure", "")
         if reason:
             state = "failed"
-        elif not disk:
+        elif not own:
             state = "starting"
         else:
             state = "full" if disk["state"] == "full" else "serving"
         return {
-            "name": family.volume,
-            "size_bytes": family.size_bytes,
+            "name": volume.name,
+            "size_bytes": volume.size_bytes,
             "state": state,
             "reason": reason,
+            "base": own.get("base", ""),
+            "snapshots": own.get("snapshots", 0),
             "generation": family.generation,
             "epoch": family.epoch,
             "family": family.id,
-            "settings": asdict(family.settings),
-            "clients": live.get("clients", 0),
+            "settings": asdict(volume.settings),
+            "clients": own.get("clients", 0),
             "disk": disk,
         }
+
+
+def change_error(errno: int, doing: str) -> NodeError:
+    """What to tell about a change of a family that was answered with an errno."""
+    if errno == errnos.EMLINK:
+        return ConflictError(f"{doing}: there are as many snapshots and clones as there can be; delete some first")
+    if errno == errnos.ENOSPC:
+        return ConflictError(f"{doing}: the disk is full; free some room first")
+    return NodeError(f"{doing} failed: {os.strerror(errno)}; nbdserver events says more")

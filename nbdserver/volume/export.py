@@ -204,6 +204,14 @@ class Exports:
             raise ExportError(f"there is already an export {export.name}")
         self._exports[export.name] = export
 
+    def rename(self, export: Export, name: str) -> None:
+        """Give one of the exports another name; its sessions go on. ExportError if the name is taken."""
+        if name in self._exports:
+            raise ExportError(f"there is already an export {name}")
+        del self._exports[export.name]
+        export.name = name
+        self._exports[name] = export
+
     def remove(self, name: str) -> Export:
         """Take an export out and disconnect its sessions; the caller closes the device. ExportError without one."""
         export = self._exports.pop(name, None)

@@ -79,7 +79,7 @@ def test_snapshots_are_made_read_gone_back_to_and_deleted(server: Server, capsys
     client.close()
     server.command("snapshot", "rollback", "disk0@monday")
     assert [first_byte(server, name) for name in ("disk0", "disk0@tuesday")] == [1, 2]
-    assert "has snapshots: monday, tuesday" in refused(server, capsys, "volume", "delete", "disk0", "--force")
+    assert "has snapshots: monday, tuesday" in refused(server, capsys, "volume", "delete", "disk0")
 
     reader = attach(server, "disk0@tuesday")
     assert "1 client connection" in refused(server, capsys, "snapshot", "delete", "disk0@tuesday")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from metadata.registry import Family
+from metadata.registry import Family, Volume
 from nbdserver.node.capacity import Capacity
 from nbdserver.node.config import NodeSettings
 from nbdserver.node.data_process import DataProcessError
@@ -45,7 +45,7 @@ class NodeOnPaper:
         return SimpleNamespace(f_blocks=blocks, f_bfree=free, f_bavail=free, f_frsize=4096)
 
     def _families(self) -> list[Family]:
-        return [Family(f"{size:032x}", f"disk{size}", size, 1 << 26, "here") for size in self.sizes]
+        return [Family(f"{size:032x}", 1 << 26, "here", (Volume(1, f"disk{size}", size),)) for size in self.sizes]
 
     async def _call(self, name: str) -> Any:
         assert name == "room"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metadata.leveldb import LevelStore
-from metadata.registry import Families, Family
+from metadata.registry import Families, Family, Volume
 from metadata.registry_table import RegistryTable
 from nbdserver.cli.main import run
 from nbdserver.host.data_directory import DataDirectoryLock
@@ -24,7 +24,7 @@ def place(tmp_path: Path) -> Place:
     """(data directory, directory of its one family) with one volume `disk0` that was closed cleanly."""
     directory = DataDirectory(tmp_path / "data")
     directory.open()
-    family = Family(secrets.token_hex(16), "disk0", 1 << 30, 1 << 20, owner="")
+    family = Family(secrets.token_hex(16), 1 << 20, "", (Volume(1, "disk0", 1 << 30),))
     store = LevelStore(str(directory.registry), NO_THREADS, NO_THREADS)
     families = Families(RegistryTable(store), owner="")
     families.begin(family.id)

@@ -4,7 +4,7 @@ import pytest
 
 from metadata.registry import ExportSettings
 from nbdserver.node.errors import WrongInputError
-from nbdserver.node.volumes import change_settings, check_name
+from nbdserver.node.volume_settings import change_settings, check_name
 
 PLAIN = ExportSettings()
 

@@ -1,0 +1,186 @@
+"""What the control process asks the data process about families: each `do_NAME` is a request of the channel.
+
+Order of a family's life here: `open`, `serve` for the volumes that clients shall see, changes, `close`. Between `open`
+and `serve` the control process finishes what was begun in the family when the node stopped (volumes.py).
+
+Rules: a family and a volume's number name a volume; a name only tells people. What is refused is FamilyError or
+ExportError with one line, or an errno where the log disk refuses.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nbdserver.host.clock import HostClock
+from nbdserver.logdisk.budget import Budget
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.node.garbage import collect_garbage
+from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
+from nbdserver.node.served_family import ServedFamily
+from nbdserver.volume.export import Exports
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+class FamilyRequests:
+    """The open families."""
+
+    def __init__(self, exports: Exports, threads: StoreThreads, clock: HostClock, report: Report) -> None:
+        self.settings = DiskSettings()
+        self.budget = Budget()
+        self._exports = exports
+        self._threads = threads
+        self._clock = clock
+        self._report = report
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._families: dict[str, ServedFamily] = {}
+
+    def disks(self) -> list[LogDisk]:
+        """Of all open families."""
+        return [family.disk for family in self._families.values()]
+
+    def figures(self) -> dict[str, Any]:
+        """Counters and gauges of each volume."""
+        found: dict[str, Any] = {}
+        for family in self._families.values():
+            found |= family.figures()
+        return found
+
+    async def close(self) -> dict[str, str]:
+        """Close every family for good; {volume: why its family was not closed cleanly}. Their exports stay."""
+        families = list(self._families.values())
+        self._families.clear()
+        await asyncio.gather(*[family.family.close() for family in families])
+        return {
+            served.export.name: f"{family.volumes[0].export.name}: {family.disk.failure}"
+            for family in families
+            for served in family.volumes
+            if family.disk.failure
+        }
+
+    # -- families
+
+    async def do_format(self, directory: str, family: str, size_bytes: int, segment_bytes: int) -> None:
+        """Make an empty family."""
+        format_family(directory, self._threads, family, size_bytes, segment_bytes)
+
+    async def do_open(self, directory: str, family: str, volume: str, epoch: int) -> Any:
+        """Open a family, whose oldest volume is called `volume`; returns its generation, which recovery may have
+        raised, and the size of each volume by its number."""
+        opened = OpenFamily(
+            family,
+            directory,
+            self._threads,
+            self._clock,
+            epoch,
+            self._boot_id,
+            self.settings,
+            self._reporter(family, volume),
+        )
+        opened.disk.pool.share_budget(self.budget)
+        served = self._families[family] = ServedFamily(opened, self._exports, self._clock)
+        self._share_cache()
+        collect_garbage()
+        sizes_bytes = {str(number): size_bytes for number, size_bytes in served.sizes_bytes().items()}
+        return {"generation": served.disk.opened.generation, "sizes_bytes": sizes_bytes}
+
+    async def do_serve(self, family: str, volumes: list[dict[str, Any]]) -> None:
+        """Let clients attach to volumes, each {number, name, settings}."""
+        for volume in volumes:
+            self._family(family).serve(**volume)
+
+    async def do_close(self, family: str) -> None:
+        """Disconnect everybody and close a family for good."""
+        await self._families.pop(family).close()
+        self._share_cache()
+
+    async def do_volumes(self) -> dict[str, Any]:
+        """What is live of each open family."""
+        return {family_id: family.status() for family_id, family in self._families.items()}
+
+    async def do_limit_data(self, max_data_bytes: int) -> None:
+        """Change what the segment files of all families may take together; 0: no limit."""
+        self.budget.limit_bytes = max_data_bytes
+
+    async def do_room(self) -> dict[str, dict[str, int]]:
+        """Of each open family: what its segment files take, and what of that cannot be cleaned away."""
+        return {
+            family_id: {
+                "allocated_bytes": family.disk.pool.budget.used_bytes,
+                "filled_bytes": family.disk.filled_bytes,
+            }
+            for family_id, family in self._families.items()
+        }
+
+    # -- volumes
+
+    async def do_volume(self, family: str, number: int) -> dict[str, Any]:
+        """The same of one volume."""
+        return self._family(family).status(number)
+
+    async def do_set(self, family: str, number: int, settings: dict[str, Any]) -> None:
+        """Change a volume's settings, at once."""
+        self._family(family).set(number, settings)
+
+    async def do_rename(self, family: str, number: int, new_name: str) -> None:
+        """Give a volume another name; clients go on."""
+        self._family(family).rename(number, new_name)
+
+    async def do_resize(self, family: str, number: int, size_bytes: int) -> int:
+        """Give the volume another size; returns an errno, EBUSY for making it smaller while it has clients."""
+        return await self._family(family).resize(number, size_bytes)
+
+    async def do_clone(self, family: str, layer: int, number: int) -> int:
+        """Make a volume of a snapshot's layer, which is not served yet; returns an errno."""
+        return await self._family(family).clone(layer, number)
+
+    async def do_withdraw(self, family: str, number: int, force: bool) -> int:
+        """Serve a volume no more. Returns how many client connections keep it from that, unless `force`."""
+        return self._family(family).withdraw(number, force)
+
+    async def do_delete(self, family: str, number: int) -> int:
+        """Delete a volume that is not served, and its snapshots; returns an errno."""
+        return await self._family(family).delete(number)
+
+    # -- snapshots
+
+    async def do_snapshots(self, family: str, number: int = 0) -> list[dict[str, Any]]:
+        """The snapshots of one volume, or of all of the family."""
+        return self._family(family).snapshots(number)
+
+    async def do_snapshot(self, family: str, number: int, snapshot: str) -> dict[str, Any] | None:
+        """One snapshot, or None."""
+        return self._family(family).snapshot(number, snapshot)
+
+    async def do_snapshot_create(self, family: str, number: int, snapshot: str) -> int:
+        """Make a snapshot; returns an errno."""
+        return await self._family(family).volume(number).snapshots.create(snapshot)
+
+    async def do_snapshot_delete(self, family: str, number: int, snapshot: str) -> int:
+        """Delete a snapshot, disconnecting its clients; returns an errno."""
+        return await self._family(family).volume(number).snapshots.delete(snapshot)
+
+    async def do_snapshot_rollback(self, family: str, number: int, snapshot: str) -> int:
+        """Go back to a snapshot; returns an errno, EBUSY while the volume has clients."""
+        return await self._family(family).rollback(number, snapshot)
+
+    def _family(self, family: str) -> ServedFamily:
+        served = self._families.get(family)
+        if served is None:
+            raise FamilyError("this volume is not open; `nbdserver status` says why")
+        return served
+
+    def _share_cache(self) -> None:
+        """Give every open family its part of the node's cache."""
+        for family in self._families.values():
+            family.disk.maps.set_cache_bytes(self.settings.cache_bytes // len(self._families))
+
+    def _reporter(self, family: str, name: str) -> Report:
+        def report(kind: str, fields: dict[str, Any]) -> None:
+            """What a family reports goes by the name of its oldest volume, whatever that is called by now."""
+            served = self._families.get(family)
+            volumes = served.volumes if served is not None else []
+            self._report(kind, {"family": family, "volume": volumes[0].export.name if volumes else name, **fields})
+
+        return report

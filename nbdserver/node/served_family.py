@@ -1,0 +1,198 @@
+"""An open family as clients see it: an export for each of its volumes and of their snapshots.
+
+Theory: the family's log knows volumes by number; names and settings come from the control process, when it lets a
+volume be served. A volume that is not served (it is being made or deleted) is there for nobody.
+
+Rules
+- `withdraw` comes before a volume is deleted: from then on no client can attach, so that nobody does between the
+  question whether there are clients and the deletion.
+- Changes answer an errno; 0 is durable. They can be repeated: deleting what is gone is done.
+"""
+
+import asyncio
+import errno
+from dataclasses import dataclass, fields
+from typing import Any
+
+from metadata.seams import Clock
+from nbdserver.logdisk.disk import LogDisk
+from nbdserver.node.open_family import FamilyError, OpenFamily
+from nbdserver.node.snapshot_exports import SnapshotExports, answered
+from nbdserver.volume.export import Export, Exports
+from nbdserver.volume.limits import Limits
+
+
+@dataclass
+class ServedVolume:
+    """A volume that clients may attach to."""
+
+    number: int
+    export: Export
+    snapshots: SnapshotExports
+
+
+class ServedFamily:
+    """The served volumes of one open family."""
+
+    def __init__(self, family: OpenFamily, exports: Exports, clock: Clock) -> None:
+        self.family = family
+        self._exports = exports
+        self._clock = clock
+        self._volumes: dict[int, ServedVolume] = {}
+
+    @property
+    def disk(self) -> LogDisk:
+        return self.family.disk
+
+    @property
+    def volumes(self) -> list[ServedVolume]:
+        """By number."""
+        return [self._volumes[number] for number in sorted(self._volumes)]
+
+    def volume(self, number: int) -> ServedVolume:
+        """One that is served. FamilyError."""
+        served = self._volumes.get(number)
+        if served is None:
+            raise FamilyError("this volume is not served; `nbdserver status` says why")
+        return served
+
+    def sizes_bytes(self) -> dict[int, int]:
+        """Of each volume that the log has, by number."""
+        return {row.volume: row.size_bytes for row in self.disk.volumes()}
+
+    def serve(self, number: int, name: str, settings: dict[str, Any]) -> None:
+        """Let clients attach to a volume and its snapshots."""
+        export = Export(
+            name,
+            self.disk.head(number),
+            description=settings["description"],
+            read_only=settings["read_only"],
+            shared=settings["shared"],
+            allowed=settings["allowed_clients"],
+        )
+        export.limit(_limits(settings), self._clock)
+        self._exports.add(export)
+        self._volumes[number] = ServedVolume(number, export, SnapshotExports(self.disk, number, export, self._exports))
+
+    def set(self, number: int, settings: dict[str, Any]) -> None:
+        """Change a volume's settings, at once. ExportError."""
+        served = self.volume(number)
+        served.export.change(
+            description=settings["description"],
+            read_only=settings["read_only"],
+            shared=settings["shared"],
+            allowed=settings["allowed_clients"],
+        )
+        served.export.limit(_limits(settings), self._clock)
+        served.snapshots.volume_changed()
+
+    def rename(self, number: int, name: str) -> None:
+        """Give a volume another name, and its snapshots with it; clients go on. ExportError."""
+        served = self.volume(number)
+        self._exports.rename(served.export, name)
+        served.snapshots.volume_changed()
+
+    def withdraw(self, number: int, force: bool) -> int:
+        """Let nobody attach any more. Returns how many clients keep it from that, unless `force`: then they are
+        disconnected."""
+        served = self.volume(number)
+        clients = len(served.export.sessions) + served.snapshots.clients
+        if clients and not force:
+            return clients
+        del self._volumes[number]
+        self._exports.remove(served.export.name)
+        served.snapshots.close()
+        return 0
+
+    def snapshots(self, number: int = 0) -> list[dict[str, Any]]:
+        """The snapshots of one volume, or of all, each volume's oldest first."""
+        volumes = [self.volume(number)] if number else self.volumes
+        return [self._with_names(found) for served in volumes for found in served.snapshots.listed()]
+
+    def snapshot(self, number: int, name: str) -> dict[str, Any] | None:
+        """One snapshot, or None."""
+        found = self.volume(number).snapshots.find(name)
+        return None if found is None else self._with_names(found)
+
+    async def clone(self, layer: int, number: int) -> int:
+        """Make a volume of a snapshot's layer."""
+        return await answered(lambda done: self.disk.clone(layer, number, done))
+
+    async def delete(self, number: int) -> int:
+        """Delete a volume that is not served, and its snapshots."""
+        disk = self.disk
+        try:
+            disk.head(number)
+        except LookupError:
+            return 0
+        deletions = [
+            answered(lambda done, layer=row.layer: disk.delete_snapshot(layer, done))  # type: ignore[misc]
+            for row in disk.snapshots_of(number)
+        ]
+        failed = [code for code in await asyncio.gather(*deletions) if code]
+        return failed[0] if failed else await answered(lambda done: disk.delete_volume(number, done))
+
+    async def resize(self, number: int, size_bytes: int) -> int:
+        """Give a volume another size; EBUSY for making it smaller while it has clients."""
+        export = self.volume(number).export
+        if export.sessions and size_bytes < export.device.size_bytes:
+            return errno.EBUSY
+        return await answered(lambda done: self.disk.resize(number, size_bytes, done))
+
+    async def rollback(self, number: int, snapshot: str) -> int:
+        """Go back to a snapshot; EBUSY while the volume has clients."""
+        served = self.volume(number)
+        return errno.EBUSY if served.export.sessions else await served.snapshots.rollback(snapshot)
+
+    def status(self, number: int = 0) -> dict[str, Any]:
+        """What is live, of the disk and of all volumes, or of one if it is served."""
+        numbers = sorted(self._volumes) if not number else [number] if number in self._volumes else []
+        return {"disk": self.disk.status(), "volumes": {str(each): self._volume_status(each) for each in numbers}}
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Counters and gauges by volume. Those of the disk, which the volumes share, stand at the oldest one."""
+        found: dict[str, dict[str, Any]] = {
+            served.export.name: {
+                "counters": served.export.counters.as_dict(),
+                "gauges": {"clients": len(served.export.sessions)},
+            }
+            for served in self.volumes
+        }
+        for first in list(found.values())[:1]:
+            first["counters"]["disk_metadata_bytes_written"] = self.family.metadata_bytes_written
+            for name, value in self.disk.counters().items():
+                if name.endswith("_now"):
+                    first["gauges"][f"disk_{name.removesuffix('_now')}"] = value
+                else:
+                    first["counters"][f"disk_{name}"] = value
+            for name, now in self.disk.status().items():
+                if isinstance(now, (int, float)):
+                    first["gauges"][f"disk_{name}"] = now
+        return found
+
+    async def close(self) -> None:
+        """Disconnect everybody and close the family for good."""
+        for number in list(self._volumes):
+            self.withdraw(number, force=True)
+        await self.family.close()
+
+    def _volume_status(self, number: int) -> dict[str, Any]:
+        served = self._volumes[number]
+        return {
+            "clients": len(served.export.sessions),
+            "snapshots": len(served.snapshots),
+            "base": self._base(number),
+        }
+
+    def _base(self, number: int) -> str:
+        row = self.disk.base(number)
+        served = None if row is None else self._volumes.get(row.volume)
+        return "" if row is None or served is None else f"{served.export.name}@{row.name}"
+
+    def _with_names(self, found: dict[str, Any]) -> dict[str, Any]:
+        names = [self._volumes[number].export.name for number in found["clones"] if number in self._volumes]
+        return found | {"clones": sorted(names)}
+
+
+def _limits(settings: dict[str, Any]) -> Limits:
+    return Limits(**{field.name: settings[field.name] for field in fields(Limits)})

@@ -1,0 +1,110 @@
+"""Names and settings of volumes, as people write them.
+
+Rules: what cannot be meant is refused in one line that says what would be right (WrongInputError).
+"""
+
+import ipaddress
+import re
+from dataclasses import replace
+
+from metadata.registry import ExportSettings
+from nbdserver.node.errors import WrongInputError
+from nbdserver.node.sizes import SizeError, parse_size
+
+MAX_NAME_LENGTH = 128
+MAX_DESCRIPTION_BYTES = 4096  # NBD's longest string
+MAX_ALLOWED_CLIENTS = 256
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
+SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS)
+MAX_RATE = 1 << 40
+"""Operations or bytes a second; more is no limit to anything."""
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a volume may have it. Raises WrongInputError."""
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
+        raise WrongInputError(
+            f"{name!r:.60} cannot be a volume's name; use 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 _ . - "
+            "and begin with a letter or digit"
+        )
+    return name
+
+
+def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSettings:
+    """Return `settings` with one `key=value` as written on the command line. Raises WrongInputError."""
+    match key.replace("_", "-"):
+        case "read-only":
+            return replace(settings, read_only=_parse_bool(key, value))
+        case "shared":
+            return replace(settings, shared=_parse_bool(key, value))
+        case "description":
+            if len(value.encode()) > MAX_DESCRIPTION_BYTES or "\0" in value:
+                raise WrongInputError(f"the description is longer than {MAX_DESCRIPTION_BYTES} bytes; shorten it")
+            return replace(settings, description=value)
+        case "allowed-clients":
+            return replace(settings, allowed_clients=_parse_networks(value))
+        case "iops" | "iops-burst" | "bandwidth" | "bandwidth-burst" as limit:
+            return _change_limit(settings, limit, value)
+        case "tls":
+            raise WrongInputError("TLS is not available yet; limit who may attach with allowed-clients=CIDR,CIDR")
+        case "size":
+            raise WrongInputError("a size is not a setting: nbdserver volume resize NAME --size SIZE")
+    raise WrongInputError(f"{key!r:.60} is not a setting of a volume; known are {', '.join(SETTING_KEYS)}")
+
+
+def _change_limit(settings: ExportSettings, key: str, value: str) -> ExportSettings:
+    example = "100M or none" if key.startswith("bandwidth") else "1000 or none"
+    field = key.replace("-", "_")
+    if value.lower() in ("none", "0", ""):
+        rate = 0
+    elif key.startswith("iops") and not value.isdecimal():
+        raise WrongInputError(f"{key}={value!s:.40} is not a number of operations; write {key}={example}")
+    else:
+        try:
+            rate = parse_size(value)
+        except SizeError as error:
+            raise WrongInputError(f"{key}: {error}; write {key}={example}") from None
+    if rate > MAX_RATE:
+        raise WrongInputError(f"{key}={value!s:.40} is more than {MAX_RATE}; write {key}=none for no limit")
+    changed = replace(settings, **{field: rate})  # type: ignore[arg-type]
+    for limit in ("iops", "bandwidth"):
+        if getattr(changed, f"{limit}_burst") and not getattr(changed, limit):
+            if field != limit or rate:
+                raise WrongInputError(f"{limit}-burst needs a limit that it is the burst of; set {limit} too")
+            changed = replace(changed, **{f"{limit}_burst": 0})  # type: ignore[arg-type]
+    return changed
+
+
+def _parse_bool(key: str, value: str) -> bool:
+    lowered = value.lower()
+    if lowered in ("true", "yes", "on", "1"):
+        return True
+    if lowered in ("false", "no", "off", "0"):
+        return False
+    raise WrongInputError(f"{key}={value!s:.40} is not true or false; write {key}=true or {key}=false")
+
+
+def _parse_networks(value: str) -> tuple[str, ...]:
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    if words == ["all"]:
+        return ()
+    if len(words) > MAX_ALLOWED_CLIENTS:
+        raise WrongInputError(
+            f"allowed-clients has {len(words)} networks, at most {MAX_ALLOWED_CLIENTS}; write larger ones"
+        )
+    networks: list[str] = []
+    for word in words:
+        try:
+            networks.append(str(ipaddress.ip_network(word)))
+        except ValueError as error:
+            try:
+                hint = str(ipaddress.ip_network(word, strict=False))
+            except ValueError:
+                hint = "10.0.0.0/8,fd00::/8"
+            raise WrongInputError(
+                f"allowed-clients: {word!r:.60} is not a network ({error}); write for example {hint}"
+            ) from None
+    return tuple(networks)
