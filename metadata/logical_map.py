@@ -36,10 +36,6 @@ class LogicalMap(PageMap):
         self.kind_at = 12
         self.derived = 0
 
-    def zeros(self) -> Page:
-        """A page that shows nothing."""
-        return self._zeros[:]
-
     def derive(self, number: int) -> Page | None:
         """A page that its layer never changed, as a copy of the parent's, if that needs no LevelDB."""
         layers = self._tree.layers

@@ -118,6 +118,10 @@ class PageMap:
                 self.pages[number] = page
         return page
 
+    def zeros(self) -> Page:
+        """A page without entries, of nobody."""
+        return self._zeros[:]
+
     def create(self, number: int) -> Page:
         """A page that is known to have no entries in LevelDB."""
         page = self.pages[number] = self._zeros[:]

@@ -144,6 +144,9 @@ class Files(Protocol):
     ) -> None:
         """Read (length, offset) extents off the loop; `done(errno, data)`, one bytes object an extent."""
 
+    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, bytes], None]) -> None:
+        """Read off the loop what the device itself has, past the page cache, and leave nothing there."""
+
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
         """fdatasync them in the order given; stops at the first failure."""
 

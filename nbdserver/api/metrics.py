@@ -51,7 +51,7 @@ HELP = {
     "disk_sync_requests": "flushes and forced writes that shared them",
     "disk_cold_reads": "reads that were not in the page cache",
     "disk_cleaner_blocks_moved": "blocks that the cleaner copied",
-    "disk_damaged_blocks": "blocks whose checksum was wrong",
+    "disk_damaged_blocks": "blocks known to be damaged: clients get EIO",
     "disk_live_bytes": "data that the volume holds",
     "disk_filled_bytes": "of allocated_bytes, what cannot be cleaned away: live data and the reserve",
     "disk_allocated_bytes": "room that its segment files take",

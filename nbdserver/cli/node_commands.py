@@ -73,7 +73,7 @@ def _attention(node: dict[str, Any]) -> list[tuple[int, str]]:
             found.append((2, f"{name}: {volume['reason']}"))
         elif volume["state"] == "full":
             found.append((2, f"{name} is full: writes get ENOSPC ({FULL_REASONS[volume['disk']['full']]})"))
-        if damaged := volume["disk"].get("damaged_lbas"):
+        if damaged := volume["disk"].get("damaged"):
             found.append((2, f"{name}: {len(damaged)} damaged blocks; nbdserver volume show {name}"))
     return found
 

@@ -16,6 +16,7 @@ RWF_NOWAIT sends every read through the threads.
 """
 
 import errno
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -27,6 +28,7 @@ from nbdserver.host.completions import Completions, Workers
 IOVECS_PER_CALL = 1024  # IOV_MAX of Linux
 ZERO_PIECE_BYTES = 1024 * 1024  # one piece of writing ahead: long enough to stream, short enough to share the device
 REUSED_BUFFER_BYTES = 16 * 1024  # up to here copying out of a kept buffer is cheaper than making a BytesIO
+DIRECT_BYTES = 4096  # alignment that every device takes
 REUSED_BUFFERS = 64  # lengths kept: runs of blocks have few different ones
 
 Pieces = list[bytes]
@@ -171,6 +173,10 @@ class HostFiles:
         """Read (length, offset) extents in a thread; an extent that ends past the file is EIO."""
         self._readers.run(done, _read_extents, handle, extents)
 
+    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, bytes], None]) -> None:
+        """Read in a thread what the device has, by O_DIRECT; through the page cache where a file system has none."""
+        self._readers.run(done, _read_device, handle, length, offset)
+
     def fdatasync(self, handles: Sequence[int]) -> None:
         """fdatasync in the order given, waiting for the device; OSError at the first failure."""
         for handle in handles:
@@ -249,6 +255,27 @@ def _read_extents(handle: int, extents: Sequence[tuple[int, int]]) -> tuple[int,
     except OSError as error:
         return (error.errno or errno.EIO, [])
     return (0, pieces)
+
+
+def _read_device(handle: int, length: int, offset: int) -> tuple[int, bytes]:
+    start = offset & -DIRECT_BYTES
+    try:
+        # A description of its own: the flags of the handle are everybody's.
+        direct = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        errno_, pieces = _read_extents(handle, [(length, offset)])
+        return errno_, pieces[0] if pieces else b""
+    try:
+        # A map of its own begins at a page: what is read past the page cache has to lie aligned.
+        with mmap.mmap(-1, (offset - start + length + DIRECT_BYTES - 1) & -DIRECT_BYTES) as room:
+            read = os.preadv(direct, [room], start)
+            if read < offset - start + length:
+                return (errno.EIO, b"")
+            return (0, room[offset - start : offset - start + length])
+    except OSError as error:
+        return (error.errno or errno.EIO, b"")
+    finally:
+        os.close(direct)
 
 
 def _sync_all(handles: tuple[int, ...]) -> tuple[int]:

@@ -33,7 +33,7 @@ from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import DEFAULT_SHARE, Job
-from nbdserver.logdisk.records import Record, body_length, parse_record
+from nbdserver.logdisk.records import Record, next_record
 from nbdserver.logdisk.segments import CLEANER_KEEPS, SegmentPool
 from protocol.checksum import crc32c
 from protocol.disk import (
@@ -198,9 +198,10 @@ class Cleaner:
         if errno or not data:
             self._give_up("it cannot be read", errno)
             return
-        records, needed = self._parse(data, base)
+        end = self._maps.segments.end[self._victim]
+        records, needed = self._whole_records(data, base, end)
         if not records:
-            if needed > len(data) and base + needed <= self._maps.segments.end[self._victim]:
+            if needed > len(data) and base + needed <= end:
                 self._read(needed)
             else:
                 self._give_up("its chain of records is broken", 0)
@@ -208,28 +209,18 @@ class Cleaner:
         self._offset = records[-1].end
         Job(self._clock, self._work(records, data, base), lambda: None, self._failed, self._share())
 
-    def _parse(self, data: bytes, base: int) -> tuple[list[Record], int]:
-        """Whole records in the piece of the victim that begins at `base`, and the bytes that the first one takes."""
-        table = self._maps.segments
-        key = chain_key(table.sequence[self._victim], table.salt[self._victim])
+    def _whole_records(self, data: bytes, base: int, end: int) -> tuple[list[Record], int]:
+        """Whole records in the piece of the victim that begins at `base`, and the bytes that the next one takes."""
+        key = chain_key(self._sequence, self._maps.segments.salt[self._victim])
         records: list[Record] = []
         at = 0
         while True:
-            header = data[at : at + RECORD_HEADER_BYTES]
-            length = body_length(key, header)
-            if length is None:
-                return records, RECORD_HEADER_BYTES if len(header) < RECORD_HEADER_BYTES else 0
-            body = data[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length]
-            if len(body) < length:
-                return records, RECORD_HEADER_BYTES + length
-            record = parse_record(key, header, body, base + at)
-            if record is None:
-                return records, 0
-            if record.end - base > len(data):
-                return records, record.end - base
-            records.append(record)
-            at = record.end - base
-            if record.kind == SEAL or base + at >= table.end[self._victim]:
+            found = next_record(key, data, base, at)
+            if isinstance(found, int):
+                return records, found
+            records.append(found)
+            at = found.end - base
+            if found.kind == SEAL or found.end >= end:
                 return records, 0
 
     def _work(self, records: list[Record], data: bytes, base: int) -> Iterator[None]:

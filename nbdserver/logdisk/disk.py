@@ -44,19 +44,19 @@ from nbdserver.logdisk.background import Background
 from nbdserver.logdisk.changed import Changed
 from nbdserver.logdisk.checkpoint import Checkpointer
 from nbdserver.logdisk.cleaner import Cleaner
+from nbdserver.logdisk.damage import Damage
 from nbdserver.logdisk.devices import Device, Head, View
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.recovery import RecoveryError, Replay
+from nbdserver.logdisk.scrub import Progress, Scrub
 from nbdserver.logdisk.segments import CLEANER_KEEPS, CLIENTS_KEEP, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.tree_changes import TreeChanges
 from nbdserver.logdisk.tree_work import TreeWork
 from protocol.disk import BLOCK_BYTES, SNAPSHOT, DamagedValueError
 from protocol.invariant import InvariantError
-
-_MOST_DAMAGED_LBAS = 1024  # remembered for `status`
 
 Report = Callable[[str, dict[str, object]], None]
 
@@ -136,11 +136,12 @@ class LogDisk:
         self.failure = ""
         self._closed = False
         self.report = report
-        self.damaged_lbas: set[int] = set()
+        self.scrub: Scrub | None = None  # the last one
         self._files = files
         self._store = store
         self._clock = clock
         self.maps = maps = Maps(store, settings.cache_bytes, self.fail)
+        self.damage = Damage(maps.tree, report)
         self.pool = pool = SegmentPool(files, self.family.segment_bytes, report)
         try:
             self.log = log = self._recover(rng, epoch, boot_id, progress)
@@ -298,11 +299,18 @@ class LogDisk:
 
         self._store.range_later(ranges, arrived, limit)
 
-    def damaged(self, lba: int, segment: int, offset: int, errno: int) -> None:
-        """A block could not be read or has the wrong checksum."""
-        if len(self.damaged_lbas) < _MOST_DAMAGED_LBAS:
-            self.damaged_lbas.add(lba)
-        self.report("checksum-error", {"lba": lba, "segment": segment, "offset": offset, "errno": errno})
+    def start_scrub(
+        self, begin: Progress, bytes_per_s: int, moved_bytes: Callable[[], int], finished: Callable[[str], None]
+    ) -> None:
+        """Begin a scrub, or go on with one: `scrub` has its progress. One that is running is stopped."""
+        if self.scrub is not None:
+            self.scrub.stop()
+        self.scrub = Scrub(self, self._files, self._clock, begin, bytes_per_s, moved_bytes, finished)
+
+    @property
+    def moved_bytes(self) -> int:
+        """What was written to the log and read cold: the work that clients (and the cleaner) give the device."""
+        return self.log.appended_bytes + self.slow_path.cold_bytes
 
     def _check_background(self) -> None:
         self._clock.call_soon(self.background.check)
@@ -361,9 +369,13 @@ class LogDisk:
         self.background.stop()
         self.cleaner.stop()
         self.tree_work.stop()
+        if self.scrub is not None:
+            self.scrub.stop()
 
         def wait() -> None:
-            if self.failure:
+            if self.scrub is not None and self.scrub.busy:
+                self._clock.call_later(0.01, wait)
+            elif self.failure:
                 self._closed = True
                 self.pool.close()
                 done()
@@ -411,7 +423,7 @@ class LogDisk:
             "segment_bytes": pool.segment_bytes,
             "pending_holes": len(maps.holes),
             "unsynced_records": self.log.lsn - self.log.durable_lsn,
-            "damaged_lbas": sorted(self.damaged_lbas),
+            "damaged": self.damage.listed(),
         }
 
     @property
@@ -455,7 +467,7 @@ class LogDisk:
             "segments_recycled": pool.recycled,
             "segments_unlinked": pool.unlinked,
             "live_blocks_now": maps.live_blocks,
-            "damaged_blocks": len(self.damaged_lbas),
+            "damaged_blocks_now": len(self.damage),
         }
 
     def _blocks_read(self) -> int:

@@ -1,4 +1,4 @@
-"""Long work on the loop, in slices.
+"""Long work beside the clients: on the loop in slices, on the device at a pace.
 
 A background job is a generator that yields after each small step. A slice runs steps until its time is used up, then
 lets the loop serve clients; when clients are busy the gaps grow with the slices, so that a job takes at most a share
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from metadata.seams import Clock
 
 SLICE_S = 0.0004
+BUSY_SHARE = 0.125  # of its rate that a paced reader takes while clients move more than it does
 DEFAULT_SHARE = 0.25  # of the loop's time that a job takes while there is no hurry
 
 
@@ -74,3 +75,20 @@ class Job:
             return
         self._stopped = True
         self._finished()
+
+
+class Pace:
+    """When the next piece may be read. Time is an argument."""
+
+    def __init__(self, bytes_per_s: int, now_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._due_s = now_s
+        self._moved_bytes = 0
+
+    def wait_s(self, size_bytes: int, moved_bytes: int, now_s: float) -> float:
+        """How long to wait after `size_bytes` were read; `moved_bytes` is what clients have moved since the start."""
+        by_clients, self._moved_bytes = moved_bytes - self._moved_bytes, moved_bytes
+        share = BUSY_SHARE if by_clients > size_bytes else 1.0
+        # What was slow is not made up for: the device has enough to do.
+        self._due_s = max(self._due_s, now_s - size_bytes / self.bytes_per_s) + size_bytes / (self.bytes_per_s * share)
+        return max(0.0, self._due_s - now_s)

@@ -130,6 +130,22 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     )  # fmt: skip
 
 
+def next_record(key: bytes, data: bytes, base: int, at: int) -> Record | int:
+    """The record at `at` in `data`, a piece of a segment that begins at `base`, if it lies whole in it. Otherwise how
+    many bytes it takes, or 0 if the chain is broken there."""
+    header = data[at : at + RECORD_HEADER_BYTES]
+    length = body_length(key, header)
+    if length is None:
+        return RECORD_HEADER_BYTES if len(header) < RECORD_HEADER_BYTES else 0
+    body = data[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length]
+    if len(body) < length:
+        return RECORD_HEADER_BYTES + length
+    record = parse_record(key, header, body, base + at)
+    if record is None:
+        return 0
+    return record if record.end - base <= len(data) else record.end - base - at
+
+
 def wrong_blocks(data: bytes, checksums: "array[int]") -> list[int]:
     """Indexes of the blocks in `data` whose CRC is not the one given; missing bytes are wrong."""
     wrong: list[int] = []

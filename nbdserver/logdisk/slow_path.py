@@ -44,6 +44,7 @@ class SlowPath:
     def __init__(self, disk: "LogDisk", files: Files, clock: Clock) -> None:
         self.under_way = 0
         self.cold_reads = 0
+        self.cold_bytes = 0
         self._disk = disk
         self._files = files
         self._clock = clock
@@ -208,6 +209,7 @@ class _Waiting:
         """Read resident-mapped blocks of one piece off the loop and check them; EIO ends the operation."""
         disk = self._disk
         self._slow_path.cold_reads += 1
+        self._slow_path.cold_bytes += count * BLOCK_BYTES
         blocks: list[bytes] = [bytes(BLOCK_BYTES)] * count
         by_segment: dict[int, list[tuple[int, int, int]]] = {}  # segment → (index, offset, checksum)
         for index in range(count):
@@ -229,7 +231,7 @@ class _Waiting:
                 content = data[position] if not errno else b""
                 if len(content) != BLOCK_BYTES or crc32c(content) != checksum:
                     errors.append(lba + index)
-                    disk.damaged(lba + index, segment, offset, errno)
+                    disk.damage.found(self._device.layer, lba + index, segment, offset, errno)
                 blocks[index] = content
             if not waiting:
                 if errors:

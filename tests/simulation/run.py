@@ -22,6 +22,7 @@ from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
 from nbdserver.logdisk.records import parse_segment_header
+from nbdserver.logdisk.scrub import Progress
 from protocol.disk import SEGMENT_HEADER_BYTES
 from tests.simulation.faults import FaultMix, changed, draw_mix, without_faults
 from tests.simulation.registers import BLOCK_BYTES, Changes, Registers, ViolationError, pattern, right_length
@@ -34,7 +35,13 @@ from tests.simulation.world import SimulatedClock, SimulatedCrash, World
 FAMILY = bytes(range(16))
 HELD_BACK_BYTES = 80 << 20  # the ballast, and what the pool leaves free of a file system
 ANSWER_LIMIT_S = 900.0  # of virtual time, after which an operation counts as forgotten
-FAILURES = {"family-failed", "append-failed", "checksum-error"}  # reports that need a fault
+FAILURES = {
+    "family-failed",
+    "append-failed",
+    "checksum-error",
+    "segment-not-scrubbed",
+    "value-damaged",
+}  # reports that need a fault
 REST_S = 90.0
 MOST_SPARE = 8  # of volumes as small as these
 
@@ -62,6 +69,7 @@ class Run:
         self.drive.watch = self._watch_salts
         self.salts: dict[bytes, int] = {}
         self.table = SimulatedTable(self.world)
+        self.scrubbed = Progress()
         self.epoch = 0
         self.boot = 1
         self.label = 0
@@ -356,7 +364,25 @@ class Run:
             self._flush()
         if rng.random() < self.sizes.snapshots and not self.disk.failure:
             self.snapshots.step()
+        if self.bend.scrubs and rng.random() < self.bend.scrubs and not self.disk.failure:
+            self._scrub()
         self._pass_time()
+
+    def _scrub(self) -> None:
+        """Begin a scrub, or go on with one of a life before; what it reports needs a fault."""
+        disk, rng = self.disk, self.random
+        if disk.scrub is not None and disk.scrub.running:
+            return
+        begin = self.scrubbed if rng.random() < 0.5 else Progress()
+
+        def finished(failure: str) -> None:
+            self.counters["scrubs"] += not failure
+            if failure and not disk.failure:
+                raise ViolationError(f"a scrub failed: {failure}")
+
+        disk.start_scrub(begin, rng.choice([1 << 20, 1 << 30]), lambda: disk.moved_bytes, finished)
+        assert disk.scrub is not None
+        self.scrubbed = disk.scrub.progress
 
     def _pass_time(self) -> None:
         rng = self.random

@@ -82,4 +82,5 @@ class Bend:
     mix: Mapping[str, float] = field(default_factory=dict)
     hot: bool = False
     snapshots: float = 0.0  # chance of a change of the snapshots, a wake; 0: as drawn
+    scrubs: float = 0.0  # chance that a scrub begins, a wake
     crash_at: str = ""  # a crash point at which every life ends that comes to it

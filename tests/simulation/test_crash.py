@@ -13,6 +13,7 @@ SEEDS = 640
 CHUNK = 20
 CRASHES = 3  # at each crash point, each survived
 TRIES = 60
+SCRUBBED_SEEDS = 60
 # Seeds that once went wrong. A seed's story changes with the product, so each fault has a directed test as well.
 FOUND = (1795351970517, 1795351970685, 1795351970821, 1795351970852, 1795349487151, 1795349066063)
 
@@ -38,6 +39,15 @@ def test_every_crash_point_is_reached_and_survived(name: str) -> None:
         if crashes >= CRASHES:
             return
     pytest.fail(f"{crashes} crashes at {name!r} in {TRIES} runs: is it still called?")
+
+
+def test_scrubs_under_every_fault_end_and_report_only_what_has_a_cause() -> None:
+    scrubs = 0
+    for seed in range(SCRUBBED_SEEDS):
+        message, run = try_seed(seed, Bend(scrubs=0.1, hot=seed % 2 == 0, snapshots=0.05))
+        assert not message, f"seed {seed}: {message}"
+        scrubs += run.counters["scrubs"]
+    assert scrubs > SCRUBBED_SEEDS
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:

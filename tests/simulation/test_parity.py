@@ -86,6 +86,8 @@ def _tell_files(files: Files, finished: Finished) -> list[object]:
     said.append(files.size_bytes(handle))
     said.append(finished(lambda done: files.read_later(handle, [(3, 9000), (5, 9998)], done)))
     said.append(finished(lambda done: files.read_later(handle, [(3, 9000), (6, 9998)], done)))
+    said.append(finished(lambda done: files.read_device_later(handle, 5, 9998, done)))
+    said.append(finished(lambda done: files.read_device_later(handle, 6, 9998, done)))
     said.append(finished(lambda done: files.fdatasync_later([handle], done)))
     files.fdatasync([handle])
     number, prepared = finished(lambda done: files.prepare_later("segments/2", 5000, done))

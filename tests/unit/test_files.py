@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +144,34 @@ def test_read_later_answers_each_extent_and_a_short_one_is_an_error(
         [b"x" * 10, b"xxyyy"],
     )
     assert finished(loop, lambda done: files.read_later(handle, [(10, 0), (10, 9995)], done)) == (errno.EIO, [])
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_read_from_the_device_has_what_was_written_at_any_offset_and_length(
+    files: HostFiles, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, is_direct: bool
+) -> None:
+    content = random.Random(1).randbytes(3 * 4096)
+    handle = files.create("a", 4 * 4096)
+    files.append(handle, [content], 100)
+    opened = os.open
+
+    def no_direct(path: str, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+        return opened(path, flags, *arguments, **options)
+
+    if not is_direct:
+        monkeypatch.setattr(os, "open", no_direct)
+
+    def read(offset: int, length: int) -> Any:
+        return finished(loop, lambda done: files.read_device_later(handle, length, offset, done))
+
+    whole = bytes(100) + content + bytes(4096)
+    for offset, length in ((100, len(content)), (0, 101), (4095, 2), (4096, 4096), (5000, 1), (16383, 1)):
+        assert read(offset, length) == (0, whole[offset : offset + length])
+    assert read(16383, 2) == (errno.EIO, b"")
+    files.close(handle)
+    assert read(0, 1)[0] == errno.EBADF
 
 
 def test_fdatasync_later_goes_in_order_and_stops_at_the_first_failure(

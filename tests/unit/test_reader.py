@@ -77,7 +77,7 @@ def test_a_block_with_a_wrong_checksum_is_eio_and_reported_and_the_others_are_an
     with pytest.raises(OSError) as caught:
         family.read(30 * BLOCK_BYTES, length)
     assert caught.value.errno == errno.EIO
-    assert family.disk.status()["damaged_lbas"] == [30]
+    assert family.disk.damage.listed() == [{"number": 1, "snapshot": "", "lba": 30}]
     assert ("checksum-error", 30) in [(kind, fields.get("lba")) for kind, fields in family.events]
     assert family.number_at(29) == 30
     assert family.number_at(31) == 32

@@ -1,0 +1,47 @@
+"""The blocks that were found damaged, by what shows them.
+
+Rules
+- A block is noted by layer and LBA: people know it by a volume or a snapshot. A layer that is gone has no reader.
+- It stays noted until a scrub that read everything did not find it; at most MOST_NOTED are.
+
+Known weakness: this is memory. After a restart a damaged block is found by who reads it, or by the next scrub.
+"""
+
+from collections.abc import Callable
+
+from metadata.layers import Tree
+from protocol.disk import SNAPSHOT
+
+MOST_NOTED = 1024
+
+
+class Damage:
+    """Of one family."""
+
+    def __init__(self, tree: Tree, report: Callable[[str, dict[str, object]], None]) -> None:
+        self._tree = tree
+        self._report = report
+        self._noted: set[tuple[int, int]] = set()  # (layer, LBA)
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    def found(self, layer: int, lba: int, segment: int, offset: int, errno: int) -> None:
+        """A block that a layer shows could not be read (`errno`), or has the wrong checksum (0)."""
+        if len(self._noted) < MOST_NOTED:
+            self._noted.add((layer, lba))
+        place = {"lba": lba, "segment": segment, "offset": offset, "errno": errno}
+        self._report("checksum-error", {**self._shown_as(layer), **place})
+
+    def is_all(self, noted: set[tuple[int, int]]) -> None:
+        """Everything was read, and no more than these (layer, LBA) are damaged."""
+        self._noted = set(sorted(noted)[:MOST_NOTED])
+
+    def listed(self) -> list[dict[str, object]]:
+        """{number: the volume's, snapshot: its name or "", lba} of each that somebody can read."""
+        layers = self._tree.layers
+        return [{**self._shown_as(layer), "lba": lba} for layer, lba in sorted(self._noted) if layer in layers]
+
+    def _shown_as(self, layer: int) -> dict[str, object]:
+        row = self._tree.layers[layer].row
+        return {"number": row.volume, "snapshot": row.name if row.kind == SNAPSHOT else ""}
