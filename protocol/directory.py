@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from struct import Struct as Packer
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
@@ -232,6 +232,7 @@ Ranges = tuple[tuple[int, int], ...]
 class Updates:
     """Messages, from the master or resent by anyone. `wants_position`: tell the master when they are persisted."""
 
+    kind: ClassVar[Kind] = Kind.UPDATES
     epoch: int
     wants_position: bool
     messages: tuple[Message, ...]
@@ -269,6 +270,7 @@ Starts = tuple[tuple[int, int], ...]
 class Heartbeat:
     """The master's sign of life, and how far it is."""
 
+    kind: ClassVar[Kind] = Kind.HEARTBEAT
     epoch: int
     newest: int
     confirmed: int
@@ -310,6 +312,7 @@ def _unpack_ranges(body: bytes, offset: int, count: int) -> Ranges:
 class Request:
     """Please resend these."""
 
+    kind: ClassVar[Kind] = Kind.REQUEST
     epoch: int
     ranges: Ranges
 
@@ -326,6 +329,7 @@ class Request:
 class Refusal:
     """These cannot be resent by this node. `floor`: the lowest sequence that it has."""
 
+    kind: ClassVar[Kind] = Kind.REFUSAL
     epoch: int
     reason: Reason
     floor: int

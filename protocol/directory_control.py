@@ -274,11 +274,12 @@ class Subscribe(_Body):
 
 @dataclass(frozen=True)
 class Subscribed(_Body):
-    """The master: they follow."""
+    """The master: they follow, of this history (packed epoch starts)."""
 
     kind = Kind.SUBSCRIBED
-    declaration = _declare("epoch" / Int32ub)
+    declaration = _declare("epoch" / Int32ub, "history" / GreedyBytes)
     epoch: int
+    history: bytes
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from protocol.invariant import invariant
 
 STUBS_LIMIT = 4096
 SCAN_LIMIT = 256  # stubs looked at when requests are made: four times what may be asked
-WINDOW_MIN, WINDOW_START, WINDOW_MAX = 4.0, 32.0, 64.0
+WINDOW_MIN, WINDOW_START, WINDOW_MAX = 16.0, 32.0, 64.0
 WINDOW_GROWTH = 8.0  # for each window that arrived
 REORDER_S = 0.005
 SPREAD_S = 0.010
 PATIENCE_S = 0.05  # for an answer: a site's round trip and a busy node's turn
-PATIENCE_LIMIT_S = 1.0
+PATIENCE_LIMIT_S = 0.5
+PATIENCE_GROWTH = 1.5  # each time in a row: at 30 % loss half of the answers are lost, and nothing is congested
 RETRY_S = 0.02  # after a refusal
 
 
@@ -93,6 +94,7 @@ class StubQueue:
         self._random = random
         self._window = WINDOW_START
         self._asked = 0
+        self._shrunk_s = float("-inf")
 
     @property
     def missing(self) -> int:
@@ -102,6 +104,12 @@ class StubQueue:
     @property
     def asked(self) -> int:
         return self._asked
+
+    @property
+    def next_tries(self) -> int:
+        """How often the next message was asked for in vain."""
+        place = self._places.get(self.taken + 1)
+        return place.tries if place is not None else 0
 
     def notice(self, newest: int, now_s: float) -> None:
         """There are messages up to `newest`: make stubs."""
@@ -148,7 +156,7 @@ class StubQueue:
                     place.due_s = now_s + _backoff_s(RETRY_S, place.tries) * self._random.random()
                     is_any = True
         if is_any:
-            self._shrink()
+            self._shrink(now_s)
 
     def due(self, now_s: float) -> list[tuple[Source, Ranges]]:
         """Requests to send now; their stubs are asked from here on."""
@@ -159,7 +167,7 @@ class StubQueue:
                 self._unask(place, Move.TIMED_OUT, now_s)
                 timed_out = True
         if timed_out:
-            self._shrink()
+            self._shrink(now_s)
         for sequence, place in self._scan():
             if place.state is Stub.MISSING and place.due_s <= now_s and self._asked < int(self._window):
                 place.move(Move.ASK)
@@ -191,12 +199,16 @@ class StubQueue:
         place.due_s = now_s
         self._asked -= 1
 
-    def _shrink(self) -> None:
-        self._window = max(WINDOW_MIN, self._window / 2)
+    def _shrink(self, now_s: float) -> None:
+        """Ask for less at a time; what was lost together counts once."""
+        if now_s >= self._shrunk_s + PATIENCE_S:
+            self._shrunk_s = now_s
+            self._window = max(WINDOW_MIN, self._window / 2)
 
 
 def _backoff_s(first_s: float, tries: int) -> float:
-    return min(first_s * (1 << min(tries, 10)), PATIENCE_LIMIT_S)
+    backoff_s: float = min(first_s * PATIENCE_GROWTH ** min(tries, 20), PATIENCE_LIMIT_S)
+    return backoff_s
 
 
 def _ranges(sequences: list[int]) -> Iterator[Ranges]:

@@ -1,0 +1,85 @@
+"""A second-kind node's stream to the master: all that it says and hears.
+
+Rules
+- There is one stream, to the master that the registry names. When it breaks it is opened again, after RETRY_S, doubled
+  up to RETRY_LIMIT_S, and some chance.
+- It is opened again at once when there is another master.
+"""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from metadata.directory.routes import Routes
+from metadata.directory.streams import FrameStream
+from metadata.seams import Clock, Timer
+
+RETRY_S = 0.2
+RETRY_LIMIT_S = 5.0
+
+
+class FarLink:
+    """Keeps the stream open; `heard(master, body)` gets what comes, `opened()` is called when it is there."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        random: Random,
+        routes: Routes,
+        heard: Callable[[int, Any], None],
+        opened: Callable[[], None],
+    ) -> None:
+        self.master = 0
+        self.is_open = False
+        self._clock = clock
+        self._random = random
+        self._routes = routes
+        self._heard = heard
+        self._opened = opened
+        self._address = ""
+        self._tries = 0
+        self._give_up: Callable[[], None] | None = None
+        self._timer: Timer | None = None
+
+    def aim(self, master: int, address: str) -> None:
+        """This is the master now, and where it takes streams."""
+        if (master, address) != (self.master, self._address):
+            self.close()
+            self.master, self._address, self._tries = master, address, 0
+            self._connect()
+
+    def _connect(self) -> None:
+        self._timer = None
+        self._give_up = self._routes.open_stream(
+            self._address, None, lambda body: self._heard(self.master, body), self._failed, self._connected
+        )
+
+    def _connected(self, stream: FrameStream) -> None:
+        if stream.peer != self.master:
+            self.again()
+            return
+        self._tries = 0
+        self.is_open = True
+        self._routes.streams[self.master] = stream
+        self._opened()
+
+    def _failed(self, reason: str) -> None:
+        self._give_up = None
+        self.again()
+
+    def again(self) -> None:
+        """Close the stream and open it anew, after a pause."""
+        self.close()
+        pause_s = min(RETRY_S * (1 << self._tries), RETRY_LIMIT_S) * (0.5 + self._random.random())
+        self._tries = min(self._tries + 1, 10)
+        self._timer = self._clock.call_later(pause_s, self._connect)
+
+    def close(self) -> None:
+        self.is_open = False
+        self._routes.streams.pop(self.master, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._give_up is not None:
+            self._give_up()
+            self._give_up = None

@@ -1,0 +1,542 @@
+"""The directory of one node: the parts bound to the seams, and what the rest of the program asks of it.
+
+Theory: everything that happens (a frame, a timer, an answer of the store or the registry) is given to the part that it
+is for, and then the node *settles*: it looks what it is now, who is its master, whether it is a member with an exact
+copy, and when it must wake next. No part calls another one except through here.
+
+Rules
+- One node is follower, candidate or master of one epoch at a time; `Election` says which.
+- A store that fails ends the node's part in the directory: it goes silent (`failure` says why), so that nothing counts
+  on what it could not write. Reads go on from memory.
+- Published by this node in one turn is sent in one turn.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from metadata.directory.delegate import Delegate
+from metadata.directory.election import Election
+from metadata.directory.far_link import FarLink
+from metadata.directory.follower import Follower
+from metadata.directory.joiner import Joiner, Joining
+from metadata.directory.map import Watcher
+from metadata.directory.master import Master
+from metadata.directory.registry_keys import EVERYBODYS, MEMBER_PREFIX, MasterState, Member
+from metadata.directory.replica import Replica
+from metadata.directory.replica_store import ReplicaStore
+from metadata.directory.reports import Answer, Done, Reports
+from metadata.directory.routes import Routes
+from metadata.directory.streams import FrameStream
+from metadata.registry_calls import Reading
+from metadata.seams import Clock, Connection, Network, Receiver, Registry, Store, Timer
+from protocol.directory import (
+    KEY_LIMIT_BYTES,
+    NOWHERE,
+    PREFIXES_LIMIT,
+    VALUE_LIMIT_BYTES,
+    Action,
+    Confirm,
+    Kind,
+    MalformedError,
+    NodeKind,
+    Position,
+    Reason,
+    Update,
+)
+from protocol.directory_control import Subscribe
+from protocol.sealed_frames import ClusterKeys
+
+JOINING_LIMIT = 1024  # addresses remembered of nodes that asked to join; they ask again
+SUBSCRIBE_S = 1.0
+SILENCE_S = 2.0  # without a heartbeat of the registry's master: it may not know this node
+MIN_WAKE_S = 0.001
+LOOK_S = 1.0  # a node that is no master looks at its place at least so often
+EXPIRES_LIMIT_S = 4_000_000.0  # in milliseconds it fits into four bytes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DirectorySettings:
+    """Who a node is."""
+
+    name: str
+    kind: NodeKind
+    datagrams: str
+    """Address to receive datagrams at; second-kind nodes use it for nothing."""
+    streams: str
+    """Address to accept streams at."""
+    keys: ClusterKeys
+    prefixes: tuple[str, ...] = ()
+    """What a second-kind node subscribes to, besides members and master."""
+
+
+class DirectoryNode:
+    """One node's directory. OSError or DamagedValueError if its store or its addresses cannot be had."""
+
+    def __init__(
+        self,
+        settings: DirectorySettings,
+        clock: Clock,
+        network: Network,
+        store: Store,
+        registry: Registry,
+        random: Random,
+    ) -> None:
+        if len(settings.prefixes) > PREFIXES_LIMIT - len(EVERYBODYS):
+            raise ValueError(f"a node subscribes to at most {PREFIXES_LIMIT - len(EVERYBODYS)} prefixes")
+        is_first = settings.kind is NodeKind.FIRST
+        self.failure = ""
+        """Why this node has no part in the directory any more."""
+        self.settings = settings
+        self._clock = clock
+        self._registry = registry
+        self._random = random
+        self._prefixes = () if is_first else tuple(sorted({*EVERYBODYS, *settings.prefixes}))
+        replica_store = ReplicaStore(store, random, self._persisted, self._store_failed, self._prefixes)
+        node, incarnation = replica_store.node, replica_store.incarnation
+        self.routes = Routes(
+            clock, network, random, settings.keys, node, incarnation, settings.datagrams, self._heard, self._addresses
+        )  # fmt: skip
+        self._stop_listening = network.listen(settings.streams, self._accept)
+        self.me = Member(node, settings.kind, settings.name, settings.datagrams, settings.streams)
+        self.replica = Replica(replica_store, random)
+        self.reports = Reports(node, incarnation)
+        self.replica.on_applied = self._applied
+        self._members: dict[int, Member] = {}
+        self._relays: tuple[int, ...] = ()
+        self._joining: dict[int, Member] = {}
+        self.replica.watchers.add(MEMBER_PREFIX, self._member_changed)
+        for key, value in self.replica.map.range(MEMBER_PREFIX):
+            self._member_changed(key, value)
+        now_s = clock.now()
+        self.follower = Follower(
+            node, settings.kind, self.replica, self.routes, random, lambda: self._relays, now_s
+        )  # fmt: skip
+        self.delegate = Delegate(self.replica, self.routes, self._master_and_epoch)
+        self.joiner = Joiner(
+            self.me, self._prefixes, self.replica, self.routes, random, clock.now, self._open_stream
+        )  # fmt: skip
+        self.master: Master | None = None
+        self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._far_opened)
+        self._timer: Timer | None = None
+        self._wake_at_s = float("inf")
+        self._heard_master_s = now_s
+        self._is_flushing = False
+        self._is_settling = False
+        self._is_closed = False
+        self._standing = (0, 0)
+        self._subscribe_at_s = 0.0
+        self.election = Election(
+            clock, registry, random, self.me, self.replica, self.routes, self._streams_of, self._open_stream,
+            self._begin_term, self._end_term, self._state_changed,
+        )  # fmt: skip
+        self._settle()
+
+    # --- what the program asks ---
+
+    def get(self, key: str) -> bytes | None:
+        """What this node's copy has; it may be old."""
+        return self.replica.map.get(key)
+
+    def range(self, prefix: str) -> list[tuple[str, bytes]]:
+        return self.replica.map.range(prefix)
+
+    def watch(self, prefix: str, watcher: Watcher) -> Callable[[], None]:
+        """Hear of each change below a prefix from now on; return what ends that."""
+        return self.replica.watchers.add(prefix, watcher)
+
+    def publish(
+        self,
+        key: str,
+        value: bytes | None,
+        confirm: Confirm = Confirm.NONE,
+        done: Done | None = None,
+        expires_s: float = 0.0,
+    ) -> None:
+        """Put (or delete: None) a key for everybody; `done` gets the answer, perhaps from inside this call.
+
+        Without `done` it is what this node knows and wants to be known: said until it is published, or replaced by the
+        next value for that key. ValueError for what no directory takes.
+        """
+        size_bytes = len(key.encode())
+        if not 0 < size_bytes <= KEY_LIMIT_BYTES or "\0" in key:
+            raise ValueError(f"a key has 1 to {KEY_LIMIT_BYTES} bytes and no NUL; {key[:40]!r} has {size_bytes}")
+        if value is not None and len(value) > VALUE_LIMIT_BYTES:
+            raise ValueError(f"a value has at most {VALUE_LIMIT_BYTES} bytes, not {len(value)}")
+        if not 0 <= expires_s <= EXPIRES_LIMIT_S:
+            raise ValueError(f"a value expires within {EXPIRES_LIMIT_S:.0f} seconds, not {expires_s:g}")
+        action = Action.DELETE if value is None else Action.PUT
+        update = Update(action, key, value or b"", expires_ms=round(1000 * expires_s))
+        if self._is_closed or self.failure:
+            if done is not None:
+                done(Answer.NOT_DONE)
+        elif self.master is not None:
+            self.master.publish(self._mine(update), confirm, done)
+            self._flush_soon()
+        else:
+            self.reports.add(update, confirm, done, self._clock.now())
+            self._settle()
+
+    def _mine(self, update: Update) -> Update:
+        return update._replace(origin=self.me.node, number=self.reports.next_number())
+
+    @property
+    def members(self) -> dict[int, Member]:
+        """By id, as this node's copy has them."""
+        return self._members
+
+    @property
+    def is_active(self) -> bool:
+        """True while this node is a member and its copy is one of the master's."""
+        is_current = self.master is not None or self.follower.is_following
+        return is_current and self._members.get(self.me.node) == self.me
+
+    # --- events ---
+
+    def _heard(self, node: int, body: Any, stream: FrameStream | None) -> None:
+        if self._is_closed or self.failure:
+            return
+        now_s = self._clock.now()
+        try:
+            if self.master is not None:
+                self.master.heard(node, now_s)
+            self._take(node, body, stream, now_s)
+        except MalformedError as error:
+            self.routes.refuse(f"node {node:016x}", node, f"it does not make sense: {error}")
+        self._settle()
+
+    def _take(self, node: int, body: Any, stream: FrameStream | None, now_s: float) -> None:
+        follower, master = self.follower, self.master
+        match body.kind:
+            case Kind.UPDATES:
+                if master is None:
+                    try:
+                        follower.updates(body, now_s)
+                    except MalformedError as error:
+                        self._fail(f"it does not understand its master: {error}")
+            case Kind.HEARTBEAT:
+                self._heartbeat(node, body, now_s)
+            case Kind.REQUEST:
+                (follower if master is None else master).requested(node, body, now_s)
+            case Kind.REFUSAL:
+                follower.refusal(body, now_s)
+            case Kind.COLLECT:
+                self._collect(node, body)
+            case Kind.PROMISE:
+                self.election.promised(node, body)
+            case Kind.HELD:
+                self.delegate.held(body)
+            case Kind.SNAPSHOT_REQUEST if stream is not None:
+                self.delegate.requested(stream, body, now_s)
+            case Kind.DELEGATE:
+                self.joiner.delegate(body)
+            case Kind.JOIN_REFUSED:
+                self.joiner.refused(body)
+            case Kind.ACTIVE:
+                self.joiner.active(body)
+            case Kind.SUBSCRIBED:
+                follower.subscribed(node, body, now_s)
+            case Kind.SUBSCRIBE_REFUSED:
+                if body.reason is Reason.GONE and body.epoch >= self.replica.store.promised:
+                    self.joiner.need(node, body.epoch, True)
+            case _:
+                if master is not None:
+                    self._take_as_master(master, node, body, stream, now_s)
+
+    def _take_as_master(
+        self, master: Master, node: int, body: Any, stream: FrameStream | None, now_s: float
+    ) -> None:  # fmt: skip
+        match body.kind:
+            case Kind.POSITION:
+                master.position(node, body, now_s)
+            case Kind.REPORT:
+                master.reported(node, body)
+            case Kind.JOIN:
+                if body.node_kind is NodeKind.SECOND and stream is None:
+                    return
+                self._adopt(node, stream)
+                if len(self._joining) >= JOINING_LIMIT:
+                    self._joining.clear()
+                self._joining[node] = Member(node, body.node_kind, body.name, body.datagrams, body.streams)
+                master.join(node, body, now_s)
+            case Kind.HOLD:
+                master.hold(node, body, now_s)
+            case Kind.READY:
+                master.ready(node, body, now_s)
+            case Kind.SUBSCRIBE if stream is not None:
+                self._adopt(node, stream)
+                master.subscribe(node, body, now_s)
+
+    def _adopt(self, node: int, stream: FrameStream | None) -> None:
+        """Answers to this node go over this stream from here on."""
+        if stream is not None and self.routes.streams.get(node) is not stream:
+            before = self.routes.streams.get(node)
+            self.routes.streams[node] = stream
+            if before is not None:
+                before.close()
+
+    def _heartbeat(self, node: int, body: Any, now_s: float) -> None:
+        if self.master is not None or self.election.epoch:
+            if body.epoch <= max(self.election.epoch, self.replica.store.promised):
+                return
+            self.election.give_up(f"epoch {body.epoch} has a master", 0.0)
+        if self.follower.heartbeat(node, body, now_s):
+            self._heard_master_s = now_s
+            self.reports.confirm(self.follower.confirmed)
+
+    def _collect(self, node: int, body: Any) -> None:
+        if self.election.epoch and body.epoch > self.election.epoch:
+            self.election.give_up(f"epoch {body.epoch} is being collected", 0.0)
+        if self.master is None:
+            self.follower.collect(node, body)
+            if not self.follower.epoch:
+                self.joiner.cancel()
+                self.delegate.epoch_changed()
+
+    def _accept(self, connection: Connection) -> Receiver | None:
+        return None if self._is_closed or self.failure else self.routes.accept(connection, self._stream_lost)
+
+    def _stream_lost(self, stream: FrameStream) -> None:
+        self.delegate.ended(stream)
+        if self.routes.streams.get(stream.peer) is stream:
+            del self.routes.streams[stream.peer]
+            if self.master is not None:
+                self.master.unlink(stream.peer)
+
+    def _open_stream(
+        self, address: str, first: Any, heard: Callable[[Any], None], failed: Callable[[str], None]
+    ) -> Callable[[], None]:
+        def settled(call: Callable[[Any], None]) -> Callable[[Any], None]:
+            def wrapped(argument: Any) -> None:
+                if not self._is_closed:
+                    call(argument)
+                    self.follower.installed()
+                    self._settle()
+
+            return wrapped
+
+        return self.routes.open_stream(address, first, settled(heard), settled(failed))
+
+    def _persisted(self, position: Position, promised: int) -> None:
+        if self._is_closed:
+            return
+        if self.master is not None:
+            self.master.persisted(position)
+        self.follower.persisted(position, promised)
+        self.joiner.persisted()
+        self._settle()
+
+    def _store_failed(self, error: int) -> None:
+        self._fail(f"its store cannot be written (errno {error})")
+
+    def _fail(self, why: str) -> None:
+        """Take no part any more."""
+        if not self.failure:
+            self.failure = why
+            _log.error("%s leaves the directory: %s", self.settings.name, why)
+            self.election.give_up(why, float("inf"))
+            self.joiner.cancel()
+
+    def _applied(self, position: Position, update: Update) -> None:
+        """The copy has taken an update."""
+        if self.master is None:
+            self.reports.seen(position, update, self._clock.now())
+            self.reports.confirm(self.follower.confirmed)
+
+    def _member_changed(self, key: str, value: bytes | None) -> None:
+        member = Member.decode(key, value) if value is not None else None
+        for node, other in list(self._members.items()):
+            if other.key == key:
+                del self._members[node]
+        if member is not None:
+            self._members[member.node] = member
+        self._relays = tuple(sorted(node for node, one in self._members.items() if one.kind is NodeKind.FIRST))
+        if self.master is not None:
+            self.master.refresh_audience()
+
+    # --- terms ---
+
+    def _begin_term(self, state: MasterState, kept: Reading) -> None:
+        self.joiner.cancel()
+        self.delegate.epoch_changed()
+        self.follower.is_following = self.follower.needs_snapshot = False
+        self.follower.epoch = 0
+        waiting = self.reports.take_all()
+        self.master = Master(
+            self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self._members, state,
+            kept, self.election.took, lambda why: self.election.give_up(why, SILENCE_S),
+        )  # fmt: skip
+        for update, confirm, done, seen in waiting:
+            if seen == NOWHERE or not self.replica.history.has(seen):
+                self.master.publish(self._mine(update), confirm, done)
+            elif done is not None:
+                self.master.wait(self.replica.position.sequence, done)
+        self._flush_soon()
+
+    def _end_term(self, why: str) -> None:
+        master, self.master = self.master, None
+        if master is not None:
+            master.end()
+        self.delegate.epoch_changed()
+        for stream in list(self.routes.streams.values()):
+            stream.close()
+        self.routes.streams.clear()
+        self._joining.clear()
+        self._heard_master_s = self._clock.now()
+
+    def _state_changed(self) -> None:
+        """The registry's state was heard."""
+        state = self.election.state
+        if state is not None and self.master is not None:
+            self.master.state_heard(state)
+        if state is not None and self.far_link is not None:
+            self.far_link.aim(state.master, state.streams)
+        self._settle()
+
+    def _master_and_epoch(self) -> tuple[int, int]:
+        if self.master is not None:
+            return (self.me.node, self.master.term.epoch)
+        follower = self.follower
+        return (follower.master, follower.epoch) if follower.is_following else (0, 0)
+
+    # --- across a WAN ---
+
+    def _far_opened(self) -> None:
+        self._subscribe_at_s = 0.0
+        self._settle()
+
+    def _heard_far(self, node: int, body: Any) -> None:
+        if not self._is_closed:
+            self._heard(node, body, None)
+
+    def _tend_far_link(self, link: FarLink, now_s: float) -> None:
+        """A second-kind node asks its master for what follows, and looks for another stream when nothing comes."""
+        state, suspicion = self.election.state, self.follower.suspicion
+        if state is None or not link.is_open:
+            return
+        if self.follower.is_following and self.follower.epoch == state.epoch:
+            if suspicion is not None and suspicion.suspects(now_s) and now_s - self._heard_master_s > SILENCE_S:
+                self.follower.is_following = False
+                link.again()
+        elif self.replica.position == NOWHERE:
+            self.joiner.need(state.master, state.epoch, True)
+        elif self.joiner.state is Joining.IDLE and now_s >= self._subscribe_at_s:
+            self._subscribe_at_s = now_s + SUBSCRIBE_S
+            self.routes.send(state.master, Subscribe(state.epoch, self.replica.position, self._prefixes))
+
+    # --- addresses ---
+
+    def _addresses(self, node: int) -> tuple[str, str]:
+        member = self._members.get(node) or self._joining.get(node)
+        if member is not None:
+            is_near = self.settings.kind is member.kind is NodeKind.FIRST
+            return (member.datagrams if is_near else "", member.streams)
+        state = self.election.state
+        if state is not None and state.master == node:
+            return (state.datagrams if self.settings.kind is NodeKind.FIRST else "", state.streams)
+        return ("", "")
+
+    def _streams_of(self, node: int) -> str:
+        return self._addresses(node)[1]
+
+    # --- settling ---
+
+    def _flush_soon(self) -> None:
+        if not self._is_flushing:
+            self._is_flushing = True
+            self._clock.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flushing = False
+        if not self._is_closed:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Do what is due, look what this node is, and be woken when there is something to do next."""
+        if self._is_closed or self._is_settling:
+            return
+        self._is_settling = True
+        now_s = self._clock.now()
+        if not self.failure:
+            self._follow_up(now_s)
+            if self.far_link is not None:
+                self._tend_far_link(self.far_link, now_s)
+            self._look_for_master(now_s)
+            self.follower.tick(now_s)
+            self.joiner.tick()
+            self.delegate.tick(now_s)
+            if self.reports:
+                epoch = self.follower.epoch if self.follower.is_following else 0
+                for report in self.reports.due(epoch, now_s):
+                    self.routes.send(self.follower.master, report)
+            if self.master is not None:
+                self.master.tick(now_s)
+        self._is_settling = False
+        self._arm(now_s)
+
+    def _follow_up(self, now_s: float) -> None:
+        """Another history or another copy: what is there of ours?"""
+        standing = (self.follower.epoch, self.replica.installs)
+        if standing != self._standing:
+            if standing[0] != self._standing[0]:
+                self.delegate.epoch_changed()
+            self._standing = standing
+            self.reports.replaced(self.replica.map, self.replica.history)
+            self.reports.confirm(self.follower.confirmed)
+
+    def _look_for_master(self, now_s: float) -> None:
+        """Join, or get a snapshot, if this node is not what it should be."""
+        follower, state = self.follower, self.election.state
+        if self.master is not None or self.election.epoch:
+            return
+        if follower.epoch and follower.needs_snapshot:
+            self.joiner.need(follower.master, follower.epoch, True)
+        elif follower.is_following and self._members.get(self.me.node) != self.me:
+            self.joiner.need(follower.master, follower.epoch, False)
+        elif follower.is_following:
+            self.joiner.is_member()
+        if self.far_link is not None or state is None or state.master == self.me.node:
+            return
+        is_unknown = state.epoch > max(follower.epoch, self.replica.store.promised - 1)
+        if is_unknown and (self.replica.position == NOWHERE or now_s - self._heard_master_s > SILENCE_S):
+            self.joiner.need(state.master, state.epoch, self.replica.position == NOWHERE)
+
+    def _arm(self, now_s: float) -> None:
+        due_at_s = min(
+            self.follower.due_at_s,
+            self.joiner.due_at_s,
+            self.delegate.due_at_s,
+            self.reports.due_at_s,
+            self.master.due_at_s if self.master is not None else now_s + LOOK_S,
+        )
+        due_at_s = max(due_at_s, now_s + MIN_WAKE_S)
+        if self._timer is not None:
+            if self._wake_at_s <= due_at_s:
+                return
+            self._timer.cancel()
+        self._wake_at_s = due_at_s
+        self._timer = self._clock.call_later(due_at_s - now_s, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._settle()
+
+    def close(self) -> None:
+        """Leave, cleanly: the lease is given back, what waits is answered."""
+        if self._is_closed:
+            return
+        self.election.give_up("this node ends", 0.0)
+        self._is_closed = True
+        self.election.close()
+        self.joiner.cancel()
+        self.reports.end()
+        if self.far_link is not None:
+            self.far_link.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._stop_listening()
+        self.routes.close()

@@ -1,0 +1,148 @@
+"""What a node wants to be published while another one is the master: asked for until it is seen in the own copy.
+
+Theory: the answer to a report is the published update itself, which carries its reporter and number. So nothing is
+acknowledged twice, and a lost answer is brought by the same retransmission as every other message.
+
+Rules
+- Numbers rise. A master publishes a node's reports only in the order of their numbers; one that a later one has
+  overtaken was not published, and gets a new number.
+- A report for a key replaces a waiting one for the same key that nobody waits for.
+- Confirmed means: seen, and the master says that its sequence is confirmed, while it is still in this copy's history.
+- WAITING_LIMIT at once; after PATIENCE_S the answer is *unknown*, or *not done* if it was never sent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from metadata.directory.history import History
+from metadata.directory.map import DirectoryMap
+from protocol.directory import NOWHERE, Confirm, Position, Update
+from protocol.directory_control import Report
+
+RETRY_S = 0.2
+RETRY_LIMIT_S = 2.0
+WAITING_LIMIT = 1024
+PATIENCE_S = 30.0
+
+
+class Answer(Enum):
+    """What became of a publication."""
+
+    CONFIRMED = "confirmed"
+    NOT_DONE = "not done"
+    UNKNOWN = "unknown"
+
+
+Done = Callable[[Answer], None]
+
+
+@dataclass
+class _Waiting:
+    update: Update
+    confirm: Confirm
+    done: Done | None
+    until_s: float
+    due_at_s: float
+    tries: int = 0
+    seen: Position = NOWHERE
+
+
+class Reports:
+    """The publications that this node has asked the master for."""
+
+    def __init__(self, me: int, incarnation: int) -> None:
+        self._me = me
+        self._number = incarnation << 32
+        self._waiting: dict[int, _Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def add(self, update: Update, confirm: Confirm, done: Done | None, now_s: float) -> None:
+        """Ask for it from now on."""
+        if done is None:
+            for number, waiting in list(self._waiting.items()):
+                if waiting.done is None and waiting.update.key == update.key:
+                    del self._waiting[number]
+        if len(self._waiting) >= WAITING_LIMIT:
+            if done is not None:
+                done(Answer.NOT_DONE)
+            return
+        # What nobody waits for is true until it is replaced: it is asked for for ever.
+        until_s = now_s + PATIENCE_S if done is not None else float("inf")
+        self._put(_Waiting(update, confirm, done, until_s, now_s))
+
+    def _put(self, waiting: _Waiting) -> None:
+        number = self.next_number()
+        waiting.update = waiting.update._replace(origin=self._me, number=number)
+        waiting.seen = NOWHERE
+        self._waiting[number] = waiting
+
+    def seen(self, position: Position, update: Update, now_s: float) -> None:
+        """This node's copy has taken an update that it reported itself."""
+        if update.origin != self._me:
+            return
+        waiting = self._waiting.get(update.number)
+        if waiting is not None:
+            waiting.seen = position
+        for number in sorted(self._waiting):
+            if number < update.number and self._waiting[number].seen == NOWHERE:
+                overtaken = self._waiting.pop(number)
+                overtaken.due_at_s = now_s
+                self._put(overtaken)
+
+    def replaced(self, directory: DirectoryMap, history: History) -> None:
+        """The copy was replaced by a snapshot, or follows another history: what of ours is in it?"""
+        for waiting in self._waiting.values():
+            entry = directory.entry(waiting.update.key)
+            if entry is not None and (entry.update.origin, entry.update.number) == (self._me, waiting.update.number):
+                waiting.seen = entry.position
+            elif not history.has(waiting.seen):
+                waiting.seen = NOWHERE
+
+    def confirm(self, confirmed: int) -> None:
+        """Answer what has been seen and needs no more than that, or is confirmed."""
+        for number, waiting in list(self._waiting.items()):
+            is_enough = waiting.confirm is not Confirm.SITE or waiting.seen.sequence <= confirmed
+            if waiting.seen != NOWHERE and is_enough:
+                del self._waiting[number]
+                if waiting.done is not None:
+                    waiting.done(Answer.CONFIRMED)
+
+    @property
+    def due_at_s(self) -> float:
+        return min(
+            (min(waiting.until_s, waiting.due_at_s) for waiting in self._waiting.values()), default=float("inf")
+        )  # fmt: skip
+
+    def due(self, epoch: int, now_s: float) -> list[Report]:
+        """What to say to the master of `epoch` (0: there is none) now."""
+        reports = []
+        for number, waiting in sorted(self._waiting.items()):
+            if waiting.until_s <= now_s:
+                del self._waiting[number]
+                if waiting.done is not None:
+                    waiting.done(Answer.UNKNOWN if waiting.tries else Answer.NOT_DONE)
+            elif waiting.due_at_s <= now_s:
+                waiting.due_at_s = now_s + min(RETRY_S * (1 << min(waiting.tries, 10)), RETRY_LIMIT_S)
+                if epoch and waiting.seen == NOWHERE:
+                    waiting.tries += 1
+                    reports.append(Report(epoch, waiting.confirm, waiting.update.encode()))
+        return reports
+
+    def take_all(self) -> list[tuple[Update, Confirm, Done | None, Position]]:
+        """This node is the master now: it publishes what its copy does not have (NOWHERE) itself."""
+        waiting, self._waiting = self._waiting, {}
+        return [(one.update, one.confirm, one.done, one.seen) for _, one in sorted(waiting.items())]
+
+    def end(self) -> None:
+        """The node ends."""
+        for waiting in self._waiting.values():
+            if waiting.done is not None:
+                waiting.done(Answer.UNKNOWN if waiting.tries else Answer.NOT_DONE)
+        self._waiting.clear()
