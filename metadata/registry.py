@@ -147,6 +147,8 @@ class Family:
     """Raised when acknowledged writes may have been lost."""
     in_sync: tuple[str, ...] = ()
     placement: tuple[str, ...] = ()
+    max_data: int = 0
+    """Bytes that its segment files may take; 0: without limit."""
 
     @property
     def name(self) -> str:

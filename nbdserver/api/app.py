@@ -46,6 +46,7 @@ class Settings(BaseModel):
     iops_burst: int = Field(description="operations at once after a pause; 0: one second's worth")
     bandwidth: int = Field(description="bytes a second, read and written; 0: without limit")
     bandwidth_burst: int = Field(description="bytes at once after a pause; 0: one second's worth")
+    max_data: int = Field(description="bytes that the segment files of its family may take; 0: without limit")
 
 
 class Volume(BaseModel):
@@ -238,7 +239,9 @@ def _add_node(app: FastAPI, node: Node) -> None:
         volumes: dict[str, Figures] = {}
         for family in node.families():
             for volume in family.volumes:
-                own = {"volume_size_bytes": volume.size_bytes, "volume_generation": family.generation}
+                own: dict[str, float] = {"volume_size_bytes": volume.size_bytes, "volume_generation": family.generation}
+                if volume == family.volumes[0]:
+                    own |= node.capacity.volume_gauges(family)
                 figures = live.get(volume.name, {"counters": {}, "gauges": {}})
                 volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
         text = exposition(Figures(counters, gauges), volumes)

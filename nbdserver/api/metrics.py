@@ -34,6 +34,8 @@ HELP = {
     "connections": "client connections, those in their handshake too",
     "volume_size_bytes": "size of the volume",
     "volume_generation": "raised when acknowledged writes may have been lost",
+    "volume_max_data_bytes": "most that the segment files of it, its snapshots and clones may take; 0: without limit",
+    "volume_alarm_percent": "the threshold of it above which the live data is: 80, 90, 95; 0: none",
     "clients": "client connections of the volume",
     "batches": "wakes of the loop that brought requests",
     "batch_requests": "requests a batch",

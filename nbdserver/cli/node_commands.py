@@ -73,8 +73,9 @@ def _attention(node: dict[str, Any]) -> list[tuple[int, str]]:
             found.append((2, f"{name}: {volume['reason']}"))
         elif volume["state"] == "full":
             found.append((2, f"{name} is full: writes get ENOSPC ({FULL_REASONS[volume['disk']['full']]})"))
-        if damaged := volume["disk"].get("damaged"):
-            found.append((2, f"{name}: {len(damaged)} damaged blocks; nbdserver volume show {name}"))
+        if damaged := [block for block in volume["disk"].get("damaged", []) if block["volume"] == name]:
+            exports = ", ".join(sorted({block["export"] for block in damaged})[:5])
+            found.append((2, f"{name}: {len(damaged)} damaged blocks in {exports}; nbdserver volume show {name}"))
     return found
 
 

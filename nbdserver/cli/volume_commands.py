@@ -88,6 +88,8 @@ def _short(settings: dict[str, Any]) -> str:
         words.append(f"iops={settings['iops']}")
     if settings["bandwidth"]:
         words.append(f"bandwidth={format_size(settings['bandwidth'])}")
+    if settings["max_data"]:
+        words.append(f"max-data={format_size(settings['max_data'])}")
     return " ".join(words)
 
 
@@ -107,6 +109,7 @@ def print_one(context: typer.Context, volume: dict[str, Any], json_output: bool)
         print_json(volume)
         return
     flat = {**volume, **{f"disk.{key}": value for key, value in volume["disk"].items()}, **volume["settings"]}
+    flat["disk.damaged"] = [f"{block['export']} block {block['lba']}" for block in volume["disk"].get("damaged", [])]
     flat["size"] = format_size(volume["size_bytes"])
     for key in ("disk", "settings"):
         del flat[key]
@@ -133,7 +136,8 @@ def set_settings(
 
     Limits for all its clients together: iops=N operations and bandwidth=SIZE bytes a second, read and written;
     iops-burst=N and bandwidth-burst=SIZE: what may be done at once after a pause (else one second's worth). none
-    takes a limit away.
+    takes a limit away. max-data=SIZE: what the volume, its snapshots and its clones may take on the disk together; at
+    it writes get ENOSPC, as on a full disk.
 
     Examples:
 

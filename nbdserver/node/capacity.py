@@ -122,6 +122,9 @@ class Capacity:
         if max_data_bytes:
             filled_bytes = sum(room["filled_bytes"] for room in self._room.values())
             fills.append(Fill(MAX_DATA, filled_bytes, max_data_bytes))
+        for family in self._families():
+            if family.max_data and family.id in self._room:
+                fills.append(Fill(_subject(family), self._room[family.id]["filled_bytes"], family.max_data))
         return fills
 
     def _file_system(self) -> Fill:
@@ -140,6 +143,13 @@ class Capacity:
     def _provisioned_bytes(self) -> int:
         return sum(volume.size_bytes for family in self._families() for volume in family.volumes)
 
+    def volume_gauges(self, family: Family) -> dict[str, float]:
+        """Of a family, for the metrics of its oldest volume."""
+        return {
+            "volume_max_data_bytes": family.max_data,
+            "volume_alarm_percent": self._alarms.level(_subject(family)),
+        }
+
     def _tell(self, fill: Fill, crossing: Crossing) -> None:
         self._event(
             "fill-alarm" if crossing.is_rising else "fill-alarm-over",
@@ -151,3 +161,8 @@ class Capacity:
                 "size_bytes": fill.size_bytes,
             },
         )
+
+
+def _subject(family: Family) -> str:
+    """A volume is named; its clones count with it."""
+    return f"volume {family.name}"

@@ -65,7 +65,7 @@ class FamilyRequests:
         """Make an empty family."""
         format_family(directory, self._threads, family, size_bytes, segment_bytes)
 
-    async def do_open(self, directory: str, family: str, volume: str, epoch: int) -> Any:
+    async def do_open(self, directory: str, family: str, volume: str, epoch: int, max_data_bytes: int) -> Any:
         """Open a family, whose oldest volume is called `volume`; returns its generation, which recovery may have
         raised, and the size of each volume by its number."""
         opened = OpenFamily(
@@ -78,6 +78,7 @@ class FamilyRequests:
             self.settings,
             self._reporter(family, volume),
         )
+        opened.disk.pool.budget.limit_bytes = max_data_bytes
         opened.disk.pool.share_budget(self.budget)
         served = self._families[family] = ServedFamily(opened, self._exports, self._clock)
         self._share_cache()
@@ -99,9 +100,10 @@ class FamilyRequests:
         """What is live of each open family."""
         return {family_id: family.status() for family_id, family in self._families.items()}
 
-    async def do_limit_data(self, max_data_bytes: int) -> None:
-        """Change what the segment files of all families may take together; 0: no limit."""
-        self.budget.limit_bytes = max_data_bytes
+    async def do_limit_data(self, max_data_bytes: int, family: str = "") -> None:
+        """Change what the segment files of a family may take, or those of all together; 0: no limit."""
+        budget = self._family(family).disk.pool.budget if family else self.budget
+        budget.limit_bytes = max_data_bytes
 
     async def do_room(self) -> dict[str, dict[str, int]]:
         """Of each open family: what its segment files take, and what of that cannot be cleaned away."""
@@ -178,9 +180,11 @@ class FamilyRequests:
 
     def _reporter(self, family: str, name: str) -> Report:
         def report(kind: str, fields: dict[str, Any]) -> None:
-            """What a family reports goes by the name of its oldest volume, whatever that is called by now."""
+            """What a family reports goes by the name that a volume has by now: the one of a number, or the oldest."""
             served = self._families.get(family)
-            volumes = served.volumes if served is not None else []
-            self._report(kind, {"family": family, "volume": volumes[0].export.name if volumes else name, **fields})
+            names = {volume.number: volume.export.name for volume in served.volumes} if served is not None else {}
+            oldest = next(iter(names.values()), name)
+            volume = names.get(fields.pop("number", 0), oldest)
+            self._report(kind, {"family": family, "volume": volume, **fields})
 
         return report

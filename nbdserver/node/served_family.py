@@ -147,7 +147,20 @@ class ServedFamily:
     def status(self, number: int = 0) -> dict[str, Any]:
         """What is live, of the disk and of all volumes, or of one if it is served."""
         numbers = sorted(self._volumes) if not number else [number] if number in self._volumes else []
-        return {"disk": self.disk.status(), "volumes": {str(each): self._volume_status(each) for each in numbers}}
+        disk = self.disk.status() | {"damaged": self._damaged()}
+        return {"disk": disk, "volumes": {str(each): self._volume_status(each) for each in numbers}}
+
+    def _damaged(self) -> list[dict[str, Any]]:
+        """{export: what shows it, lba} of each damaged block that is known."""
+        found = []
+        for block in self.disk.damage.listed():
+            served = self._volumes.get(int(str(block["number"])))
+            if served is not None:
+                snapshot = f"@{block['snapshot']}" if block["snapshot"] else ""
+                found.append(
+                    {"volume": served.export.name, "export": served.export.name + snapshot, "lba": block["lba"]}
+                )
+        return found
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Counters and gauges by volume. Those of the disk, which the volumes share, stand at the oldest one."""

@@ -8,8 +8,9 @@ import re
 from dataclasses import replace
 
 from metadata.registry import ExportSettings
+from nbdserver.logdisk.budget import LEAST_SEGMENTS
 from nbdserver.node.errors import WrongInputError
-from nbdserver.node.sizes import SizeError, parse_size
+from nbdserver.node.sizes import SizeError, format_size, parse_size
 
 MAX_NAME_LENGTH = 128
 MAX_DESCRIPTION_BYTES = 4096  # NBD's longest string
@@ -18,7 +19,12 @@ MAX_ALLOWED_CLIENTS = 256
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
-SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS)
+SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS, "max-data")
+MAX_DATA = "max-data"
+"""Of a family: of a volume, its snapshots and its clones together."""
+
+MAX_DATA_BYTES = 1 << 50
+
 MAX_RATE = 1 << 40
 """Operations or bytes a second; more is no limit to anything."""
 
@@ -53,6 +59,25 @@ def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSet
         case "size":
             raise WrongInputError("a size is not a setting: nbdserver volume resize NAME --size SIZE")
     raise WrongInputError(f"{key!r:.60} is not a setting of a volume; known are {', '.join(SETTING_KEYS)}")
+
+
+def parse_max_data(value: str, segment_bytes: int) -> int:
+    """Return the bytes of `max-data=VALUE`, 0 for none, for a volume with such segments. Raises WrongInputError."""
+    if value.lower() in ("none", "0", ""):
+        return 0
+    try:
+        size_bytes = parse_size(value)
+    except SizeError as error:
+        raise WrongInputError(f"{MAX_DATA}: {error}; write {MAX_DATA}=100G or none") from None
+    least_bytes = LEAST_SEGMENTS * segment_bytes
+    if size_bytes < least_bytes:
+        raise WrongInputError(
+            f"{MAX_DATA}={value!s:.40} is less than {format_size(least_bytes)}, which is {LEAST_SEGMENTS} segments of "
+            f"{format_size(segment_bytes)}; write {MAX_DATA}={format_size(least_bytes)} or more"
+        )
+    if size_bytes > MAX_DATA_BYTES:
+        raise WrongInputError(f"{MAX_DATA}={value!s:.40} is no limit to anything; write {MAX_DATA}=none")
+    return size_bytes
 
 
 def _change_limit(settings: ExportSettings, key: str, value: str) -> ExportSettings:

@@ -20,7 +20,7 @@ import errno as errnos
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from metadata.registry import (
@@ -35,7 +35,7 @@ from metadata.registry import (
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
-from nbdserver.node.volume_settings import change_settings, check_name
+from nbdserver.node.volume_settings import MAX_DATA, change_settings, check_name, parse_max_data
 from protocol.invariant import invariant
 
 MAX_FAMILIES = 1024
@@ -190,13 +190,18 @@ class Volumes:
         """Change settings, all of `changes` or none, live."""
         async with self.lock:
             family, volume = self._find(name)
-            settings = volume.settings
+            settings, max_data = volume.settings, family.max_data
             for key, value in changes.items():
-                settings = change_settings(settings, key, value)
-            if settings != volume.settings:
+                if key.replace("_", "-") == MAX_DATA:
+                    max_data = parse_max_data(value, family.segment_bytes)
+                else:
+                    settings = change_settings(settings, key, value)
+            if (settings, max_data) != (volume.settings, family.max_data):
                 if not self._why_not(family, volume):
                     await self.call("set", family=family.id, number=volume.number, settings=asdict(settings))
-                self._families.change_volume(family, volume, settings=settings)
+                    await self.call("limit_data", family=family.id, max_data_bytes=max_data)
+                changed = replace(volume, settings=settings)
+                self._families.change(family, volumes=family.with_volume(changed).volumes, max_data=max_data)
                 self.event("volume-changed", {"volume": name, "changes": changes})
             return await self._shown(name)
 
@@ -274,6 +279,7 @@ class Volumes:
                 family=raised.id,
                 volume=raised.name,
                 epoch=raised.epoch,
+                max_data_bytes=raised.max_data,
             )
             is_open = True
             if answer["generation"] > raised.generation:
@@ -403,7 +409,7 @@ class Volumes:
             "generation": family.generation,
             "epoch": family.epoch,
             "family": family.id,
-            "settings": asdict(volume.settings),
+            "settings": {**asdict(volume.settings), "max_data": family.max_data},
             "clients": own.get("clients", 0),
             "disk": disk,
         }

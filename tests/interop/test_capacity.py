@@ -98,3 +98,35 @@ def test_more_than_overcommit_allows_is_refused_with_the_numbers(server: Server)
     assert "disk1 with 60M would make" in caught.value.stderr
     capacity = json.loads(server.command("status", "--json"))["capacity"]
     assert (capacity["overcommit"], capacity["provisioned_bytes"]) == (4.0, 250 * MIB)
+
+
+def test_a_volumes_limit_is_set_live_and_counts_its_snapshots(server: Server) -> None:
+    client = Client(("127.0.0.1", server.port), "disk0", timeout_s=30.0)
+    data = bytes(range(256)) * (MIB // 256)
+    for number in range(10):
+        assert client.request(Command.WRITE, number * MIB, data=data).error == 0
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        server.command("volume", "set", "disk0", "max-data=8M")
+    assert "less than 16M, which is 16 segments of 1M" in caught.value.stderr
+    server.command("volume", "set", "disk0", "max-data=20M")
+    server.command("snapshot", "create", "disk0@kept")
+    written = 0
+    while (error := client.request(Command.WRITE, written * MIB, data=data[::-1]).error) == 0:
+        written += 1
+        assert written < 12
+    assert error == ReplyError.ENOSPC
+    assert alarms(server)["volume disk0"] >= 90
+    shown = ask(server, "/v1/volumes/disk0")
+    assert (shown["state"], shown["disk"]["full"], shown["settings"]["max_data"]) == ("full", "max-data", 20 * MIB)
+    assert "max-data=20M" in server.command("volume", "list")
+
+    server.stop()
+    client.close()
+    server.start()
+    client = Client(("127.0.0.1", server.port), "disk0", timeout_s=30.0)
+    assert ask(server, "/v1/volumes/disk0")["settings"]["max_data"] == 20 * MIB
+    assert alarms(server)["volume disk0"] >= 90
+    server.command("snapshot", "delete", "disk0@kept")
+    eventually(lambda: client.request(Command.WRITE, 9 * MIB, data=data).error == 0, "the snapshot's room came back")
+    server.command("volume", "set", "disk0", "max-data=none")
+    assert "volume disk0" not in alarms(server)

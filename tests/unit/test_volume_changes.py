@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from metadata.registry import Change, ExportSettings, Families, VolumeState
+from metadata.registry import Change, ExportSettings, Families, Family, VolumeState
 from metadata.registry_table import RegistryTable
 from nbdserver.node.control import open_registry
 from nbdserver.node.data_process import DataProcessError
@@ -205,6 +205,17 @@ def test_a_setting_that_the_export_refuses_is_not_registered(node: Node) -> None
     found = node.families.find("disk0")
     assert found is not None
     assert not found[1].settings.shared
+
+
+def test_a_limit_is_the_familys_and_changes_with_the_other_settings_or_not_at_all(node: Node) -> None:
+    asyncio.run(node.volumes.create("disk0", SIZE))
+    with pytest.raises(WrongInputError, match="less than 16M"):
+        asyncio.run(node.volumes.set("disk0", {"shared": "true", "max-data": "1M"}))
+    changed = asyncio.run(node.volumes.set("disk0", {"shared": "true", "max-data": "32M"}))
+    assert (changed["settings"]["shared"], changed["settings"]["max_data"]) == (True, 32 << 20)
+    (family,) = node.families.all()
+    assert family.max_data == 32 << 20
+    assert Family.decode(family.encode()) == family
 
 
 def test_a_deletion_that_clients_prevent_changes_nothing(node: Node) -> None:

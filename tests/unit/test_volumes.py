@@ -4,7 +4,7 @@ import pytest
 
 from metadata.registry import ExportSettings
 from nbdserver.node.errors import WrongInputError
-from nbdserver.node.volume_settings import change_settings, check_name
+from nbdserver.node.volume_settings import change_settings, check_name, parse_max_data
 
 PLAIN = ExportSettings()
 
@@ -63,3 +63,22 @@ def test_a_setting_is_changed_and_the_others_stay(key: str, value: str, expected
 def test_a_wrong_setting_says_what_would_be_right(key: str, value: str, message: str) -> None:
     with pytest.raises(WrongInputError, match=message):
         change_settings(PLAIN, key, value)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("none", 0), ("0", 0), ("", 0), ("16M", 16 << 20), ("2T", 2 << 40)])
+def test_a_limit_of_what_data_may_take(value: str, expected: int) -> None:
+    assert parse_max_data(value, 1 << 20) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("lots", "write max-data=100G or none"),
+        ("10GB", "ambiguous"),
+        ("15M", "less than 16M, which is 16 segments of 1M; write max-data=16M or more"),
+        ("5000T", "write max-data=none"),
+    ],
+)
+def test_a_wrong_limit_says_what_would_be_right(value: str, message: str) -> None:
+    with pytest.raises(WrongInputError, match=message):
+        parse_max_data(value, 1 << 20)
