@@ -97,9 +97,9 @@ class Volume:
     def encode(self) -> dict[str, Any]:
         """Return what JSON shall hold: settings that are as usual are left out, for there may be a thousand volumes."""
         content: dict[str, Any] = {"number": self.number, "name": self.name, "size_bytes": self.size_bytes}
-        usual, settings = asdict(_USUAL_SETTINGS), asdict(self.settings)
-        if unusual := {key: value for key, value in settings.items() if value != usual[key]}:
-            content["settings"] = unusual
+        if self.settings != _USUAL_SETTINGS:
+            usual, settings = asdict(_USUAL_SETTINGS), asdict(self.settings)
+            content["settings"] = {key: value for key, value in settings.items() if value != usual[key]}
         if self.state != VolumeState.THERE:
             content["state"] = self.state.value
         return content

@@ -244,7 +244,8 @@ def _add_node(app: FastAPI, node: Node) -> None:
                     own |= node.capacity.volume_gauges(family)
                 figures = live.get(volume.name, {"counters": {}, "gauges": {}})
                 volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
-        text = exposition(Figures(counters, gauges), volumes)
+        # With a thousand volumes this takes a second or two, in which the API has other things to do.
+        text = await asyncio.to_thread(exposition, Figures(counters, gauges), volumes)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/status", summary="The node and its volumes")

@@ -152,7 +152,7 @@ class FamilyRequests:
         return self._family(family).snapshots(number)
 
     async def do_snapshot(self, family: str, number: int, snapshot: str) -> dict[str, Any] | None:
-        """One snapshot, or None."""
+        """One snapshot, without its clones, or None."""
         return self._family(family).snapshot(number, snapshot)
 
     async def do_snapshot_create(self, family: str, number: int, snapshot: str) -> int:

@@ -110,9 +110,8 @@ class ServedFamily:
         return [self._with_names(found) for served in volumes for found in served.snapshots.listed()]
 
     def snapshot(self, number: int, name: str) -> dict[str, Any] | None:
-        """One snapshot, or None."""
-        found = self.volume(number).snapshots.find(name)
-        return None if found is None else self._with_names(found)
+        """One snapshot, without its clones, or None."""
+        return self.volume(number).snapshots.find(name)
 
     async def clone(self, layer: int, number: int) -> int:
         """Make a volume of a snapshot's layer."""

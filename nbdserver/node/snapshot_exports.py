@@ -36,12 +36,15 @@ class SnapshotExports:
         return sum(len(export.sessions) for _, _, export in self._open.values())
 
     def listed(self) -> list[dict[str, Any]]:
-        """What there is, oldest first. `clones` are numbers of volumes."""
+        """What there is, oldest first; `clones` are numbers of volumes."""
         rows = sorted((row for row, _, _ in self._open.values()), key=lambda row: row.layer)
-        return [self._described(row, self._open[row.name][2]) for row in rows]
+        return [
+            self._described(row, self._open[row.name][2]) | {"clones": sorted(self._disk.clones(row.layer))}
+            for row in rows
+        ]
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """One of them, or None."""
+        """One of them, or None; without its clones, of which there may be a thousand."""
         found = self._open.get(name)
         return None if found is None else self._described(found[0], found[2])
 
@@ -110,7 +113,6 @@ class SnapshotExports:
             "size_bytes": row.size_bytes,
             "created_s": row.created_s,
             "clients": len(export.sessions),
-            "clones": sorted(self._disk.clones(row.layer)),
         }
 
 

@@ -138,5 +138,5 @@ def _described(found: dict[str, Any]) -> dict[str, Any]:
         "size_bytes": found["size_bytes"],
         "created": datetime.fromtimestamp(found["created_s"], UTC).isoformat(),
         "clients": found["clients"],
-        "clones": found["clones"],
+        "clones": found.get("clones", []),
     }
