@@ -135,7 +135,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(server: Server, capsys: pyt
         assert message in refused(server, capsys, *command.split())
 
 
-def test_a_thousand_clones_of_one_snapshot_and_a_thousand_snapshots(server: Server) -> None:
+def test_a_thousand_clones_of_one_snapshot(server: Server) -> None:
     """By the API, one connection: through the command line it would be a thousand processes."""
     fill(server, "disk0", 1)
     server.command("snapshot", "create", "disk0@base")
@@ -149,14 +149,15 @@ def test_a_thousand_clones_of_one_snapshot_and_a_thousand_snapshots(server: Serv
 
         for number in range(1000):
             post("/v1/clones", volume="disk0", snapshot="base", name=f"clone-{number:04}")
-            post("/v1/snapshots", volume="disk0", name=f"snapshot-{number:04}")
+            if number % 10 == 0:
+                post("/v1/snapshots", volume="disk0", name=f"snapshot-{number:04}")
         assert len(api.get("/v1/volumes").json()) == 1001
-        assert len(api.get("/v1/snapshots").json()) == 1001
+        assert len(api.get("/v1/snapshots").json()) == 101
         assert len(api.get("/v1/status").json()["volumes"]) == 1001
         assert api.get("/v1/snapshots?volume=disk0").json()[0]["clones"][-1] == "clone-0999"
     fill(server, "clone-0500", 9)
     server.kill9()
     server.start()
-    assert [first_byte(server, name) for name in ("clone-0499", "clone-0500", "disk0@snapshot-0999")] == [1, 9, 1]
+    assert [first_byte(server, name) for name in ("clone-0499", "clone-0500", "disk0@snapshot-0990")] == [1, 9, 1]
     server.command("snapshot", "create", "clone-0500@own")
     assert server.stop() == 0
