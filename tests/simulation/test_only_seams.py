@@ -39,6 +39,8 @@ SIMULATOR_ONLY = {
     "snapshots": JUDGES,
     "world": SEAM,
     "cluster.cluster": DRIVES,
+    "cluster.directory": DRIVES,
+    "cluster.directory_judge": JUDGES,
     "cluster.faults": DRIVES,
     "cluster.machine": SEAM,
     "cluster.nemesis": DRIVES,

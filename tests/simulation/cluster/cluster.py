@@ -77,6 +77,7 @@ class Cluster:
         self.machines: dict[str, Machine] = {}
         self.registry = RegistryTwin(self.scheduler, mix, self.hits)
         self.nemesis = Nemesis(self, mix)
+        self.may_lose_disk: Callable[[str], bool] = lambda name: False  # whether a machine's disk is one too few
         self.node_s = 0.0  # lives of processes, all together, in virtual time
         self._factory = factory
         self._story = story

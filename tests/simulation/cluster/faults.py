@@ -53,6 +53,7 @@ CATALOGUE = (
     Fault("drift", "clocks run too fast or too slow, by up to this share", (0.0001, 0.01), 0.5),
     Fault("slow disk", "the share of a machine's disk calls that take a hundred times as long", (0.02, 0.3)),
     Fault("disk error", "the share of the writes to a machine's store that fail", (0.001, 0.01), 0.15),
+    Fault("disk lost", "a machine comes back with an empty disk, once in a run", (30.0,), 0.15),
     Fault("registry outage", "the registry answers nobody for a while", (60.0, 240.0)),
     Fault("registry delay", "the share of the registry's answers that take up to some seconds", (0.05, 0.5)),
     Fault("registry unknown", "the share of the registry's changes whose outcome is not told", (0.02, 0.2)),

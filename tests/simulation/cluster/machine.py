@@ -192,6 +192,11 @@ class Machine(World):
         if power:
             self.is_powered = False
 
+    def lose_disk(self) -> None:
+        """The disk is replaced by an empty one; no process is running."""
+        self.drive = SimulatedDrive(self, DRIVE_BYTES)
+        self.table = SimulatedTable(self)
+
     def crash_in_a_call(self, calls: int) -> None:
         """The process ends inside the call of its disk that comes after so many."""
         if self._files is not None:

@@ -31,6 +31,7 @@ class Nemesis:
         self._mix = mix
         self._mends: dict[int, Callable[[], None]] = {}
         self._last_mend = 0
+        self._disks_lost = 0
         self._active = True
         self._deeds: dict[str, Callable[[], bool]] = {
             "split": partial(self._split, both=True),
@@ -45,6 +46,7 @@ class Nemesis:
             "pause": partial(self._pause, stands_still=False),
             "suspend": partial(self._pause, stands_still=True),
             "step": self._step,
+            "disk lost": self._lose_disk,
             "registry outage": self._silence_registry,
             "registry compaction": self._compact_registry,
             "watch break": self._break_watches,
@@ -223,6 +225,16 @@ class Nemesis:
         leap_s = self._random.choice([0.01, 1.0, 60.0]) * self._random.random()
         self._cluster.tell(f"the clock of {machine.name} leaps by {leap_s:.3f} s")
         machine.leap(leap_s)
+        return True
+
+    def _lose_disk(self) -> bool:
+        machine = self._one()
+        if machine is None or self._disks_lost or not self._cluster.may_lose_disk(machine.name):
+            return False
+        self._disks_lost += 1
+        self._end(machine, power=True)
+        self._cluster.tell(f"{machine.name} has lost its disk")
+        machine.lose_disk()
         return True
 
     # --- the registry ---
