@@ -96,6 +96,8 @@ class Follower:
             if replica.staging is not None and replica.staging.master != epoch:
                 replica.stage_drop()
         self.master, self.epoch = sender, epoch
+        if self.suspicion is not None:
+            self.suspicion.heard(now_s)
         replica.store.promise(epoch)
         if self._kind is NodeKind.SECOND:
             return  # it follows when the master says so (`subscribed`)
@@ -125,7 +127,8 @@ class Follower:
         if self.epoch and replica.installs != self._installs:
             self._installs = replica.installs
             self.is_following = replica.history.epoch_of(replica.position.sequence + 1) == self.epoch
-            self.needs_snapshot = not self.is_following
+            # A copy of a newer epoch than the one known here is no worse for that: its master will be heard.
+            self.needs_snapshot = replica.position.epoch < self.epoch and not self.is_following
 
     @property
     def _is_taking(self) -> bool:

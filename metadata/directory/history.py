@@ -21,8 +21,8 @@ class History:
         self.starts = starts[-HISTORY_LIMIT:]
 
     def begun(self, epoch: int, first: int) -> "History":
-        """This history and one more epoch."""
-        return History((*self.starts, (epoch, first)))
+        """This history up to the message before `first`, and one more epoch."""
+        return History((*(start for start in self.starts if start[1] < first), (epoch, first)))
 
     def epoch_of(self, sequence: int) -> int:
         """The epoch of the message with this sequence; 0 if it is from before what is known."""

@@ -92,6 +92,7 @@ class DirectoryNode:
         self.failure = ""
         """Why this node has no part in the directory any more."""
         self.settings = settings
+        self.master: Master | None = None
         self._clock = clock
         self._registry = registry
         self._random = random
@@ -120,7 +121,6 @@ class DirectoryNode:
         self.joiner = Joiner(
             self.me, self._prefixes, self.replica, self.routes, random, clock.now, self._open_stream
         )  # fmt: skip
-        self.master: Master | None = None
         self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._far_opened)
         self._timer: Timer | None = None
         self._wake_at_s = float("inf")
@@ -240,6 +240,7 @@ class DirectoryNode:
                 self.joiner.active(body)
             case Kind.SUBSCRIBED:
                 follower.subscribed(node, body, now_s)
+                self._heard_master_s = now_s
             case Kind.SUBSCRIBE_REFUSED:
                 if body.reason is Reason.GONE and body.epoch >= self.replica.store.promised:
                     self.joiner.need(node, body.epoch, True)
@@ -266,6 +267,7 @@ class DirectoryNode:
             case Kind.HOLD:
                 master.hold(node, body, now_s)
             case Kind.READY:
+                self._adopt(node, stream)
                 master.ready(node, body, now_s)
             case Kind.SUBSCRIBE if stream is not None:
                 self._adopt(node, stream)
@@ -422,8 +424,6 @@ class DirectoryNode:
             if suspicion is not None and suspicion.suspects(now_s) and now_s - self._heard_master_s > SILENCE_S:
                 self.follower.is_following = False
                 link.again()
-        elif self.replica.position == NOWHERE:
-            self.joiner.need(state.master, state.epoch, True)
         elif self.joiner.state is Joining.IDLE and now_s >= self._subscribe_at_s:
             self._subscribe_at_s = now_s + SUBSCRIBE_S
             self.routes.send(state.master, Subscribe(state.epoch, self.replica.position, self._prefixes))
@@ -493,17 +493,18 @@ class DirectoryNode:
         follower, state = self.follower, self.election.state
         if self.master is not None or self.election.epoch:
             return
-        if follower.epoch and follower.needs_snapshot:
+        needs_snapshot = follower.needs_snapshot or self.replica.position == NOWHERE
+        if state is not None and state.epoch > max(follower.epoch, self.replica.store.promised - 1):
+            # A master that is not heard: it may not know this node, or not publish yet.
+            is_silent = now_s - self._heard_master_s > SILENCE_S
+            if state.master != self.me.node and (needs_snapshot or is_silent or self.joiner.state is not Joining.IDLE):
+                self.joiner.need(state.master, state.epoch, needs_snapshot)
+        elif follower.epoch and follower.needs_snapshot:
             self.joiner.need(follower.master, follower.epoch, True)
         elif follower.is_following and self._members.get(self.me.node) != self.me:
             self.joiner.need(follower.master, follower.epoch, False)
         elif follower.is_following:
             self.joiner.is_member()
-        if self.far_link is not None or state is None or state.master == self.me.node:
-            return
-        is_unknown = state.epoch > max(follower.epoch, self.replica.store.promised - 1)
-        if is_unknown and (self.replica.position == NOWHERE or now_s - self._heard_master_s > SILENCE_S):
-            self.joiner.need(state.master, state.epoch, self.replica.position == NOWHERE)
 
     def _arm(self, now_s: float) -> None:
         due_at_s = min(

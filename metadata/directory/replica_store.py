@@ -136,6 +136,7 @@ class ReplicaStore:
     def move_to(self, position: Position, starts: Starts) -> None:
         """The copy is at `position` of this history, with the puts and deletes so far."""
         self.position, self.starts = position, starts
+        self.promised = max(self.promised, position.epoch)
         self._is_dirty = True
 
     def promise(self, epoch: int) -> None:
