@@ -138,7 +138,11 @@ def test_only_the_last_epochs_are_kept() -> None:
     assert history.epoch_of(30) == 3
 
 
-@pytest.mark.parametrize("start", [(5, 30), (4, 30), (6, 20)])
+def test_an_epoch_begins_where_the_copy_ends_whatever_epochs_it_had_heard_of() -> None:
+    assert HISTORY.begun(6, 20).starts == ((2, 10), (6, 20))
+
+
+@pytest.mark.parametrize("start", [(5, 30), (4, 30)])
 def test_epochs_and_their_starts_rise(start: tuple[int, int]) -> None:
     with pytest.raises(InvariantError):
         HISTORY.begun(*start)
