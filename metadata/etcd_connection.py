@@ -26,19 +26,22 @@ long. Leases are not concerned: they count by the Clock.
 
 import asyncio
 import contextlib
+import os
 import random
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from aetcd import rpc
 from grpc.aio import AioRpcError, Channel, UsageError
 
+from metadata.etcd_settings import EtcdSettings
 from metadata.registry_calls import REGISTRY_VERSION, VERSION_KEY, Health
 from metadata.seams import Clock
 
-MAX_ENDPOINTS = 16
+# grpc writes to stderr, at each attempt, what it also raises. It looks at this when the first channel is made.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 MAX_MESSAGE_BYTES = 16 << 20
 
 _OPTIONS = (
@@ -63,54 +66,13 @@ _REFUSALS = {
 """etcd gives these before it has carried out anything. Not so RESOURCE_EXHAUSTED: the write that finds the quota used
 up is carried out, and refused."""
 _NO_LEADER = "etcdserver: no leader"
+_TLS_HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": "etcd's certificate is not of the authority in {ca_file}",
+    "Hostname Verification": "etcd's certificate is not for {server_name}",
+    "TSI_DATA_CORRUPTED": "etcd refused the TLS handshake: it may demand a client certificate that it trusts",
+}
+_NO_TLS_HINTS = {"Socket closed": "etcd hung up: does it want TLS?"}
 _TOKEN_REFUSALS = ("invalid auth token", "revision of auth store is old")
-
-
-@dataclass(frozen=True)
-class EtcdTls:
-    """PEM files, read at each connecting, so that renewed ones are taken up."""
-
-    ca_file: str
-    certificate_file: str | None = None
-    """Who this client is; with its key."""
-    key_file: str | None = None
-    server_name: str | None = None
-    """What the servers' certificates say, where that is not the endpoint's host."""
-
-
-@dataclass(frozen=True)
-class EtcdSettings:
-    """Where etcd is, who we are there, and how long things take."""
-
-    endpoints: tuple[str, ...]
-    """HOST:PORT or [V6]:PORT of its members."""
-    namespace: str
-    """What all our keys begin with in etcd."""
-    tls: EtcdTls | None = None
-    """None: in plain text."""
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    call_timeout_s: float = 5.0
-    connect_timeout_s: float = 3.0
-    probe_interval_s: float = 1.0
-    probe_timeout_s: float = 1.0
-    backoff_min_s: float = 0.1
-    backoff_max_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        """ValueError with one line that says what would be right."""
-        if not 0 < len(self.endpoints) <= MAX_ENDPOINTS:
-            raise ValueError(f"etcd has 1 to {MAX_ENDPOINTS} endpoints, not {len(self.endpoints)}")
-        for endpoint in self.endpoints:
-            host, _, port = endpoint.rpartition(":")
-            if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError(f"etcd's endpoint {endpoint!r} is not HOST:PORT or [V6]:PORT")
-        if not self.namespace or "\0" in self.namespace:
-            raise ValueError("etcd's namespace is a text of one character or more, without NUL")
-        if (self.user is None) != (self.password is None):
-            raise ValueError("etcd's user and password belong together: give both, or none")
-        if self.tls and (self.tls.certificate_file is None) != (self.tls.key_file is None):
-            raise ValueError("etcd's client certificate and its key belong together: give both, or none")
 
 
 class EtcdError(Exception):
@@ -126,8 +88,7 @@ class EtcdError(Exception):
 class Link:
     """A channel to one endpoint that answers."""
 
-    def __init__(self, endpoint: str, channel: Channel) -> None:
-        self.endpoint = endpoint
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.kv: Any = rpc.KVStub(channel)
         self.lease: Any = rpc.LeaseStub(channel)
@@ -165,13 +126,9 @@ class EtcdConnection:
         """Remember what went wrong, for `health`."""
         self._last_error = error
 
-    def pause_s(self, failures: int) -> float:
-        """Return how long to wait after so many failures in a row."""
-        doublings = min(failures - len(self.settings.endpoints), 16)
-        if doublings < 0:
-            return self.settings.backoff_min_s * self._rng.random()
-        longest_s = min(self.settings.backoff_max_s, self.settings.backoff_min_s * (1 << doublings))
-        return longest_s * self._rng.uniform(0.5, 1)
+    async def pause(self, failures: int) -> None:
+        """Wait after so many failures in a row."""
+        await asyncio.sleep(self.settings.pause_s(failures, self._rng))
 
     def deadline(self) -> float:
         """Return when a call that begins now has to be answered, on the loop's time."""
@@ -246,9 +203,20 @@ class EtcdConnection:
                             failures = 0
                         self._set_link(None)
             except EtcdError as error:
-                self.note(f"{endpoint}: {error}")
+                self.note(f"{endpoint}: {self._explain(str(error), endpoint)}")
             failures += 1
-            await asyncio.sleep(self.pause_s(failures))
+            await self.pause(failures)
+
+    def _explain(self, reason: str, endpoint: str) -> str:
+        """Put a hint before what grpc says about a connection that was not made."""
+        tls = self.settings.tls
+        for sign, hint in (_TLS_HINTS if tls else _NO_TLS_HINTS).items():
+            if tls and sign in reason:
+                server_name = tls.server_name or endpoint.rpartition(":")[0]
+                hint = hint.format(ca_file=tls.ca_file, server_name=server_name)
+            if sign in reason:
+                return f"{hint} ({reason})"
+        return reason
 
     def _set_link(self, link: Link | None) -> None:
         self._link = link
@@ -262,7 +230,7 @@ class EtcdConnection:
     async def _opened(self, endpoint: str) -> AsyncIterator[Link]:
         channel = self._make_channel(endpoint)
         try:
-            link = Link(endpoint, channel)
+            link = Link(channel)
             if self.settings.user is not None:
                 await self._log_in(link)
             await self._check_version(link)

@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import grpc
 from aetcd import rpc
 
-from metadata.etcd_connection import EtcdConnection, EtcdError, EtcdSettings, translated
+from metadata.etcd_connection import EtcdConnection, EtcdError, translated
+from metadata.etcd_settings import EtcdSettings
 from metadata.etcd_watch import EtcdWatch, decode_key
 from metadata.kept_lease import KeptLease
 from metadata.registry_calls import (

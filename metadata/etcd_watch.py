@@ -67,7 +67,7 @@ class EtcdWatch:
             except EtcdError as error:
                 self._connection.note(f"watching {self._prefix!r}: {error}")
             self._failures += 1
-            await asyncio.sleep(self._connection.pause_s(self._failures))
+            await self._connection.pause(self._failures)
 
     async def _follow(self, link: Link) -> None:
         """Deliver what follows the last revision; raises when the stream ends."""

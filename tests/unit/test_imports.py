@@ -120,8 +120,9 @@ def test_nothing_loads_grpc_but_the_registry_on_etcd() -> None:
         if {module.split(".")[0] for _, module in imports(path)} & {"grpc", "aetcd"}
     }
     assert all(name.startswith("metadata/etcd_") for name in grpc_users)
-    programs = "nbdserver.cli.main, nbdserver.node.control, nbdserver.node.data, nbdserver.api.server"
-    check = f"import sys, metadata.embedded_registry, {programs}; assert not {{'grpc', 'aetcd'}} & set(sys.modules)"
+    others = "metadata.embedded_registry, metadata.etcd_settings, nbdserver.cli.main, nbdserver.node.control"
+    check = f"import sys, {others}, nbdserver.node.data, nbdserver.api.server"
+    check += "; assert not {'grpc', 'aetcd'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
