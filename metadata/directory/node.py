@@ -75,7 +75,7 @@ class DirectorySettings:
 
 
 class DirectoryNode:
-    """One node's directory. OSError or DamagedValueError if its store or its addresses cannot be had."""
+    """One node's directory. OSError or DamagedValueError if its store cannot be read or its addresses cannot be had."""
 
     def __init__(
         self,
@@ -134,6 +134,8 @@ class DirectoryNode:
             clock, registry, random, self.me, self.replica, self.routes, self._streams_of, self._open_stream,
             self._begin_term, self._end_term, self._state_changed,
         )  # fmt: skip
+        if replica_store.has_failed:
+            self._fail("its store cannot be written")
         self._settle()
 
     # --- what the program asks ---
@@ -288,7 +290,7 @@ class DirectoryNode:
             self.election.give_up(f"epoch {body.epoch} has a master", 0.0)
         if self.follower.heartbeat(node, body, now_s):
             self._heard_master_s = now_s
-            self.reports.confirm(self.follower.confirmed)
+            self._confirm_reports()
 
     def _collect(self, node: int, body: Any) -> None:
         if self.election.epoch and body.epoch > self.election.epoch:
@@ -347,7 +349,12 @@ class DirectoryNode:
         """The copy has taken an update."""
         if self.master is None:
             self.reports.seen(position, update, self._clock.now())
-            self.reports.confirm(self.follower.confirmed)
+            self._confirm_reports()
+
+    def _confirm_reports(self) -> None:
+        """What this copy shows counts only while it is one of its master's: the master may have another history."""
+        if self.follower.is_following:
+            self.reports.confirm(self.replica.history, self.follower.confirmed)
 
     def _member_changed(self, key: str, value: bytes | None) -> None:
         member = Member.decode(key, value) if value is not None else None
@@ -486,7 +493,7 @@ class DirectoryNode:
                 self.delegate.epoch_changed()
             self._standing = standing
             self.reports.replaced(self.replica.map, self.replica.history)
-            self.reports.confirm(self.follower.confirmed)
+            self._confirm_reports()
 
     def _look_for_master(self, now_s: float) -> None:
         """Join, or get a snapshot, if this node is not what it should be."""

@@ -138,6 +138,7 @@ class Replica:
         self._parts = []
         self.buffer.cut_to(self.position.sequence)
         self.history = self.history.begun(epoch, self.position.sequence + 1)
+        self.stubs = StubQueue(self.position.sequence, self._random)  # what a former master had is of no use now
 
     def publish(self, messages: Iterable[Message], update: Update) -> None:
         """Take a master's own update."""

@@ -54,7 +54,8 @@ def _entry_key(generation: int, key: str) -> bytes:
 class ReplicaStore:
     """What is on the device, and what is on its way there. OSError or DamagedValueError if it cannot be read.
 
-    `persisted(position, promised)` is called after each batch, `failed(errno)` once.
+    `persisted(position, promised)` is called after each batch, `failed(errno)` once. `has_failed` after it was made
+    says that the first write failed already.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class ReplicaStore:
         self.incarnation += 1
         batch = store.batch()
         batch.put(STATE_KEY, self._state())
-        store.write(batch)
+        try:
+            store.write(batch)
+        except OSError:
+            self.has_failed = True
         self.persisted = self.position
 
     def _load(self) -> None:

@@ -105,11 +105,11 @@ class Reports:
             elif not history.has(waiting.seen):
                 waiting.seen = NOWHERE
 
-    def confirm(self, confirmed: int) -> None:
-        """Answer what has been seen and needs no more than that, or is confirmed."""
+    def confirm(self, history: History, confirmed: int) -> None:
+        """Answer what has been seen and needs no more than that, or is confirmed in this history, the master's."""
         for number, waiting in list(self._waiting.items()):
             is_enough = waiting.confirm is not Confirm.SITE or waiting.seen.sequence <= confirmed
-            if waiting.seen != NOWHERE and is_enough:
+            if is_enough and history.has(waiting.seen):
                 del self._waiting[number]
                 if waiting.done is not None:
                     waiting.done(Answer.CONFIRMED)
