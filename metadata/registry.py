@@ -59,7 +59,7 @@ class ExportSettings:
     description: str = ""
     shared: bool = False
     allowed_clients: tuple[str, ...] = ()
-    """CIDRs; empty means everybody."""
+    """CIDRs and `cert:NAME`; empty means everybody."""
     iops: int = 0
     """Operations a second that its clients may do together; 0: without limit."""
     iops_burst: int = 0
@@ -67,6 +67,8 @@ class ExportSettings:
     bandwidth: int = 0
     """Bytes a second, read and written; 0: without limit."""
     bandwidth_burst: int = 0
+    tls: str = "inherit"
+    """off, allowed, required, or inherit: as the node says."""
 
     def for_clone(self) -> "ExportSettings":
         """What a clone begins with: no one may attach to it who may not attach to its base, and it can be written."""

@@ -57,6 +57,9 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close at once, dropping what is queued; idempotent."""
 
+    def redirect(self, receiver: "Receiver") -> None:
+        """Its bytes go to this receiver from now on."""
+
     def detach(self) -> tuple[int, int, bytes] | None:
         """Give it up without closing it: (descriptor, cookie, what is queued), for another process to go on with; the
         cookie tells its socket from all others of this boot. None if it is more than a socket (TLS), or closed."""

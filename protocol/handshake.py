@@ -12,7 +12,7 @@ Rules
 - What an option negotiated counts only if the option succeeded; a failed SET_META_CONTEXT clears the contexts.
   Which contexts there are, and what selects them: contexts.py.
 - After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the
-  connection closes.
+  connection closes. Where TLS is required, nothing but STARTTLS and ABORT is done before it.
 
 Known weakness: a client may pipeline options, which the protocol forbids; they are answered in order.
 """
@@ -178,10 +178,11 @@ Event = Reply | StartTls | Enter | Close
 class Handshake:
     """One connection's handshake. Call `greeting` once, then `receive` and `next_event`."""
 
-    def __init__(self, offers: Offers, tls_offered: bool = False) -> None:
+    def __init__(self, offers: Offers, tls_offered: bool = False, tls_required: bool = False) -> None:
         self.state = State.CLIENT_FLAGS
         self._offers = offers
         self._tls_offered = tls_offered
+        self._tls_missing = tls_required
         self._tls_done = False
         self._received = bytearray()
         self._no_zeroes = False
@@ -208,6 +209,7 @@ class Handshake:
         """The connection is encrypted from here on; all that was negotiated before is forgotten."""
         self._move(Move.TLS_ESTABLISHED)
         self._tls_done = True
+        self._tls_missing = False
         self._forget_negotiated()
 
     def next_event(self) -> Event | None:
@@ -279,11 +281,15 @@ class Handshake:
         self._move(Move.HEADER_TOO_BIG)
         if option == Option.SET_META_CONTEXT:
             self._contexts = ()
+        if self._tls_missing:
+            return Reply(self._error(OptionReply.ERR_TLS_REQD, _TLS_REQUIRED))
         return Reply(self._error(OptionReply.ERR_TOO_BIG, f"option data is limited to {OPTION_LIMIT_BYTES} bytes"))
 
     def _answer(self, data: bytes) -> Event:
         answer = _ANSWERS.get(self._option)
         try:
+            if self._tls_missing and self._option not in _BEFORE_TLS:
+                raise OptionRefusedError(OptionReply.ERR_TLS_REQD, _TLS_REQUIRED)
             if answer is None:
                 raise OptionRefusedError(OptionReply.ERR_UNSUP, f"option {self._option} is not known here")
             event = answer(self, data)
@@ -314,6 +320,8 @@ class Handshake:
     def _export_name(self, data: bytes) -> Event:
         """EXPORT_NAME cannot report an error: what is refused ends the connection."""
         try:
+            if self._tls_missing:
+                raise OptionRefusedError(OptionReply.ERR_TLS_REQD, _TLS_REQUIRED)
             if self._style is ReplyStyle.EXTENDED:
                 raise OptionRefusedError(OptionReply.ERR_INVALID, "extended headers need GO in place of EXPORT_NAME")
             offer = self._offers.enter(_text(data))
@@ -438,6 +446,8 @@ _ANSWERS: dict[int, Callable[[Handshake, bytes], Event]] = {
     Option.SET_META_CONTEXT: Handshake._set_meta_context,
     Option.EXTENDED_HEADERS: Handshake._extended_headers,
 }
+_BEFORE_TLS = (Option.STARTTLS, Option.ABORT, Option.EXPORT_NAME)  # the last of them ends the connection
+_TLS_REQUIRED = "this server is used over TLS only"
 
 
 def transmission_flags(offer: Offer, style: ReplyStyle, has_contexts: bool) -> int:

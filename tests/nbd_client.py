@@ -6,6 +6,7 @@ the next reply in the order in which the server answers. ConnectionError when th
 
 import itertools
 import socket
+import ssl
 from dataclasses import dataclass
 
 from protocol.handshake import ReplyStyle
@@ -62,6 +63,7 @@ class Client:
         name: str,
         timeout_s: float = 10.0,
         style: ReplyStyle = ReplyStyle.SIMPLE,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Connect to (host, port) or the path of a unix socket. RefusedError, OSError."""
         if isinstance(address, str):
@@ -75,6 +77,7 @@ class Client:
         self._received = bytearray()
         self._cookies = itertools.count(1)
         self._read_lengths: dict[int, int] = {}
+        self._tls = tls
         self.size_bytes, self.flags = self._go(name)
 
     def close(self) -> None:
@@ -150,6 +153,8 @@ class Client:
     def _go(self, name: str) -> tuple[int, int]:
         Greeting.parse(self._take(Greeting.sizeof()))
         self.socket.sendall(CLIENT_FLAGS.pack(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
+        if self._tls is not None:
+            self._start_tls(self._tls)
         if self.style in STYLE_OPTIONS:
             self.socket.sendall(OPTION_HEADER.pack(OPTION_MAGIC, STYLE_OPTIONS[self.style], 0))
             agreed = OptionReplyHeader.parse(self._take(OptionReplyHeader.sizeof()))
@@ -168,6 +173,14 @@ class Client:
             if int.from_bytes(body[:2], "big") == Info.EXPORT:
                 export = InfoExport.parse(body)
                 answer = export.size_bytes, export.flags
+
+    def _start_tls(self, context: ssl.SSLContext) -> None:
+        self.socket.sendall(OPTION_HEADER.pack(OPTION_MAGIC, Option.STARTTLS, 0))
+        reply = OptionReplyHeader.parse(self._take(OptionReplyHeader.sizeof()))
+        if reply.type != OptionReply.ACK:
+            raise RefusedError(self._take(reply.length).decode(errors="replace"))
+        assert not self._received, "clear text behind the reply to STARTTLS"
+        self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
 
     def _take(self, length: int) -> bytes:
         while len(self._received) < length:

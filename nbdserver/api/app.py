@@ -41,7 +41,8 @@ class Settings(BaseModel):
     read_only: bool
     description: str
     shared: bool
-    allowed_clients: list[str]
+    allowed_clients: list[str] = Field(description="networks, and names in certificates as cert:NAME; empty: everybody")
+    tls: str = Field(description="off, allowed, required, or inherit: as the node says")
     iops: int = Field(description="operations a second that clients may do together; 0: without limit")
     iops_burst: int = Field(description="operations at once after a pause; 0: one second's worth")
     bandwidth: int = Field(description="bytes a second, read and written; 0: without limit")
@@ -146,6 +147,16 @@ class Capacity(BaseModel):
     overcommit: float = Field(description="most that volumes may have, as a multiple of the room; 0: any")
 
 
+class Tls(BaseModel):
+    """TLS for NBD clients."""
+
+    mode: str = Field(description="off, allowed or required, for volumes that say nothing themselves")
+    verify_clients: bool
+    certificate: str = Field(description="the file")
+    names: list[str] = Field(description="host names and addresses that the certificate is for")
+    expires: str = Field(description="ISO 8601, UTC")
+
+
 class Status(BaseModel):
     """The node."""
 
@@ -160,6 +171,7 @@ class Status(BaseModel):
     warnings: list[str]
     capacity: Capacity
     fills: list[Fill] = Field(description="how full what has a limit is")
+    tls: Tls | None = Field(description="null without a certificate")
     handover: Handover | None = Field(description="the last one; null if this program was started afresh")
     volumes: list[Volume]
 
@@ -228,6 +240,8 @@ def _add_node(app: FastAPI, node: Node) -> None:
     async def metrics() -> Response:
         gauges: dict[str, Any] = {"start_time_seconds": started_s, "free_bytes": node.free_bytes(), "up": 0}
         gauges |= node.capacity.gauges()
+        if (expires_s := node.tls.expires_s()) is not None:
+            gauges["tls_certificate_expires_seconds"] = expires_s
         counters: dict[str, Any] = {}
         live: dict[str, Any] = {}
         try:

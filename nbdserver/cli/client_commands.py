@@ -28,13 +28,15 @@ def list_clients(context: typer.Context, data: DataOption = None, json_output: J
             str(client["id"]),
             client["volume"],
             client["peer"],
+            client["tls"] or "-",
+            client["certificate"] or "-",
             str(client["requests"]),
             round_size(client["read_bytes"]),
             round_size(client["write_bytes"]),
         ]
         for client in clients
     ]
-    print_table([">ID", "VOLUME", "PEER", ">REQUESTS", ">READ", ">WRITTEN"], rows)
+    print_table([">ID", "VOLUME", "PEER", "TLS", "CERTIFICATE", ">REQUESTS", ">READ", ">WRITTEN"], rows)
 
 
 @app.command("disconnect")

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from nbdserver.cli import (
+    cert_commands,
     check_command,
     client_commands,
     clone_commands,
@@ -66,6 +67,7 @@ app.add_typer(volume_commands.app, name="volume")
 app.add_typer(snapshot_commands.app, name="snapshot")
 app.add_typer(clone_commands.app, name="clone")
 app.add_typer(client_commands.app, name="client")
+app.add_typer(cert_commands.app, name="cert")
 node_commands.add_to(app)
 check_command.add_to(app)
 upgrade.add_to(app)

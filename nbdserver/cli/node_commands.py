@@ -10,6 +10,7 @@ import typer
 from nbdserver.cli.client import NodeClient
 from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, wants_json
 from nbdserver.cli.volume_commands import print_volumes
+from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import round_size
 
 WAIT_S = 25
@@ -84,6 +85,8 @@ def _print_status(node: dict[str, Any], attention: list[tuple[int, str]]) -> Non
     print(f"nbdserver {node['version']}, pid {node['pid']}, up {node['uptime_s']:.0f} s")
     print(f"data {node['data']}, {round_size(node['free_bytes'])} free of {round_size(capacity['size_bytes'])}")
     print(f"listening on {', '.join(node['listen'])}")
+    if node["tls"]:
+        print(f"tls {node['tls']['mode']}, certificate expires on {node['tls']['expires'][:10]}")
     limit = f", at most {capacity['overcommit']:g} times the room" if capacity["overcommit"] else ""
     promised, room = round_size(capacity["provisioned_bytes"]), round_size(capacity["room_bytes"])
     print(f"volumes of {promised} on {room} of room{limit}; they take {round_size(capacity['allocated_bytes'])}")
@@ -143,17 +146,23 @@ def config_check(
 
       nbdserver config check /etc/nbdserver/node.yaml
     """
+    from nbdserver.node import certificates
     from nbdserver.node.config import ConfigError, load_settings
 
     try:
         settings = load_settings(file)
-    except ConfigError as error:
+        warnings = certificates.problems(certificates.check(settings.tls))
+    except WrongInputError as error:
         if not wants_json(context, json_output):
             raise
-        print_json({"file": str(file), "problems": error.problems})
+        found = error.problems if isinstance(error, ConfigError) else [str(error)]
+        print_json({"file": str(file), "problems": found})
         return error.exit_code
     if wants_json(context, json_output):
-        print_json({"file": str(file), "problems": [], "settings": settings.model_dump(mode="json")})
-    else:
-        print(f"{file}: good")
+        content = settings.model_dump(mode="json")
+        print_json({"file": str(file), "problems": [], "warnings": warnings, "settings": content})
+        return 0
+    for warning in warnings:
+        print(f"WARNING: {warning}")
+    print(f"{file}: good")
     return 0

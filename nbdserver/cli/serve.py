@@ -82,10 +82,11 @@ def serve(
         overrides["socket"] = check_socket_path(socket)
     import asyncio
 
-    from nbdserver.node import inherited
+    from nbdserver.node import certificates, inherited
     from nbdserver.node.config import NodeSettings, load_settings
 
     settings = load_settings(config) if config else NodeSettings()
+    certificates.check(settings.tls)
     as_json = wants_json(context, json_output)
     if check_only:
         return _check_only(data_path(context, data, settings.data), as_json)

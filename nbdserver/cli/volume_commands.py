@@ -84,6 +84,8 @@ def _short(settings: dict[str, Any]) -> str:
     words = [key.replace("_", "-") for key in ("read_only", "shared") if settings[key]]
     if settings["allowed_clients"]:
         words.append("allowed-clients=" + ",".join(settings["allowed_clients"]))
+    if settings["tls"] != "inherit":
+        words.append(f"tls={settings['tls']}")
     if settings["iops"]:
         words.append(f"iops={settings['iops']}")
     if settings["bandwidth"]:
@@ -132,7 +134,8 @@ def set_settings(
     """Change settings of a volume, live: all that are given, or none.
 
     Keys: read-only=true|false; shared=true|false (more than one host may write, which needs a cluster file system);
-    description=TEXT; allowed-clients=CIDR,CIDR (empty: everybody).
+    description=TEXT; allowed-clients=CIDR,CIDR,cert:NAME (empty: everybody; where there are networks and names in
+    certificates, a client needs both); tls=off|allowed|required|inherit (as the node's settings say).
 
     Limits for all its clients together: iops=N operations and bandwidth=SIZE bytes a second, read and written;
     iops-burst=N and bandwidth-burst=SIZE: what may be done at once after a pause (else one second's worth). none
@@ -142,6 +145,8 @@ def set_settings(
     Examples:
 
       nbdserver volume set disk0 read-only=true
+
+      nbdserver volume set disk0 tls=required allowed-clients=cert:web1,cert:web2
 
       nbdserver volume set disk0 iops=1000 iops-burst=5000 bandwidth=100M
 

@@ -8,7 +8,7 @@ has finished stands still, and `hand_over` gives the connections to another proc
 from collections.abc import Callable
 
 from metadata.seams import Clock, Connection, Network, Receiver, Timer
-from nbdserver.frontend.session import ClientInfo, Session
+from nbdserver.frontend.session import ClientInfo, Secure, Session
 from nbdserver.volume.export import Export, Exports
 from protocol.handover import ClientState
 from protocol.handshake import OptionRefusedError
@@ -33,6 +33,7 @@ class Server:
         self._exports = exports
         self._report = report
         self._client_limit = client_limit
+        self.secure: Secure | None = None  # for connections from now on
         self._sessions: dict[int, Session] = {}
         self._last_id = 0
         self._stop_listening: dict[str, Callable[[], None]] = {}
@@ -128,15 +129,15 @@ class Server:
             self._report("client-refused", {"peer": connection.peer_name, "limit": self._client_limit})
             return None
         self._last_id += 1
-        session = Session(self._last_id, connection, self._clock, self._exports, self._gone)
+        session = Session(self._last_id, connection, self._clock, self._exports, self._gone, secure=self.secure)
         self._sessions[session.id] = session
-        self._report("client-connected", {"client": session.id, "peer": session.peer_name})
+        self._report("client-connected", {"client": session.id, "peer": session.peer.name})
         return session
 
     def _gone(self, session: Session, reason: str) -> None:
         self._sessions.pop(session.id, None)
         export = session.export.name if session.export is not None else ""
         self._report(
-            "client-gone", {"client": session.id, "peer": session.peer_name, "export": export, "reason": reason}
+            "client-gone", {"client": session.id, "peer": session.peer.name, "export": export, "reason": reason}
         )
         self._check_drained()

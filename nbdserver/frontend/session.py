@@ -5,7 +5,8 @@ Theory: a session is the Receiver of its connection. It owns the receive buffer 
 gone.
 
 Rules
-- The handshake has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being answered.
+- The handshake, that of TLS included, has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being
+  answered. With TLS the connection is replaced by one that encrypts; nothing else changes.
 - Whatever ends the connection, `_gone` runs exactly once: the export forgets the session, the server is told.
 - A session in transmission can be *frozen*: it stands still between two of its requests, and `hand_over` turns it into
   its state, from which another process makes a session that goes on. The peer sees a pause.
@@ -14,17 +15,22 @@ Rules
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from metadata.seams import Clock, Connection, Timer
+from metadata.seams import Clock, Connection, Receiver, Timer
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
+from nbdserver.volume.admission import Admission, TlsMode
 from nbdserver.volume.counters import Counters
-from nbdserver.volume.export import Export, ExportError, Exports, peer_host
+from nbdserver.volume.export import Export, ExportError, Exports
+from nbdserver.volume.peer import Peer
 from protocol.handover import ClientState
-from protocol.handshake import Agreement, Close, Enter, Handshake, Offer, OptionRefusedError, Reply
+from protocol.handshake import Agreement, Close, Enter, Handshake, Offer, OptionRefusedError, Reply, StartTls
 from protocol.nbd import OptionReply
 
 HANDSHAKE_TIMEOUT_S = 10.0
 HANDSHAKE_BUFFER_BYTES = 4 << 10  # who only connects costs no more than this
+
+Secure = Callable[[Connection, Receiver, Callable[[str, str], None]], Connection]
+"""`host.tls.Tls.secure`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class ClientInfo:
     """What is shown of a client."""
 
     id: int
-    peer_name: str
+    peer: Peer
     export: str  # "" during the handshake
     since_s: float  # Clock.now when it connected
     in_flight: int  # requests that wait for the device
@@ -54,22 +60,24 @@ class Session:
         exports: Exports,
         gone: Callable[["Session", str], None],
         resumed: ClientState | None = None,
+        secure: Secure | None = None,
     ) -> None:
-        """`gone(session, reason)` is called once, when the connection is closed or lost.
+        """`gone(session, reason)` is called once, when the connection is closed or lost. Without `secure` there
+        is no TLS.
 
         With `resumed` it begins in the transmission phase (OptionRefusedError if its export does not have it any
         more), and serves once `resume` is called.
         """
         self.id = session_id
         self.frozen = False
-        self.peer_name = connection.peer_name
-        self.peer_host = peer_host(connection.peer_name)
+        self.peer = Peer(connection.peer_name)
         self.export: Export | None = None
         self.counters = Counters()
         self._connection = connection
         self._clock = clock
         self._exports = exports
         self._report_gone = gone
+        self._secure = secure
         self._since_s = clock.now()
         self._received_bytes = 0
         self._buffer = ReceiveBuffer(HANDSHAKE_BUFFER_BYTES)
@@ -80,7 +88,9 @@ class Session:
         self._over = False
         self._timeout: Timer | None = None
         if resumed is None:
-            self._handshake = Handshake(self)
+            tls = exports.tls(self.peer)
+            offered = secure is not None and tls is not TlsMode.OFF
+            self._handshake = Handshake(self, offered, tls is TlsMode.REQUIRED)
             self._timeout = clock.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_timed_out)
             connection.send([self._handshake.greeting()])
         else:
@@ -92,7 +102,7 @@ class Session:
         """For those who list clients."""
         return ClientInfo(
             id=self.id,
-            peer_name=self.peer_name,
+            peer=self.peer,
             export=self.export.name if self.export is not None else "",
             since_s=self._since_s,
             in_flight=self._transmission.in_flight if self._transmission is not None else 0,
@@ -197,10 +207,20 @@ class Session:
             if isinstance(event, Close):
                 self._close(event.reason)
                 return
+            if isinstance(event, StartTls):
+                assert self._secure is not None
+                self._connection = self._secure(self._connection, self, self._secured)
+                return
             if isinstance(event, Reply) and self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
                 self._handshake_paused = True
                 self._connection.pause_reading()
                 return
+
+    def _secured(self, tls: str, certificate: str) -> None:
+        """The TLS handshake has ended well."""
+        if self._handshake is not None:
+            self.peer = self.peer.over_tls(tls, certificate)
+            self._handshake.tls_established()
 
     def _enter(self, event: Enter, leftover: bytes) -> None:
         if self.export is None or self._over:
@@ -227,7 +247,7 @@ class Session:
     # --- Offers ---
 
     def list(self) -> Iterable[tuple[str, str]]:
-        return [(export.name, export.description) for export in self._exports.visible(self.peer_name)]
+        return [(export.name, export.description) for export in self._exports.visible(self.peer)]
 
     def offer(self, name: str) -> Offer:
         return self._offer_of(self._find(name))
@@ -245,8 +265,13 @@ class Session:
         return self._offer_of(export)
 
     def _find(self, name: str) -> Export:
-        export = self._exports.lookup(name) if name else self._exports.default(self.peer_name)
-        if export is None or not export.allows(self.peer_name):
+        export = self._exports.lookup(name) if name else self._exports.default(self.peer)
+        admission = Admission.NO if export is None else export.admits(self.peer)
+        if admission is Admission.NEEDS_TLS:
+            raise OptionRefusedError(OptionReply.ERR_TLS_REQD, f"{name} is used over TLS only")
+        if admission is Admission.NOT_OVER_TLS:
+            raise OptionRefusedError(OptionReply.ERR_POLICY, f"{name} is not used over TLS")
+        if export is None or admission is Admission.NO:
             wanted = f"there is no export {name!r}" if name else "there is no default export: name one"
             raise OptionRefusedError(OptionReply.ERR_UNKNOWN, wanted)
         return export

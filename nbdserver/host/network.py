@@ -332,6 +332,9 @@ class SocketConnection:
             self._network.unregister(self._descriptor)
         self._socket.close()
 
+    def redirect(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
     def detach(self) -> tuple[int, int, bytes] | None:
         if self._closed or self._closing:
             return None

@@ -9,16 +9,25 @@ SIGHUP; the rest needs a restart.
 import difflib
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from nbdserver.node.addresses import check_address, check_socket_path
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_size
 
-LIVE_KEYS = ("listen", "socket", "http.public_read", "http.token_file", "max_data", "overcommit")
+LIVE_KEYS = ("listen", "socket", "tls", "http.public_read", "http.token_file", "max_data", "overcommit")
 
 MAX_FILE_BYTES = 1 << 20
 """A settings file is a page of text: what is larger is the wrong file."""
@@ -112,6 +121,44 @@ class HttpSettings(_Model):
     )
 
 
+def _tls_mode(value: object) -> object:
+    if value is False:
+        return "off"  # what YAML makes of the word
+    if value not in ("off", "allowed", "required"):
+        raise ValueError(f"{reprlib.repr(value)} is not off, allowed or required")
+    return value
+
+
+class TlsSettings(_Model):
+    """TLS for NBD clients. There is none without a certificate."""
+
+    mode: Annotated[Literal["off", "allowed", "required"], BeforeValidator(_tls_mode)] = Field(
+        default="off", description="whether volumes that say nothing themselves are used over TLS"
+    )
+    certificate: PathValue | None = Field(default=None, description="this node's certificate, PEM")
+    key: PathValue | None = Field(default=None, description="the key to it, PEM without a password")
+    client_ca: PathValue | None = Field(
+        default=None, description="certificates that clients' ones are verified by, PEM"
+    )
+    verify_clients: StrictBool = Field(default=True, description="refuse clients without a certificate of client_ca")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "TlsSettings":
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key are needed both")
+        if self.certificate is None and (self.mode != "off" or self.client_ca is not None):
+            raise ValueError("certificate and key are missing; nbdserver cert node makes them")
+        if self.certificate is not None and "mode" not in self.model_fields_set:
+            raise ValueError(
+                "mode is missing; write allowed or required (or off: only volumes with a tls of their own)"
+            )
+        if self.certificate is not None and self.client_ca is None and self.verify_clients:
+            raise ValueError(
+                "client_ca is missing; name it, or write verify_clients: false to let in clients without one"
+            )
+        return self
+
+
 class NodeSettings(_Model):
     """A node's settings file."""
 
@@ -133,6 +180,7 @@ class NodeSettings(_Model):
     overcommit: Annotated[float, BeforeValidator(_ratio)] = Field(
         default=0.0, description="most that volumes may have together, as a multiple of the room there is; none: any"
     )
+    tls: TlsSettings = TlsSettings()
     http: HttpSettings = HttpSettings()
 
 
@@ -203,7 +251,8 @@ def _sentence(name: str, line: int, problem: Any) -> str:
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    return list(HttpSettings.model_fields if location[:1] == ("http",) else NodeSettings.model_fields)
+    nested: dict[str | int, type[_Model]] = {"http": HttpSettings, "tls": TlsSettings}
+    return list(nested.get(location[0] if location else "", NodeSettings).model_fields)
 
 
 def _line(tree: yaml.Node | None, location: tuple[str | int, ...]) -> int:
@@ -242,4 +291,13 @@ def _repeated_keys(tree: yaml.Node | None, name: str, visited: set[int]) -> list
     return problems
 
 
-__all__ = ["LIVE_KEYS", "ConfigError", "HttpSettings", "NodeSettings", "SizeError", "load_settings", "parse_settings"]
+__all__ = [
+    "LIVE_KEYS",
+    "ConfigError",
+    "HttpSettings",
+    "NodeSettings",
+    "SizeError",
+    "TlsSettings",
+    "load_settings",
+    "parse_settings",
+]

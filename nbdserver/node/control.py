@@ -33,6 +33,7 @@ from nbdserver.node import program, systemd_notify
 from nbdserver.node.addresses import port_holder, split_address
 from nbdserver.node.ballast import Ballast
 from nbdserver.node.capacity import Capacity
+from nbdserver.node.certificates import NodeTls
 from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings
 from nbdserver.node.data_process import DataProcess, DataProcessError
 from nbdserver.node.descriptors import LOCK, close_all
@@ -93,6 +94,7 @@ class Node:
         admit = self.capacity.admit
         self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment, admit)
         self.snapshots = Snapshots(self.volumes)
+        self.tls = NodeTls(settings.tls, self.call)
         self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
@@ -173,6 +175,7 @@ class Node:
             "warnings": self._warnings(),
             "capacity": self.capacity.describe(),
             "fills": self.capacity.fills(),
+            "tls": self.tls.status(),
             "handover": self.handover,
             "volumes": await self.volumes.list(),
         }
@@ -206,6 +209,7 @@ class Node:
             self.settings = old.model_copy(update=live | {"http": old.http.model_copy(update=http)})
             try:
                 await self._listen()
+                await self.tls.reload(fresh.tls)
                 await self.call("limit_data", max_data_bytes=self.settings.max_data)
             except NodeError:
                 self.settings = old
@@ -320,6 +324,7 @@ class Node:
             max_connections=self.settings.max_connections,
             max_data_bytes=self.settings.max_data,
         )
+        await self.tls.start()
         for warning in self._warnings():
             self._say(f"WARNING: {warning}")
         await self.volumes.open_all()
@@ -407,10 +412,13 @@ class Node:
         systemd_notify.notify("READY=1")
 
     def _warnings(self) -> list[str]:
+        warnings = self.tls.warnings()
         if self._hello and not self._hello.get("checksum_is_fast", True):
             library = self._hello.get("checksum", "")
-            return [f"checksums are computed by {library}, far too slowly: install google-crc32c with its C extension"]
-        return []
+            warnings.append(
+                f"checksums are computed by {library}, far too slowly: install google-crc32c with its C extension"
+            )
+        return warnings
 
 
 def open_registry(directory: DataDirectory) -> RegistryTable:

@@ -27,11 +27,13 @@ import resource
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
 from nbdserver.host.network import SocketNetwork
+from nbdserver.host.tls import Tls, TlsError, make_context
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node import handover
 from nbdserver.node.channel import Channel
@@ -39,6 +41,7 @@ from nbdserver.node.descriptors import close_all, send_descriptors
 from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.garbage import collect_garbage
 from nbdserver.node.open_family import FamilyError, StoreThreads
+from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
@@ -77,6 +80,7 @@ class Worker:
         self._network = SocketNetwork(loop)
         self._exports = Exports()
         self._families = FamilyRequests(self._exports, StoreThreads(loop), self._clock, self._report)
+        self._tls = Tls(self._clock.call_soon)
         self._clients_gone = 0
         self._server: Server | None = None
         self.channel: Channel | None = None
@@ -87,7 +91,7 @@ class Worker:
         try:
             request = getattr(self, f"do_{name}", None) or getattr(self._families, f"do_{name}")
             return await request(**arguments)
-        except (FamilyError, ListenError, ExportError, HandoverError):
+        except (FamilyError, ListenError, ExportError, HandoverError, TlsError):
             raise  # a refusal
         except Exception:
             _log.exception("the request %s failed", name)
@@ -99,6 +103,21 @@ class Worker:
         self._families.budget.limit_bytes = max_data_bytes
         self._server = Server(self._network, self._clock, self._exports, self._report, max_connections)
         return {"checksum": CHECKSUM_LIBRARY, "checksum_is_fast": CHECKSUM_IS_FAST}
+
+    async def do_tls(
+        self, mode: str, certificate: str | None, key: str | None, client_ca: str | None, verify_clients: bool
+    ) -> None:
+        """Use these certificates for new connections, and `mode` for volumes that say nothing themselves at once. If
+        they cannot be used everything stays as it was."""
+        assert self._server is not None
+        context = None
+        if certificate is not None and key is not None:
+            ca = Path(client_ca) if client_ca is not None else None
+            context = make_context(Path(certificate), Path(key), ca, verify_clients)
+        self._tls.use(context)
+        self._server.secure = self._tls.secure if context is not None else None
+        self._exports.have_tls = context is not None
+        self._exports.inherit_tls(TlsMode(mode))
 
     async def do_listen(self, addresses: list[str]) -> None:
         """Accept clients at exactly these addresses; on failure everything stays as it was."""
@@ -154,7 +173,11 @@ class Worker:
         """Counters (numbers that only grow, and histograms) and gauges: of the node, and of each volume."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         node = {
-            "counters": {"data_process_cpu_seconds": usage.ru_utime + usage.ru_stime},
+            "counters": {
+                "data_process_cpu_seconds": usage.ru_utime + usage.ru_stime,
+                "tls_handshakes": self._tls.handshakes,
+                "tls_failures": self._tls.failures,
+            },
             "gauges": {
                 "connections": len(self._server.clients()) if self._server else 0,
                 "data_process_peak_resident_bytes": usage.ru_maxrss * 1024,
@@ -168,7 +191,9 @@ class Worker:
         return [
             {
                 "id": client.id,
-                "peer": client.peer_name,
+                "peer": client.peer.name,
+                "tls": client.peer.tls,
+                "certificate": client.peer.certificate,
                 "volume": client.export,
                 "connected_s": round(now_s - client.since_s, 1),
                 "in_flight": client.in_flight,

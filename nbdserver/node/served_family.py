@@ -18,7 +18,8 @@ from metadata.seams import Clock
 from nbdserver.logdisk.disk import LogDisk
 from nbdserver.node.open_family import FamilyError, OpenFamily
 from nbdserver.node.snapshot_exports import SnapshotExports, answered
-from nbdserver.volume.export import Export, Exports
+from nbdserver.volume.admission import TlsMode
+from nbdserver.volume.export import Export, ExportError, Exports
 from nbdserver.volume.limits import Limits
 
 
@@ -69,6 +70,7 @@ class ServedFamily:
             read_only=settings["read_only"],
             shared=settings["shared"],
             allowed=settings["allowed_clients"],
+            tls=TlsMode(settings["tls"]),
         )
         export.limit(_limits(settings), self._clock)
         self._exports.add(export)
@@ -77,11 +79,15 @@ class ServedFamily:
     def set(self, number: int, settings: dict[str, Any]) -> None:
         """Change a volume's settings, at once. ExportError."""
         served = self.volume(number)
+        tls = TlsMode(settings["tls"])
+        if tls is not served.export.tls and tls in (TlsMode.ALLOWED, TlsMode.REQUIRED) and not self._exports.have_tls:
+            raise ExportError("this node has no certificate: set tls.certificate and tls.key in its settings first")
         served.export.change(
             description=settings["description"],
             read_only=settings["read_only"],
             shared=settings["shared"],
             allowed=settings["allowed_clients"],
+            tls=tls,
         )
         served.export.limit(_limits(settings), self._clock)
         served.snapshots.volume_changed()

@@ -76,7 +76,8 @@ class SnapshotExports:
         for row, _, export in self._open.values():
             if export.name != self._name(row):
                 self._exports.rename(export, self._name(row))
-            export.change(allowed=[str(network) for network in self._volume.allowed], description=self._description())
+            volume = self._volume
+            export.change(allowed=volume.allowed.texts, tls=volume.tls, description=self._description())
             export.throttle = self._volume.throttle
 
     def close(self) -> None:
@@ -93,7 +94,8 @@ class SnapshotExports:
             view,
             description=self._description(),
             read_only=True,
-            allowed=[str(network) for network in self._volume.allowed],
+            allowed=self._volume.allowed.texts,
+            tls=self._volume.tls,
         )
         export.throttle = self._volume.throttle
         self._exports.add(export)

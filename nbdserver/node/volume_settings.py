@@ -11,6 +11,8 @@ from metadata.registry import ExportSettings
 from nbdserver.logdisk.budget import LEAST_SEGMENTS
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_size
+from nbdserver.volume.admission import CERTIFICATE_PREFIX, TlsMode
+from nbdserver.volume.peer import is_certificate_name
 
 MAX_NAME_LENGTH = 128
 MAX_DESCRIPTION_BYTES = 4096  # NBD's longest string
@@ -19,7 +21,7 @@ MAX_ALLOWED_CLIENTS = 256
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
-SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", *LIMIT_KEYS, "max-data")
+SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", "tls", *LIMIT_KEYS, "max-data")
 MAX_DATA = "max-data"
 """Of a family: of a volume, its snapshots and its clones together."""
 
@@ -51,11 +53,14 @@ def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSet
                 raise WrongInputError(f"the description is longer than {MAX_DESCRIPTION_BYTES} bytes; shorten it")
             return replace(settings, description=value)
         case "allowed-clients":
-            return replace(settings, allowed_clients=_parse_networks(value))
+            return replace(settings, allowed_clients=_parse_clients(value))
         case "iops" | "iops-burst" | "bandwidth" | "bandwidth-burst" as limit:
             return _change_limit(settings, limit, value)
         case "tls":
-            raise WrongInputError("TLS is not available yet; limit who may attach with allowed-clients=CIDR,CIDR")
+            modes = [mode.value for mode in TlsMode]
+            if value not in modes:
+                raise WrongInputError(f"tls={value!s:.40} is not one of {', '.join(modes)}; write tls=required")
+            return replace(settings, tls=value)
         case "size":
             raise WrongInputError("a size is not a setting: nbdserver volume resize NAME --size SIZE")
     raise WrongInputError(f"{key!r:.60} is not a setting of a volume; known are {', '.join(SETTING_KEYS)}")
@@ -112,24 +117,31 @@ def _parse_bool(key: str, value: str) -> bool:
     raise WrongInputError(f"{key}={value!s:.40} is not true or false; write {key}=true or {key}=false")
 
 
-def _parse_networks(value: str) -> tuple[str, ...]:
+def _parse_clients(value: str) -> tuple[str, ...]:
     words = [word.strip() for word in value.split(",") if word.strip()]
     if words == ["all"]:
         return ()
     if len(words) > MAX_ALLOWED_CLIENTS:
         raise WrongInputError(
-            f"allowed-clients has {len(words)} networks, at most {MAX_ALLOWED_CLIENTS}; write larger ones"
+            f"allowed-clients has {len(words)} entries, at most {MAX_ALLOWED_CLIENTS}; write larger networks"
         )
-    networks: list[str] = []
+    clients: list[str] = []
     for word in words:
+        if word.startswith(CERTIFICATE_PREFIX):
+            if not is_certificate_name(word.removeprefix(CERTIFICATE_PREFIX)):
+                raise WrongInputError(
+                    f"allowed-clients: {word!r:.60} names no certificate; write for example cert:web1"
+                )
+            clients.append(word)
+            continue
         try:
-            networks.append(str(ipaddress.ip_network(word)))
+            clients.append(str(ipaddress.ip_network(word)))
         except ValueError as error:
             try:
                 hint = str(ipaddress.ip_network(word, strict=False))
             except ValueError:
                 hint = "10.0.0.0/8,fd00::/8"
             raise WrongInputError(
-                f"allowed-clients: {word!r:.60} is not a network ({error}); write for example {hint}"
+                f"allowed-clients: {word!r:.60} is not a network ({error}); write for example {hint} (or cert:NAME)"
             ) from None
-    return tuple(networks)
+    return tuple(clients)

@@ -6,30 +6,26 @@ knows it, so that a changed setting acts at once.
 
 Rules
 - *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is
-  refused as long as sessions of the first are connected, unless the export is `shared`. Hosts are told apart by
-  address; every peer on a unix socket or a loopback address is the local host.
-- A client outside `allowed` neither sees nor enters an export. Peers on a unix socket are always allowed: the
-  socket's file mode is their access control.
+  refused as long as sessions of the first are connected, unless the export is `shared`. `peer.py` says what a host is.
+- A client that `admission.py` does not admit neither sees nor enters an export. Whether it is used over TLS is what the
+  export says of itself, or else what the node says; an export that lists certificate names requires TLS.
 - Settings change live: an export made read-only refuses its writers' next write; clients that are no longer allowed
   are disconnected.
 
-Known weakness: hosts behind one address translation look like one host.
+Known weakness: hosts behind one address translation look like one host, unless they have certificates of their own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Protocol
 
 from metadata.seams import Clock
 from nbdserver.block import BlockDevice
+from nbdserver.volume.admission import Admission, Allowed, TlsMode, admission
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.limits import Limits, Throttle
+from nbdserver.volume.peer import Peer
 
-LOCAL_HOST = "local"
 NAME_LIMIT_BYTES = 4096  # the protocol's bound on strings
-
-Address = IPv4Address | IPv6Address
-IPNetwork = IPv4Network | IPv6Network
 
 
 class ExportError(Exception):
@@ -40,12 +36,8 @@ class ExportSession(Protocol):
     """What an export knows of a client that uses it."""
 
     @property
-    def peer_name(self) -> str:
-        """Of its connection."""
-
-    @property
-    def peer_host(self) -> str:
-        """As `peer_host` gives it."""
+    def peer(self) -> Peer:
+        """Who it is."""
 
     @property
     def counters(self) -> Counters:
@@ -53,22 +45,6 @@ class ExportSession(Protocol):
 
     def disconnect(self, reason: str) -> None:
         """Close the connection now."""
-
-
-def peer_host(peer_name: str) -> str:
-    """The host of a `Connection.peer_name` ("192.0.2.1:4711", "[2001:db8::1]:4711", "unix:..."), or LOCAL_HOST."""
-    address = peer_address(peer_name)
-    return LOCAL_HOST if address is None or address.is_loopback else str(address)
-
-
-def peer_address(peer_name: str) -> Address | None:
-    """The peer's IP address (an IPv4 one mapped into IPv6 is unmapped), or None for a peer on a unix socket."""
-    if peer_name.startswith("unix:"):
-        return None
-    address = ip_address(peer_name.rpartition(":")[0].strip("[]").partition("%")[0])
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
 
 
 class Export:
@@ -83,8 +59,10 @@ class Export:
         read_only: bool = False,
         shared: bool = False,
         allowed: Iterable[str] = (),
+        tls: TlsMode = TlsMode.INHERIT,
     ) -> None:
-        """`allowed`: addresses or networks ("192.0.2.0/24"), none meaning everyone. ExportError for bad ones."""
+        """`allowed`: networks ("192.0.2.0/24") and certificate names ("cert:web1"), none meaning everyone. ExportError
+        for bad ones."""
         _check_text("an export's name", name)
         _check_text("a description", description)
         if not name:
@@ -94,7 +72,9 @@ class Export:
         self.description = description
         self.read_only = read_only
         self.shared = shared
-        self.allowed = _networks(allowed)
+        self.allowed = _allowed(allowed)
+        self.tls = tls
+        self._node_tls = TlsMode.OFF
         self.throttle: Throttle | None = None  # of a volume with limits
         self.sessions: set[ExportSession] = set()
         self._past = Counters()  # of sessions that have left
@@ -116,15 +96,26 @@ class Export:
             if old is not None:
                 old.end()
 
-    def allows(self, peer_name: str) -> bool:
-        """Whether a peer of this name may see and enter the export."""
-        address = peer_address(peer_name)
-        return not self.allowed or address is None or any(address in network for network in self.allowed)
+    @property
+    def tls_in_force(self) -> TlsMode:
+        """Its own setting, or else the node's; certificate names require TLS."""
+        if self.allowed.names:
+            return TlsMode.REQUIRED
+        return self._node_tls if self.tls is TlsMode.INHERIT else self.tls
+
+    def admits(self, peer: Peer) -> Admission:
+        """Whether a peer may see and enter the export."""
+        return admission(peer, self.allowed, self.tls_in_force)
+
+    def inherit_tls(self, mode: TlsMode) -> None:
+        """What the node says, at once: clients that it excludes are disconnected."""
+        self._node_tls = mode
+        self._disconnect_excluded()
 
     def enter(self, session: ExportSession) -> None:
         """Add a session. ExportError when another host writes and the export is not shared."""
         if not self.read_only and not self.shared:
-            others = self.hosts() - {session.peer_host}
+            others = self.hosts() - {session.peer.host}
             if others:
                 raise ExportError(
                     f"{self.name} is in use by {', '.join(sorted(others))};"
@@ -140,7 +131,7 @@ class Export:
 
     def hosts(self) -> set[str]:
         """The hosts whose sessions use the export."""
-        return {session.peer_host for session in self.sessions}
+        return {session.peer.host for session in self.sessions}
 
     def change(
         self,
@@ -149,11 +140,12 @@ class Export:
         read_only: bool | None = None,
         shared: bool | None = None,
         allowed: Sequence[str] | None = None,
+        tls: TlsMode | None = None,
     ) -> None:
         """Change settings at once, all or (ExportError) none; None leaves one as it is."""
         new_shared = self.shared if shared is None else shared
         new_read_only = self.read_only if read_only is None else read_only
-        networks = self.allowed if allowed is None else _networks(allowed)
+        new_allowed = self.allowed if allowed is None else _allowed(allowed)
         if description is not None:
             _check_text("a description", description)
         if not new_shared and not new_read_only and len(self.hosts()) > 1:
@@ -161,19 +153,27 @@ class Export:
                 f"{self.name} is in use by {', '.join(sorted(self.hosts()))};"
                 " disconnect all but one of these hosts first"
             )
-        self.shared, self.read_only, self.allowed = new_shared, new_read_only, networks
+        self.shared, self.read_only, self.allowed = new_shared, new_read_only, new_allowed
         if description is not None:
             self.description = description
+        if tls is not None:
+            self.tls = tls
+        self._disconnect_excluded()
+
+    def _disconnect_excluded(self) -> None:
         for session in list(self.sessions):
-            if not self.allows(session.peer_name):
-                session.disconnect("the export's allowed clients changed")
+            if self.admits(session.peer) is not Admission.YES:
+                session.disconnect("who may use the export, or how, was changed")
 
 
 class Exports:
     """The node's exports by name."""
 
     def __init__(self) -> None:
+        self.have_tls = False
+        """Whether there are certificates."""
         self._exports: dict[str, Export] = {}
+        self._tls = TlsMode.OFF
 
     def __iter__(self) -> Iterator[Export]:
         return iter(list(self._exports.values()))
@@ -189,20 +189,35 @@ class Exports:
         """The export of this name, or None."""
         return self._exports.get(name)
 
-    def default(self, peer_name: str) -> Export | None:
+    def default(self, peer: Peer) -> Export | None:
         """What the empty name means to a peer: the only volume that it may see; snapshots do not count."""
-        visible = [export for export in self.visible(peer_name) if "@" not in export.name]
+        visible = [export for export in self.visible(peer) if "@" not in export.name]
         return visible[0] if len(visible) == 1 else None
 
-    def visible(self, peer_name: str) -> list[Export]:
+    def visible(self, peer: Peer) -> list[Export]:
         """The exports that a peer may see, by name."""
-        return [self._exports[name] for name in self.names() if self._exports[name].allows(peer_name)]
+        return [self._exports[name] for name in self.names() if self._exports[name].admits(peer) is Admission.YES]
+
+    def inherit_tls(self, mode: TlsMode) -> None:
+        """What the node says about TLS, for the exports that say nothing themselves; at once."""
+        self._tls = mode
+        for export in self:
+            export.inherit_tls(mode)
+
+    def tls(self, peer: Peer) -> TlsMode:
+        """What a peer is told before it has named an export: required if nothing is to be had without TLS, off if
+        nothing is to be had over it."""
+        modes = {self._tls} | {export.tls_in_force for export in self._exports.values()}
+        if modes == {TlsMode.REQUIRED} and peer.address is not None:
+            return TlsMode.REQUIRED
+        return TlsMode.OFF if modes == {TlsMode.OFF} else TlsMode.ALLOWED
 
     def add(self, export: Export) -> None:
         """ExportError if the name is taken."""
         if export.name in self._exports:
             raise ExportError(f"there is already an export {export.name}")
         self._exports[export.name] = export
+        export.inherit_tls(self._tls)
 
     def rename(self, export: Export, name: str) -> None:
         """Give one of the exports another name; its sessions go on. ExportError if the name is taken."""
@@ -222,16 +237,11 @@ class Exports:
         return export
 
 
-def _networks(texts: Iterable[str]) -> tuple[IPNetwork, ...]:
-    networks = []
-    for text in texts:
-        try:
-            networks.append(ip_network(text))
-        except ValueError as error:
-            raise ExportError(
-                f"{text!r} is no address or network such as 192.0.2.7 or 2001:db8::/64 ({error})"
-            ) from error
-    return tuple(networks)
+def _allowed(texts: Iterable[str]) -> Allowed:
+    try:
+        return Allowed(texts)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
 
 
 def _check_text(what: str, text: str) -> None:

@@ -417,7 +417,7 @@ def test_volumes_are_made_listed_and_deleted_while_others_are_served(start_serve
         (["volume", "set", "disk0", "colour=red"], "'colour' is not a setting of a volume; known are read-only"),
         (["volume", "set", "disk0", "read-only=maybe"], "read-only=maybe is not true or false; write read-only=true"),
         (["volume", "set", "disk0", "allowed-clients=10.1.1.1/8"], "write for example 10.0.0.0/8"),
-        (["volume", "set", "disk0", "tls=required"], "TLS is not available yet"),
+        (["volume", "set", "disk0", "tls=required"], "this node has no certificate"),
         (["volume", "set", "disk0", "read-only=true", "shared=2"], "shared=2 is not true or false"),
         (["client", "disconnect", "99"], "there is no client 99; `nbdserver client list` shows them"),
     ],

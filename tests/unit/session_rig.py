@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from metadata.seams import Buffer
+from metadata.seams import Buffer, Receiver
 from nbdserver.frontend.session import Session
 from nbdserver.volume.export import Export, Exports
 from protocol import nbd
@@ -87,6 +87,7 @@ class ListConnection:
         self.reading = True
         self.closed = False
         self.aborted = False
+        self.receiver: Receiver | None = None
         self._queued: list[bytes] = []
 
     def send(self, buffers: Sequence[Buffer]) -> None:
@@ -106,6 +107,9 @@ class ListConnection:
         self.taking = True
         self.sent += b"".join(self._queued)
         self._queued.clear()
+
+    def redirect(self, receiver: Receiver) -> None:
+        self.receiver = receiver
 
     def pause_reading(self) -> None:
         self.reading = False

@@ -29,6 +29,16 @@ WRONG: list[tuple[str, str]] = [
     ("overcommit: 0", r"overcommit: 0 is not a ratio"),
     ("http: 9809", r"http: needs keys of its own below it: listen, public_read, token_file"),
     ("http: {public_read: 'yes'}", r"http.public_read: 'yes' is not true or false"),
+    ("tls: {mode: require}", r"tls.mode: 'require' is not off, allowed or required"),
+    ("tls: {mode: true}", r"tls.mode: True is not off, allowed or required"),
+    ("data: /x\ntls:\n  mode: required", r"node.yaml:2: tls: certificate and key are missing; nbdserver cert node"),
+    ("tls: {mode: allowed, certificate: /c}", r"tls: certificate and key are needed both"),
+    ("tls: {certificate: /c, key: /k, client_ca: /a}", r"tls: mode is missing; write allowed or required"),
+    (
+        "tls: {mode: allowed, certificate: /c, key: /k}",
+        r"client_ca is missing; name it, or write verify_clients: false",
+    ),
+    ("tls: {mod: allowed}", r"tls.mod: unknown key; did you mean mode\?"),
     ("data: 5", r"data: 5 is not a path"),
     ("socket: /" + "x" * 200, r"socket: the socket path /x+ has 201 bytes; Linux takes at most 107"),
     ("cache: 64M\ncache: 32M", r"node.yaml:2: cache: is given twice \(first in line 1\); keep one"),
@@ -93,6 +103,14 @@ def test_all_keys_are_taken() -> None:
 def test_none_is_no_limit(text: str) -> None:
     settings = parse_settings(text.encode(), "node.yaml")
     assert (settings.max_data, settings.overcommit) == (0, 0.0)
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "allowed", "required"])
+def test_the_modes_of_tls_are_words_also_the_one_that_yaml_takes_for_a_truth_value(word: str) -> None:
+    text = f"tls: {{mode: {word}, certificate: /c, key: /k, client_ca: /a}}"
+    settings = parse_settings(text.encode(), "node.yaml").tls
+    assert settings.mode == word.strip("'")
+    assert settings.verify_clients
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

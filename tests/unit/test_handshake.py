@@ -85,8 +85,10 @@ class Outcome:
         return [kind for _, kind, _ in self.replies]
 
 
-def converse(data: bytes, piece_bytes: int = 0, flags: int = 3, tls_offered: bool = False) -> Outcome:
-    handshake = Handshake(Shop(), tls_offered)
+def converse(
+    data: bytes, piece_bytes: int = 0, flags: int = 3, tls_offered: bool = False, tls_required: bool = False
+) -> Outcome:
+    handshake = Handshake(Shop(), tls_offered, tls_required)
     assert nbd.Greeting.parse(handshake.greeting()).flags == 3
     outcome = Outcome(handshake=handshake)
     data = nbd.ClientFlags.build({"flags": flags}) + data
@@ -314,6 +316,65 @@ def test_clear_text_behind_starttls_is_an_attack() -> None:
     outcome = converse(option(Option.STARTTLS) + info(Option.GO), tls_offered=True)
     assert isinstance(outcome.last, Close)
     assert not outcome.types()
+
+
+TLS_REQUIRED = OptionReply.ERR_TLS_REQD
+BEFORE_TLS: dict[str, tuple[bytes, list[int]]] = {
+    "go": (info(Option.GO), [TLS_REQUIRED]),
+    "info on no export": (info(Option.INFO, "b"), [TLS_REQUIRED]),
+    "list": (option(Option.LIST), [TLS_REQUIRED]),
+    "structured replies": (STRUCTURED, [TLS_REQUIRED]),
+    "extended headers": (option(Option.EXTENDED_HEADERS), [TLS_REQUIRED]),
+    "contexts": (contexts(Option.SET_META_CONTEXT, "base:allocation"), [TLS_REQUIRED]),
+    "an unknown option": (option(99, b"data"), [TLS_REQUIRED]),
+    "too long an option": (option(Option.INFO, bytes(OPTION_LIMIT_BYTES + 1)) + STRUCTURED, [TLS_REQUIRED] * 2),
+    "malformed": (option(Option.INFO, b"malformed"), [TLS_REQUIRED]),
+    "starttls with data": (option(Option.STARTTLS, b"x") + STRUCTURED, [OptionReply.ERR_INVALID, TLS_REQUIRED]),
+    "abort": (option(Option.ABORT), [ACK]),
+    "export name": (option(Option.EXPORT_NAME, b"a"), []),
+    "starttls": (option(Option.STARTTLS), [ACK]),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_TLS)
+@pytest.mark.parametrize("piece_bytes", [0, 1, 7])
+def test_where_tls_is_required_nothing_but_starttls_and_abort_is_done_before_it(name: str, piece_bytes: int) -> None:
+    data, expected = BEFORE_TLS[name]
+    piece_bytes = piece_bytes if len(data) < 10_000 else piece_bytes * 1000
+    outcome = converse(data, piece_bytes, tls_offered=True, tls_required=True)
+    assert outcome.types() == expected
+    assert isinstance(outcome.last, Close) == (name in ("abort", "export name"))
+    assert isinstance(outcome.last, StartTls) == (name == "starttls")
+
+
+def test_after_tls_everything_is_as_usual_where_tls_is_required() -> None:
+    outcome = converse(option(Option.STARTTLS), tls_offered=True, tls_required=True)
+    handshake = outcome.handshake
+    handshake.tls_established()
+    for data, expected in CONVERSATIONS.values():
+        handshake.receive(data)
+        events = []
+        while (event := handshake.next_event()) is not None:
+            events.append(event)
+        assert events or not expected
+        assert b"used over TLS only" not in b"".join(event.data for event in events)
+        if handshake.state in (State.TRANSMISSION, State.CLOSED):
+            handshake = converse(option(Option.STARTTLS), tls_offered=True, tls_required=True).handshake
+            handshake.tls_established()
+
+
+def test_where_tls_is_required_and_there_is_none_nobody_enters() -> None:
+    outcome = converse(option(Option.STARTTLS) + info(Option.GO), tls_required=True)
+    assert outcome.types() == [OptionReply.ERR_POLICY, TLS_REQUIRED]
+
+
+def test_clear_text_that_was_cut_off_by_starttls_is_not_taken_either() -> None:
+    """Only what arrived whole counts: one byte behind STARTTLS is enough to close."""
+    outcome = converse(option(Option.STARTTLS), tls_offered=True)
+    assert isinstance(outcome.last, StartTls)
+    outcome = converse(option(Option.STARTTLS) + b"I", tls_offered=True)
+    assert isinstance(outcome.last, Close)
+    assert outcome.handshake.state is State.CLOSED
 
 
 def test_every_state_is_reachable_and_every_move_is_used() -> None:

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from nbdserver.cli.manual import commands, page
-from nbdserver.node.config import HttpSettings, NodeSettings
-from nbdserver.node.volumes import SETTING_KEYS
+from nbdserver.node.config import HttpSettings, NodeSettings, TlsSettings
+from nbdserver.node.volume_settings import SETTING_KEYS
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
@@ -15,8 +15,10 @@ TEXT = (ROOT / "docs" / "operations.md").read_text()
 def test_the_settings_table_has_every_key_and_no_other() -> None:
     table = TEXT.partition("## Settings")[2].partition("\n## ")[0]
     documented = re.findall(r"^\| `([a-z_.]+)` \|", table, re.MULTILINE)
-    keys = [key for key in NodeSettings.model_fields if key != "http"]
-    assert documented == keys + [f"http.{key}" for key in HttpSettings.model_fields]
+    nested = {"tls": TlsSettings, "http": HttpSettings}
+    keys = [key for key in NodeSettings.model_fields if key not in nested]
+    keys += [f"{outer}.{key}" for outer, model in nested.items() for key in model.model_fields]
+    assert documented == keys
 
 
 def test_the_table_of_volume_settings_has_every_key() -> None:
@@ -27,7 +29,7 @@ def test_the_table_of_volume_settings_has_every_key() -> None:
 def test_every_command_that_is_named_exists() -> None:
     known = {name for name, _ in commands()}
     blocks = "\n".join(re.findall(r"```\n(.*?)```", TEXT, re.DOTALL))
-    for words in re.findall(r"^(?:sudo )?nbdserver ([a-z -]+?)(?: -| [A-Z]| disk|  |$)", blocks, re.MULTILINE):
+    for words in re.findall(r"^(?:sudo )?nbdserver ([a-z -]+?)(?: -| [A-Z]| disk| build|  |$)", blocks, re.MULTILINE):
         assert words.strip() in known
 
 

@@ -86,7 +86,7 @@ def test_clients_are_listed_and_disconnected_by_id() -> None:
     first, _ = house.client()
     house.doors.enter("unix:pid=5,uid=0")
     one, two = house.server.clients()
-    assert (one.export, one.peer_name, two.export, two.peer_name) == ("disk", "192.0.2.1:1", "", "unix:pid=5,uid=0")
+    assert (one.export, one.peer.name, two.export, two.peer.name) == ("disk", "192.0.2.1:1", "", "unix:pid=5,uid=0")
     assert house.server.disconnect(one.id)
     assert first.aborted
     assert not house.server.disconnect(one.id)

@@ -33,6 +33,9 @@ def test_any_other_name_is_refused_in_one_line(name: str) -> None:
         ("iops", "1000", ExportSettings(iops=1000)),
         ("bandwidth", "1M", ExportSettings(bandwidth=1 << 20)),
         ("bandwidth", "none", PLAIN),
+        ("allowed-clients", "cert:web1,10.0.0.0/8", ExportSettings(allowed_clients=("cert:web1", "10.0.0.0/8"))),
+        ("tls", "required", ExportSettings(tls="required")),
+        ("tls", "inherit", PLAIN),
         ("allowed-clients", "192.0.2.7", ExportSettings(allowed_clients=("192.0.2.7/32",))),
         ("allowed-clients", "all", PLAIN),
         ("allowed-clients", "", PLAIN),
@@ -55,9 +58,11 @@ def test_a_setting_is_changed_and_the_others_stay(key: str, value: str, expected
         ("allowed-clients", "10.0.0.1/8", "write for example 10.0.0.0/8"),
         ("allowed-clients", "example.com", "write for example 10.0.0.0/8,fd00::/8"),
         ("allowed-clients", ",".join(["10.0.0.0/8"] * 257), "at most 256"),
-        ("tls", "require", "TLS is not available yet"),
+        ("allowed-clients", "cert:", "write for example cert:web1"),
+        ("allowed-clients", "cert:a\nb", "write for example cert:web1"),
+        ("tls", "require", "not one of inherit, off, allowed, required; write tls=required"),
         ("size", "20G", "volume resize NAME --size SIZE"),
-        ("", "x", "known are read-only, description, shared, allowed-clients, iops"),
+        ("", "x", "known are read-only, description, shared, allowed-clients, tls, iops"),
     ],
 )
 def test_a_wrong_setting_says_what_would_be_right(key: str, value: str, message: str) -> None:
