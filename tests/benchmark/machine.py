@@ -54,6 +54,8 @@ def check_room(directory: Path, need_bytes: int) -> None:
 
 
 def commit() -> str:
-    """The source's commit, with `-dirty` when it was changed since."""
+    """The source's commit, with `-dirty` when it was changed since; `unknown` without git or a repository."""
+    if not shutil.which("git"):
+        return "unknown"
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return described.stdout.strip() or "unknown"

@@ -1,12 +1,14 @@
 """`python -m tests.benchmark.scale`: what maps, opening and recovery cost as volumes grow from 1 GiB to 16 TiB.
 
-Each size is built once (scale_family.py), then measured in processes of their own, so that no cache is left over:
+Each size is built once (scale_family.py; `build --directory DIR` does that before, at some other time, and leaves it
+there), then measured in processes of their own, so that no cache is left over:
 
 * open: `LogDisk.open` of a cleanly checkpointed family, and the memory after it.
 * lookup: a 4 KiB read of a mapped block whose map pages are not in memory (LevelDB is asked twice), and the same read
   again when they are. Data comes from the page cache (the segments are sparse), and so do LevelDB's files, as on a
   server that runs: what is measured is computing, not the disk.
-* recovery: a process overwrites random mapped blocks and ends without closing; then open is measured again.
+* recovery: a process overwrites random mapped blocks and ends without closing; then open is measured again. It makes
+  no checkpoint for the time that passes, only for what fills the cache: so this is about as much as there can be.
 """
 
 import asyncio
@@ -21,20 +23,21 @@ import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from metadata.family_state import read_open_state
 from nbdserver.block import BLOCK_BYTES, Operation
-from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.disk import DiskSettings, LogDisk, Report
 
 from . import machine
 from .__main__ import size_bytes_of
 from .processes import BenchmarkError
-from .scale_family import EPOCH, SEGMENT_BYTES, Host, Spread, fill, host
+from .scale_family import SEGMENT_BYTES, Host, Spread, fill, host
 
 FAMILY = bytes(range(16))
 DEFAULT_SIZES = "1G,128G,1T,16T"
@@ -42,7 +45,6 @@ DEFAULT_BLOCKS = 20_000_000
 LOOKUPS = 5_000
 OVERWRITES = 50_000
 BATCH = 16
-PHASE_TIMEOUT_S = 900
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -51,18 +53,11 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 # -- what runs in a process of its own
 
 
-def open_disk(parts: Host, epoch: int) -> LogDisk:
+def open_disk(parts: Host, report: Report = lambda kind, fields: None) -> LogDisk:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return LogDisk.open(
-        parts.files,
-        parts.store,
-        parts.clock,
-        random.Random(1),
-        DiskSettings(),
-        epoch,
-        boot_id,
-        lambda kind, fields: None,
-    )
+    epoch = read_open_state(parts.store).epoch + 1
+    settings = DiskSettings(checkpoint_interval_s=3600.0)
+    return LogDisk.open(parts.files, parts.store, parts.clock, random.Random(1), settings, epoch, boot_id, report)
 
 
 def memory_bytes() -> int:
@@ -79,36 +74,48 @@ async def close_disk(disk: LogDisk) -> None:
     await closed.wait()
 
 
-async def build(directory: Path, spread: Spread) -> dict[str, float]:
+async def build_family(directory: Path, spread: Spread) -> dict[str, float]:
     started = time.perf_counter()
     (directory / "maps").mkdir(parents=True)
     with host(directory, asyncio.get_running_loop()) as parts:
         LogDisk.format(parts.files, parts.store, FAMILY, spread.size_bytes, SEGMENT_BYTES, random.Random(1))
         fill(directory, parts.store, spread, lambda blocks: print(json.dumps({"blocks": blocks}), flush=True))
-    stored = sum(file.stat().st_size for file in (directory / "maps").iterdir())
-    return {"build_s": time.perf_counter() - started, "leveldb_bytes": stored}
+    return {"build_s": time.perf_counter() - started}
 
 
-async def measure_open(directory: Path, epoch: int) -> dict[str, float]:
+async def measure_open(directory: Path) -> dict[str, Any]:
     """Open, and close properly."""
+    replayed: dict[str, object] = {}
+
+    def report(kind: str, fields: dict[str, object]) -> None:
+        if kind == "recovered":
+            replayed.update(fields)
+
+    stored = sum(file.stat().st_size for file in (directory / "maps").iterdir())
     with host(directory, asyncio.get_running_loop()) as parts:
         before = memory_bytes()
-        started = time.perf_counter()
-        disk = open_disk(parts, epoch)
-        seconds = time.perf_counter() - started
+        started, started_cpu = time.perf_counter(), time.process_time()
+        disk = open_disk(parts, report)
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
         memory = memory_bytes() - before
         await close_disk(disk)
-    return {"open_s": seconds, "open_memory_bytes": memory}
+    return {
+        "open_s": seconds,
+        "open_cpu_s": cpu_s,
+        "open_memory_bytes": memory,
+        "leveldb_bytes": stored,
+        "replayed_blocks": replayed.get("blocks", 0),
+    }
 
 
-async def measure_lookup(directory: Path, spread: Spread, epoch: int) -> dict[str, float]:
+async def measure_lookup(directory: Path, spread: Spread) -> dict[str, float]:
     """LOOKUPS reads of random mapped blocks with the maps cold, each followed by a warm one."""
     draw = random.Random(2)
     indexes = [draw.randrange(spread.blocks) for _ in range(LOOKUPS)]
     cold: list[float] = []
     warm: list[float] = []
     with host(directory, asyncio.get_running_loop()) as parts:
-        disk = open_disk(parts, epoch)
+        disk = open_disk(parts)
         for index in indexes:
             offset = spread.lba(index) * BLOCK_BYTES
             started = time.perf_counter()
@@ -140,12 +147,12 @@ async def read_later(disk: LogDisk, offset: int) -> None:
         raise BenchmarkError(f"reading at {offset} failed: {os.strerror(errno)}")
 
 
-async def overwrite_and_die(directory: Path, spread: Spread, epoch: int, overwrites: int) -> None:
+async def overwrite_and_die(directory: Path, spread: Spread, overwrites: int) -> None:
     """Overwrite random mapped blocks in batches of BATCH, then end as kill -9 ends it."""
-    draw = random.Random(epoch)
+    draw = random.Random()
     data = draw.randbytes(BLOCK_BYTES)
     with host(directory, asyncio.get_running_loop()) as parts:
-        disk = open_disk(parts, epoch)
+        disk = open_disk(parts)
         for _ in range(overwrites // BATCH):
             offsets = [spread.lba(draw.randrange(spread.blocks)) * BLOCK_BYTES for _ in range(BATCH)]
             missing = [offset for offset in offsets if not disk.head(1).write(offset, memoryview(data))]
@@ -167,14 +174,14 @@ async def write_later(disk: LogDisk, offset: int, data: bytes) -> None:
 
 
 @application.command(hidden=True)
-def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int, overwrites: int) -> None:
+def phase(name: str, directory: Path, size_bytes: int, blocks: int, overwrites: int) -> None:
     """One measurement in a process of its own; its figures are the last line it prints, as JSON."""
     spread = Spread(size_bytes, blocks)
     phases: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
-        "build": lambda: build(directory, spread),
-        "open": lambda: measure_open(directory, epoch),
-        "lookup": lambda: measure_lookup(directory, spread, epoch),
-        "die": lambda: overwrite_and_die(directory, spread, epoch, overwrites),
+        "build": lambda: build_family(directory, spread),
+        "open": lambda: measure_open(directory),
+        "lookup": lambda: measure_lookup(directory, spread),
+        "die": lambda: overwrite_and_die(directory, spread, overwrites),
     }
     print(json.dumps(asyncio.run(phases[name]())), flush=True)
 
@@ -183,10 +190,14 @@ def phase(name: str, directory: Path, size_bytes: int, blocks: int, epoch: int, 
 
 
 def run_phase(
-    name: str, directory: Path, spread: Spread, epoch: int, overwrites: int, advance: Callable[[int], None]
+    name: str,
+    directory: Path,
+    spread: Spread,
+    overwrites: int = 0,
+    advance: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmark.scale", "phase", name, str(directory)]
-    command += [str(spread.size_bytes), str(spread.blocks), str(epoch), str(overwrites)]
+    command += [str(spread.size_bytes), str(spread.blocks), str(overwrites)]
     last: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -202,24 +213,52 @@ def run_phase(
     return last
 
 
-def measure_size(directory: Path, spread: Spread, overwrites: int, advance: Callable[[int], None]) -> dict[str, Any]:
-    """All figures of one size; the family is removed afterwards."""
+def build_families(place: Path, spreads: list[Spread]) -> None:
+    """Make those that `place` does not have. One that was cut off is made anew."""
+    machine.check_room(place, 8 << 30)
+    missing = [spread for spread in spreads if not family_in(place, spread).exists()]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=sum(spread.blocks for spread in missing))
+        for spread in missing:
+            progress.update(task, description=f"building {spread.size_bytes >> 30} GiB")
+            unfinished = place / "unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            run_phase("build", unfinished, spread, advance=lambda blocks: progress.advance(task, blocks))
+            unfinished.rename(family_in(place, spread))
+
+
+def family_in(place: Path, spread: Spread) -> Path:
+    return place / f"scale-{spread.size_bytes >> 30}GiB-{spread.blocks}"
+
+
+def measure_size(directory: Path, spread: Spread, overwrites: int) -> dict[str, Any]:
+    """All figures of one size."""
     row: dict[str, Any] = {"size_bytes": spread.size_bytes, "mapped_blocks": spread.blocks}
-    try:
-        row |= run_phase("build", directory, spread, EPOCH, overwrites, advance)
-        row |= run_phase("open", directory, spread, EPOCH + 1, overwrites, advance)
-        row |= run_phase("lookup", directory, spread, EPOCH + 2, overwrites, advance)
-        row["overwriter"] = run_phase("die", directory, spread, EPOCH + 3, overwrites, advance).get("counters", {})
-        after = run_phase("open", directory, spread, EPOCH + 4, overwrites, advance)
-        row["recovery_s"], row["recovery_memory_bytes"] = after["open_s"], after["open_memory_bytes"]
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    return row
+    row |= run_phase("open", directory, spread)
+    row |= run_phase("lookup", directory, spread)
+    row["overwriter"] = run_phase("die", directory, spread, overwrites).get("counters", {})
+    after = run_phase("open", directory, spread)
+    return row | {
+        "recovery_s": after["open_s"],
+        "recovery_cpu_s": after["open_cpu_s"],
+        "recovery_memory_bytes": after["open_memory_bytes"],
+        "replayed_blocks": after["replayed_blocks"],
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Maps, open and recovery")
-    for head in ("volume", "mapped blocks", "LevelDB", "open", "memory", "lookup cold p50 / p99", "warm", "recovery"):
+    for head in (
+        "volume",
+        "mapped blocks",
+        "LevelDB",
+        "open",
+        "memory",
+        "lookup cold p50 / p99",
+        "warm",
+        "replayed",
+        "recovery",
+    ):
         table.add_column(head, justify="right")
     for row in rows:
         table.add_row(
@@ -230,6 +269,7 @@ def show(rows: list[dict[str, Any]]) -> Table:
             f"{row['open_memory_bytes'] / 1e6:,.0f} MB",
             f"{row['lookup_cold_p50_us']:,.0f} / {row['lookup_cold_p99_us']:,.0f} µs",
             f"{row['lookup_warm_p50_us']:,.1f} µs",
+            f"{row['replayed_blocks']:,} blocks",
             f"{row['recovery_s'] * 1000:,.0f} ms",
         )
     return table
@@ -277,49 +317,67 @@ def draw_plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(canvas)
 
 
+SizesOption = Annotated[str, typer.Option(help="Comma-separated volume sizes.")]
+BlocksOption = Annotated[int, typer.Option(min=1000, help="Mapped blocks (fewer where the volume has fewer).")]
+
+
+def spreads_of(sizes: str, blocks: int) -> list[Spread]:
+    return [Spread(size, min(blocks, size // BLOCK_BYTES)) for size in map(size_bytes_of, sizes.split(","))]
+
+
+@application.command()
+def build(
+    directory: Annotated[Path, typer.Option(help="Where families are built, and stay.")],
+    sizes: SizesOption = DEFAULT_SIZES,
+    blocks: BlocksOption = DEFAULT_BLOCKS,
+) -> None:
+    """Build the families that `run --directory DIR` then measures: some minutes each."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        build_families(directory, spreads_of(sizes, blocks))
+    except BenchmarkError as error:
+        refuse(error)
+
+
 @application.command()
 def run(
-    sizes: Annotated[str, typer.Option(help="Comma-separated volume sizes.")] = DEFAULT_SIZES,
-    blocks: Annotated[
-        int, typer.Option(min=1000, help="Mapped blocks (fewer where the volume has fewer).")
-    ] = DEFAULT_BLOCKS,
-    overwrites: Annotated[int, typer.Option(min=BATCH, help="Random writes that recovery has to replay.")] = OVERWRITES,
-    directory: Annotated[Path | None, typer.Option(help="Where families are built.  [default: in --results]")] = None,
+    sizes: SizesOption = DEFAULT_SIZES,
+    blocks: BlocksOption = DEFAULT_BLOCKS,
+    overwrites: Annotated[
+        int, typer.Option(min=BATCH, help="Random writes before the end of the process.")
+    ] = OVERWRITES,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where `build` left families.  [default: they are built now, and removed]")
+    ] = None,
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
 ) -> None:
     """Measure map lookups, opening and recovery over volumes of growing size."""
     try:
         results.mkdir(parents=True, exist_ok=True)
-        spreads = [Spread(size, min(blocks, size // BLOCK_BYTES)) for size in map(size_bytes_of, sizes.split(","))]
-        rows = []
-        with tempfile.TemporaryDirectory(prefix="scale-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            machine.check_room(place, 8 << 30)
-            with Progress(console=Console(stderr=True)) as progress:
-                task = progress.add_task("", total=sum(spread.blocks for spread in spreads))
-                for spread in spreads:
-                    progress.update(task, description=f"{spread.size_bytes >> 30} GiB")
-                    rows.append(
-                        measure_size(
-                            place / "family", spread, overwrites, lambda blocks: progress.advance(task, blocks)
-                        )
-                    )
+        spreads = spreads_of(sizes, blocks)
+        with tempfile.TemporaryDirectory(prefix="scale-", dir=results) as scratch:
+            place = (directory or Path(scratch)).resolve()
+            build_families(place, spreads)
             result = {
                 "date": time.strftime("%Y-%m-%d %H:%M %z"),
                 "commit": machine.commit(),
                 "machine": machine.describe(place),
                 "command": " ".join(["python -m tests.benchmark.scale run", *sys.argv[2:]]),
                 "overwrites_before_recovery": overwrites,
-                "rows": rows,
+                "rows": [measure_size(family_in(place, spread), spread, overwrites) for spread in spreads],
             }
     except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        refuse(error)
     stem = results / time.strftime("scale-%Y%m%d-%H%M%S")
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw_plot(result, stem.with_suffix(".png"))
-    console.print(show(rows))
+    console.print(show(result["rows"]))
     console.print(f"{stem}.json, {stem}.png", highlight=False)
+
+
+def refuse(error: BenchmarkError) -> NoReturn:
+    Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import machine
 from .processes import BenchmarkError, Server
 
 EXPORT = "bench"
@@ -83,10 +84,10 @@ class Target:
         self.setting = setting
 
     def _start(self, setting: Setting) -> Server:
-        return Server(self.command(setting), self.socket_path, self._log_path)
+        return Server(self.command(setting), self.socket_path, self.log_path)
 
     @property
-    def _log_path(self) -> Path:
+    def log_path(self) -> Path:
         return self.directory.parent / f"{self.name}.log"
 
     def warm(self) -> None:
@@ -123,9 +124,8 @@ class Nbdserver(Target):
             number = version("nbdserver")
         except PackageNotFoundError:
             number = "from the source tree"
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
         python = ".".join(str(part) for part in sys.version_info[:3])
-        return f"nbdserver {number} ({commit.stdout.strip() or 'no git'}), Python {python}"
+        return f"nbdserver {number} ({machine.commit()}), Python {python}"
 
     def prepare(self) -> None:
         self.directory.mkdir(parents=True)
@@ -237,7 +237,7 @@ class NbdServer(Target):
 
     def _start(self, setting: Setting) -> Server:
         (self.directory / "config").write_text("\n".join(self._configuration(setting)) + "\n")
-        return Server(self.command(setting), self.socket_path, self._log_path, self.directory / "pid")
+        return Server(self.command(setting), self.socket_path, self.log_path, self.directory / "pid")
 
 
 def free_port() -> int:

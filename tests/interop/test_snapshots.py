@@ -50,7 +50,10 @@ def refused(server: Server, capsys: pytest.CaptureFixture[str], *arguments: str)
     return printed.err
 
 
-def test_snapshots_are_made_read_gone_back_to_and_deleted(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_snapshots_are_made_read_gone_back_to_and_deleted(
+    server: Server, needs: Callable[[str, str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nbdinfo = needs("nbdinfo", "libnbd-bin")
     write(server, 1)
     server.command("snapshot", "create", "disk0@monday")
     write(server, 2)
@@ -61,7 +64,7 @@ def test_snapshots_are_made_read_gone_back_to_and_deleted(server: Server, capsys
     assert [(found["export"], found["clients"]) for found in listed] == [("disk0@monday", 0), ("disk0@tuesday", 0)]
     exports = json.loads(
         subprocess.run(
-            ["nbdinfo", "--list", "--json", f"nbd://127.0.0.1:{server.port}"], capture_output=True, check=True
+            [nbdinfo, "--list", "--json", f"nbd://127.0.0.1:{server.port}"], capture_output=True, check=True
         ).stdout
     )["exports"]
     assert {(found["export-name"], found["is_read_only"]) for found in exports} == {

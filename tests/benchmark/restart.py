@@ -1,0 +1,154 @@
+"""`python -m tests.benchmark.restart`: how long a start takes after kill -9, by how much was written before.
+
+One volume is filled from end to end, to one size after the other. At each size it is written at random, 4 KiB at a
+time, and the server is killed in the middle of that, some rounds long. What is measured is the time from the start of
+the program until a client has read the block that it wrote last; the server's own event says how much it replayed. The
+page cache is warm, as it is after the end of a process.
+
+Known weakness: how much is replayed depends on the moment; the load runs longer than the 30 s that may pass between
+checkpoints only if --load-s says so.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from protocol.nbd import Command
+from tests.nbd_client import Client
+
+from . import machine
+from .__main__ import size_bytes_of
+from .load import run_fio
+from .processes import BenchmarkError, Server
+from .targets import EXPORT, Nbdserver
+
+BLOCK_BYTES = 4096
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def fill(target: Nbdserver, start: int, stop: int) -> None:
+    """Write the volume from `start` to `stop`, incompressibly."""
+    command = ["fio", "--name=fill", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=write", "--bs=1m"]
+    command += [f"--offset={start}", f"--size={stop - start}", "--iodepth=4", "--refill_buffers"]
+    run_fio([*command, "--output-format=json"], timeout_s=900)
+
+
+def load_and_kill(target: Nbdserver, filled_bytes: int, load_s: float, seed: int) -> None:
+    """Kill the server under random writes."""
+    assert target.server is not None
+    command = ["fio", "--name=load", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite", "--bs=4k"]
+    command += [
+        f"--offset={BLOCK_BYTES}",
+        f"--size={filled_bytes - BLOCK_BYTES}",
+        "--iodepth=16",
+        "--time_based",
+        "--runtime=3600",
+        f"--randseed={seed}",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as fio:
+        try:
+            time.sleep(load_s)
+            if fio.poll() is not None:
+                raise BenchmarkError("fio ended before the server was killed")
+            with closing(Client(str(target.socket_path), EXPORT)) as client:
+                client.request(Command.WRITE, 0, data=seed.to_bytes(8, "big") * (BLOCK_BYTES // 8))
+            os.kill(target.server.pid, signal.SIGKILL)  # the data process dies with it
+            target.server.stop()
+        finally:
+            fio.kill()
+    target.server = None
+
+
+def start(target: Nbdserver, seed: int) -> dict[str, Any]:
+    """Start the server; seconds until the block that was written last was read, and what was replayed."""
+    started = time.monotonic()
+    target.server = Server(target.command(target.setting), target.socket_path, target.log_path)
+    with closing(Client(str(target.socket_path), EXPORT, timeout_s=60)) as client:
+        reply = client.request(Command.READ, 0, BLOCK_BYTES)
+    seconds = time.monotonic() - started
+    if reply.data != seed.to_bytes(8, "big") * (BLOCK_BYTES // 8):
+        raise BenchmarkError("a write that was acknowledged before kill -9 is not there")
+    events = (json.loads(line) for line in (target.directory / "events.jsonl").read_text().split("\n") if line)
+    replayed = [event for event in events if event["kind"] == "recovered"][-1]
+    return {"seconds": seconds, "records": replayed["records"], "blocks": replayed["blocks"]}
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Start after kill -9")
+    for head in ("written before", "median", "longest", "replayed, median of the rounds"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        seconds = [each["seconds"] for each in row["rounds"]]
+        table.add_row(
+            f"{row['written_bytes'] / 2**30:g} GiB",
+            f"{median(seconds):.2f} s",
+            f"{max(seconds):.2f} s",
+            f"{median(each['blocks'] for each in row['rounds']):,.0f} blocks",
+        )
+    return table
+
+
+@application.command()
+def run(
+    sizes: Annotated[str, typer.Option(help="What is written before, comma-separated, rising.")] = "1G,5G,20G",
+    rounds: Annotated[int, typer.Option(min=1, help="Kills at each size.")] = 3,
+    load_s: Annotated[float, typer.Option(min=0.5, help="Seconds of random writes before each kill.")] = 10.0,
+    directory: Annotated[Path | None, typer.Option(help="Where the volume lies.  [default: in --results]")] = None,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+) -> None:
+    """Measure how long the server takes to start after kill -9."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        steps = [size_bytes_of(size) for size in sizes.split(",")]
+        rows = []
+        with tempfile.TemporaryDirectory(prefix="restart-", dir=directory or results) as scratch:
+            place = Path(scratch).resolve()
+            machine.check_room(place, steps[-1] * 3 // 2 + (4 << 30))
+            target = Nbdserver(place, steps[-1])
+            target.prepare()
+            target.start(target.setting)
+            try:
+                filled = seed = 0
+                for step in steps:
+                    fill(target, filled, step)
+                    filled = step
+                    taken = []
+                    for _ in range(rounds):
+                        seed += 1
+                        load_and_kill(target, filled, load_s, seed)
+                        taken.append(start(target, seed))
+                    rows.append({"written_bytes": filled, "rounds": taken})
+            finally:
+                target.stop()
+            result = {
+                "date": time.strftime("%Y-%m-%d %H:%M %z"),
+                "commit": machine.commit(),
+                "machine": machine.describe(place),
+                "command": " ".join(["python -m tests.benchmark.restart", *sys.argv[1:]]),
+                "rows": rows,
+            }
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    path = results / time.strftime("restart-%Y%m%d-%H%M%S.json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(show(rows))
+    console.print(path, highlight=False)
+
+
+if __name__ == "__main__":
+    application()
