@@ -1,17 +1,14 @@
 """`nbdserver check`: the offline check, with a progress bar on the terminal and one line for each finding."""
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, wants_json
+from nbdserver.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nbdserver.logdisk.check import CheckResult
 
 EXIT_PROBLEMS = 1
@@ -42,7 +39,11 @@ def check(
 
     as_json = wants_json(context, json_output)
     results: dict[str, CheckResult] = {}
-    with _progress_bar(not as_json) as progress:
+    with progress_bar(not as_json) as show:
+
+        def progress(volume: str, what: str, done: int, total: int) -> None:
+            show(f"{volume}: {what}", done, total)
+
         for volume, result in check_directory(data_path(context, data), name, quick, progress):
             results[volume] = result
     if as_json:
@@ -70,22 +71,3 @@ def _print(volume: str, result: "CheckResult", quick: bool) -> None:
         f"{result.records_verified} records; the next start replays {result.records_to_replay} records "
         f"({result.blocks_to_replay} blocks)"
     )
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> "Iterator[Callable[..., Any]]":
-    """A function that shows (volume, what, done, total) on a terminal's standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not shown or not console.is_terminal) as bars:
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def show(volume: str, what: str, done: int, total: int) -> None:
-            if (volume, what) not in tasks:
-                tasks[volume, what] = bars.add_task(f"{volume}: {what}", total=None)
-            bars.update(tasks[volume, what], completed=done, total=max(done, total))
-
-        yield show

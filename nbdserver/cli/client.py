@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from nbdserver.host.data_directory import is_locked
 from nbdserver.node.addresses import MAX_SOCKET_PATH_BYTES
-from nbdserver.node.errors import NodeError, NotRunningError, WrongInputError
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, NotRunningError, WrongInputError
 
 TIMEOUT_S = 600.0
 """Deleting a volume unlinks its segments first: on a slow disk that takes a while."""
@@ -64,7 +64,8 @@ class NodeClient:
             message = str(response.json()["error"])
         except (ValueError, KeyError, TypeError):
             message = f"the node answered {response.status_code} without a reason; its output says more"
-        raise WrongInputError(message) if response.status_code < 500 else NodeError(message)
+        kinds = {404: NotFoundError, 409: ConflictError}
+        raise kinds.get(response.status_code, WrongInputError if response.status_code < 500 else NodeError)(message)
 
 
 def volume_path(name: str) -> str:

@@ -9,6 +9,7 @@ from nbdserver.cli import (
     check_command,
     client_commands,
     clone_commands,
+    image_commands,
     node_commands,
     serve,
     service,
@@ -66,6 +67,7 @@ serve.add_to(app)
 app.add_typer(volume_commands.app, name="volume")
 app.add_typer(snapshot_commands.app, name="snapshot")
 app.add_typer(clone_commands.app, name="clone")
+app.add_typer(image_commands.app, name="image")
 app.add_typer(client_commands.app, name="client")
 app.add_typer(cert_commands.app, name="cert")
 node_commands.add_to(app)

@@ -343,7 +343,8 @@ class Node:
 
     async def _listen(self) -> None:
         try:
-            await self.call("listen", addresses=self.addresses())
+            await self.call("listen", addresses=self.addresses(), own=f"unix:{self.directory.own_socket}")
+            self.directory.own_socket.chmod(0o600)
         except DataProcessError as error:
             if error.kind != "ListenError":
                 raise

@@ -85,6 +85,7 @@ class Worker:
         self._server: Server | None = None
         self.channel: Channel | None = None
         self.stopped = asyncio.Event()
+        self._own_address = ""
 
     async def handle(self, name: str, arguments: dict[str, Any]) -> Any:
         """Do one request of the control process."""
@@ -119,10 +120,13 @@ class Worker:
         self._exports.have_tls = context is not None
         self._exports.inherit_tls(TlsMode(mode))
 
-    async def do_listen(self, addresses: list[str]) -> None:
-        """Accept clients at exactly these addresses; on failure everything stays as it was."""
+    async def do_listen(self, addresses: list[str], own: str) -> None:
+        """Accept clients at exactly these addresses; on failure everything stays as it was. `own` is that of the
+        program's own commands: it is not handed over, the next process listens there anew."""
         assert self._server is not None
         before = self._server.addresses()
+        addresses = [*addresses, own]
+        self._own_address = own
         for address in addresses:
             try:
                 self._server.listen(address)
@@ -223,6 +227,8 @@ class Worker:
         after the reply."""
         assert self._server is not None
         frozen_s = self._clock.now()
+        if self._own_address in self._server.addresses():
+            self._server.stop_listening(self._own_address)
         released = self._network.release_listening()
         clients = len(self._server.clients())
         frozen = asyncio.Event()

@@ -7,6 +7,7 @@
     DATA/ballast              room that the registry gets when the file system is full
     DATA/events.jsonl         events, with events.1.jsonl
     DATA/api.sock             the HTTP API, for whoever may open it (mode 0600)
+    DATA/own.sock             NBD for the program's own commands (mode 0600)
     DATA/api.token            the token of the HTTP API on TCP (mode 0600)
 
 Rules: the version is read before anything is changed; a newer one is refused, and so is a directory that holds
@@ -31,6 +32,8 @@ _FORMAT_PATTERN = re.compile(r"nbdserver data directory, version ([0-9]+)\n")
 
 ORPHAN_TIMEOUT_S = 10.0
 """How long a start waits for the data process of a node that was killed."""
+
+OWN_SOCKET = "own.sock"
 
 _HARMLESS = {"lock", "format.new", "lost+found"}
 """What a directory may hold before its format file is written: the remains of a first start, or a fresh ext4."""
@@ -73,6 +76,10 @@ class DataDirectory:
     @property
     def api_socket(self) -> Path:
         return self.path / "api.sock"
+
+    @property
+    def own_socket(self) -> Path:
+        return self.path / OWN_SOCKET
 
     @property
     def api_token(self) -> Path:

@@ -1,0 +1,1 @@
+"""Images of volumes, saved and loaded through the node as an NBD client."""
