@@ -63,7 +63,7 @@ class Delegate:
         """Somebody wants a snapshot over this stream."""
         replica = self._replica
         _, epoch = self._master()
-        is_collecting = request.attempt == 0 and replica.store.promised == request.epoch
+        is_collecting = request.attempt == 0 and replica.store.promised == request.epoch > epoch
         if replica.staging is not None or replica.position == NOWHERE:
             stream.send(SnapshotRefused(request.attempt, Reason.NOT_HERE))
         elif not is_collecting and (request.epoch != epoch or request.attempt == 0):

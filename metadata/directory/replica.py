@@ -234,6 +234,8 @@ class Replica:
         old, self.map = self.map, staging.map
         self.history, self.position, self.stubs = staging.history, staging.position, staging.stubs
         self._parts = staging.parts
+        if self.stubs.taken < self.position.sequence:  # a filtered stream went past it
+            self.stubs = StubQueue(self.position.sequence, self._random)
         self.staging = None
         self.installs += 1
         self.buffer.restart(self.position.sequence + 1)

@@ -147,13 +147,14 @@ class StubQueue:
 
     def refused(self, ranges: Ranges, now_s: float) -> None:
         """Whoever was asked for these will not send them: reset their flags, so that they are asked for again."""
+        chance = self._random.random()  # one for all: what was refused together is asked for together
         is_any = False
         for first, count in ranges:
             for sequence in range(max(first, self.taken + 1), min(first + count, self._highest + 1)):
                 place = self._places[sequence]
                 if place.state is Stub.ASKED:
                     self._unask(place, Move.REFUSED, now_s)
-                    place.due_s = now_s + _backoff_s(RETRY_S, place.tries) * self._random.random()
+                    place.due_s = now_s + _backoff_s(RETRY_S, place.tries) * chance
                     is_any = True
         if is_any:
             self._shrink(now_s)
