@@ -1,57 +1,35 @@
-"""Becoming the master: through the registry, then through a majority of the voters.
+"""Becoming the master through the registry: who may try, who has won, and the lease that says so.
 
 Theory: the registry says who may try (no lease) and who has won (the swap). It is watched, so a node learns of every
-change, of its own success too when the answer was lost. The winner of an epoch is no master yet: a majority must
-promise the epoch, the newest history among them must be here, and what is kept in the registry must be known.
+change, of its own success too when the answer was lost. The winner of an epoch is no master yet (`Collecting`).
 
 Rules
 - Only a voter tries; the first node of a cluster makes epoch 1, unless its own copy knows of epochs before.
 - The lease is a reason to try, not authority: a master whose lease is lost goes on, and takes it again if the state is
   still its own.
-- No majority within COLLECT_S: the lease is given back, and others may try.
-- Everything that waits for an answer belongs to one attempt (`_Term`); answers of an earlier one do nothing.
+- Who gives up gives the lease back and rests, so that others try first.
+- Answers that belong to an earlier attempt do nothing.
 """
 
 import logging
 from collections.abc import Callable
 from enum import Enum
 from random import Random
-from typing import Any
 
+from metadata.directory.collecting import Collecting
 from metadata.directory.joiner import OpenStream
 from metadata.directory.outbox import Outbox
-from metadata.directory.registry_keys import (
-    KEPT,
-    LEASE_KEY,
-    LEASE_TTL_S,
-    STATE_KEY,
-    WATCHED,
-    MasterState,
-    Member,
-    StateError,
-)
+from metadata.directory.registry_keys import LEASE_KEY, LEASE_TTL_S, STATE_KEY, WATCHED, MasterState, Member, StateError
 from metadata.directory.replica import Replica
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.seams import Clock, Lease, Registry, Timer
-from protocol.directory import NOWHERE, NodeKind, Position
-from protocol.directory_control import (
-    Collect,
-    Promise,
-    SnapshotBegin,
-    SnapshotEnd,
-    SnapshotEntries,
-    SnapshotRequest,
-    unpack_starts,
-)
+from protocol.directory import NOWHERE, NodeKind
+from protocol.directory_control import Promise
 from protocol.invariant import invariant
 
 SPREAD_S = 0.3  # candidates try at random within it: mostly one at a time
 RETRY_S = 1.0
-COLLECT_RETRY_S = 0.1
-COLLECT_GRACE_S = 0.05  # after the majority: the others' answers may show something newer, and save them a snapshot
-COLLECT_S = 10.0
-FETCH_S = 5.0  # without progress
-REST_S = 3.0  # after giving up: the others try first
+REST_S = 3.0  # after giving up
 
 _log = logging.getLogger(__name__)
 
@@ -61,9 +39,7 @@ class Stage(Enum):
 
     FOLLOWING = "following"
     TRYING = "asking the registry"
-    COLLECTING = "collecting promises"
-    FETCHING = "fetching the newest copy"
-    READING = "reading what the registry keeps"
+    COLLECTING = "collecting"
     LEADING = "leading"
 
 
@@ -73,24 +49,14 @@ class Move(Enum):
     TRY = "no lease"
     LOST = "another one won, or no answer"
     WON = "the registry's state names this node"
-    BEHIND = "a majority promised, one of them has more"
-    NEWEST = "a majority promised, this copy is the newest"
-    FETCHED = "fetched"
-    FETCH_FAILED = "its holder is gone"
-    READ = "read"
+    READY = "a majority has promised, the newest is here"
     GIVEN_UP = "higher epoch, or no majority"
 
 
 TRANSITIONS: dict[Stage, dict[Move, Stage]] = {
     Stage.FOLLOWING: {Move.TRY: Stage.TRYING, Move.WON: Stage.COLLECTING},
     Stage.TRYING: {Move.LOST: Stage.FOLLOWING, Move.WON: Stage.COLLECTING},
-    Stage.COLLECTING: {Move.BEHIND: Stage.FETCHING, Move.NEWEST: Stage.READING, Move.GIVEN_UP: Stage.FOLLOWING},
-    Stage.FETCHING: {
-        Move.FETCHED: Stage.READING,
-        Move.FETCH_FAILED: Stage.COLLECTING,
-        Move.GIVEN_UP: Stage.FOLLOWING,
-    },
-    Stage.READING: {Move.READ: Stage.LEADING, Move.GIVEN_UP: Stage.FOLLOWING},
+    Stage.COLLECTING: {Move.READY: Stage.LEADING, Move.GIVEN_UP: Stage.FOLLOWING},
     Stage.LEADING: {Move.GIVEN_UP: Stage.FOLLOWING},
 }
 
@@ -136,10 +102,7 @@ class Election:
         self._lease: Lease | None = None
         self._is_leasing = False
         self._epoch = 0
-        self._promises: dict[int, Position] = {}
-        self._deadline_s = 0.0
-        self._majority_at_s = 0.0
-        self._give_up: Callable[[], None] | None = None
+        self._collecting: Collecting | None = None
         self._rest_until_s = 0.0
         self._timer: Timer | None = None
         self._attempt = 0
@@ -330,123 +293,35 @@ class Election:
         if self.stage not in (Stage.FOLLOWING, Stage.TRYING):
             self.give_up("a newer epoch of its own", 0.0)
         self._move(Move.WON)
-        self._epoch = state.epoch
-        self._promises = {}
-        self._majority_at_s = 0.0
-        self._deadline_s = self._clock.now() + COLLECT_S
-        _log.info("%s won epoch %d and collects promises of %d voters", self._me.name, state.epoch, len(state.voters))
-        self._collect()
-
-    def _collect(self) -> None:
-        if self.stage is not Stage.COLLECTING or self.state is None:
-            return
-        now_s = self._clock.now()
-        if now_s > self._deadline_s:
-            self.give_up("no majority of the voters answers", REST_S)
-            return
-        if self._majority_at_s and now_s >= self._majority_at_s + COLLECT_GRACE_S:
-            self._take_newest()
-            return
-        for node in self.state.voters:
-            if node not in self._promises:
-                self._outbox.send(node, Collect(self._epoch))
-        self._arm(COLLECT_RETRY_S, self._collect)
+        epoch = self._epoch = state.epoch
+        _log.info("%s won epoch %d and collects promises of %d voters", self._me.name, epoch, len(state.voters))
+        self._collecting = Collecting(
+            self._clock,
+            self._registry,
+            epoch,
+            state.voters,
+            self._replica,
+            self._outbox,
+            self._address_of,
+            self._open_stream,
+            self._is_ready,
+            lambda why: self.give_up(why, REST_S),
+        )
 
     def promised(self, node: int, promise: Promise) -> None:
         """A voter has promised."""
-        state = self.state
-        if self.stage is not Stage.COLLECTING or state is None or promise.epoch != self._epoch:
+        if self._collecting is not None:
+            self._collecting.promised(node, promise)
+
+    def _is_ready(self, kept: Reading) -> None:
+        if self.state is None or self.state.epoch != self._epoch:
+            self.give_up("the registry's state is another one", 0.0)
             return
-        if node not in state.voters:
-            return
-        self._promises[node] = promise.position
-        if len(self._promises) == len(state.voters):
-            self._take_newest()
-        elif 2 * len(self._promises) > len(state.voters) and not self._majority_at_s:
-            self._majority_at_s = self._clock.now()
-            self._arm(COLLECT_GRACE_S, self._collect)
-
-    def _take_newest(self) -> None:
-        newest = max(self._promises.values())
-        if newest <= self._replica.position:
-            self._move(Move.NEWEST)
-            self._read_kept()
-            return
-        holder = min(node for node, position in self._promises.items() if position == newest)
-        self._move(Move.BEHIND)
-        self._fetch(holder)
-
-    def _fetch(self, holder: int) -> None:
-        address = self._address_of(holder)
-        if not address:
-            self._clock.call_soon(lambda: self._fetch_failed(holder, self._epoch, "its address is not known"))
-            return
-        epoch = self._epoch
-        self._replica.stage_drop()
-        self._arm(FETCH_S, lambda: self._fetch_failed(holder, epoch, "it sends nothing"))
-        self._give_up = self._open_stream(
-            address,
-            SnapshotRequest(0, epoch, "", NOWHERE, ()),
-            lambda body: self._fetched(holder, epoch, body),
-            lambda reason: self._fetch_failed(holder, epoch, reason),
-        )
-
-    def _fetched(self, holder: int, epoch: int, body: Any) -> None:
-        if self.stage is not Stage.FETCHING or epoch != self._epoch or getattr(body, "attempt", None) != 0:
-            return
-        replica = self._replica
-        match body:
-            case SnapshotBegin():
-                replica.stage(body.position, epoch, unpack_starts(body.history))
-            case SnapshotEntries() if replica.staging is not None:
-                replica.stage_entries(body.entries)
-            case SnapshotEnd() if replica.staging is not None and body.position == replica.staging.begin:
-                self._close_stream()
-                replica.stage_end(body.position, self._clock.now())
-                self._move(Move.FETCHED)
-                self._read_kept()
-                return
-            case _:
-                self._fetch_failed(holder, epoch, "it refuses")
-                return
-        self._arm(FETCH_S, lambda: self._fetch_failed(holder, epoch, "it sends nothing"))
-
-    def _fetch_failed(self, holder: int, epoch: int, reason: str) -> None:
-        if self.stage is not Stage.FETCHING or epoch != self._epoch:
-            return
-        _log.warning("%s cannot fetch the newest copy: %s", self._me.name, reason)
-        self._close_stream()
-        self._replica.stage_drop()
-        # Any other majority will do: what is confirmed is in each.
-        self._promises.pop(holder, None)
-        self._majority_at_s = 0.0
-        self._move(Move.FETCH_FAILED)
-        self._arm(COLLECT_RETRY_S, self._collect)
-
-    def _close_stream(self) -> None:
-        if self._give_up is not None:
-            self._give_up()
-            self._give_up = None
-
-    def _read_kept(self) -> None:
-        epoch = self._epoch
-        if self._clock.now() > self._deadline_s:
-            self.give_up("the registry does not answer", REST_S)
-            return
-
-        def read(reading: Reading | Unavailable) -> None:
-            if self.stage is not Stage.READING or epoch != self._epoch or self.state is None:
-                return
-            if isinstance(reading, Unavailable):
-                self.registry_error = reading.reason
-                self._arm(RETRY_S, self._read_kept)
-                return
-            self._move(Move.READ)
-            _log.info("%s is the master of epoch %d", self._me.name, epoch)
-            self._begin(self.state, reading)
-            self._consider()
-
-        self._registry.range_later(KEPT, read)
+        self._collecting = None
+        self._move(Move.READY)
+        _log.info("%s is the master of epoch %d", self._me.name, self._epoch)
+        self._begin(self.state, kept)
+        self._consider()
 
     # --- the end ---
 
@@ -456,15 +331,18 @@ class Election:
             return
         was_leading = self.stage is Stage.LEADING
         _log.info("%s gives epoch %d up: %s", self._me.name, self._epoch, why)
-        self._close_stream()
-        if self.stage is Stage.FETCHING:
-            self._replica.stage_drop()
+        self._drop_collecting()
         self._move(Move.GIVEN_UP)
         self._rest_until_s = self._clock.now() + rest_s
         self._release()
         if was_leading:
             self._end(why)
         self._arm(rest_s + SPREAD_S * self._random.random(), self._consider)
+
+    def _drop_collecting(self) -> None:
+        collecting, self._collecting = self._collecting, None
+        if collecting is not None:
+            collecting.give_up()
 
     @property
     def epoch(self) -> int:
@@ -474,7 +352,7 @@ class Election:
     def close(self) -> None:
         """The node ends."""
         self._watch.cancel()
-        self._close_stream()
+        self._drop_collecting()
         if self._timer is not None:
             self._timer.cancel()
         self._release()

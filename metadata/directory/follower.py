@@ -110,7 +110,7 @@ class Follower:
             return
         replica = self._replica
         if self._kind is NodeKind.SECOND:
-            self._take_filtered(updates.messages, now_s)
+            self._take_filtered(updates.messages)
             return
         if not self._is_taking:
             return
@@ -144,12 +144,12 @@ class Follower:
             self.is_following = self._replica.follow(starts)
             self.needs_snapshot = not self.is_following
 
-    def _take_filtered(self, messages: Sequence[Message], now_s: float) -> None:
+    def _take_filtered(self, messages: Sequence[Message]) -> None:
         replica = self._replica
         for message in messages:
             if replica.staging is not None:
                 if replica.staging.end is not None:
-                    replica.stage_filtered(message, now_s)
+                    replica.stage_filtered(message)
             elif self.is_following:
                 replica.take_filtered(message)
         replica.store.flush()

@@ -203,7 +203,7 @@ class Replica:
         if staging is not None:
             self.store.stage_drop([entry.update.key for entry in staging.map.entries()])
 
-    def stage_filtered(self, message: Message, now_s: float) -> None:
+    def stage_filtered(self, message: Message) -> None:
         """As `take_filtered`, for the snapshot, after its end."""
         staging = self.staging
         assert staging is not None

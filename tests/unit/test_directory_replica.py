@@ -358,7 +358,7 @@ def test_a_filtered_snapshot_misses_nothing_once_it_is_exact() -> None:
     replica = make_replica()
     staged(replica)
     replica.stage_end(Position(1, 20), 0.0)
-    replica.stage_filtered(messages(1, 12, put("a"))[0], 0.0)
+    replica.stage_filtered(messages(1, 12, put("a"))[0])
     assert replica.installs == 0
     replica.stage_pass_to(22)
     assert (replica.position, replica.queue.missing, entries(replica)) == (Position(1, 22), 0, {"a": b"v"})
