@@ -13,9 +13,11 @@ from typing import Any
 from metadata.directory.routes import Routes
 from metadata.directory.streams import FrameStream
 from metadata.seams import Clock, Timer
+from protocol.directory_control import Subscribe
 
 RETRY_S = 0.2
 RETRY_LIMIT_S = 5.0
+ASK_S = 1.0
 
 
 class FarLink:
@@ -37,6 +39,7 @@ class FarLink:
         self._heard = heard
         self._opened = opened
         self._address = ""
+        self._ask_at_s = 0.0
         self._tries = 0
         self._give_up: Callable[[], None] | None = None
         self._timer: Timer | None = None
@@ -59,6 +62,7 @@ class FarLink:
             self.again()
             return
         self._tries = 0
+        self._ask_at_s = 0.0
         self.is_open = True
         self._routes.streams[self.master] = stream
         self._opened()
@@ -73,6 +77,12 @@ class FarLink:
         pause_s = min(RETRY_S * (1 << self._tries), RETRY_LIMIT_S) * (0.5 + self._random.random())
         self._tries = min(self._tries + 1, 10)
         self._timer = self._clock.call_later(pause_s, self._connect)
+
+    def ask(self, subscribe: Subscribe, now_s: float) -> None:
+        """Ask the master for what follows, if the stream is open and it was not asked just now."""
+        if self.is_open and now_s >= self._ask_at_s:
+            self._ask_at_s = now_s + ASK_S
+            self._routes.send(self.master, subscribe)
 
     def close(self) -> None:
         self.is_open = False

@@ -173,6 +173,10 @@ class Follower:
         if self.is_following and request.epoch == self.epoch:
             self._resending.answer(node, self.epoch, request.ranges, False, now_s)
 
+    def suspects(self, now_s: float) -> bool:
+        """True if the master has been silent for too long."""
+        return self.suspicion is not None and self.suspicion.suspects(now_s)
+
     # --- promises and positions ---
 
     def collect(self, sender: int, collect: Collect) -> None:

@@ -13,10 +13,10 @@ Rules
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from metadata.directory.address_book import AddressBook
 from metadata.directory.delegate import Delegate
 from metadata.directory.election import Election
 from metadata.directory.far_link import FarLink
@@ -24,20 +24,17 @@ from metadata.directory.follower import Follower
 from metadata.directory.joiner import Joiner, Joining
 from metadata.directory.map import Watcher
 from metadata.directory.master import Master
-from metadata.directory.registry_keys import EVERYBODYS, MEMBER_PREFIX, MasterState, Member
+from metadata.directory.registry_keys import MEMBER_PREFIX, MasterState, Member
 from metadata.directory.replica import Replica
 from metadata.directory.replica_store import ReplicaStore
 from metadata.directory.reports import Answer, Done, Reports
 from metadata.directory.routes import Routes
+from metadata.directory.settings import DirectorySettings, publication
 from metadata.directory.streams import FrameStream
 from metadata.registry_calls import Reading
 from metadata.seams import Clock, Connection, Network, Receiver, Registry, Store, Timer
 from protocol.directory import (
-    KEY_LIMIT_BYTES,
     NOWHERE,
-    PREFIXES_LIMIT,
-    VALUE_LIMIT_BYTES,
-    Action,
     Confirm,
     Kind,
     MalformedError,
@@ -47,31 +44,12 @@ from protocol.directory import (
     Update,
 )
 from protocol.directory_control import Subscribe
-from protocol.sealed_frames import ClusterKeys
 
-JOINING_LIMIT = 1024  # addresses remembered of nodes that asked to join; they ask again
-SUBSCRIBE_S = 1.0
 SILENCE_S = 2.0  # without a heartbeat of the registry's master: it may not know this node
 MIN_WAKE_S = 0.001
 LOOK_S = 1.0  # a node that is no master looks at its place at least so often
-EXPIRES_LIMIT_S = 4_000_000.0  # in milliseconds it fits into four bytes
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DirectorySettings:
-    """Who a node is."""
-
-    name: str
-    kind: NodeKind
-    datagrams: str
-    """Address to receive datagrams at; second-kind nodes use it for nothing."""
-    streams: str
-    """Address to accept streams at."""
-    keys: ClusterKeys
-    prefixes: tuple[str, ...] = ()
-    """What a second-kind node subscribes to, besides members and master."""
 
 
 class DirectoryNode:
@@ -86,8 +64,6 @@ class DirectoryNode:
         registry: Registry,
         random: Random,
     ) -> None:
-        if len(settings.prefixes) > PREFIXES_LIMIT - len(EVERYBODYS):
-            raise ValueError(f"a node subscribes to at most {PREFIXES_LIMIT - len(EVERYBODYS)} prefixes")
         is_first = settings.kind is NodeKind.FIRST
         self.failure = ""
         """Why this node has no part in the directory any more."""
@@ -96,32 +72,29 @@ class DirectoryNode:
         self._clock = clock
         self._registry = registry
         self._random = random
-        self._prefixes = () if is_first else tuple(sorted({*EVERYBODYS, *settings.prefixes}))
+        self._prefixes = settings.subscription
         replica_store = ReplicaStore(store, random, self._persisted, self._store_failed, self._prefixes)
         node, incarnation = replica_store.node, replica_store.incarnation
         self.routes = Routes(
-            clock, network, random, settings.keys, node, incarnation, settings.datagrams, self._heard, self._addresses
+            clock, network, random, settings.keys, node, incarnation, settings.datagrams, self._heard,
+            lambda to: self._book.addresses(to),
         )  # fmt: skip
         self._stop_listening = network.listen(settings.streams, self._accept)
         self.me = Member(node, settings.kind, settings.name, settings.datagrams, settings.streams)
         self.replica = Replica(replica_store, random)
         self.reports = Reports(node, incarnation)
         self.replica.on_applied = self._applied
-        self._members: dict[int, Member] = {}
-        self._relays: tuple[int, ...] = ()
-        self._joining: dict[int, Member] = {}
+        self._book = AddressBook(self.replica.map, settings.kind, lambda: self.election.state)
         self.replica.watchers.add(MEMBER_PREFIX, self._member_changed)
-        for key, value in self.replica.map.range(MEMBER_PREFIX):
-            self._member_changed(key, value)
         now_s = clock.now()
         self.follower = Follower(
-            node, settings.kind, self.replica, self.routes, random, lambda: self._relays, now_s
+            node, settings.kind, self.replica, self.routes, random, lambda: self._book.relays, now_s
         )  # fmt: skip
         self.delegate = Delegate(self.replica, self.routes, self._master_and_epoch)
         self.joiner = Joiner(
             self.me, self._prefixes, self.replica, self.routes, random, clock.now, self._open_stream
         )  # fmt: skip
-        self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._far_opened)
+        self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._settle)
         self._timer: Timer | None = None
         self._wake_at_s = float("inf")
         self._heard_master_s = now_s
@@ -129,9 +102,8 @@ class DirectoryNode:
         self._is_settling = False
         self._is_closed = False
         self._standing = (0, 0)
-        self._subscribe_at_s = 0.0
         self.election = Election(
-            clock, registry, random, self.me, self.replica, self.routes, self._streams_of, self._open_stream,
+            clock, registry, random, self.me, self.replica, self.routes, self._book.streams, self._open_stream,
             self._begin_term, self._end_term, self._state_changed,
         )  # fmt: skip
         if replica_store.has_failed:
@@ -164,15 +136,7 @@ class DirectoryNode:
         Without `done` it is what this node knows and wants to be known: said until it is published, or replaced by the
         next value for that key. ValueError for what no directory takes.
         """
-        size_bytes = len(key.encode())
-        if not 0 < size_bytes <= KEY_LIMIT_BYTES or "\0" in key:
-            raise ValueError(f"a key has 1 to {KEY_LIMIT_BYTES} bytes and no NUL; {key[:40]!r} has {size_bytes}")
-        if value is not None and len(value) > VALUE_LIMIT_BYTES:
-            raise ValueError(f"a value has at most {VALUE_LIMIT_BYTES} bytes, not {len(value)}")
-        if not 0 <= expires_s <= EXPIRES_LIMIT_S:
-            raise ValueError(f"a value expires within {EXPIRES_LIMIT_S:.0f} seconds, not {expires_s:g}")
-        action = Action.DELETE if value is None else Action.PUT
-        update = Update(action, key, value or b"", expires_ms=round(1000 * expires_s))
+        update = publication(key, value, expires_s)
         if self._is_closed or self.failure:
             if done is not None:
                 done(Answer.NOT_DONE)
@@ -189,13 +153,13 @@ class DirectoryNode:
     @property
     def members(self) -> dict[int, Member]:
         """By id, as this node's copy has them."""
-        return self._members
+        return self._book.members
 
     @property
     def is_active(self) -> bool:
         """True while this node is a member and its copy is one of the master's."""
         is_current = self.master is not None or self.follower.is_following
-        return is_current and self._members.get(self.me.node) == self.me
+        return is_current and self._book.members.get(self.me.node) == self.me
 
     # --- events ---
 
@@ -262,9 +226,7 @@ class DirectoryNode:
                 if body.node_kind is NodeKind.SECOND and stream is None:
                     return
                 self._adopt(node, stream)
-                if len(self._joining) >= JOINING_LIMIT:
-                    self._joining.clear()
-                self._joining[node] = Member(node, body.node_kind, body.name, body.datagrams, body.streams)
+                self._book.joins(Member(node, body.node_kind, body.name, body.datagrams, body.streams))
                 master.join(node, body, now_s)
             case Kind.HOLD:
                 master.hold(node, body, now_s)
@@ -357,13 +319,7 @@ class DirectoryNode:
             self.reports.confirm(self.replica.history, self.follower.confirmed)
 
     def _member_changed(self, key: str, value: bytes | None) -> None:
-        member = Member.decode(key, value) if value is not None else None
-        for node, other in list(self._members.items()):
-            if other.key == key:
-                del self._members[node]
-        if member is not None:
-            self._members[member.node] = member
-        self._relays = tuple(sorted(node for node, one in self._members.items() if one.kind is NodeKind.FIRST))
+        self._book.changed(key, value)
         if self.master is not None:
             self.master.refresh_audience()
 
@@ -376,8 +332,8 @@ class DirectoryNode:
         self.follower.epoch = 0
         waiting = self.reports.take_all()
         self.master = Master(
-            self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self._members, state,
-            kept, self.election.took, lambda why: self.election.give_up(why, SILENCE_S),
+            self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self._book.members,
+            state, kept, self.election.took, lambda why: self.election.give_up(why, SILENCE_S),
         )  # fmt: skip
         for update, confirm, done, seen in waiting:
             if seen == NOWHERE or not self.replica.history.has(seen):
@@ -394,7 +350,7 @@ class DirectoryNode:
         for stream in list(self.routes.streams.values()):
             stream.close()
         self.routes.streams.clear()
-        self._joining.clear()
+        self._book.forget_joining()
         self._heard_master_s = self._clock.now()
 
     def _state_changed(self) -> None:
@@ -414,41 +370,21 @@ class DirectoryNode:
 
     # --- across a WAN ---
 
-    def _far_opened(self) -> None:
-        self._subscribe_at_s = 0.0
-        self._settle()
-
     def _heard_far(self, node: int, body: Any) -> None:
         if not self._is_closed:
             self._heard(node, body, None)
 
     def _tend_far_link(self, link: FarLink, now_s: float) -> None:
         """A second-kind node asks its master for what follows, and looks for another stream when nothing comes."""
-        state, suspicion = self.election.state, self.follower.suspicion
-        if state is None or not link.is_open:
+        state, follower = self.election.state, self.follower
+        if state is None:
             return
-        if self.follower.is_following and self.follower.epoch == state.epoch:
-            if suspicion is not None and suspicion.suspects(now_s) and now_s - self._heard_master_s > SILENCE_S:
-                self.follower.is_following = False
+        if follower.is_following and follower.epoch == state.epoch:
+            if follower.suspects(now_s) and now_s - self._heard_master_s > SILENCE_S:
+                follower.is_following = False
                 link.again()
-        elif self.joiner.state is Joining.IDLE and now_s >= self._subscribe_at_s:
-            self._subscribe_at_s = now_s + SUBSCRIBE_S
-            self.routes.send(state.master, Subscribe(state.epoch, self.replica.position, self._prefixes))
-
-    # --- addresses ---
-
-    def _addresses(self, node: int) -> tuple[str, str]:
-        member = self._members.get(node) or self._joining.get(node)
-        if member is not None:
-            is_near = self.settings.kind is member.kind is NodeKind.FIRST
-            return (member.datagrams if is_near else "", member.streams)
-        state = self.election.state
-        if state is not None and state.master == node:
-            return (state.datagrams if self.settings.kind is NodeKind.FIRST else "", state.streams)
-        return ("", "")
-
-    def _streams_of(self, node: int) -> str:
-        return self._addresses(node)[1]
+        elif self.joiner.state is Joining.IDLE:
+            link.ask(Subscribe(state.epoch, self.replica.position, self._prefixes), now_s)
 
     # --- settling ---
 
@@ -508,7 +444,7 @@ class DirectoryNode:
                 self.joiner.need(state.master, state.epoch, needs_snapshot)
         elif follower.epoch and follower.needs_snapshot:
             self.joiner.need(follower.master, follower.epoch, True)
-        elif follower.is_following and self._members.get(self.me.node) != self.me:
+        elif follower.is_following and self._book.members.get(self.me.node) != self.me:
             self.joiner.need(follower.master, follower.epoch, False)
         elif follower.is_following:
             self.joiner.is_member()

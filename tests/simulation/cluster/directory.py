@@ -15,9 +15,10 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from metadata.directory.node import DirectoryNode, DirectorySettings
+from metadata.directory.node import DirectoryNode
 from metadata.directory.registry_keys import KEPT, STATE_KEY
 from metadata.directory.reports import Answer
+from metadata.directory.settings import DirectorySettings
 from protocol.directory import Confirm, NodeKind
 from protocol.sealed_frames import ClusterKeys
 from tests.simulation.cluster.cluster import Cluster, ClusterRun
