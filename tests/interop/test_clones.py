@@ -1,13 +1,16 @@
 """Clones and renaming from the command line, with real clients: what each volume holds, what is refused, what stays."""
 
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from nbdserver.cli.main import run as run_command
 from protocol.nbd import Command
 from tests.conftest import Processes
 from tests.interop.test_snapshots import BLOCK, attach, first_byte, refused
@@ -30,26 +33,33 @@ def fill(server: Server, name: str, byte: int) -> None:
     client.close()
 
 
+def command(server: Server, *arguments: str) -> str:
+    """What a command prints, run in this process: another one would take a second to start."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert run_command(["--data", str(server.data), *arguments]) == 0
+    return printed.getvalue()
+
+
 def volumes(server: Server) -> dict[str, dict[str, Any]]:
-    return {volume["name"]: volume for volume in json.loads(server.command("volume", "list", "--json"))}
+    return {volume["name"]: volume for volume in json.loads(command(server, "volume", "list", "--json"))}
 
 
 def test_clones_live_by_themselves_and_outlive_what_they_were_made_of(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.command("volume", "set", "disk0", "allowed-clients=127.0.0.0/8", "iops=5000")
+    command(server, "volume", "set", "disk0", "allowed-clients=127.0.0.0/8", "iops=5000")
     fill(server, "disk0", 1)
-    server.command("snapshot", "create", "disk0@monday")
+    command(server, "snapshot", "create", "disk0@monday")
     fill(server, "disk0", 2)
-    made = json.loads(server.command("clone", "create", "disk0@monday", "web", "--json"))
+    made = json.loads(command(server, "clone", "create", "disk0@monday", "web", "--json"))
     assert (made["name"], made["base"], made["size_bytes"]) == ("web", "disk0@monday", 64 << 20)
     assert (made["settings"]["allowed_clients"], made["settings"]["iops"]) == (["127.0.0.0/8"], 5000)
     fill(server, "web", 3)
-    server.command("snapshot", "create", "web@first")
+    command(server, "snapshot", "create", "web@first")
     fill(server, "web", 4)
-    server.command("clone", "create", "web@first", "web2")
-    server.command("volume", "resize", "web2", "--size", "128M")
-    server.command("volume", "set", "web2", "read-only=true", "description=of web")
+    command(server, "clone", "create", "web@first", "web2")
+    command(server, "volume", "resize", "web2", "--size", "128M")
+    command(server, "volume", "set", "web2", "read-only=true", "description=of web")
     there = ("disk0", "disk0@monday", "web", "web@first", "web2")
     assert [first_byte(server, name) for name in there] == [2, 1, 4, 3, 3]
 
@@ -64,24 +74,24 @@ def test_clones_live_by_themselves_and_outlive_what_they_were_made_of(
     }
     assert len({volume["family"] for volume in shown.values()}) == 1
     assert (shown["web2"]["size_bytes"], shown["web2"]["settings"]["description"]) == (128 << 20, "of web")
-    listed = json.loads(server.command("snapshot", "list", "--json"))
+    listed = json.loads(command(server, "snapshot", "list", "--json"))
     assert {found["export"]: found["clones"] for found in listed} == {"disk0@monday": ["web"], "web@first": ["web2"]}
 
     error = refused(server, capsys, "volume", "delete", "disk0", "--force")
     assert "has snapshots of which there are clones: web; delete the clones first, or the snapshots" in error
-    server.command("snapshot", "rollback", "web@first")
+    command(server, "snapshot", "rollback", "web@first")
     assert first_byte(server, "web") == 3
-    server.command("snapshot", "delete", "disk0@monday")
-    server.command("volume", "delete", "disk0")
+    command(server, "snapshot", "delete", "disk0@monday")
+    command(server, "volume", "delete", "disk0")
     server.kill9()
     server.start()
     assert [first_byte(server, name) for name in there[2:]] == [3, 3, 3]
     assert volumes(server)["web"]["base"] == ""
 
-    server.command("volume", "delete", "web2")
+    command(server, "volume", "delete", "web2")
     reader = attach(server, "web@first")
     assert "has snapshots: first" in refused(server, capsys, "volume", "delete", "web")
-    server.command("volume", "delete", "web", "--force")
+    command(server, "volume", "delete", "web", "--force")
     with pytest.raises((ConnectionError, OSError)):
         reader.read(0, BLOCK)
     assert set(volumes(server)) == {"disk0"}  # which each start makes
@@ -93,15 +103,15 @@ def test_a_renamed_volume_keeps_its_clients_and_takes_its_snapshots_along(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(server, "disk0", 5)
-    server.command("snapshot", "create", "disk0@monday")
-    server.command("clone", "create", "disk0@monday", "web")
+    command(server, "snapshot", "create", "disk0@monday")
+    command(server, "clone", "create", "disk0@monday", "web")
     client, reader = attach(server, "disk0"), attach(server, "disk0@monday")
-    renamed = json.loads(server.command("volume", "rename", "disk0", "build", "--json"))
+    renamed = json.loads(command(server, "volume", "rename", "disk0", "build", "--json"))
     assert renamed["name"] == "build"
     client.send(Command.WRITE, 0, data=bytes(BLOCK))
     assert client.receive().error == 0
     assert reader.read(0, 1) == b"\5"
-    clients = json.loads(server.command("client", "list", "--json"))
+    clients = json.loads(command(server, "client", "list", "--json"))
     assert {found["volume"] for found in clients} == {"build", "build@monday"}
     with pytest.raises(RefusedError):
         attach(server, "disk0")
@@ -113,9 +123,9 @@ def test_a_renamed_volume_keeps_its_clients_and_takes_its_snapshots_along(
     server.kill9()
     server.start()
     assert first_byte(server, "build@monday") == 5
-    server.command("volume", "rename", "build", "depot")
+    command(server, "volume", "rename", "build", "depot")
     assert first_byte(server, "depot@monday") == 5
-    events = [json.loads(line) for line in server.command("events", "--json").splitlines()]
+    events = [json.loads(line) for line in command(server, "events", "--json").splitlines()]
     renamed_to = [event["new_name"] for event in events if event["kind"] == "volume-renamed"]
     assert renamed_to == ["build", "depot"]
     assert [event["base"] for event in events if event["kind"] == "clone-created"] == ["disk0@monday"]
@@ -138,7 +148,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(server: Server, capsys: pyt
 def test_a_thousand_clones_of_one_snapshot(server: Server) -> None:
     """By the API, one connection: through the command line it would be a thousand processes."""
     fill(server, "disk0", 1)
-    server.command("snapshot", "create", "disk0@base")
+    command(server, "snapshot", "create", "disk0@base")
     transport = httpx.HTTPTransport(uds=str(server.data / "api.sock"))
     with httpx.Client(transport=transport, base_url="http://node", timeout=60) as api:
 
@@ -159,5 +169,5 @@ def test_a_thousand_clones_of_one_snapshot(server: Server) -> None:
     server.kill9()
     server.start()
     assert [first_byte(server, name) for name in ("clone-0499", "clone-0500", "disk0@snapshot-0990")] == [1, 9, 1]
-    server.command("snapshot", "create", "clone-0500@own")
+    command(server, "snapshot", "create", "clone-0500@own")
     assert server.stop() == 0
