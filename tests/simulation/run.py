@@ -24,6 +24,7 @@ from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
 from nbdserver.logdisk.records import parse_segment_header
 from nbdserver.logdisk.scrub import Progress
 from protocol.disk import SEGMENT_HEADER_BYTES
+from tests.simulation.clones import Clones
 from tests.simulation.faults import FaultMix, changed, draw_mix, without_faults
 from tests.simulation.registers import BLOCK_BYTES, Changes, Registers, ViolationError, pattern, right_length
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
@@ -64,6 +65,7 @@ class Run:
         self.reports: Counter[str] = Counter()
         self.registers = Registers()
         self.snapshots = Snapshots(self)
+        self.clones = Clones(self)
         room = self.mix.room_segments * self.sizes.segment_bytes
         self.drive = SimulatedDrive(self.world, room + HELD_BACK_BYTES)
         self.drive.watch = self._watch_salts
@@ -121,6 +123,7 @@ class Run:
         self.files.crash(power)
         self.store.crash()
         self.registers.crashed()
+        self.clones.crashed(power)
         if power:
             self.boot += 1
             self._generation_due |= self._opened and not self._was_clean
@@ -209,11 +212,12 @@ class Run:
         if self.disk.failure:
             return
         closed: list[bool] = []
-        asked = self.registers.tick()
+        asked, asked_of_clones = self.registers.tick(), self.clones.ask_flush()
         self.disk.close(lambda: closed.append(True))
         self.wait("close", lambda: bool(closed))
         if not self.disk.failure:
             self.registers.flushed(asked)
+            self.clones.flushed(asked_of_clones)
             self._was_clean = True
 
     def _look_at_the_end(self) -> None:
@@ -245,7 +249,8 @@ class Run:
         """However full the disk was: a trim of everything is taken, gives room, and what is written then is there."""
         if self.disk.failure or self.mix.lies:
             return
-        self.snapshots.delete_all()  # what they show takes room
+        self.clones.delete_all()  # what they show takes room, and so do snapshots
+        self.snapshots.delete_all()
         label = self.label = self.label + 1
         trim = self.registers.ask(f"discard {label}", 0, None, self.sizes.size_bytes)
         self._later(Operation.DISCARD, 0, self.sizes.size_bytes, None, lambda errno, _: self._must_happen(trim, errno))
@@ -321,6 +326,8 @@ class Run:
         if not self.disk.failure:
             self.snapshots.look_at_some()
             self.wait("reads of snapshots", lambda: not self.in_flight)
+        if not self.disk.failure:
+            self.clones.look()
 
     def _looked(self, lba: int, power: bool, errno: int, data: Any) -> None:
         self.in_flight -= 1
@@ -364,6 +371,8 @@ class Run:
             self._flush()
         if rng.random() < self.sizes.snapshots and not self.disk.failure:
             self.snapshots.step()
+            if rng.random() < 0.5 and not self.disk.failure:
+                self.clones.step(self.snapshots.contents())
         if self.bend.scrubs and rng.random() < self.bend.scrubs and not self.disk.failure:
             self._scrub()
         self._pass_time()
@@ -503,7 +512,7 @@ class Run:
         self._later(Operation.EXTENTS, offset, length, None, answered)
 
     def _flush(self) -> None:
-        asked = self.registers.tick()
+        asked, asked_of_clones = self.registers.tick(), self.clones.ask_flush()
         self.in_flight += 1
 
         def answered(errno: int) -> None:
@@ -514,6 +523,7 @@ class Run:
                 self.accept(errno, "a flush")
             else:
                 self.registers.flushed(asked)
+                self.clones.flushed(asked_of_clones)
 
         self.device.flush(answered)
 

@@ -77,13 +77,18 @@ class Snapshots:
                 raise ViolationError(f"snapshot {name} cannot be deleted: errno {answers[0]}")
 
     def _layers(self) -> dict[str, int]:
-        return {row.name: row.layer for row in self._run.disk.snapshots()}
+        return {row.name: row.layer for row in self._run.disk.snapshots_of(1)}
+
+    def contents(self) -> dict[str, tuple[int, Content]]:
+        """The layer of each that is there for certain, and what it may show."""
+        layers = self._layers()
+        return {name: (layers[name], content) for name, content in self._certain.items() if name in layers}
 
     def _make(self, name: str) -> None:
         run = self._run
         content = {lba: frozenset(register.now()) for lba, register in run.registers.blocks.items()}
         self._doubtful[name] = content
-        asked = run.registers.tick()
+        asked, asked_of_clones = run.registers.tick(), run.clones.ask_flush()
         run.tell(f"snapshot {name}")
 
         def made(errno: int) -> None:
@@ -96,6 +101,7 @@ class Snapshots:
             else:
                 self._certain[name] = self._doubtful.pop(name)
                 run.registers.flushed(asked)
+                run.clones.flushed(asked_of_clones)
                 run.counters["snapshots"] += 1
 
         run.in_flight += 1

@@ -4,6 +4,7 @@ The seeds are not fixed, because a seed's story changes with the product; each r
 frequent, and the first seeds of that are searched.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,11 @@ from tests.simulation.run import try_seed
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.sizes import Bend
+from tests.simulation.test_layer_rules import (
+    compare_with_the_newest_named_one,
+    merge_into_one_of_several,
+    shrink_by_the_size_alone,
+)
 from tests.simulation.world import SimulatedClock, World
 
 SEEDS = 150
@@ -126,3 +132,12 @@ def test_a_planted_bug_in_recovery_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     """Another: replay forgets discards."""
     monkeypatch.setattr(Replay, "_apply_hole", lambda replay, lba, count: None)
     assert "ViolationError" in _first_violation(Bend(HONEST))[1]
+
+
+@pytest.mark.parametrize(
+    "plant", [compare_with_the_newest_named_one, merge_into_one_of_several, shrink_by_the_size_alone]
+)
+def test_planted_bugs_in_layers_are_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: Any) -> None:
+    """By clones, which share with others what a volume alone would not."""
+    plant(monkeypatch)
+    assert "ViolationError" in _first_violation(Bend(HONEST, snapshots=0.4))[1]
