@@ -58,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 class Finding:
     """Something that is wrong: `kind` for programs, the sentence for people."""
 
-    kind: str  # store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log
+    kind: str  # registry, store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log
     sentence: str
     where: str
 
@@ -261,7 +261,7 @@ class _FamilyCheck:
         pages = self._pages(Maps(self._store, 0, lambda _: None).logical)
         claimed = 0
         check = LayerCheck(self._maps, self._masks, self._find, self._why_not, partial(self._items, quiet=True))
-        check.check_tree()
+        check.check_tree(self._checkpoint.next_mba)
         for looked, (number, page) in enumerate(pages):
             claimed += check.check_page(number, page, self.result.is_complete)
             if not looked % _PAGES_A_PROGRESS:

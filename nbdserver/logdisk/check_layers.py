@@ -9,17 +9,22 @@ Rules
 - A base of a layer that has a parent is complete, so what it shows of the layers below is held against what the parent
   shows.
 - Only what the store has is looked at; resolving a page reads the layers below it as the disk does (lookup.py).
+
+Known weakness: what could be so is believed. A row with another, older parent, or a missing cut, is a tree as a
+rollback or a write makes it; only the checksum of the value speaks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
-from metadata.layers import Layer
+from metadata.layers import Layer, check_name
 from metadata.logical_map import LAYER_SHIFT, PAGE_OF_LAYER
 from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page
 from nbdserver.logdisk.lookup import Lookup
 from nbdserver.logdisk.maps import Maps
+from nbdserver.logdisk.tree_changes import MOST_BYTES
 from protocol.disk import BLOCK_BYTES, HEAD, NAMELESS, SNAPSHOT, DamagedValueError
 
 Find = Callable[[str, str, str], None]
@@ -44,8 +49,8 @@ class LayerCheck:
         self._last_stored: tuple[int, Page] = (0, maps.logical.zeros())
         self._last_shown = self._last_stored
 
-    def check_tree(self) -> None:
-        """Every layer stands where it can stand."""
+    def check_tree(self, next_mba: int) -> None:
+        """Every layer stands where it can stand; `next_mba` is the first one that was not given out."""
         tree = self._maps.tree
         kinds = [layer.row.kind for layer in tree.layers.values()]
         roots = [number for number, layer in tree.layers.items() if not layer.row.parent]
@@ -57,10 +62,25 @@ class LayerCheck:
             parent = tree.layers.get(row.parent)
             if row.kind not in (NAMELESS, HEAD, SNAPSHOT) or number >= tree.next_layer:
                 self._find("layers", f"layer {number}", f"layer {number} is of no known kind, or was never made")
+            self._check_row(number, layer, next_mba)
             if row.kind == HEAD and layer.children:
                 self._find("layers", f"layer {number}", f"layer {number} is written, and others stand on it")
             if parent is not None and (row.first_mba < parent.row.first_mba or row.layer < row.parent):
                 self._find("layers", f"layer {number}", f"layer {number} is older than layer {row.parent} below it")
+
+    def _check_row(self, number: int, layer: Layer, next_mba: int) -> None:
+        """What the row says can be so."""
+        row, where = layer.row, f"layer {number}"
+        if row.first_mba > next_mba:
+            self._find("layers", where, f"layer {number} begins with MBA {row.first_mba:#x}, which was never given out")
+        if not 0 < row.size_bytes <= MOST_BYTES or not row.volume:
+            self._find("layers", where, f"layer {number} has {row.size_bytes} bytes, of volume {row.volume}")
+        if (row.kind == SNAPSHOT) != bool(row.name) or check_name(row.name or "-"):
+            self._find("layers", where, f"layer {number} has the name {row.name!r:.40}, which one of its kind has not")
+        edges = [edge for cut in layer.cut for edge in cut]
+        rising = all(one < other for one, other in pairwise(edges))
+        if edges and (not row.parent or not rising or edges[-1] > MOST_BYTES // BLOCK_BYTES):
+            self._find("layers", where, f"layer {number} is cut out of its parent where it cannot be")
 
     def check_page(self, number: int, page: Page, is_complete: bool) -> int:
         """Look at what one layer holds of one page; returns how many blocks it claims."""

@@ -2,6 +2,7 @@
 
 Rules
 - The lock is held from beginning to end: a node cannot start meanwhile, and a running one is a clear refusal.
+- What the registry says of volumes is held against what their family has.
 - Nothing below the data directory is written but the pid in its lock file.
 """
 
@@ -11,8 +12,10 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from metadata.registry import Families, Family, RegistryError
+from metadata.layers import Tree
+from metadata.registry import Families, Family, RegistryError, VolumeState
 from metadata.registry_table import RegistryTable
+from metadata.seams import Store
 from nbdserver.host.completions import Completions
 from nbdserver.host.data_directory import DataDirectoryError, DataDirectoryLock
 from nbdserver.host.files import HostFiles
@@ -60,6 +63,22 @@ def _families(directory: DataDirectory, volume: str) -> list[Family]:
     return families
 
 
+def _check_names(family: Family, store: Store, result: CheckResult) -> None:
+    """Hold the registry's volumes against those of the family's log, if the next start has nothing to add to them."""
+    if result.records_to_replay or not result.is_complete:
+        return
+    tree = Tree()
+    tree.load(store, 0)
+    numbers = {volume.number: volume for volume in family.volumes}
+    for number, volume in numbers.items():
+        if number not in tree.heads and volume.state == VolumeState.THERE:
+            sentence = f"volume {volume.name} is number {number} of its family, whose log has none of that number"
+            result.findings.append(Finding("registry", sentence, volume.name))
+    for number in sorted(set(tree.heads) - set(numbers)):
+        sentence = f"the log of family {family.id} has a volume of number {number}, which has no name in the registry"
+        result.findings.append(Finding("registry", sentence, f"volume {number}"))
+
+
 def _check(directory: DataDirectory, family: Family, quick: bool, progress: Callable[..., None]) -> CheckResult:
     place = directory.family(family.id)
     loop = asyncio.new_event_loop()  # never run: the check waits for every read
@@ -67,7 +86,9 @@ def _check(directory: DataDirectory, family: Family, quick: bool, progress: Call
         files = HostFiles(str(place), Completions(loop))
         try:
             with opened_copy(place / "maps") as store:
-                return check_family(files, store, quick, progress)
+                result = check_family(files, store, quick, progress)
+                _check_names(family, store, result)
+                return result
         finally:
             files.shut_down()
     except OSError as error:

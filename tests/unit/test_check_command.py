@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metadata.leveldb import LevelStore
-from metadata.registry import Families, Family, Volume
+from metadata.registry import Families, Family, Volume, VolumeState
 from metadata.registry_table import RegistryTable
 from nbdserver.cli.main import run
 from nbdserver.host.data_directory import DataDirectoryLock
@@ -92,3 +92,28 @@ def test_a_store_that_is_gone_is_a_finding_and_is_not_made_anew(
     assert run(["check", "--data", str(place[0])]) == 1
     assert "CURRENT is missing" in capfd.readouterr().out
     assert sorted((place[1] / "maps").iterdir()) == before
+
+
+def test_a_volume_that_its_family_does_not_have_is_found_and_one_without_a_name(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = LevelStore(str(DataDirectory(place[0]).registry), NO_THREADS, NO_THREADS)
+    families = Families(RegistryTable(store), owner="")
+    (family,) = families.all()
+    family, clone = families.add_volume(family, "web", 1 << 30, family.volumes[0].settings)
+    families.change_volume(family, clone, state=VolumeState.THERE)
+    store.close()
+    assert run(["check", "--data", str(place[0])]) == 1
+    assert "volume web is number 2 of its family, whose log has none" in capfd.readouterr().out
+    disk = RealFamily(place[1])
+    disk.epoch = 1
+    disk.open()
+    assert disk.wait(lambda done: disk.disk.snapshot(1, "monday", 0, done)) == (0,)
+    (row,) = disk.disk.snapshots()
+    for number in (2, 5):
+        assert disk.wait(lambda done, number=number: disk.disk.clone(row.layer, number, done)) == (0,)  # type: ignore[misc]
+    disk.close()
+    assert run(["check", "web", "--data", str(place[0])]) == 1
+    printed = capfd.readouterr().out
+    assert "has a volume of number 5, which has no name" in printed
+    assert "volume web" not in printed
