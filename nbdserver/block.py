@@ -18,7 +18,7 @@ Rules
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from metadata.seams import Buffer, Done
 
@@ -42,6 +42,15 @@ class Operation(IntEnum):
 Extents = list[tuple[int, int]]
 BlockRoom = tuple[list[memoryview], Any]
 """Memory for one block, twice: as a list of its writable view, for a scattered read, and as what `crc32c` takes."""
+
+
+class RunRoom(NamedTuple):
+    """Memory for blocks one after the other, twice: as its writable view, and each block as what `crc32c` takes."""
+
+    view: memoryview
+    blocks: list[Any]
+
+
 Later = Callable[[int, "Sequence[Buffer] | Extents | None"], None]
 """Called with (errno, result); the result is None unless errno is 0."""
 
@@ -55,8 +64,13 @@ class BlockDevice(Protocol):
     def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Buffers that together hold the range, or None: ask `later`."""
 
-    def read_block(self, offset: int, room: BlockRoom) -> bool:
-        """Fill `room` with the block at `offset`. False: ask `read`; the room may have been written to."""
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
+        """Fill `rooms` from number `first` on with the blocks at `offsets`, up to the first that is not at hand; how
+        many were. For that one ask `read`; its room may have been written to."""
+
+    def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
+        """Fill `blocks` blocks of `room` from number `first` on with what begins at `offset`, a multiple of the
+        block. False: ask `read`; they may have been written to."""
 
     def write(self, offset: int, data: memoryview) -> bool:
         """Add to the open batch, or False: ask `later` (with a copy of the data)."""

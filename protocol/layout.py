@@ -14,12 +14,16 @@ from typing import Any
 
 import construct
 
+JOINED_BYTES = 8
 
-def derive(declaration: Any) -> struct.Struct:
+
+def derive(declaration: Any, joined: int = 0) -> struct.Struct:
     """Return the `struct.Struct` that packs the fields of a flat construct `Struct` in their order.
 
-    Constants are ordinary fields of the result: the caller passes and compares them. Raises TypeError for a
-    declaration that is not flat, not of fixed size, or mixes byte orders.
+    Constants are ordinary fields of the result: the caller passes and compares them. With `joined` its first so many
+    fields, eight bytes together, are one integer: what a hot path compares or packs as a constant (`join` makes it).
+    Raises TypeError for a declaration that is not flat, not of fixed size, mixes byte orders, or whose joined fields
+    are not eight bytes.
     """
     order = ""
     codes: list[str] = []
@@ -29,10 +33,23 @@ def derive(declaration: Any) -> struct.Struct:
             raise TypeError(f"{declaration!r} mixes byte orders")
         order = order or byte_order
         codes.append(code)
+    if joined:
+        if struct.Struct("=" + "".join(codes[:joined])).size != JOINED_BYTES:
+            raise TypeError(f"the first {joined} fields of {declaration!r} are not {JOINED_BYTES} bytes")
+        codes[:joined] = "Q"
     derived = struct.Struct((order or "<") + "".join(codes))
     if derived.size != declaration.sizeof():
         raise TypeError(f"derived {derived.size} bytes for a declaration of {declaration.sizeof()}")
     return derived
+
+
+def join(declaration: Any, joined: int, *values: int) -> int:
+    """The integer that stands for `values`, of the first `joined` fields of a declaration, when they are `joined`."""
+    fields = [_field_code(subcon) for subcon in declaration.subcons[:joined]]
+    order = next(byte_order for _, byte_order in fields if byte_order)
+    apart, joint = struct.Struct(order + "".join(code for code, _ in fields)), struct.Struct(f"{order}Q")
+    (number,) = joint.unpack(apart.pack(*values))
+    return int(number)
 
 
 def _field_code(subcon: Any) -> tuple[str, str]:

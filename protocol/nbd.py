@@ -34,7 +34,7 @@ from construct import (
     this,
 )
 
-from protocol.layout import derive
+from protocol.layout import derive, join
 
 GREETING_MAGIC = 0x4E42444D41474943  # "NBDMAGIC"
 OPTION_MAGIC = 0x49484156454F5054  # "IHAVEOPT"
@@ -289,3 +289,16 @@ EXTENT = derive(Extent)
 EXTENT_EXT = derive(ExtentExt)
 BLOCK_STATUS_START = derive(BlockStatusStart)
 BLOCK_STATUS_EXT_START = derive(BlockStatusExtStart)
+
+# The same with their first fields as one integer, for runs of requests that differ in cookie and offset alone.
+
+JOINED_REQUEST = derive(Request, joined=3)
+JOINED_EXTENDED_REQUEST = derive(ExtendedRequest, joined=3)
+JOINED_SIMPLE_REPLY = derive(SimpleReply, joined=2)
+JOINED_STRUCTURED_DATA = derive(StructuredData, joined=3)
+JOINED_EXTENDED_DATA = derive(ExtendedData, joined=3)
+PLAIN_READ = join(Request, 3, REQUEST_MAGIC, 0, Command.READ)
+PLAIN_EXTENDED_READ = join(ExtendedRequest, 3, EXTENDED_REQUEST_MAGIC, 0, Command.READ)
+SIMPLE_SUCCESS = join(SimpleReply, 2, SIMPLE_REPLY_MAGIC, 0)
+STRUCTURED_WHOLE_DATA = join(StructuredData, 3, STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.OFFSET_DATA)
+EXTENDED_WHOLE_DATA = join(ExtendedData, 3, EXTENDED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.OFFSET_DATA)

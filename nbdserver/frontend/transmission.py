@@ -1,8 +1,8 @@
 """The transmission phase of one connection: all requests of a wake as one batch.
 
-Theory: `process` walks over everything that was received. The two commonest requests, READ and WRITE without flags,
-are checked and done right there, with local names and no object a request; every other request goes through `_other`.
-A READ of one whole block is answered in a slot (see `block_replies`).
+Theory: `process` walks over everything that was received. WRITE without flags is checked and done right there, with
+local names and no object a request; runs of READs of whole blocks go to `InlineReads`; every other request goes
+through `_other`.
 Successful changes collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the
 batch one `commit` decides over all of them and one `send` carries all replies. FLUSH and FUA share one flush, begun
 after the commit.
@@ -24,9 +24,9 @@ import errno
 from collections.abc import Callable, Sequence
 
 from metadata.seams import Buffer, Clock, Connection, Timer
-from nbdserver.block import BLOCK_BYTES, ZERO, Extents
-from nbdserver.frontend.block_replies import SLOTS, block_replies
+from nbdserver.block import ZERO, Extents
 from nbdserver.frontend.deferred import Deferred
+from nbdserver.frontend.inline_reads import RUN_LIMIT_BYTES, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
@@ -58,9 +58,6 @@ _DONE, _OFFSET_DATA, _NONE = int(ReplyFlag.DONE), int(Chunk.OFFSET_DATA), int(Ch
 _PAYLOAD_LIMIT_BYTES = nbd.MAXIMUM_PAYLOAD_BYTES
 _pack_simple = nbd.SIMPLE_REPLY.pack
 _pack_data = nbd.STRUCTURED_DATA.pack
-_pack_simple_into = nbd.SIMPLE_REPLY.pack_into
-_pack_data_into = nbd.STRUCTURED_DATA.pack_into
-_pack_extended_data_into = nbd.EXTENDED_DATA.pack_into
 _pack_extended = nbd.EXTENDED_REPLY.pack
 _pack_extended_data = nbd.EXTENDED_DATA.pack
 
@@ -91,22 +88,18 @@ class Transmission:
         self._extended = agreement.style is ReplyStyle.EXTENDED
         self._simple = agreement.style is ReplyStyle.SIMPLE
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
-        self._slots = block_replies(
-            nbd.SIMPLE_REPLY.size
-            if self._simple
-            else nbd.EXTENDED_DATA.size
-            if self._extended
-            else nbd.STRUCTURED_DATA.size
+        self._inline_reads = InlineReads(
+            agreement.style,
+            export.device,
+            RUN_LIMIT_BYTES if self._simple else min(RUN_LIMIT_BYTES, SPARSE_READ_BYTES - 1),
+            connection.send,
         )
-        self._slots_used = 0
         self._bound = (  # what `_walk` needs and what never changes on a connection
             self._request.unpack_from,
             self._request.size,
             nbd.EXTENDED_REQUEST_MAGIC if self._extended else nbd.REQUEST_MAGIC,
             int(CommandFlag.PAYLOAD_LEN) if self._extended else 0,
-            _PAYLOAD_LIMIT_BYTES if self._simple else SPARSE_READ_BYTES - 1,
-            export.device.read,
-            export.device.read_block,
+            self._inline_reads.take,
             export.device.write,
         )
         self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
@@ -254,20 +247,19 @@ class Transmission:
         data, view, position, end = buffer.data, buffer.view, buffer.start, buffer.end
         if self._skip_bytes:
             position = self._skip(position, end, self._skip_bytes)
-        unpack, header_bytes, magic_expected, write_flags, read_limit, read, read_block, write = self._bound
-        slots, stride, rooms = self._slots.memory, self._slots.stride_bytes, self._slots.rooms
-        extended, simple = self._extended, self._simple
+        unpack, header_bytes, magic_expected, write_flags, take_reads, write = self._bound
+        extended = self._extended
         size_bytes = self._device.size_bytes
         writable = not (self._export.read_only or self._agreement.offer.read_only)
-        out, acknowledge = self._out, self._acknowledged.append
-        append = out.append
+        acknowledge = self._acknowledged.append
         last = end - header_bytes
-        most_bytes = self._most_bytes
-        reads = read_bytes = writes = write_bytes = slot = 0
+        left, most_bytes = self._most_requests, self._most_bytes
+        writes = write_bytes = 0
         self._batch_bytes = 0
         self._missing_bytes = header_bytes
-        for _ in range(self._most_requests):
-            if position > last:
+        while position <= last:
+            if left <= 0:
+                self._batch_bytes = most_bytes + 1
                 break
             magic, flags, command, cookie, offset, length = unpack(data, position)
             tried = False
@@ -275,43 +267,14 @@ class Transmission:
                 self._ending = f"a request starts with {magic:#010x}: the stream is out of step"
                 break
             if command == 0:
-                if flags == 0 and 0 < length <= read_limit and offset + length <= size_bytes:
-                    if length == BLOCK_BYTES and not offset & 4095 and slot < SLOTS and read_block(offset, rooms[slot]):
-                        at = slot * stride
-                        if simple:
-                            _pack_simple_into(slots, at, _SIMPLE_MAGIC, 0, cookie)
-                        elif extended:
-                            _pack_extended_data_into(
-                                slots, at, _EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset
-                            )
-                        else:
-                            _pack_data_into(
-                                slots, at, _STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset
-                            )
-                        slot += 1
-                        position += header_bytes
-                        continue
-                    answer = read(offset, length)
-                    if answer is not None:
-                        if simple:
-                            append(_pack_simple(_SIMPLE_MAGIC, 0, cookie))
-                        elif extended:
-                            append(
-                                _pack_extended_data(
-                                    _EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset
-                                )
-                            )
-                        else:
-                            append(_pack_data(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset))
-                        out += answer
-                        reads += 1
-                        read_bytes += length
-                        position += header_bytes
-                        if read_bytes > most_bytes:
-                            self._batch_bytes = read_bytes
-                            break
-                        continue
-                    tried = True
+                after, taken_bytes = take_reads(view, position, end, left, most_bytes - self._batch_bytes)
+                if after != position:
+                    left -= (after - position) // header_bytes
+                    position = after
+                    self._batch_bytes += taken_bytes
+                    if self._batch_bytes > most_bytes:
+                        break
+                    continue
             elif (
                 command == 1
                 and flags == write_flags
@@ -332,6 +295,7 @@ class Transmission:
                     writes += 1
                     write_bytes += length
                     position = stop
+                    left -= 1
                     continue
                 tried = True
             after = self._other(flags, command, cookie, offset, length, position, tried)
@@ -340,15 +304,11 @@ class Transmission:
             position = after
             if self._ending or self._batch_bytes > most_bytes:
                 break
-        else:
-            self._batch_bytes = most_bytes + 1
+            left -= 1
         counters = self._counters
-        counters.reads += reads + slot
-        counters.read_bytes += read_bytes + slot * BLOCK_BYTES
         counters.writes += writes
         counters.write_bytes += write_bytes
-        self._requests += reads + slot + writes
-        self._slots_used = slot
+        self._requests += writes
         return position
 
     def _complete(self) -> None:
@@ -369,10 +329,12 @@ class Transmission:
             waiting = flushes + [replies.unpack_success(reply) for reply in forced]
             self._flushes = []
             self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
-        if self._slots_used:
-            slots = self._slots
-            out.insert(0, slots.view[: self._slots_used * slots.stride_bytes])
-            self._slots_used = 0
+        reads = self._inline_reads
+        if reads.count:
+            self._counters.reads += reads.count
+            self._counters.read_bytes += reads.size_bytes
+            self._requests += reads.count
+            out += reads.complete()
         if out:
             self._out = []
             self._connection.send(out)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from metadata.logical_map import ADDRESS_SHIFT
 from metadata.seams import Buffer, Done, Files
-from nbdserver.block import BlockRoom, Extents, Later, Operation
+from nbdserver.block import BlockRoom, Extents, Later, Operation, RunRoom
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.writer import Writer
 
@@ -40,7 +40,8 @@ class Device:
         if disk.failure:
             self.reader.stop()
         self.read: Callable[[int, int], Sequence[Buffer] | None] = self.reader.read
-        self.read_block: Callable[[int, BlockRoom], bool] = self.reader.read_block
+        self.read_blocks: Callable[[Sequence[int], Sequence[BlockRoom], int], int] = self.reader.read_blocks
+        self.read_run: Callable[[int, int, RunRoom, int], bool] = self.reader.read_run
         self.extents: Callable[[int, int, int], Extents | None] = self.reader.extents
 
     @property

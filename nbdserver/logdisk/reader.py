@@ -8,6 +8,7 @@ Rules
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.seams import Buffer, Files
-from nbdserver.block import HOLE, ZERO, BlockRoom, Extents
+from nbdserver.block import HOLE, ZERO, BlockRoom, Extents, RunRoom
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
 from nbdserver.logdisk.runs import run_length, same_length
 from nbdserver.logdisk.segments import SegmentPool
@@ -55,26 +56,68 @@ class Reader:
             return None
         return self._read_range(offset, length)
 
-    def read_block(self, offset: int, room: BlockRoom) -> bool:
-        """See BlockDevice. The shortest way there is: everything unusual is False."""
-        lba = offset >> 12
-        page = self._logical_pages.get((lba >> PAGE_SHIFT) + self._first_page)
-        if page is not None:
-            mba = page[lba & PAGE_MASK]
-            middle = self._middle_pages.get(mba >> PAGE_SHIFT)  # zeros are no MBA: nothing is found
-            if middle is not None:
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
+        """See BlockDevice. The shortest way there is: everything unusual ends it."""
+        logical, first_page, middles = self._logical_pages, self._first_page, self._middle_pages
+        handles, read_into = self._handles, self._read_into
+        number = first
+        try:
+            for offset in offsets:
+                lba = offset >> 12
+                mba = logical[(lba >> PAGE_SHIFT) + first_page][lba & PAGE_MASK]
+                middle = middles[mba >> PAGE_SHIFT]  # zeros are no MBA: nothing is found
                 index = mba & PAGE_MASK
-                try:
-                    if (
-                        self._read_into(self._handles[middle[index]], room[0], middle[OFFSET + index], _NOWAIT)
-                        == BLOCK_BYTES
-                        and crc32c(room[1]) == middle[CHECKSUM + index]
-                    ):
-                        self.blocks_read += 1
-                        return True
-                except OSError:
-                    pass  # not in the page cache, or worse: `read` finds out
-        return False
+                views, data = rooms[number]
+                if (
+                    read_into(handles[middle[index]], views, middle[OFFSET + index], _NOWAIT) != BLOCK_BYTES
+                    or crc32c(data) != middle[CHECKSUM + index]
+                ):
+                    break
+                number += 1
+        except (KeyError, OSError):
+            pass  # a page that is not in memory; a block that is not in the page cache, or worse: `read` finds out
+        self.blocks_read += number - first
+        return number - first
+
+    def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
+        """See BlockDevice. As `read`, without a copy."""
+        lba = offset >> 12
+        stop = first + blocks
+        at = first
+        try:
+            while at < stop:
+                page = self._logical_pages[(lba >> PAGE_SHIFT) + self._first_page]
+                index = lba & PAGE_MASK
+                mbas = page[index : index + min(stop - at, PAGE_BLOCKS - index)]
+                self._read_run_in_page(mbas, room, at)
+                lba += len(mbas)
+                at += len(mbas)
+        except (KeyError, OSError):
+            return False
+        self.blocks_read += blocks
+        return True
+
+    def _read_run_in_page(self, mbas: Page, room: RunRoom, at: int) -> None:
+        """Put the content of these MBAs (0: zeros) from block `at` on; KeyError or OSError if it cannot be had."""
+        done, total = 0, len(mbas)
+        while done < total:
+            mba = mbas[done]
+            if not mba:
+                count = same_length(mbas, done)
+                room.view[at * BLOCK_BYTES : (at + count) * BLOCK_BYTES] = _ZEROS[: count * BLOCK_BYTES]
+            else:
+                index = mba & PAGE_MASK
+                middle = self._middle_pages[mba >> PAGE_SHIFT]
+                count = contiguous_blocks(middle, index, min(run_length(mbas, done, 1), PAGE_BLOCKS - index))
+                views = [room.view[at * BLOCK_BYTES : (at + count) * BLOCK_BYTES]]
+                offset = middle[OFFSET + index]
+                if self._read_into(self._handles[middle[index]], views, offset, _NOWAIT) != count * BLOCK_BYTES:
+                    raise BlockingIOError
+                expected = middle[CHECKSUM + index : CHECKSUM + index + count]
+                if array("I", map(crc32c, room.blocks[at : at + count])) != expected:
+                    raise OSError(errno.EIO, "a checksum is wrong")
+            done += count
+            at += count
 
     def _read_range(self, offset: int, length: int) -> Sequence[Buffer] | None:
         first = offset >> 12

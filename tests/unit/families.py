@@ -14,7 +14,7 @@ from typing import Any
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.seams import Buffer
 from nbdserver.block import Operation
-from nbdserver.frontend.block_replies import block_replies
+from nbdserver.frontend.inline_reads import rooms
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
@@ -96,9 +96,9 @@ class FamilyUnderTest:
         """OSError for an errno."""
         found = self.device.read(offset, length)
         if length == BLOCK_BYTES and offset % BLOCK_BYTES == 0:
-            replies = block_replies(0)
-            if self.device.read_block(offset, replies.rooms[0]):
-                alone = bytes(replies.view[:BLOCK_BYTES])
+            room = rooms(0).blocks
+            if self.device.read_blocks([offset], room, 0):
+                alone = bytes(room[0][0][0])
                 assert found is None or b"".join(found) == alone, "the two inline reads differ"
                 found = [alone]
         if found is None:

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 
 from metadata.seams import Buffer, Done
-from nbdserver.block import BLOCK_BYTES, DIRTY, HOLE, ZERO, BlockRoom, Extents, Later, Operation
+from nbdserver.block import BLOCK_BYTES, DIRTY, HOLE, ZERO, BlockRoom, Extents, Later, Operation, RunRoom
 
 GRAIN_BYTES = 4096
 
@@ -39,10 +39,18 @@ class MemoryDevice:
             return None
         return [bytes(self._view[offset : offset + length])]
 
-    def read_block(self, offset: int, room: BlockRoom) -> bool:
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
+        if self.deferring:
+            return 0
+        for number, offset in enumerate(offsets, first):
+            rooms[number][0][0][:] = self._view[offset : offset + BLOCK_BYTES]
+        return len(offsets)
+
+    def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
         if self.deferring:
             return False
-        room[0][0][:] = self._view[offset : offset + BLOCK_BYTES]
+        length = blocks * BLOCK_BYTES
+        room.view[first * BLOCK_BYTES : first * BLOCK_BYTES + length] = self._view[offset : offset + length]
         return True
 
     def write(self, offset: int, data: memoryview) -> bool:

@@ -4,7 +4,7 @@ import construct
 import pytest
 from construct import Array, Bytes, Const, Enum, Int8ub, Int8ul, Int16ub, Int16ul, Int32sl, Int64ul, Struct
 
-from protocol.layout import derive
+from protocol.layout import derive, join
 
 
 def test_a_flat_declaration_becomes_its_struct() -> None:
@@ -37,3 +37,12 @@ def test_one_byte_fields_take_the_byte_order_of_the_others() -> None:
 def test_what_is_not_flat_and_of_fixed_size_is_refused(declaration: object) -> None:
     with pytest.raises(TypeError):
         derive(declaration)
+
+
+def test_leading_fields_can_be_joined_into_one_integer() -> None:
+    declaration = Struct("a" / Int16ub, "b" / Int16ub, "c" / Const(9, construct.Int32ub), "d" / Int16ub)
+    fast = derive(declaration, joined=3)
+    assert fast.format == ">QH"
+    assert fast.pack(join(declaration, 3, 1, 2, 9), 7) == declaration.build({"a": 1, "b": 2, "d": 7})
+    with pytest.raises(TypeError):
+        derive(declaration, joined=2)

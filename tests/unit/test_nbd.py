@@ -33,10 +33,46 @@ DERIVED = {
     for declaration in [getattr(nbd, name)]
 }
 
+JOINED = {
+    "JOINED_REQUEST": (nbd.REQUEST, 3),
+    "JOINED_EXTENDED_REQUEST": (nbd.EXTENDED_REQUEST, 3),
+    "JOINED_SIMPLE_REPLY": (nbd.SIMPLE_REPLY, 2),
+    "JOINED_STRUCTURED_DATA": (nbd.STRUCTURED_DATA, 3),
+    "JOINED_EXTENDED_DATA": (nbd.EXTENDED_DATA, 3),
+}
+
 
 def test_every_derived_struct_is_in_this_test() -> None:
     fast = {name for name in vars(nbd) if isinstance(getattr(nbd, name), struct.Struct)}
-    assert len(fast) == len(DERIVED)
+    assert len(fast) == len(DERIVED) + len(JOINED)
+
+
+@pytest.mark.parametrize("name", JOINED)
+@given(packed=st.binary(min_size=64, max_size=64))
+def test_a_joined_struct_is_the_same_bytes(name: str, packed: bytes) -> None:
+    joined = getattr(nbd, name)
+    apart, fields = JOINED[name]
+    packed = packed[: apart.size]
+    head, *rest = joined.unpack(packed)
+    assert head == int.from_bytes(packed[:8], "big")
+    assert tuple(rest) == apart.unpack(packed)[fields:]
+    assert joined.pack(head, *rest) == packed
+
+
+def test_a_plain_read_and_its_replies_are_these_frames() -> None:
+    read, done, data = nbd.Command.READ, nbd.ReplyFlag.DONE, nbd.Chunk.OFFSET_DATA
+    for joined, apart, head, fields in (
+        (nbd.JOINED_REQUEST, nbd.REQUEST, nbd.PLAIN_READ, (nbd.REQUEST_MAGIC, 0, read)),
+        (nbd.JOINED_EXTENDED_REQUEST, nbd.EXTENDED_REQUEST, nbd.PLAIN_EXTENDED_READ,
+         (nbd.EXTENDED_REQUEST_MAGIC, 0, read)),
+        (nbd.JOINED_SIMPLE_REPLY, nbd.SIMPLE_REPLY, nbd.SIMPLE_SUCCESS, (nbd.SIMPLE_REPLY_MAGIC, 0)),
+        (nbd.JOINED_STRUCTURED_DATA, nbd.STRUCTURED_DATA, nbd.STRUCTURED_WHOLE_DATA,
+         (nbd.STRUCTURED_REPLY_MAGIC, done, data)),
+        (nbd.JOINED_EXTENDED_DATA, nbd.EXTENDED_DATA, nbd.EXTENDED_WHOLE_DATA,
+         (nbd.EXTENDED_REPLY_MAGIC, done, data)),
+    ):  # fmt: skip
+        rest = range(1, len(apart.unpack(bytes(apart.size))) - len(fields) + 1)
+        assert joined.pack(head, *rest) == apart.pack(*fields, *rest)
 
 
 @pytest.mark.parametrize("name", DERIVED)

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from nbdserver.frontend.block_replies import block_replies
+from nbdserver.frontend.inline_reads import RUN_BLOCKS, rooms
 from nbdserver.logdisk.segments import segment_path
 from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
@@ -119,23 +119,53 @@ def test_a_failed_family_answers_nothing(family: SimulatedFamily) -> None:
 
 
 def read_block(family: SimulatedFamily, lba: int) -> bytes | None:
-    replies = block_replies(16)
-    return bytes(replies.rooms[3][0][0]) if family.device.read_block(lba * BLOCK_BYTES, replies.rooms[3]) else None
+    room = rooms(16).blocks
+    return bytes(room[3][0][0]) if family.device.read_blocks([lba * BLOCK_BYTES], room, 3) == 1 else None
+
+
+def read_run(family: SimulatedFamily, lba: int, blocks: int) -> bytes | None:
+    room = rooms(16).run
+    room.view[:] = b"\xee" * len(room.view)
+    if not family.device.read_run(lba * BLOCK_BYTES, blocks, room, 1):
+        return None
+    assert bytes(room.view[:BLOCK_BYTES]) == b"\xee" * BLOCK_BYTES
+    assert bytes(room.view[(1 + blocks) * BLOCK_BYTES :]) == b"\xee" * ((RUN_BLOCKS - 1 - blocks) * BLOCK_BYTES)
+    return bytes(room.view[BLOCK_BYTES : (1 + blocks) * BLOCK_BYTES])
 
 
 def test_a_block_is_read_into_the_room_that_is_given(family: SimulatedFamily) -> None:
     assert [read_block(family, lba) for lba in range(64)] == [block(number) for number in range(1, 65)]
 
 
+def test_blocks_are_read_up_to_the_first_that_is_not_at_hand(family: SimulatedFamily) -> None:
+    rot(family, 6)
+    room = rooms(16).blocks
+    offsets = [lba * BLOCK_BYTES for lba in (9, 3, 5, 4)]
+    assert family.device.read_blocks(offsets, room, 2) == 2
+    assert [bytes(views[0]) for views, _ in room[2:4]] == [block(10), block(4)]
+
+
 def test_a_block_that_is_not_data_in_the_page_cache_is_not_read_into_a_room(family: SimulatedFamily) -> None:
     assert read_block(family, 64) is None, "a hole"
     family.files.mix = COLD
     assert read_block(family, 0) is None, "cold"
+    assert read_run(family, 0, 4) is None, "cold"
     family.files.mix = FaultMix()
     family.disk.fail("a test")
     assert read_block(family, 0) is None, "failed"
+    assert read_run(family, 0, 4) is None, "failed"
 
 
 def test_a_damaged_block_is_not_read_into_a_room(family: SimulatedFamily) -> None:
     rot(family, 6)
     assert [lba for lba in range(64) if read_block(family, lba) is None] == [5]
+    assert [lba for lba in range(62) if read_run(family, lba, 3) is None] == [3, 4, 5]
+
+
+def test_a_run_of_data_and_holes_is_read_into_the_room_that_is_given(family: SimulatedFamily) -> None:
+    family.put(10, 900)
+    family.put(300, 1000, 20)
+    family.discard(20 * BLOCK_BYTES, BLOCK_BYTES)
+    for first, blocks in ((0, 64), (9, 3), (19, 3), (60, 10), (20, 1), (250, 60), (256, 100)):
+        expected = family.read(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
+        assert read_run(family, first, blocks) == expected

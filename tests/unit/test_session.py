@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserver.block import DIRTY
-from nbdserver.frontend.block_replies import SLOTS
 from nbdserver.frontend.deferred import OPERATION_LIMIT
+from nbdserver.frontend.inline_reads import SLOTS
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
 from nbdserver.frontend.session import HANDSHAKE_TIMEOUT_S
 from nbdserver.frontend.transmission import BATCH_REQUESTS, SHRINK_DELAY_S
