@@ -335,11 +335,11 @@ class DirectoryNode:
             self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self._book.members,
             state, kept, self.election.took, lambda why: self.election.give_up(why, SILENCE_S),
         )  # fmt: skip
-        for update, confirm, done, seen in waiting:
-            if seen == NOWHERE or not self.replica.history.has(seen):
-                self.master.publish(self._mine(update), confirm, done)
-            elif done is not None:
-                self.master.wait(self.replica.position.sequence, done)
+        for one in waiting:
+            if self.replica.history.has(one.seen):
+                self.master.wait(self.replica.position.sequence, one.answer)
+            else:
+                self.master.publish(self._mine(one.update), one.confirm, one.answer)
         self._flush_soon()
 
     def _end_term(self, why: str) -> None:

@@ -24,6 +24,7 @@ RETRY_S = 0.2
 RETRY_LIMIT_S = 2.0
 WAITING_LIMIT = 1024
 PATIENCE_S = 30.0
+SLOW_TRIES = 5  # some seconds: the registry may take so long, and others are published meanwhile
 
 
 class Answer(Enum):
@@ -38,7 +39,9 @@ Done = Callable[[Answer], None]
 
 
 @dataclass
-class _Waiting:
+class Waiting:
+    """A publication that is not answered yet."""
+
     update: Update
     confirm: Confirm
     done: Done | None
@@ -46,6 +49,12 @@ class _Waiting:
     due_at_s: float
     tries: int = 0
     seen: Position = NOWHERE
+    """Where this node's copy has it."""
+
+    def answer(self, answer: Answer) -> None:
+        """Tell who waits; what was said to a master may have been done, whatever became of it later."""
+        if self.done is not None:
+            self.done(Answer.UNKNOWN if answer is Answer.NOT_DONE and self.tries else answer)
 
 
 class Reports:
@@ -54,7 +63,7 @@ class Reports:
     def __init__(self, me: int, incarnation: int) -> None:
         self._me = me
         self._number = incarnation << 32
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Waiting] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -75,9 +84,9 @@ class Reports:
             return
         # What nobody waits for is true until it is replaced: it is asked for for ever.
         until_s = now_s + PATIENCE_S if done is not None else float("inf")
-        self._put(_Waiting(update, confirm, done, until_s, now_s))
+        self._put(Waiting(update, confirm, done, until_s, now_s))
 
-    def _put(self, waiting: _Waiting) -> None:
+    def _put(self, waiting: Waiting) -> None:
         number = self.next_number()
         waiting.update = waiting.update._replace(origin=self._me, number=number)
         waiting.seen = NOWHERE
@@ -90,9 +99,10 @@ class Reports:
         waiting = self._waiting.get(update.number)
         if waiting is not None:
             waiting.seen = position
-        for number in sorted(self._waiting):
-            if number < update.number and self._waiting[number].seen == NOWHERE:
-                overtaken = self._waiting.pop(number)
+        for number, overtaken in sorted(self._waiting.items()):
+            is_slow = overtaken.confirm is Confirm.REGISTRY and overtaken.tries < SLOW_TRIES
+            if number < update.number and overtaken.seen == NOWHERE and not is_slow:
+                del self._waiting[number]
                 overtaken.due_at_s = now_s
                 self._put(overtaken)
 
@@ -111,8 +121,7 @@ class Reports:
             is_enough = waiting.confirm is not Confirm.SITE or waiting.seen.sequence <= confirmed
             if is_enough and history.has(waiting.seen):
                 del self._waiting[number]
-                if waiting.done is not None:
-                    waiting.done(Answer.CONFIRMED)
+                waiting.answer(Answer.CONFIRMED)
 
     @property
     def due_at_s(self) -> float:
@@ -126,8 +135,7 @@ class Reports:
         for number, waiting in sorted(self._waiting.items()):
             if waiting.until_s <= now_s:
                 del self._waiting[number]
-                if waiting.done is not None:
-                    waiting.done(Answer.UNKNOWN if waiting.tries else Answer.NOT_DONE)
+                waiting.answer(Answer.NOT_DONE)
             elif waiting.due_at_s <= now_s:
                 waiting.due_at_s = now_s + min(RETRY_S * (1 << min(waiting.tries, 10)), RETRY_LIMIT_S)
                 if epoch and waiting.seen == NOWHERE:
@@ -135,14 +143,13 @@ class Reports:
                     reports.append(Report(epoch, waiting.confirm, waiting.update.encode()))
         return reports
 
-    def take_all(self) -> list[tuple[Update, Confirm, Done | None, Position]]:
-        """This node is the master now: it publishes what its copy does not have (NOWHERE) itself."""
+    def take_all(self) -> list[Waiting]:
+        """This node is the master now: it publishes what its copy does not have itself."""
         waiting, self._waiting = self._waiting, {}
-        return [(one.update, one.confirm, one.done, one.seen) for _, one in sorted(waiting.items())]
+        return [one for _, one in sorted(waiting.items())]
 
     def end(self) -> None:
         """The node ends."""
         for waiting in self._waiting.values():
-            if waiting.done is not None:
-                waiting.done(Answer.UNKNOWN if waiting.tries else Answer.NOT_DONE)
+            waiting.answer(Answer.NOT_DONE)
         self._waiting.clear()

@@ -298,6 +298,24 @@ def test_one_that_was_overtaken_was_not_published_and_gets_a_new_number() -> Non
     assert again > second > first
 
 
+def test_one_that_waits_for_the_registry_is_slow_before_it_is_overtaken() -> None:
+    reporter = Reporter()
+    first, second = reporter.add("a", Confirm.REGISTRY), reporter.add("b")
+    reporter.due(0.0)
+    reporter.reports.seen(Position(1, 5), put("b", origin=ME, number=second), 0.0)
+    assert reporter.due(RETRY_S) == [first]
+
+
+def test_what_was_said_to_a_master_is_never_answered_with_not_done() -> None:
+    reporter = Reporter()
+    reporter.add("said")
+    reporter.due(0.0)
+    reporter.add("never said")
+    for waiting in reporter.reports.take_all():  # this node is the master now, and does not succeed
+        waiting.answer(Answer.NOT_DONE)
+    assert sorted(reporter.answers) == [("never said", Answer.NOT_DONE), ("said", Answer.UNKNOWN)]
+
+
 def test_a_newer_value_replaces_one_that_nobody_waits_for() -> None:
     reports = Reports(ME, 1)
     for value in (b"1", b"2"):
