@@ -17,8 +17,6 @@ Rules
 - One channel is one endpoint: TLS checks its name, and what is in use can be told.
 - A token that is refused is asked for anew, once for all calls that it was refused to.
 - Another etcd cluster behind one of the endpoints is refused: its revisions mean something else.
-- grpc is loaded with this module, and with no other: who needs no etcd does not import it. Once it is loaded the
-  process may start others, but never fork: grpc's threads and locks do not survive that.
 
 Known weakness: deadlines of calls count CLOCK_MONOTONIC, so a call that waits during a suspend is answered late by that
 long. Leases are not concerned: they count by the Clock.
@@ -26,63 +24,18 @@ long. Leases are not concerned: they count by the Clock.
 
 import asyncio
 import contextlib
-import os
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
-from aetcd import rpc
-from grpc.aio import AioRpcError, Channel, UsageError
-
+from metadata.etcd_grpc import Channel, EtcdError, explain, grpc, make_channel, rpc, translated
 from metadata.etcd_settings import EtcdSettings
 from metadata.registry_calls import REGISTRY_VERSION, VERSION_KEY, Health
 from metadata.seams import Clock
 
-# grpc writes to stderr, at each attempt, what it also raises. It looks at this when the first channel is made.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-MAX_MESSAGE_BYTES = 16 << 20
-
-_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-)
 _LEADER = ("hasleader", "true")
 _REPEAT_PAUSE_S = 0.05
 _MAX_LOGINS_PER_CALL = 2
-
-_REFUSALS = {
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.OUT_OF_RANGE,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.UNIMPLEMENTED,
-}
-"""etcd gives these before it has carried out anything. Not so RESOURCE_EXHAUSTED: the write that finds the quota used
-up is carried out, and refused."""
-_NO_LEADER = "etcdserver: no leader"
-_TLS_HINTS = {
-    "CERTIFICATE_VERIFY_FAILED": "etcd's certificate is not of the authority in {ca_file}",
-    "Hostname Verification": "etcd's certificate is not for {server_name}",
-    "TSI_DATA_CORRUPTED": "etcd refused the TLS handshake: it may demand a client certificate that it trusts",
-}
-_NO_TLS_HINTS = {"Socket closed": "etcd hung up: does it want TLS?"}
-_TOKEN_REFUSALS = ("invalid auth token", "revision of auth store is old")
-
-
-class EtcdError(Exception):
-    """No answer; one line."""
-
-    def __init__(self, reason: str, may_have_happened: bool, code: grpc.StatusCode | None = None) -> None:
-        super().__init__(reason)
-        self.may_have_happened = may_have_happened
-        """False: etcd has certainly changed nothing for this request, and never will."""
-        self.code = code
 
 
 class Link:
@@ -114,7 +67,7 @@ class EtcdConnection:
         self._endpoint = ""
         self._last_error = ""
         self._cluster_id = 0
-        self._version_key = (settings.namespace + VERSION_KEY).encode()
+        self.version_key = (settings.namespace + VERSION_KEY).encode()
         self._task = loop.create_task(self._keep_link())
 
     def health(self, pending_calls: int) -> Health:
@@ -164,7 +117,7 @@ class EtcdConnection:
                     send = getattr(getattr(link, service), method)
                     return await send(request, timeout=deadline - self._loop.time(), metadata=metadata)
             except EtcdError as error:
-                if logins < _MAX_LOGINS_PER_CALL and is_token_refused(error):
+                if logins < _MAX_LOGINS_PER_CALL and error.is_token_refused:
                     logins += 1
                     await self.log_in_again(link, metadata)
                 elif not self._may_repeat(error, is_repeatable, deadline):
@@ -180,9 +133,8 @@ class EtcdConnection:
                 await self._log_in(link)
 
     def _may_repeat(self, error: EtcdError, is_repeatable: bool, deadline: float) -> bool:
-        is_lasting = error.code in _REFUSALS or error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        is_passing = not is_lasting and (is_repeatable or not error.may_have_happened)
-        return is_passing and self._loop.time() + _REPEAT_PAUSE_S < deadline
+        may_repeat = error.is_passing and (is_repeatable or not error.may_have_happened)
+        return may_repeat and self._loop.time() + _REPEAT_PAUSE_S < deadline
 
     async def _keep_link(self) -> None:
         endpoints = self.settings.endpoints
@@ -203,20 +155,9 @@ class EtcdConnection:
                             failures = 0
                         self._set_link(None)
             except EtcdError as error:
-                self.note(f"{endpoint}: {self._explain(str(error), endpoint)}")
+                self.note(f"{endpoint}: {explain(str(error), endpoint, self.settings.tls)}")
             failures += 1
             await self.pause(failures)
-
-    def _explain(self, reason: str, endpoint: str) -> str:
-        """Put a hint before what grpc says about a connection that was not made."""
-        tls = self.settings.tls
-        for sign, hint in (_TLS_HINTS if tls else _NO_TLS_HINTS).items():
-            if tls and sign in reason:
-                server_name = tls.server_name or endpoint.rpartition(":")[0]
-                hint = hint.format(ca_file=tls.ca_file, server_name=server_name)
-            if sign in reason:
-                return f"{hint} ({reason})"
-        return reason
 
     def _set_link(self, link: Link | None) -> None:
         self._link = link
@@ -228,7 +169,7 @@ class EtcdConnection:
 
     @contextlib.asynccontextmanager
     async def _opened(self, endpoint: str) -> AsyncIterator[Link]:
-        channel = self._make_channel(endpoint)
+        channel = make_channel(endpoint, self.settings.tls)
         try:
             link = Link(channel)
             if self.settings.user is not None:
@@ -237,21 +178,6 @@ class EtcdConnection:
             yield link
         finally:
             await channel.close()
-
-    def _make_channel(self, endpoint: str) -> Channel:
-        tls = self.settings.tls
-        if not tls:
-            return grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
-        try:
-            credentials = grpc.ssl_channel_credentials(
-                root_certificates=_read(tls.ca_file),
-                private_key=_read(tls.key_file),
-                certificate_chain=_read(tls.certificate_file),
-            )
-        except OSError as error:
-            raise EtcdError(f"a file for TLS cannot be read: {error}", False) from None
-        name = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
-        return grpc.aio.secure_channel(endpoint, credentials, options=(*_OPTIONS, *name))
 
     async def _log_in(self, link: Link) -> None:
         request = rpc.AuthenticateRequest(name=self.settings.user, password=self.settings.password)
@@ -262,9 +188,9 @@ class EtcdConnection:
     async def _check_version(self, link: Link) -> None:
         """Make the registry if there is none. EtcdError for a newer one, or one in another cluster."""
         request = rpc.TxnRequest(
-            compare=[rpc.Compare(target=rpc.Compare.CREATE, key=self._version_key, create_revision=0)],
-            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=self._version_key, value=REGISTRY_VERSION))],
-            failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=self._version_key))],
+            compare=[rpc.Compare(target=rpc.Compare.CREATE, key=self.version_key, create_revision=0)],
+            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=self.version_key, value=REGISTRY_VERSION))],
+            failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=self.version_key))],
         )
         with translated():
             response = await link.kv.Txn(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
@@ -283,7 +209,7 @@ class EtcdConnection:
 
     async def _probe(self, link: Link) -> None:
         """Ask again and again; EtcdError when there is no answer."""
-        request = rpc.RangeRequest(key=self._version_key, count_only=True)
+        request = rpc.RangeRequest(key=self.version_key, count_only=True)
         lost = self._loop.create_task(link.channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
         try:
             while True:
@@ -295,39 +221,8 @@ class EtcdConnection:
                     with translated():
                         await link.kv.Range(request, timeout=self.settings.probe_timeout_s, metadata=metadata)
                 except EtcdError as error:
-                    if not is_token_refused(error):
+                    if not error.is_token_refused:
                         raise
                     await self.log_in_again(link, metadata)
         finally:
             lost.cancel()
-
-
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Turn what grpc raises into EtcdError."""
-    try:
-        yield
-    except AioRpcError as error:
-        code, details = error.code(), error.details() or ""
-        is_refused = code in _REFUSALS or details == _NO_LEADER
-        raise EtcdError(details or code.name.lower(), not is_refused, code) from None
-    except UsageError:
-        raise EtcdError("the connection was given up", False) from None
-    except asyncio.CancelledError:
-        # A closed channel cancels its calls; a cancelled task is another matter.
-        task = asyncio.current_task()
-        if task and task.cancelling():
-            raise
-        raise EtcdError("the connection was given up", True) from None
-
-
-def is_token_refused(error: EtcdError) -> bool:
-    """True if logging in again may help."""
-    return any(refusal in str(error) for refusal in _TOKEN_REFUSALS)
-
-
-def _read(path: str | None) -> bytes | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return file.read()

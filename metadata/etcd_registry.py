@@ -10,7 +10,7 @@ Rules
   and anew if that is compacted meanwhile.
 - A lease that has ended here is revoked there, so that its keys do not outlive it by more than is unavoidable.
 - Callbacks come from the loop, never from inside a call.
-- See EtcdConnection for what is loaded, and what must not be forked.
+- See metadata/etcd_grpc.py for what is loaded, and what must not be forked.
 """
 
 import asyncio
@@ -20,10 +20,8 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import grpc
-from aetcd import rpc
-
-from metadata.etcd_connection import EtcdConnection, EtcdError, translated
+from metadata.etcd_connection import EtcdConnection
+from metadata.etcd_grpc import EtcdError, rpc, translated
 from metadata.etcd_settings import EtcdSettings
 from metadata.etcd_watch import EtcdWatch, decode_key
 from metadata.kept_lease import KeptLease
@@ -175,11 +173,11 @@ class EtcdRegistry:
             try:
                 return await self._read_pages(prefix, deadline)
             except EtcdError as error:
-                if error.code is not grpc.StatusCode.OUT_OF_RANGE:
+                if not error.is_compacted:
                     raise
 
     async def _read_pages(self, prefix: str, deadline: float) -> Reading:
-        """Read a range as of one revision; EtcdError(OUT_OF_RANGE) if that is compacted on the way."""
+        """Read a range as of one revision; EtcdError (`is_compacted`) if that is lost on the way."""
         items: list[tuple[str, bytes]] = []
         size_bytes, revision, page_items = 0, 0, _PAGE_ITEMS
         start = self._encode(prefix)
@@ -191,7 +189,7 @@ class EtcdRegistry:
             try:
                 response = await self._connection.call("kv", "Range", request, deadline, True)
             except EtcdError as error:
-                if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or page_items == 1:
+                if not error.is_too_large or page_items == 1:
                     raise
                 page_items //= 2  # the page is larger than a message may be
                 continue

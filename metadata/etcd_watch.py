@@ -16,9 +16,8 @@ from collections.abc import Awaitable, Callable
 from itertools import groupby
 from typing import Any
 
-from aetcd import rpc
-
-from metadata.etcd_connection import EtcdConnection, EtcdError, Link, translated
+from metadata.etcd_connection import EtcdConnection, Link
+from metadata.etcd_grpc import EtcdError, rpc, translated
 from metadata.registry_calls import VERSION_KEY, Event, Reading, end_of_prefix
 from metadata.seams import Clock
 
@@ -44,6 +43,7 @@ class EtcdWatch:
     ) -> None:
         self._connection = connection
         self._clock = clock
+        self._loop = loop
         self._read_range = read_range
         self._prefix = prefix
         self._changed: Callable[[Event], None] | None = changed
@@ -58,7 +58,7 @@ class EtcdWatch:
     async def _run(self) -> None:
         while True:
             try:
-                if self._last is None:
+                if self._last is None or await self._is_ahead(self._last):
                     reading = await self._read_range(self._prefix)
                     self._tell(Event(reading.revision, True, reading.items))
                 await self._follow(await self._connection.link(None))
@@ -68,6 +68,14 @@ class EtcdWatch:
                 self._connection.note(f"watching {self._prefix!r}: {error}")
             self._failures += 1
             await self._connection.pause(self._failures)
+
+    async def _is_ahead(self, last: int) -> bool:
+        """True if etcd has not come to that revision: it has been put back to an older state, and would stay silent."""
+        connection = self._connection
+        request = rpc.RangeRequest(key=connection.version_key, count_only=True)
+        response = await connection.call("kv", "Range", request, connection.deadline(), True)
+        revision: int = response.header.revision
+        return revision < last
 
     async def _follow(self, link: Link) -> None:
         """Deliver what follows the last revision; raises when the stream ends."""
@@ -85,6 +93,7 @@ class EtcdWatch:
         metadata = link.metadata
         call = link.watch.Watch(metadata=metadata)
         events: list[Any] = []
+        began_s = self._loop.time()
         try:
             with translated():
                 await call.write(request)
@@ -94,12 +103,13 @@ class EtcdWatch:
                     events += response.events
                     if response.created or response.fragment:
                         continue
-                    self._failures = 0
                     self._deliver(events, response.header.revision)
                     events = []
             raise EtcdError("the stream has ended", False)
         finally:
             call.cancel()
+            if self._loop.time() - began_s > self._connection.settings.backoff_max_s:
+                self._failures = 0
 
     async def _canceled(self, link: Link, metadata: tuple[tuple[str, str], ...], response: Any) -> None:
         """etcd ends a watch: the revision is compacted, or it does not believe who we are."""

@@ -256,6 +256,17 @@ class RegistryConformance:
         rig.run_until(lambda: "w/d" in abreast.state and "w/d" in behind.state)
         assert abreast.state == behind.state == state | {"w/d": b"5"}
 
+    def test_a_watch_after_a_revision_that_never_was_begins_with_the_range_as_it_is(self, rig: Rig) -> None:
+        """What was remembered is of a registry that has been put back to an older state."""
+        revision = must_swap(rig, ("w/a", None, b"1"))
+        events: list[Event] = []
+        rig.other.watch("w/", events.append, after=revision + 1000)
+        rig.run_until(lambda: bool(events))
+        assert (events[0].is_reset, events[0].changes) == (True, (("w/a", b"1"),))
+        must_swap(rig, ("w/a", b"1", b"2"))
+        rig.run_until(lambda: len(events) == 2)
+        assert events[1].changes == (("w/a", b"2"),)
+
     def test_a_cancelled_watch_hears_nothing_more(self, rig: Rig) -> None:
         never = Watcher(rig, "w/")
         never.watch.cancel()
