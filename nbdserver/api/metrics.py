@@ -34,6 +34,8 @@ HELP = {
     "tls_certificate_expires_seconds": "when the certificate expires, on the wall clock",
     "tls_handshakes": "TLS handshakes that ended well",
     "tls_failures": "TLS handshakes that did not: no certificate, a wrong one, or no TLS at all",
+    "loop_held": "turns of the event loop longer than 5 ms: nobody else is served meanwhile",
+    "loop_longest_turn_seconds": "the longest turn of the event loop since the start",
     "connections": "client connections, those in their handshake too",
     "volume_size_bytes": "size of the volume",
     "volume_generation": "raised when acknowledged writes may have been lost",

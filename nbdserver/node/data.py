@@ -34,6 +34,7 @@ from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
 from nbdserver.host.network import SocketNetwork
 from nbdserver.host.tls import Tls, TlsError, make_context
+from nbdserver.host.watching import LoopWatch
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node import handover
 from nbdserver.node.channel import Channel
@@ -73,8 +74,10 @@ class ListenError(Exception):
 class Worker:
     """What the control process can ask for: each `do_NAME`, here and in FamilyRequests, is a request of the channel."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket, watch: LoopWatch) -> None:
         self._loop = loop
+        self._watch = watch
+        watch.report = self._report
         self._descriptors = descriptors
         self._clock = HostClock(loop)
         self._network = SocketNetwork(loop)
@@ -181,8 +184,10 @@ class Worker:
                 "data_process_cpu_seconds": usage.ru_utime + usage.ru_stime,
                 "tls_handshakes": self._tls.handshakes,
                 "tls_failures": self._tls.failures,
+                "loop_held": self._watch.held,
             },
             "gauges": {
+                "loop_longest_turn_seconds": self._watch.longest_s,
                 "connections": len(self._server.clients()) if self._server else 0,
                 "data_process_peak_resident_bytes": usage.ru_maxrss * 1024,
             },
@@ -280,11 +285,11 @@ def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
         os._exit(EXIT_DEFECT)
 
 
-async def serve(sock: socket.socket, descriptors: socket.socket) -> None:
+async def serve(sock: socket.socket, descriptors: socket.socket, watch: LoopWatch) -> None:
     """Serve the channel until it asks for the end, or ends."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(end_on_defect)
-    worker = Worker(loop, descriptors)
+    worker = Worker(loop, descriptors, watch)
 
     def channel_ended() -> None:
         if not worker.stopped.is_set():
@@ -309,7 +314,9 @@ def main() -> None:
     gc.disable()
     sock, sending = socket.socket(fileno=descriptor), socket.socket(fileno=descriptors)
     logging.basicConfig(level=logging.WARNING, format="nbdserver data process: %(levelname)s: %(name)s: %(message)s")
-    asyncio.run(serve(sock, sending))
+    watch = LoopWatch()
+    with asyncio.Runner(loop_factory=watch.new_loop) as runner:
+        runner.run(serve(sock, sending, watch))
 
 
 if __name__ == "__main__":
