@@ -30,7 +30,7 @@ from typing import Any
 
 from metadata.etcd_grpc import Channel, EtcdError, explain, grpc, make_channel, rpc, translated
 from metadata.etcd_settings import EtcdSettings
-from metadata.registry_calls import REGISTRY_VERSION, VERSION_KEY, Health
+from metadata.registry_calls import READABLE_VERSIONS, REGISTRY_VERSION, VERSION_KEY, Health
 from metadata.seams import Clock
 
 _LEADER = ("hasleader", "true")
@@ -186,26 +186,35 @@ class EtcdConnection:
         link.metadata = (_LEADER, ("token", response.token))
 
     async def _check_version(self, link: Link) -> None:
-        """Make the registry if there is none. EtcdError for a newer one, or one in another cluster."""
-        request = rpc.TxnRequest(
-            compare=[rpc.Compare(target=rpc.Compare.CREATE, key=self.version_key, create_revision=0)],
-            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=self.version_key, value=REGISTRY_VERSION))],
-            failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=self.version_key))],
-        )
-        with translated():
-            response = await link.kv.Txn(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
+        """Make the registry if there is none, mark an older one. EtcdError for a newer one, or in another cluster."""
+        absent = rpc.Compare(target=rpc.Compare.CREATE, key=self.version_key, create_revision=0)
+        response = await self._mark_version(link, absent)
+        cluster_id = response.header.cluster_id
+        if self._cluster_id not in (0, cluster_id):
+            raise EtcdError(f"it is of another etcd cluster ({cluster_id:x}, not {self._cluster_id:x})", False)
         if not response.succeeded:
             version = response.responses[0].response_range.kvs[0].value
-            if version != REGISTRY_VERSION:
+            if version not in READABLE_VERSIONS:
                 raise EtcdError(
                     f"the registry has version {version.decode(errors='replace')}, this program knows "
                     f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it",
                     False,
                 )
-        cluster_id = response.header.cluster_id
-        if self._cluster_id not in (0, cluster_id):
-            raise EtcdError(f"it is of another etcd cluster ({cluster_id:x}, not {self._cluster_id:x})", False)
+            if version != REGISTRY_VERSION:
+                older = rpc.Compare(target=rpc.Compare.VALUE, key=self.version_key, value=version)
+                if not (await self._mark_version(link, older)).succeeded:
+                    raise EtcdError("the registry's version changes at this moment", False)
         self._cluster_id = cluster_id
+
+    async def _mark_version(self, link: Link, condition: Any) -> Any:
+        """Make the registry one of our version if `condition` holds; return etcd's response."""
+        request = rpc.TxnRequest(
+            compare=[condition],
+            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=self.version_key, value=REGISTRY_VERSION))],
+            failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=self.version_key))],
+        )
+        with translated():
+            return await link.kv.Txn(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
 
     async def _probe(self, link: Link) -> None:
         """Ask again and again; EtcdError when there is no answer."""

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from metadata.registry_calls import MAX_PENDING_CALLS, Change, Outcome, Reading, Swap, Unavailable
+from metadata.registry_calls import (
+    MAX_PENDING_CALLS,
+    READABLE_VERSIONS,
+    REGISTRY_VERSION,
+    Change,
+    Outcome,
+    Reading,
+    Swap,
+    Unavailable,
+)
 from tests.conftest import Processes
 from tests.etcd_cluster import EtcdCluster
 from tests.etcd_rig import Counter, EtcdRig, MakeCluster, MakeRig, quick
@@ -211,14 +220,23 @@ def test_another_cluster_at_the_same_address_is_refused(
 
 def test_a_newer_registry_is_refused(make_etcd: MakeCluster, make_rig: MakeRig) -> None:
     etcd = make_etcd()
-    etcd.control("put", "test/registry-version", "2")
+    newer = int(REGISTRY_VERSION) + 1
+    etcd.control("put", "test/registry-version", str(newer))
     rig = make_rig(quick(etcd))
     answers: list[object] = []
     rig.registry.get_later("a", answers.append)
     rig.run_until(lambda: bool(answers))
     assert isinstance(answers[0], Unavailable)
-    assert "version 2, this program knows 1" in answers[0].reason
+    assert f"version {newer}, this program knows {newer - 1}" in answers[0].reason
     assert not rig.registry.health().is_connected
+
+
+def test_an_older_registry_is_marked_with_the_present_version(make_etcd: MakeCluster, make_rig: MakeRig) -> None:
+    etcd = make_etcd()
+    etcd.control("put", "test/registry-version", READABLE_VERSIONS[0].decode())
+    rig = make_rig(quick(etcd))
+    must_swap(rig, ("a", None, b"1"))
+    assert etcd.control("get", "--print-value-only", "test/registry-version").strip() == REGISTRY_VERSION.decode()
 
 
 def test_an_etcd_that_is_full_says_so_and_still_answers_reads(make_etcd: MakeCluster, make_rig: MakeRig) -> None:
