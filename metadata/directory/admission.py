@@ -24,7 +24,8 @@ from protocol.directory_control import Active, Delegate, Held, Hold, Join, JoinR
 
 JOINS_LIMIT = 16
 HOLD_S = 30.0
-DONE_LIMIT = 64  # joins whose ACTIVE may have to be said again
+ABANDONED_S = 120.0  # a node that is alive and says nothing of its join for so long has forgotten it
+DONE_LIMIT = 1024  # joins whose ACTIVE may have to be said again
 RETRY_S = 0.1
 
 
@@ -33,6 +34,8 @@ class _Join:
     member: Member
     prefixes: tuple[str, ...]
     until_s: float
+    asked_s: float
+    """When it last said something of this join."""
     delegates: set[int] = field(default_factory=set)
     """Those named so far."""
     ready: Position = NOWHERE
@@ -88,6 +91,9 @@ class Admission:
     def join(self, node: int, body: Join, now_s: float) -> bool:
         """A node wants in; True if the audience has changed."""
         self.messages += 1
+        if self._done.get(body.attempt) == node:  # it was under way while the last step was made
+            self._send(node, Active(body.attempt, self._term.epoch))
+            return False
         for attempt, other in list(self._joins.items()):
             if other.member.node == node and attempt != body.attempt:
                 self._forget(attempt)
@@ -98,8 +104,8 @@ class Admission:
             if len(self._joins) >= JOINS_LIMIT:
                 self._send(node, JoinRefused(body.attempt, self._term.epoch, Reason.NOT_NOW))
                 return False
-            join = self._joins[body.attempt] = _Join(member, body.prefixes, now_s + HOLD_S)
-        join.until_s = now_s + HOLD_S
+            join = self._joins[body.attempt] = _Join(member, body.prefixes, now_s + HOLD_S, now_s)
+        join.until_s, join.asked_s = now_s + HOLD_S, now_s
         delegate = self._delegate_for(join)
         join.delegates.add(delegate.node)
         self._send(node, Delegate(body.attempt, self._term.epoch, delegate.node, delegate.streams))
@@ -143,7 +149,7 @@ class Admission:
         if join is None or join.member.node != node or not self._term.replica.history.has(body.position):
             self._send(node, JoinRefused(body.attempt, self._term.epoch, Reason.HOLD_BROKEN))
             return
-        join.until_s = now_s + HOLD_S
+        join.until_s, join.asked_s = now_s + HOLD_S, now_s
         self._term.replica.buffer.release(body.attempt)
         self._confirmations.persisted(node, body.position)
         if join.ready == NOWHERE:
@@ -157,7 +163,7 @@ class Admission:
     def alive(self, node: int, now_s: float) -> None:
         """A sign of a joining node."""
         for attempt, join in self._joins.items():
-            if join.member.node == node:
+            if join.member.node == node and now_s < join.asked_s + ABANDONED_S:
                 join.until_s = now_s + HOLD_S
                 self._term.replica.buffer.extend(attempt, now_s + HOLD_S)
 

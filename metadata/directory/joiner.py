@@ -106,7 +106,7 @@ class Joiner:
         self._master = 0
         self._epoch = 0
         self._end = NOWHERE
-        self._since_s = 0.0
+        self._since_s = float("-inf")
         self._needs_snapshot = False
         self._give_up: Callable[[], None] | None = None
         self._due_at_s = float("inf")
@@ -126,12 +126,17 @@ class Joiner:
         is_other = (master, epoch) != (self._master, self._epoch)
         if self.state is not Joining.IDLE and not is_other and (self._needs_snapshot or not needs_snapshot):
             return
+        if self.state is Joining.IDLE and not is_other and not needs_snapshot:
+            # Acknowledged a moment ago: the update that says so is on its way. If not, the same join asks again.
+            if self._now() < self._since_s + RETRY_S:
+                return
+        else:
+            self._attempt = self._random.getrandbits(63) + 1
         if self.state is not Joining.IDLE:
             self._break_off()
         else:
             self._move(Step.NEEDED)
         self._master, self._epoch, self._needs_snapshot = master, epoch, needs_snapshot
-        self._attempt = self._random.getrandbits(63) + 1
 
     def cancel(self) -> None:
         """Not wanted any more: the node is the master, or ends."""

@@ -332,7 +332,9 @@ def test_every_step_may_come_twice() -> None:
     door.changes[0][1]()
     door.outbox.take()
     assert door.ready() == [(NEW, Active(5, EPOCH))]
+    assert door.join() == Active(5, EPOCH)  # late: it is no second join
     assert len(door.changes) == 1
+    assert door.admission.joining() == {}
 
 
 def test_the_join_that_asks_again_gets_another_delegate() -> None:
