@@ -183,11 +183,29 @@ class Admission:
         if member.kind is NodeKind.SECOND or member.node in self._confirmations.voters:
             self._activate(attempt)
             return
-        changes: dict[int, str | None] = {member.node: member.name}
-        for other in self._members().values():
-            if other.name == member.name and other.node != member.node:
-                changes[other.node] = None
-        join.is_changing = self._change_voters(changes, lambda: self._activate(attempt))
+        # All that wait go into one swap.
+        waiting = {
+            number: other
+            for number, other in self._joins.items()
+            if other.is_confirmed and not other.is_changing and other.member.kind is NodeKind.FIRST
+        }
+        changes: dict[int, str | None] = {}
+        names = {other.member.name: other.member.node for other in waiting.values()}
+        for known in self._members().values():
+            if names.get(known.name, known.node) != known.node:
+                changes[known.node] = None
+        for other in waiting.values():
+            if names[other.member.name] == other.member.node:
+                changes[other.member.node] = other.member.name
+
+        def taken() -> None:
+            for number, other in waiting.items():
+                if other.member.node in self._confirmations.voters:
+                    self._activate(number)
+
+        if self._change_voters(changes, taken):
+            for other in waiting.values():
+                other.is_changing = True
 
     def _activate(self, attempt: int) -> None:
         join = self._joins.pop(attempt, None)
@@ -209,8 +227,9 @@ class Admission:
 
     def voters_settled(self) -> None:
         """A change of voters is over, whatever came of it: the next one may go on."""
-        for attempt, join in list(self._joins.items()):
+        for join in self._joins.values():
             join.is_changing = False
+        for attempt in list(self._joins):
             self._go_on(attempt)
 
     def tick(self, now_s: float) -> bool:

@@ -268,6 +268,7 @@ class Door:
         self.term, self.outbox = term_of(put("a"), voters=(ME,))
         self.changes: list[tuple[dict[int, str | None], Callable[[], None]]] = []
         self.suspected: set[int] = set()
+        self.is_busy = False
         self.admission = Admission(
             self.term,
             self.term.confirmations,
@@ -282,8 +283,20 @@ class Door:
         self.term.confirmations.persisted(ME, self.term.replica.position)
 
     def _change(self, changes: dict[int, str | None], taken: Callable[[], None]) -> bool:
+        if self.is_busy:
+            return False
         self.changes.append((changes, taken))
         return True
+
+    def take(self) -> None:
+        """The registry has taken the first change."""
+        changes, taken = self.changes[0]
+        voters = self.term.confirmations.voters
+        self.term.confirmations.voters = (voters | {node for node, name in changes.items() if name}) - {
+            node for node, name in changes.items() if name is None
+        }
+        taken()
+        self.admission.voters_settled()
 
     def join(self, attempt: int = 5, node: int = NEW, name: str = "new", kind: NodeKind = NodeKind.FIRST) -> Any:
         self.admission.join(node, Join(attempt, kind, name, "10.0.0.9:1", "10.0.0.9:2", ()), 100.0)
@@ -303,10 +316,9 @@ def test_a_join_goes_from_delegate_to_active_and_costs_the_master_six_messages()
     door.admission.hold(BOB, Hold(5, NEW, EPOCH, position), 100.0)
     assert door.outbox.take() == [(BOB, Held(5, EPOCH, True))]
     assert door.ready() == []
-    ((changes, taken),) = door.changes
-    assert changes == {NEW: "new"}
+    assert [changes for changes, _ in door.changes] == [{NEW: "new"}]
     assert door.term.replica.map.get("member/new") is None
-    taken()
+    door.take()
     assert door.outbox.take() == [(NEW, Active(5, EPOCH))]
     assert Member.decode("member/new", door.term.replica.map.get("member/new") or b"") == member(NEW, "new")
     assert door.admission.messages == 6
@@ -329,12 +341,30 @@ def test_every_step_may_come_twice() -> None:
     door.ready()
     door.ready()
     assert len(door.changes) == 1
-    door.changes[0][1]()
+    door.take()
     door.outbox.take()
     assert door.ready() == [(NEW, Active(5, EPOCH))]
     assert door.join() == Active(5, EPOCH)  # late: it is no second join
     assert len(door.changes) == 1
     assert door.admission.joining() == {}
+
+
+def test_joins_that_are_ready_while_the_registry_is_asked_share_the_next_swap() -> None:
+    door = Door(member(BOB, "bob"))
+    for number in (20, 21, 22):
+        door.join(number, number, f"n{number}")
+        door.ready(number, number)
+    assert [changes for changes, _ in door.changes] == [{20: "n20"}, {21: "n21"}, {22: "n22"}]
+    door = Door(member(BOB, "bob"))
+    door.is_busy = True
+    for number in (20, 21, 22):
+        door.join(number, number, f"n{number}")
+        door.ready(number, number)
+    door.is_busy = False
+    door.admission.voters_settled()
+    assert [changes for changes, _ in door.changes] == [{20: "n20", 21: "n21", 22: "n22"}]
+    door.take()
+    assert sorted(node for node, _ in door.outbox.take(Active)) == [20, 21, 22]
 
 
 def test_the_join_that_asks_again_gets_another_delegate() -> None:
