@@ -187,34 +187,30 @@ class EtcdConnection:
 
     async def _check_version(self, link: Link) -> None:
         """Make the registry if there is none, mark an older one. EtcdError for a newer one, or in another cluster."""
-        absent = rpc.Compare(target=rpc.Compare.CREATE, key=self.version_key, create_revision=0)
-        response = await self._mark_version(link, absent)
+        timeout_s = self.settings.connect_timeout_s
+        request = rpc.RangeRequest(key=self.version_key)
+        with translated():
+            response = await link.kv.Range(request, timeout=timeout_s, metadata=link.metadata)
         cluster_id = response.header.cluster_id
         if self._cluster_id not in (0, cluster_id):
             raise EtcdError(f"it is of another etcd cluster ({cluster_id:x}, not {self._cluster_id:x})", False)
-        if not response.succeeded:
-            version = response.responses[0].response_range.kvs[0].value
-            if version not in READABLE_VERSIONS:
-                raise EtcdError(
-                    f"the registry has version {version.decode(errors='replace')}, this program knows "
-                    f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it",
-                    False,
-                )
-            if version != REGISTRY_VERSION:
-                older = rpc.Compare(target=rpc.Compare.VALUE, key=self.version_key, value=version)
-                if not (await self._mark_version(link, older)).succeeded:
-                    raise EtcdError("the registry's version changes at this moment", False)
+        version = response.kvs[0].value if response.kvs else None
+        if version not in (None, *READABLE_VERSIONS):
+            raise EtcdError(
+                f"the registry has version {version.decode(errors='replace')}, this program knows "
+                f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it",
+                False,
+            )
+        if version != REGISTRY_VERSION:
+            put = rpc.PutRequest(key=self.version_key, value=REGISTRY_VERSION)
+            mark = rpc.TxnRequest(
+                compare=[expectation(self.version_key, version)], success=[rpc.RequestOp(request_put=put)]
+            )
+            with translated():
+                response = await link.kv.Txn(mark, timeout=timeout_s, metadata=link.metadata)
+            if not response.succeeded:
+                raise EtcdError("the registry's version is being changed by another", False)
         self._cluster_id = cluster_id
-
-    async def _mark_version(self, link: Link, condition: Any) -> Any:
-        """Make the registry one of our version if `condition` holds; return etcd's response."""
-        request = rpc.TxnRequest(
-            compare=[condition],
-            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=self.version_key, value=REGISTRY_VERSION))],
-            failure=[rpc.RequestOp(request_range=rpc.RangeRequest(key=self.version_key))],
-        )
-        with translated():
-            return await link.kv.Txn(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
 
     async def _probe(self, link: Link) -> None:
         """Ask again and again; EtcdError when there is no answer."""
@@ -235,3 +231,10 @@ class EtcdConnection:
                     await self.log_in_again(link, metadata)
         finally:
             lost.cancel()
+
+
+def expectation(key: bytes, value: bytes | None) -> Any:
+    """Return etcd's condition that `key` has that value; None is absence."""
+    if value is None:
+        return rpc.Compare(target=rpc.Compare.CREATE, key=key, create_revision=0)
+    return rpc.Compare(target=rpc.Compare.VALUE, key=key, value=value)

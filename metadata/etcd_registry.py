@@ -20,7 +20,7 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from metadata.etcd_connection import EtcdConnection
+from metadata.etcd_connection import EtcdConnection, expectation
 from metadata.etcd_grpc import EtcdError, rpc, translated
 from metadata.etcd_settings import EtcdSettings
 from metadata.etcd_watch import EtcdWatch, decode_key
@@ -208,7 +208,7 @@ class EtcdRegistry:
             if change.lease_id != NO_LEASE and change.lease_id not in self._leases:
                 return Swap(Outcome.NOT_DONE, reason=f"the lease for {change.key} has ended")
         request = rpc.TxnRequest(
-            compare=[self._expect(change) for change in changes],
+            compare=[expectation(self._encode(change.key), change.expected) for change in changes],
             success=[self._write(change) for change in changes if not change.is_check],
         )
         try:
@@ -218,12 +218,6 @@ class EtcdRegistry:
         except asyncio.CancelledError:
             return Swap(Outcome.UNKNOWN, reason=_CLOSED)
         return Swap(Outcome.SWAPPED, response.header.revision) if response.succeeded else Swap(Outcome.LOST)
-
-    def _expect(self, change: Change) -> Any:
-        key = self._encode(change.key)
-        if change.expected is None:
-            return rpc.Compare(target=rpc.Compare.CREATE, key=key, create_revision=0)
-        return rpc.Compare(target=rpc.Compare.VALUE, key=key, value=change.expected)
 
     def _write(self, change: Change) -> Any:
         key = self._encode(change.key)

@@ -205,11 +205,13 @@ def test_another_cluster_at_the_same_address_is_refused(
     etcd = make_etcd()
     rig = make_rig(quick(etcd))
     must_swap(rig, ("a", None, b"1"))
+    assert read(rig, "a", rig.other) == b"1"
     etcd.members[0].kill()
     (tmp_path / "etcd" / "m0").rename(tmp_path / "kept")
     etcd.members[0].start(["--initial-cluster-token=another"])
     rig.run_until(lambda: "another etcd cluster" in rig.registry.health().last_error)
     assert swap(rig, Change("a", None, b"2")).outcome is Outcome.NOT_DONE
+    assert etcd.control("get", "--prefix", "--keys-only", "") == "", "nothing is written there"
     etcd.members[0].kill()
     (tmp_path / "etcd" / "m0").rename(tmp_path / "other")
     (tmp_path / "kept").rename(tmp_path / "etcd" / "m0")

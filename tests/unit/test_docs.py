@@ -7,9 +7,12 @@ from pathlib import Path
 import construct
 import pytest
 
+import metadata.registry_calls as calls
 import protocol.disk as disk
 from metadata import family_state, pages
+from metadata.etcd_settings import EtcdSettings
 from metadata.family_state import Checkpoint, Family, OpenState, PendingHole
+from metadata.kept_lease import DRIFT
 from metadata.layers import Row as LayerRow
 from metadata.region_table import RegionTable
 from metadata.segment_table import SegmentTable
@@ -80,6 +83,26 @@ def test_constants_are_as_written() -> None:
     assert disk.SEGMENT_MAGIC == b"nbdSEG\x00\x01"
     assert disk.RECORD_MAGIC.to_bytes(4, "little") == b"NDL1"
     assert f"{pages.PAGE_BLOCKS} entries" in (DOCS / "architecture.md").read_text()
+
+
+def test_the_registrys_times_and_bounds_are_as_written() -> None:
+    page = (DOCS / "registry.md").read_text()
+    settings = EtcdSettings(("etcd1:2379",), "nbdserver/")
+    interval_s, timeout_s = settings.probe_interval_s, settings.probe_timeout_s
+    for line in (
+        f"| a call is answered within | {settings.call_timeout_s:g} s |",
+        f"| etcd is asked for a sign of life | every {interval_s:g} s, and has {timeout_s:g} s to answer |",
+        f"| connecting to one endpoint takes at most | {settings.connect_timeout_s:g} s |",
+        f"| {settings.backoff_min_s:g} s, doubling to {settings.backoff_max_s:g} s, drawn between half and all of it |",
+        f"| calls that wait | {calls.MAX_PENDING_CALLS} |",
+        f"| watches, leases | {calls.MAX_WATCHES} each |",
+        f"| a range | {calls.MAX_RANGE_BYTES >> 20} MiB |",
+        f"{calls.MAX_KEY_BYTES} bytes, a swap of more than {calls.MAX_SWAP_BYTES >> 20} MiB or {calls.MAX_CHANGES} changes",
+        f"A lease lasts {calls.MIN_TTL_S:g} s to {calls.MAX_TTL_S / 3600:g} h.",
+        f"less {DRIFT:.0%} for clocks",
+    ):
+        assert line in page
+    assert calls.MAX_WATCHES == calls.MAX_LEASES
 
 
 def documented_key(cell: str) -> re.Pattern[bytes]:
