@@ -100,7 +100,7 @@ def test_the_registrys_times_and_bounds_are_as_written() -> None:
         f"a key of more than {calls.MAX_KEY_BYTES} bytes,",
         f"a swap of more than {calls.MAX_SWAP_BYTES >> 20} MiB or {calls.MAX_CHANGES} changes",
         f"A lease lasts {calls.MIN_TTL_S:g} s to {calls.MAX_TTL_S / 3600:g} h.",
-        f"less {DRIFT:.0%} for clocks",
+        f"less {DRIFT * 100:g} % for clocks",
     ):
         assert line in page
     assert calls.MAX_WATCHES == calls.MAX_LEASES
