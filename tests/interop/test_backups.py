@@ -12,21 +12,15 @@ import pytest
 
 from nbdserver.cli.main import run as run_command
 from protocol.nbd import Command
-from tests.conftest import ROOT, Processes
+from tests.conftest import Processes
 from tests.nbd_client import Client
+from tests.recipes import recipe
 from tests.serving import Server
 
 MIB = 1 << 20
 SIZE_BYTES = 64 * MIB
 TIMEOUT_S = 60
 Needs = Callable[[str, str], str]
-
-
-def recipe(mark: str) -> str:
-    """A block of the page."""
-    page = (ROOT / "docs/operations.md").read_text()
-    (found,) = re.findall(rf"^```\w+ {re.escape(mark)}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    return str(found)
 
 
 class Operator:

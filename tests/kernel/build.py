@@ -34,6 +34,7 @@ PROGRAMS = {  # program: Debian package
     "nbd-client": "nbd-client",
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "xfs_repair": "xfsprogs",
 }

@@ -11,9 +11,11 @@ import pytest
 from tests.conftest import Processes
 from tests.kernel.build import Images
 from tests.kernel.guest import HOST, Guest
+from tests.recipes import recipe
 from tests.serving import Server
 
 VOLUMES = {"ext4": "1G", "xfs": "1G"}
+GROWN, GROWN_DEVICE = "grown", "/dev/nbd2"
 DEVICES = {"ext4": "/dev/nbd0", "xfs": "/dev/nbd1"}
 CONNECTIONS = {"ext4": 1, "xfs": 4}
 FORMAT = {"ext4": "mkfs.ext4 -q", "xfs": "mkfs.xfs -q"}
@@ -39,13 +41,17 @@ done
 def server(
     module_processes: Processes, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Server:
-    return Server(module_processes, tmp_path_factory.mktemp("data") / "node", free_port(), VOLUMES)
+    return Server(module_processes, tmp_path_factory.mktemp("data") / "node", free_port(), {**VOLUMES, GROWN: "256M"})
 
 
 @pytest.fixture(scope="module")
 def guest(guest_images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
-    with Guest(guest_images, tmp_path_factory.mktemp("guest")) as machine:
-        machine.run("load_modules nbd; load_modules xfs")
+    files = {"code/grow.py": recipe("grow.py").encode()}
+    with Guest(guest_images, tmp_path_factory.mktemp("guest"), files=files, disks=[guest_images.disk]) as machine:
+        machine.run(
+            "load_modules nbd; load_modules xfs; mount -t ext4 -o ro /dev/vda /python\n"
+            "for folder in dev code; do mount --bind /$folder /python/$folder; done"
+        )
         yield machine
 
 
@@ -54,6 +60,11 @@ def attach(guest: Guest, server: Server, system: str) -> None:
         f"nbd-client -N {system} -b 4096 -C {CONNECTIONS[system]} {HOST} {server.port} {DEVICES[system]} && "
         f"mkdir -p /mnt/{system} && blockdev --getsize64 {DEVICES[system]}"
     )
+
+
+def python(images: Images, arguments: str) -> str:
+    """A command of the guest that runs Python, with nothing but its standard library."""
+    return f"chroot /python {images.python} -I -S {arguments}"
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -83,6 +94,49 @@ def test_a_file_system_is_made_mounted_written_trimmed_and_found_clean(
         f"mount -t {system} {device} {mount} && md5sum {mount}/kept"
     )
     assert after.splitlines()[-1] == next(line for line in before.splitlines() if line.endswith(f"{mount}/kept"))
+
+
+@pytest.mark.parametrize("interface", ["netlink", "ioctl"])
+def test_a_mounted_file_system_grows_without_and_with_a_new_connection(
+    guest: Guest, guest_images: Images, server: Server, interface: str
+) -> None:
+    """First live, by what the page says for the way in which the client attached, then after attaching again."""
+    mebibytes, mount = {"netlink": (256, 384, 512), "ioctl": (512, 640, 768)}[interface], f"/mnt/{GROWN}"
+    option = "" if interface == "netlink" else "-nonetlink"
+
+    def attach_and_mount() -> None:
+        guest.run(f"nbd-client {option} -N {GROWN} -b 4096 {HOST} {server.port} {GROWN_DEVICE}")
+        guest.run(f"mkdir -p {mount}; mount -t ext4 {GROWN_DEVICE} {mount}")
+
+    def grown(size: int) -> None:
+        """The device has so many MiB; let the file system have them."""
+        assert int(guest.run(f"blockdev --getsize64 {GROWN_DEVICE}")) == size << 20
+        room = guest.run(
+            f"resize2fs {GROWN_DEVICE} 2>&1; dd if=/dev/urandom of={mount}/{interface}{size} bs=256k count=4 2>/dev/null; sync\n"
+            f"cd {mount}; md5sum {interface}{size} >>/tmp/sums; md5sum -c /tmp/sums; df -m {mount} | tail -1"
+        )
+        assert int(room.splitlines()[-1].split()[1]) > 0.8 * size
+
+    if interface == "netlink":
+        guest.run(f"nbd-client -N {GROWN} -b 4096 {HOST} {server.port} {GROWN_DEVICE}")
+        guest.run(f"mkfs.ext4 -q {GROWN_DEVICE} && nbd-client -d {GROWN_DEVICE}; rm -f /tmp/sums")
+    attach_and_mount()
+    before, live, again = mebibytes
+    grown(before)
+    server.command("volume", "resize", GROWN, "--size", f"{live}M")
+    assert int(guest.run(f"blockdev --getsize64 {GROWN_DEVICE}")) == before << 20, "NBD tells nobody"
+    if interface == "netlink":
+        guest.run(python(guest_images, f"/code/grow.py {GROWN_DEVICE} {live << 20}"))
+    else:
+        (line,) = recipe("grow-nonetlink").splitlines()
+        line = line.replace("/dev/nbd0", GROWN_DEVICE).replace(f"{300 << 30}", f"{live << 20}")
+        guest.run(line.replace("python3", python(guest_images, "")))
+    grown(live)
+    server.command("volume", "resize", GROWN, "--size", f"{again}M")
+    guest.run(f"umount {mount} && nbd-client -d {GROWN_DEVICE}")
+    attach_and_mount()
+    grown(again)
+    guest.run(f"umount {mount} && e2fsck -fn {GROWN_DEVICE} && nbd-client -d {GROWN_DEVICE}")
 
 
 def test_a_server_killed_in_the_middle_of_writes_costs_nothing_that_was_fsynced(guest: Guest, server: Server) -> None:
