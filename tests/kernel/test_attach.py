@@ -112,8 +112,9 @@ def test_a_mounted_file_system_grows_without_and_with_a_new_connection(
         """The device has so many MiB; let the file system have them."""
         assert int(guest.run(f"blockdev --getsize64 {GROWN_DEVICE}")) == size << 20
         room = guest.run(
-            f"resize2fs {GROWN_DEVICE} 2>&1; dd if=/dev/urandom of={mount}/{interface}{size} bs=256k count=4 2>/dev/null; sync\n"
-            f"cd {mount}; md5sum {interface}{size} >>/tmp/sums; md5sum -c /tmp/sums; df -m {mount} | tail -1"
+            f"resize2fs {GROWN_DEVICE} 2>&1; cd {mount}\n"
+            f"dd if=/dev/urandom of={interface}{size} bs=256k count=4 2>/dev/null; sync\n"
+            f"md5sum {interface}{size} >>/tmp/sums; md5sum -c /tmp/sums; df -m {mount} | tail -1"
         )
         assert int(room.splitlines()[-1].split()[1]) > 0.8 * size
 
