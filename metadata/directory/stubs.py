@@ -27,7 +27,7 @@ WINDOW_GROWTH = 8.0  # for each window that arrived
 REORDER_S = 0.005
 SPREAD_S = 0.010
 PATIENCE_S = 0.05  # for an answer: a site's round trip and a busy node's turn
-PATIENCE_LIMIT_S = 0.5
+PATIENCE_LIMIT_S = 0.25
 PATIENCE_GROWTH = 1.5  # each time in a row: at 30 % loss half of the answers are lost, and nothing is congested
 RETRY_S = 0.02  # after a refusal
 

@@ -36,6 +36,7 @@ from protocol.directory import (
 HEARTBEAT_S = 0.25
 HEARTBEAT_NODES_PER_S = 2000  # heartbeats a second at most: beyond 500 nodes they are rarer
 TAIL_S = 0.03  # after the last update of a burst: its loss is noticed a round trip later, not a heartbeat later
+LOSSY_S = 10.0  # after a request: the network loses datagrams, perhaps that heartbeat too, so others follow soon
 RESEND_PER_S = 2000.0
 RESEND_BURST = 500.0
 MESSAGES_A_FRAME = 255  # the count has one byte
@@ -152,6 +153,8 @@ class Term:
         self._unsent: list[tuple[Update, list[Message]]] = []
         self._numbers: dict[int, int] = {}
         self._heartbeat_at_s = now_s
+        self._tail_s = 0.0
+        self._lossy_until_s = 0.0
         for entry in replica.map.entries():
             self.saw(entry.update)
         replica.begin_epoch(epoch)
@@ -189,6 +192,7 @@ class Term:
                 wanted = [message for update, of_update in unsent if link.wants(update) for message in of_update]
                 for messages in frames(wanted):
                     self._outbox.send(link.node, Updates(self.epoch, False, messages))
+            self._tail_s = TAIL_S
             self._heartbeat_at_s = min(self._heartbeat_at_s, now_s + TAIL_S)
         self.replica.store.flush()
 
@@ -229,7 +233,9 @@ class Term:
     def beat(self, now_s: float) -> None:
         """Send the heartbeat if it is time."""
         if now_s >= self._heartbeat_at_s:
-            self._heartbeat_at_s = now_s + self.heartbeat_interval_s
+            interval_s = self.heartbeat_interval_s
+            self._tail_s = 2 * self._tail_s if now_s < self._lossy_until_s else 0.0
+            self._heartbeat_at_s = now_s + (self._tail_s if 0.0 < self._tail_s < interval_s else interval_s)
             heartbeat = self.heartbeat()
             self._send_all(heartbeat)
             for node in self.links:
@@ -254,6 +260,7 @@ class Term:
     # --- resending ---
 
     def requested(self, node: int, ranges: Ranges, now_s: float) -> None:
+        self._lossy_until_s = now_s + LOSSY_S
         self._resending.answer(node, self.epoch, ranges, True, now_s)
 
 

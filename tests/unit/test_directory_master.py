@@ -173,6 +173,21 @@ def test_the_heartbeat_is_regular_and_follows_a_burst_soon() -> None:
     assert TAIL_S == 0.03
 
 
+def test_where_messages_are_lost_more_heartbeats_follow_a_burst() -> None:
+    term, outbox = term_of(put("a"))
+    term.audience = (BOB,)
+    term.beat(100.0)
+    term.requested(BOB, ((2, 1),), 100.0)
+    term.publish(put("b"))
+    term.flush(100.0)
+    outbox.take()
+    beats = []
+    for step in range(1, 150):
+        term.beat(100.0 + step / 200)
+        beats += [step] if outbox.take(Heartbeat) else []
+    assert beats == pytest.approx([6, 18, 42, 90, 140], abs=1)
+
+
 def test_second_kind_nodes_get_whole_updates_under_their_prefixes_and_their_own() -> None:
     term, outbox = term_of(put("load/1"), put("other"))
     term.link(Link(BOB, ("load/",)), Position(1, 1))
