@@ -47,6 +47,7 @@ SIMULATOR_ONLY = {
     "cluster.paths": SEAM,
     "cluster.registry_twin": SEAM,
     "cluster.scheduler": SEAM,
+    "cluster.spread": DRIVES,
     "cluster.simulated_connecting": SEAM,
     "cluster.simulated_network": SEAM,
     "cluster.simulated_registry": SEAM,

@@ -1,0 +1,20 @@
+"""Seeds that once found something wrong in the directory: what it was, and that they find nothing now."""
+
+import pytest
+
+from tests.simulation.cluster.directory import directory_run
+
+FOUND = {
+    8: "a joiner kept asking a dead master of the epoch that it had heard",
+    23: "a second-kind node gave its stream up again and again, for a suspicion older than it",
+    95: "a report was answered as confirmed in another history",
+    125: "a node whose first write failed did not start",
+    415: "a filtered snapshot left stubs that nobody filled",
+    569: "a report that had been published was answered with not done",
+}
+
+
+@pytest.mark.parametrize("seed", FOUND, ids=str)
+def test_a_seed_that_found_something_finds_nothing_now(seed: int) -> None:
+    _, run = directory_run(seed)
+    run.go()
