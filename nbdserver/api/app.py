@@ -157,6 +157,30 @@ class Tls(BaseModel):
     expires: str = Field(description="ISO 8601, UTC")
 
 
+class Scrub(BaseModel):
+    """How far the reading of a family's data is."""
+
+    volume: str = Field(description="the family's oldest volume")
+    volumes: list[str] = Field(description="all of the family: they share one log")
+    state: str = Field(description="never, waiting, running, done, stopped or failed")
+    reason: str = Field(description="why it failed")
+    done_bytes: int
+    total_bytes: int
+    damaged_blocks: int = Field(description="that it found")
+    rate_bytes_per_s: int = Field(description="lately; 0: not known")
+    left_s: int | None = Field(description="estimate; null: not known")
+    completed: str = Field(description="when the last whole one ended: ISO 8601, UTC")
+    next: str = Field(description="when the next one is due; empty: it is not, or one is active")
+
+
+class ScrubRequest(BaseModel):
+    """What POST /v1/scrubs takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    volume: str = Field(default="", description="any volume of the family; empty: all")
+
+
 class Status(BaseModel):
     """The node."""
 
@@ -172,6 +196,7 @@ class Status(BaseModel):
     capacity: Capacity
     fills: list[Fill] = Field(description="how full what has a limit is")
     tls: Tls | None = Field(description="null without a certificate")
+    scrubs: list[Scrub] = Field(description="how far the reading of all data is")
     handover: Handover | None = Field(description="the last one; null if this program was started afresh")
     volumes: list[Volume]
 
@@ -197,6 +222,7 @@ def make_app(node: Node) -> FastAPI:
     _add_node(app, node)
     _add_volumes(app, node)
     _add_snapshots(app, node)
+    _add_scrubs(app, node)
     _add_clients(app, node)
     return app
 
@@ -255,7 +281,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
             for volume in family.volumes:
                 own: dict[str, float] = {"volume_size_bytes": volume.size_bytes, "volume_generation": family.generation}
                 if volume == family.volumes[0]:
-                    own |= node.capacity.volume_gauges(family)
+                    own |= node.capacity.volume_gauges(family) | node.scrubs.gauges(family)
                 figures = live.get(volume.name, {"counters": {}, "gauges": {}})
                 volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
         # With a thousand volumes this takes a second or two, in which the API has other things to do.
@@ -343,6 +369,20 @@ def _add_snapshots(app: FastAPI, node: Node) -> None:
     @app.post("/v1/snapshots/{volume}/{name}/rollback", summary="Let the volume hold what the snapshot holds")
     async def rollback(volume: str, name: str) -> Volume:
         return Volume(**await node.snapshots.rollback(volume, name))
+
+
+def _add_scrubs(app: FastAPI, node: Node) -> None:
+    @app.get("/v1/scrubs", summary="How far the reading of all data is")
+    async def list_scrubs() -> list[Scrub]:
+        return [Scrub(**found) for found in node.scrubs.status()]
+
+    @app.post("/v1/scrubs", status_code=202, summary="Read a volume's data, or all, to find what has rotted")
+    async def start_scrub(request: ScrubRequest) -> list[Scrub]:
+        return [Scrub(**found) for found in node.scrubs.start(request.volume)]
+
+    @app.delete("/v1/scrubs", summary="Stop reading; returns the volumes whose scrub was under way or waited")
+    async def stop_scrubs() -> list[str]:
+        return await node.scrubs.stop()
 
 
 def _add_clients(app: FastAPI, node: Node) -> None:

@@ -11,6 +11,7 @@ from nbdserver.cli import (
     clone_commands,
     image_commands,
     node_commands,
+    scrub_commands,
     serve,
     service,
     snapshot_commands,
@@ -68,6 +69,7 @@ app.add_typer(volume_commands.app, name="volume")
 app.add_typer(snapshot_commands.app, name="snapshot")
 app.add_typer(clone_commands.app, name="clone")
 app.add_typer(image_commands.app, name="image")
+app.add_typer(scrub_commands.app, name="scrub")
 app.add_typer(client_commands.app, name="client")
 app.add_typer(cert_commands.app, name="cert")
 node_commands.add_to(app)

@@ -9,6 +9,7 @@ import typer
 
 from nbdserver.cli.client import NodeClient
 from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, wants_json
+from nbdserver.cli.scrub_commands import scrub_sentence
 from nbdserver.cli.volume_commands import print_volumes
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import round_size
@@ -68,6 +69,9 @@ def _attention(node: dict[str, Any]) -> list[tuple[int, str]]:
             used, size = round_size(fill["used_bytes"]), round_size(fill["size_bytes"])
             sentence = f"{fill['subject']} is {fill['percent']:.1f} % full: {used} of {size}"
             found.append((1 if fill["alarm"] < 90 else 2, sentence))
+    for scrub in node["scrubs"]:
+        if scrub["state"] == "failed":
+            found.append((1, f"the scrub of {scrub['volume']} failed: {scrub['reason']}"))
     for volume in node["volumes"]:
         name = volume["name"]
         if volume["reason"]:
@@ -90,6 +94,9 @@ def _print_status(node: dict[str, Any], attention: list[tuple[int, str]]) -> Non
     limit = f", at most {capacity['overcommit']:g} times the room" if capacity["overcommit"] else ""
     promised, room = round_size(capacity["provisioned_bytes"]), round_size(capacity["room_bytes"])
     print(f"volumes of {promised} on {room} of room{limit}; they take {round_size(capacity['allocated_bytes'])}")
+    for scrub in node["scrubs"]:
+        if scrub["state"] == "running":
+            print(f"scrubbing {scrub_sentence(scrub)}")
     for urgency, sentence in attention:
         print(coloured(f"WARNING: {sentence}", "yellow" if urgency == 1 else "red"))
     print()

@@ -76,10 +76,10 @@ class Capacity:
 
     def describe(self) -> dict[str, Any]:
         """What there is and what is promised, in bytes."""
-        statistics = os.statvfs(self._directory)
+        file_system = self._file_system()
         return {
-            "size_bytes": statistics.f_blocks * statistics.f_frsize,
-            "free_bytes": statistics.f_bavail * statistics.f_frsize,
+            "size_bytes": file_system.size_bytes,
+            "free_bytes": file_system.size_bytes - file_system.used_bytes,
             "allocated_bytes": self._allocated_bytes(),
             "max_data_bytes": self._settings().max_data,
             "room_bytes": self._room_bytes(),
@@ -128,6 +128,7 @@ class Capacity:
         return fills
 
     def _file_system(self) -> Fill:
+        """As `df` shows it: what is reserved for root is neither used nor there."""
         statistics = os.statvfs(self._directory)
         used_bytes = (statistics.f_blocks - statistics.f_bfree) * statistics.f_frsize
         return Fill(FILE_SYSTEM, used_bytes, used_bytes + statistics.f_bavail * statistics.f_frsize)
@@ -136,8 +137,8 @@ class Capacity:
         return sum(room["allocated_bytes"] for room in self._room.values())
 
     def _room_bytes(self) -> int:
-        statistics = os.statvfs(self._directory)
-        room_bytes = statistics.f_bavail * statistics.f_frsize + self._allocated_bytes()
+        file_system = self._file_system()
+        room_bytes = file_system.size_bytes - file_system.used_bytes + self._allocated_bytes()
         return min(room_bytes, self._settings().max_data or room_bytes)
 
     def _provisioned_bytes(self) -> int:

@@ -7,6 +7,7 @@ SIGHUP; the rest needs a restart.
 """
 
 import difflib
+import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ from nbdserver.node.addresses import check_address, check_socket_path
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_size
 
-LIVE_KEYS = ("listen", "socket", "tls", "http.public_read", "http.token_file", "max_data", "overcommit")
+LIVE_KEYS = ("listen", "socket", "tls", "http.public_read", "http.token_file", "max_data", "overcommit", "scrub")
 
 MAX_FILE_BYTES = 1 << 20
 """A settings file is a page of text: what is larger is the wrong file."""
@@ -60,6 +61,17 @@ def _size_or_none(least_bytes: int, most_bytes: int) -> Any:
         return checked
 
     return BeforeValidator(check)
+
+
+def _duration(value: object) -> float:
+    """Seconds; `none` is 0."""
+    if value in (None, "none", "off", False):
+        return 0.0
+    match = re.fullmatch(r"([0-9]+)([hdw])", str(value).strip())
+    seconds = int(match[1]) * {"h": 3600, "d": 86400, "w": 7 * 86400}[match[2]] if match else 0
+    if not 3600 <= seconds <= 3650 * 86400:
+        raise ValueError(f"{reprlib.repr(value)} is not 1h to 3650d; write for example 30d, 12h or none")
+    return float(seconds)
 
 
 def _ratio(value: object) -> float:
@@ -159,6 +171,17 @@ class TlsSettings(_Model):
         return self
 
 
+class ScrubSettings(_Model):
+    """How data is read again to find what has rotted."""
+
+    interval: Annotated[float, BeforeValidator(_duration)] = Field(
+        default=30 * 86400.0, description="after which a volume is scrubbed again (30d, 12h); none: only on demand"
+    )
+    rate: Annotated[int, _size(_MIB, 1 << 40)] = Field(
+        default=32 * _MIB, description="bytes a second that a scrub reads; an eighth of it while clients are busy"
+    )
+
+
 class NodeSettings(_Model):
     """A node's settings file."""
 
@@ -181,6 +204,7 @@ class NodeSettings(_Model):
         default=0.0, description="most that volumes may have together, as a multiple of the room there is; none: any"
     )
     tls: TlsSettings = TlsSettings()
+    scrub: ScrubSettings = ScrubSettings()
     http: HttpSettings = HttpSettings()
 
 
@@ -251,7 +275,7 @@ def _sentence(name: str, line: int, problem: Any) -> str:
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    nested: dict[str | int, type[_Model]] = {"http": HttpSettings, "tls": TlsSettings}
+    nested: dict[str | int, type[_Model]] = {"http": HttpSettings, "scrub": ScrubSettings, "tls": TlsSettings}
     return list(nested.get(location[0] if location else "", NodeSettings).model_fields)
 
 

@@ -41,6 +41,7 @@ from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
 from nbdserver.node.inherited import Inherited
+from nbdserver.node.scrubs import Scrubs
 from nbdserver.node.sizes import round_size
 from nbdserver.node.snapshots import Snapshots
 from nbdserver.node.succession import Succession
@@ -95,6 +96,9 @@ class Node:
         self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment, admit)
         self.snapshots = Snapshots(self.volumes)
         self.tls = NodeTls(settings.tls, self.call)
+        self.scrubs = Scrubs(
+            directory.scrub, lambda: self.settings.scrub, self._families.all, self.call, self.events.add
+        )
         self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
@@ -127,7 +131,7 @@ class Node:
             await self._stop_data()
             raise
         supervisor = loop.create_task(self._supervise())
-        watching = loop.create_task(self.capacity.watch())
+        watching = asyncio.gather(self.capacity.watch(), self.scrubs.watch())
         try:
             stop_api = await serve_api(self)
         except BaseException:
@@ -149,6 +153,7 @@ class Node:
         supervisor.cancel()
         watching.cancel()
         self.events.add("node-stopping", {})
+        await self.scrubs.note()
         if not await self._leave_clients_to_systemd():
             await self._stop_data()
         await stop_api()
@@ -176,6 +181,7 @@ class Node:
             "capacity": self.capacity.describe(),
             "fills": self.capacity.fills(),
             "tls": self.tls.status(),
+            "scrubs": self.scrubs.status(),
             "handover": self.handover,
             "volumes": await self.volumes.list(),
         }
@@ -257,6 +263,7 @@ class Node:
             supervisor.cancel()
             data: DataProcess | None = None
             try:
+                await self.scrubs.note()
                 await self.call("prepare")
                 data = self._data  # from here on a failure costs it
                 descriptors = await self._take_clients(self._upgrade, NO_LIMIT)

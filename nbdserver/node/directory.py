@@ -5,6 +5,7 @@
     DATA/registry/            LevelDB: the embedded registry
     DATA/families/<id>/       segments/ and maps/ (LevelDB) of one family
     DATA/ballast              room that the registry gets when the file system is full
+    DATA/scrub.json           how far scrubs are, and when the last one was
     DATA/events.jsonl         events, with events.1.jsonl
     DATA/api.sock             the HTTP API, for whoever may open it (mode 0600)
     DATA/own.sock             NBD for the program's own commands (mode 0600)
@@ -68,6 +69,10 @@ class DataDirectory:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def scrub(self) -> Path:
+        return self.path / "scrub.json"
 
     @property
     def ballast(self) -> Path:

@@ -9,18 +9,37 @@ ExportError with one line, or an errno where the log disk refuses.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.scrub import Progress
 from nbdserver.node.garbage import collect_garbage
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
 from nbdserver.node.served_family import ServedFamily
 from nbdserver.volume.export import Exports
 
 Report = Callable[[str, dict[str, Any]], None]
+
+
+class _Scrubbed:
+    """The scrub that was started last."""
+
+    def __init__(self, family: str, disk: LogDisk) -> None:
+        self.family = family
+        self.disk = disk
+        self._is_over = False
+        self._failure = ""
+
+    def ended(self, failure: str) -> None:
+        self._is_over, self._failure = True, failure
+
+    def describe(self) -> dict[str, Any]:
+        progress = asdict(self.disk.scrub.progress) if self.disk.scrub is not None else {}
+        return {"family": self.family, "progress": progress, "is_over": self._is_over, "failure": self._failure}
 
 
 class FamilyRequests:
@@ -35,6 +54,7 @@ class FamilyRequests:
         self._report = report
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._families: dict[str, ServedFamily] = {}
+        self._scrubbed: _Scrubbed | None = None
 
     def disks(self) -> list[LogDisk]:
         """Of all open families."""
@@ -114,6 +134,36 @@ class FamilyRequests:
             }
             for family_id, family in self._families.items()
         }
+
+    # -- scrubbing
+
+    async def do_scrub_start(self, family: str, begin: dict[str, int], bytes_per_s: int) -> None:
+        """Read a family's data, or go on with that; one at a time."""
+        await self.do_scrub_stop()
+        disk = self._family(family).disk
+        if disk.failure:
+            raise FamilyError(disk.failure)
+        scrubbed = self._scrubbed = _Scrubbed(family, disk)
+        disk.start_scrub(Progress(**begin), bytes_per_s, self._moved_bytes, scrubbed.ended)
+
+    async def do_scrub_progress(self, bytes_per_s: int) -> dict[str, Any] | None:
+        """How far the scrub is that was started last, which goes on at this rate; None if there is none."""
+        scrubbed = self._scrubbed
+        if scrubbed is None or scrubbed.family not in self._families or scrubbed.disk.scrub is None:
+            return None
+        scrubbed.disk.scrub.pace.bytes_per_s = bytes_per_s
+        return scrubbed.describe()
+
+    async def do_scrub_stop(self) -> dict[str, Any] | None:
+        """Stop it; returns how far it was."""
+        scrubbed, self._scrubbed = self._scrubbed, None
+        if scrubbed is None or scrubbed.family not in self._families or scrubbed.disk.scrub is None:
+            return None
+        scrubbed.disk.scrub.stop()
+        return scrubbed.describe()
+
+    def _moved_bytes(self) -> int:
+        return sum(family.disk.moved_bytes for family in self._families.values())
 
     # -- volumes
 

@@ -27,6 +27,10 @@ WRONG: list[tuple[str, str]] = [
     ("max_data: 1M", r"max_data: 1M is outside 64M to 1024T"),
     ("overcommit: lots", r"overcommit: 'lots' is not a ratio from 0.1 to 1000; write for example 2.5, or none"),
     ("overcommit: 0", r"overcommit: 0 is not a ratio"),
+    ("scrub: {interval: monthly}", r"scrub.interval: 'monthly' is not 1h to 3650d; write for example 30d, 12h or none"),
+    ("scrub: {interval: 30}", r"scrub.interval: 30 is not 1h to 3650d"),
+    ("scrub: {rat: 1M}", r"scrub.rat: unknown key; did you mean rate\?"),
+    ("scrub: {rate: 5}", r"scrub.rate: 5 is outside 1M to 1T"),
     ("http: 9809", r"http: needs keys of its own below it: listen, public_read, token_file"),
     ("http: {public_read: 'yes'}", r"http.public_read: 'yes' is not true or false"),
     ("tls: {mode: require}", r"tls.mode: 'require' is not off, allowed or required"),
@@ -89,7 +93,7 @@ def test_an_empty_file_gives_the_defaults() -> None:
 def test_all_keys_are_taken() -> None:
     text = (
         b"data: /d\nlisten: ['[::1]:1', localhost:2]\nsocket: /s\ncache: 1G\nsegment: 32M\nmax_connections: 7\n"
-        b"max_data: 2T\novercommit: 2.5\n"
+        b"max_data: 2T\novercommit: 2.5\nscrub: {interval: 12h, rate: 4M}\n"
         b"http: {listen: 127.0.0.1:3, public_read: true, token_file: /t}\n"
     )
     settings = parse_settings(text, "node.yaml")
@@ -97,6 +101,7 @@ def test_all_keys_are_taken() -> None:
     assert (settings.cache, settings.segment, settings.max_connections) == (1 << 30, 32 << 20, 7)
     assert settings.http.public_read
     assert (settings.max_data, settings.overcommit) == (2 << 40, 2.5)
+    assert (settings.scrub.interval, settings.scrub.rate) == (12 * 3600.0, 4 << 20)
 
 
 @pytest.mark.parametrize("text", ["max_data: none", "max_data: 0", "overcommit: none", ""])
