@@ -34,7 +34,8 @@ from metadata.registry_calls import READABLE_VERSIONS, REGISTRY_VERSION, VERSION
 from metadata.seams import Clock
 
 _LEADER = ("hasleader", "true")
-_REPEAT_PAUSE_S = 0.05
+_REPEAT_MIN_S = 0.05
+_REPEAT_MAX_S = 0.5
 _MAX_LOGINS_PER_CALL = 2
 
 
@@ -108,7 +109,7 @@ class EtcdConnection:
 
         What changes nothing, or the same if done twice, is repeatable: it is sent again when a link broke under it.
         """
-        logins = 0
+        logins, pause_s = 0, _REPEAT_MIN_S
         while True:
             link = await self.link(deadline)
             metadata = link.metadata
@@ -119,22 +120,46 @@ class EtcdConnection:
             except EtcdError as error:
                 if logins < _MAX_LOGINS_PER_CALL and error.is_token_refused:
                     logins += 1
-                    await self.log_in_again(link, metadata)
-                elif not self._may_repeat(error, is_repeatable, deadline):
+                    await self.log_in_again(link, metadata, deadline)
+                elif not self._may_repeat(error, is_repeatable, deadline - pause_s):
                     self.note(str(error))
                     raise
                 else:
-                    await asyncio.sleep(_REPEAT_PAUSE_S)
+                    await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1))
+                    pause_s = min(2 * pause_s, _REPEAT_MAX_S)
 
-    async def log_in_again(self, link: Link, refused: tuple[tuple[str, str], ...]) -> None:
+    async def keep_alive(self, lease_id: int, deadline: float) -> float:
+        """Renew a lease; return the seconds it is good for from now, 0 if it is gone. EtcdError without an answer."""
+        link = await self.link(deadline)
+        metadata = link.metadata
+        request = rpc.LeaseKeepAliveRequest(ID=lease_id)
+        call = link.lease.LeaseKeepAlive([request], timeout=deadline - self._loop.time(), metadata=metadata)
+        try:
+            with translated():
+                async for response in call:
+                    return float(response.TTL)
+        except EtcdError as error:
+            if error.is_token_refused:
+                await self.log_in_again(link, metadata, deadline)
+            raise
+        finally:
+            call.cancel()
+        raise EtcdError("the stream has ended", False)
+
+    async def log_in_again(
+        self, link: Link, refused: tuple[tuple[str, str], ...], deadline: float | None = None
+    ) -> None:
         """Get a new token, unless another has done so since `refused` was used. EtcdError if there is none."""
-        async with link.login:
-            if link.metadata == refused:
-                await self._log_in(link)
+        try:
+            async with asyncio.timeout_at(deadline), link.login:
+                if link.metadata == refused:
+                    await self._log_in(link)
+        except TimeoutError:
+            raise EtcdError("no new token in time", False) from None
 
-    def _may_repeat(self, error: EtcdError, is_repeatable: bool, deadline: float) -> bool:
+    def _may_repeat(self, error: EtcdError, is_repeatable: bool, latest: float) -> bool:
         may_repeat = error.is_passing and (is_repeatable or not error.may_have_happened)
-        return may_repeat and self._loop.time() + _REPEAT_PAUSE_S < deadline
+        return may_repeat and self._loop.time() < latest
 
     async def _keep_link(self) -> None:
         endpoints = self.settings.endpoints

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from metadata.etcd_connection import EtcdConnection, expectation
-from metadata.etcd_grpc import EtcdError, rpc, translated
+from metadata.etcd_grpc import EtcdError, rpc
 from metadata.etcd_settings import EtcdSettings
 from metadata.etcd_watch import EtcdWatch, decode_key
 from metadata.kept_lease import KeptLease
@@ -259,12 +259,7 @@ class EtcdRegistry:
         deadline = self._loop.time() + timeout_s
         good_for_s = None
         try:
-            link = await self._connection.link(deadline)
-            request = rpc.LeaseKeepAliveRequest(ID=lease_id)
-            timeout_s = deadline - self._loop.time()
-            with translated():
-                async for response in link.lease.LeaseKeepAlive([request], timeout=timeout_s, metadata=link.metadata):
-                    good_for_s = float(response.TTL)
+            good_for_s = await self._connection.keep_alive(lease_id, deadline)
         except EtcdError as error:
             self._connection.note(f"renewing a lease: {error}")
         if not self._is_closed:

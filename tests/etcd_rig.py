@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from metadata.etcd_registry import EtcdRegistry
 from metadata.etcd_settings import EtcdSettings
@@ -19,11 +20,16 @@ RUN_TIMEOUT_S = 20.0
 MakeCluster = Callable[..., EtcdCluster]
 MakeRig = Callable[..., "EtcdRig"]
 
+FAILURES: list[dict[str, Any]] = []
+"""What callbacks raised; the loop has no other place for it."""
+
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
     """One loop for all rigs: grpc's events of one that is closed would be in the way of the next one's."""
-    return asyncio.new_event_loop()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: FAILURES.append(context))
+    return loop
 
 
 def quick(etcd: EtcdCluster, **changes: object) -> EtcdSettings:
@@ -61,6 +67,7 @@ class EtcdRig:
         async def poll() -> None:
             while not holds():
                 assert time.monotonic() < deadline, f"{self.registry.health()}"
+                assert not FAILURES, "a callback has failed"
                 await asyncio.sleep(0.002)
 
         self.loop.run_until_complete(poll())
@@ -75,6 +82,8 @@ class EtcdRig:
         for registry in (self.registry, self.other):
             registry.close()
             self.loop.run_until_complete(registry.wait_closed())
+        failures, FAILURES[:] = FAILURES[:], []
+        assert not failures
 
 
 class Counter:

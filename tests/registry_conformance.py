@@ -204,6 +204,7 @@ class RegistryConformance:
     def test_a_check_writes_nothing_and_decides(self, rig: Rig) -> None:
         revision = must_swap(rig, ("a", None, b"1"))
         watcher = Watcher(rig, "")
+        rig.run_until(lambda: bool(watcher.events))
         assert swap(rig, Change("a", b"1", b"1"), Change("b", None, None)) == Swap(Outcome.SWAPPED, revision)
         assert swap(rig, Change("a", b"2", b"2"), Change("b", None, b"1")).outcome is Outcome.LOST
         assert swap(rig, Change("c", b"1", b"1"), Change("b", None, b"1")).outcome is Outcome.LOST

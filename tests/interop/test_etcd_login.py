@@ -10,7 +10,7 @@ from metadata.etcd_settings import EtcdSettings, EtcdTls
 from metadata.registry_calls import Change, Outcome, Reading, Swap, Unavailable
 from tests.etcd_cluster import Authority, EtcdCluster
 from tests.etcd_rig import Counter, EtcdRig, MakeCluster, MakeRig, quick
-from tests.registry_conformance import Watcher, must_swap, read
+from tests.registry_conformance import Holder, Watcher, must_swap, read, wait_until_gone
 
 PASSWORD = "a password of the test"
 
@@ -119,8 +119,10 @@ def test_a_user_logs_in_with_a_password_and_again_when_the_token_is_refused(
     etcd.enable_auth(PASSWORD)
     # The question that keeps a connection alive would keep the token alive too.
     rig = make_rig(quick(etcd, user="node", password=PASSWORD, probe_interval_s=30.0))
-    counter = Counter(rig)
+    counter, holder = Counter(rig), Holder(rig)
     counter.run()
+    bound = [Change("bound", None, b"", holder.lease.id)]
+    rig.registry.swap_later(bound, lambda answer: None)
     endured = Watcher(rig, "counter")
     rig.run_until(lambda: bool(endured.events))
     rig.run_for(2.5)
@@ -128,6 +130,9 @@ def test_a_user_logs_in_with_a_password_and_again_when_the_token_is_refused(
     counter.run()
     rig.run_until(lambda: late.state == endured.state == counter.watcher.state)
     assert set(counter.outcomes) == {Outcome.SWAPPED}
+    assert (read(rig, "bound"), holder.losses) == (b"", 0)
+    holder.lease.release()
+    wait_until_gone(rig, "bound")
     assert read(rig, "counter", rig.other) == str(counter.count).encode()
 
 
