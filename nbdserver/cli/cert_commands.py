@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CA_DAYS = 3650
 CERTIFICATE_DAYS = 730
 MAX_DAYS = 36500
+ENVIRONMENT_VARIABLE = "NBDSERVER_TLS"
 MAX_NAME_LENGTH = 64  # of a common name
 
 _HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
@@ -38,7 +39,10 @@ DirectoryOption = Annotated[
     typer.Option(
         "--dir",
         metavar="DIR",
-        help="Where the CA is.  [default: /etc/nbdserver/tls as root, else ~/.config/nbdserver/tls]",
+        envvar=ENVIRONMENT_VARIABLE,
+        show_envvar=False,
+        help=f"Where the CA is.  [default: {ENVIRONMENT_VARIABLE}, or /etc/nbdserver/tls as root, else"
+        " ~/.config/nbdserver/tls]",
         show_default=False,
     ),
 ]
@@ -155,10 +159,11 @@ def make_client(
 
 def how_to_attach(host: str, port: int, volume: str, folder: str) -> list[str]:
     """What to type on a client that has its certificate in `folder`."""
+    in_uri = f"[{host}]" if ":" in host else host
     files = f"-certfile {folder}/client-cert.pem -keyfile {folder}/client-key.pem -cacertfile {folder}/ca-cert.pem"
     return [
         f"nbd-client {host} {port} /dev/nbd0 -N {volume} {files} -tlshostname {host}",
-        f"nbdinfo 'nbds://{host}:{port}/{volume}?tls-certificates={folder}'",
+        f'nbdinfo "nbds://{in_uri}:{port}/{volume}?tls-certificates={folder}"',
         f"qemu-img info --object tls-creds-x509,id=tls0,endpoint=client,dir={folder}"
         f" --image-opts driver=nbd,host={host},port={port},export={volume},tls-creds=tls0",
     ]

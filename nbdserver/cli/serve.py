@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nbdserver.cli.cert_commands import how_to_attach
 from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, wants_json
 from nbdserver.node.addresses import check_address, check_socket_path, uri
 from nbdserver.node.directory import FORMAT_VERSION, DataDirectory
@@ -164,7 +165,7 @@ class _Voice:
     def ready(self, node: "Node") -> None:
         for line in _how_to_attach(node):
             self.say(line)
-        self.say(f"ready: {uri(node.addresses()[0])}")
+        self.say(f"ready: {_first_uri(node)}")
 
 
 class _JsonVoice(_Voice):
@@ -174,8 +175,12 @@ class _JsonVoice(_Voice):
         super().say(json.dumps({"message": line}))
 
     def ready(self, node: "Node") -> None:
-        ready = {"ready": uri(node.addresses()[0]), "listen": node.addresses(), "data": str(node.directory.path)}
+        ready = {"ready": _first_uri(node), "listen": node.addresses(), "data": str(node.directory.path)}
         super().say(json.dumps(ready))
+
+
+def _first_uri(node: "Node") -> str:
+    return uri(node.addresses()[0], tls=node.settings.tls.mode == "required")
 
 
 def _how_to_attach(node: "Node") -> list[str]:
@@ -186,6 +191,11 @@ def _how_to_attach(node: "Node") -> list[str]:
         f"volumes: {listed(names, 20) or 'none yet; nbdserver volume create NAME --size 10G'}",
     ]
     for address in node.addresses():
+        if node.settings.tls.mode == "required" and not address.startswith("unix:"):
+            host, _, port = address.rpartition(":")
+            lines.append(f"to attach by {uri(address, tls=True)}, with $CERTS from `nbdserver cert client`")
+            lines += [f"  {line}" for line in how_to_attach(host.strip("[]"), int(port), name, "$CERTS")]
+            continue
         target = shlex.quote(uri(address, name))
         if address.startswith("unix:"):
             attach = f"nbd-client -unix {shlex.quote(address.removeprefix('unix:'))} -N {name} /dev/nbd0"

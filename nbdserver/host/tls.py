@@ -7,15 +7,18 @@ nothing of this module.
 
 Rules
 - Clear text that arrived behind the request for TLS never gets here: the handshake of NBD has closed the connection.
-- Bounds: a handshake has `HANDSHAKE_LIMIT_BYTES` (and the time that its session gives it); what arrives is worked off
-  in slices, for `TURN_S` at a time, so that records without data, which cost time and bring nothing, take it from
-  nobody else; while anything is left, nothing more is read. `unsent_bytes` are those of the connection below.
+- Bounds: a handshake has `HANDSHAKE_LIMIT_BYTES` (and the time that its session gives it). What arrives is worked off
+  for `TURN_S` at a time, and while anything is left, nothing more is read. `unsent_bytes` are those of the connection
+  below.
+- Records without data (a change of keys costs some 15 µs and has 27 bytes) take time from nobody else: OpenSSL works
+  off all that it is given, so it is given slices, which are large only for who sends data in them. Who sends
+  `USELESS_LIMIT_BYTES` of such records is disconnected; each byte of data pays for `DATA_WORTH` of them.
 - Whatever is wrong with a peer's bytes ends its connection alone, with the alert that TLS has for it.
 - No renegotiation, no session tickets: each connection shows its certificate.
 - A name counts only if the certificate was verified against the clients' CA.
 - New certificates are for new connections; those that cannot be used leave the old ones in force.
 
-Known weakness: the handshake runs on the loop: some 0.3 ms with the keys that `nbdserver cert` makes, 1.5 ms with RSA
+Known weakness: the handshake runs on the loop: some 0.6 ms with the keys that `nbdserver cert` makes, 1.5 ms with RSA
 of 2048 bits. There is no way for another process to go on with such a connection.
 """
 
@@ -29,8 +32,10 @@ from metadata.seams import Buffer, Connection, Receiver
 
 HANDSHAKE_LIMIT_BYTES = 128 << 10  # a chain of certificates is some KiB
 INPUT_BYTES = 256 << 10  # received at once
-SLICE_BYTES = 32 << 10  # at once into OpenSSL: it works them off without asking
+LEAST_SLICE_BYTES, MOST_SLICE_BYTES = 2 << 10, 32 << 10  # at once into OpenSSL
 TURN_S = 2e-3
+USELESS_LIMIT_BYTES = 64 << 10  # a record has 16 KiB, and arrives in pieces
+DATA_WORTH = 64
 WRITE_BYTES = 64 << 10  # encrypted at once: four records; OpenSSL's buffer gets no larger
 
 Established = Callable[[str, str], None]
@@ -144,6 +149,9 @@ class TlsConnection:
         self._failed: Callable[[], None] | None = None
         self._handshake_bytes = 0
         self._input = memoryview(b"")  # received, not given to OpenSSL yet
+        self._slice_bytes = LEAST_SLICE_BYTES
+        self._given_bytes = 0  # the last slice
+        self._useless_bytes = 0
         self._reading = True
         self._paused_below = False
         self._scheduled = False
@@ -178,9 +186,6 @@ class TlsConnection:
         if outgoing.pending:
             pieces.append(outgoing.read())
         self._below.send(pieces)
-
-    def at_round_end(self, callback: Callable[[], None]) -> None:
-        callback()  # one round below may bring several records, of which the receiver is told one by one
 
     def pause_reading(self) -> None:
         self._reading = False
@@ -259,19 +264,23 @@ class TlsConnection:
         """Fill `room`: (bytes in it, whether nothing is left to decrypt, why the connection ends or "")."""
         read, incoming = self._tls.read, self._incoming
         position, size_bytes = 0, len(room)
+        judged = 0
         stop_s = 0.0
         while position < size_bytes:
             try:
                 got_bytes = read(size_bytes - position, room[position:])
             except ssl.SSLWantReadError:
+                if self._is_useless(position - judged):
+                    return position, True, "TLS: records without data"
+                judged = position
                 if not self._input:
                     return position, True, ""
                 if not stop_s:
                     stop_s = monotonic() + TURN_S
                 elif monotonic() >= stop_s:
                     break
-                incoming.write(self._input[:SLICE_BYTES])
-                self._input = self._input[SLICE_BYTES:]
+                self._given_bytes = incoming.write(self._input[: self._slice_bytes])
+                self._input = self._input[self._given_bytes :]
                 continue
             except ssl.SSLError as error:
                 return position, True, f"TLS: {_reason(error)}"
@@ -279,6 +288,18 @@ class TlsConnection:
                 return position, True, "the client closed the connection"
             position += int(got_bytes)
         return position, False, ""
+
+    def _is_useless(self, data_bytes: int) -> bool:
+        """The last slice brought so much data: judge the peer, and how large the next slice is."""
+        given_bytes, self._given_bytes = self._given_bytes, 0
+        if not given_bytes:
+            return False
+        if 2 * data_bytes >= given_bytes:
+            self._slice_bytes = min(2 * self._slice_bytes, MOST_SLICE_BYTES)
+        else:
+            self._slice_bytes = max(self._slice_bytes // 2, LEAST_SLICE_BYTES)
+        self._useless_bytes = max(0, self._useless_bytes + given_bytes - DATA_WORTH * data_bytes)
+        return self._useless_bytes > USELESS_LIMIT_BYTES
 
     def _go_on_with_handshake(self) -> None:
         """All of the input goes in at once: it is bounded."""

@@ -63,11 +63,11 @@ def is_loopback(host: str) -> bool:
     return bool((mapped or address).is_loopback)
 
 
-def uri(address: str, export: str = "") -> str:
-    """Return the NBD URI of an export (or of the server) behind `HOST:PORT` or `unix:PATH`."""
+def uri(address: str, export: str = "", tls: bool = False) -> str:
+    """Return the NBD URI of an export (or of the server) behind `HOST:PORT`, over TLS or not, or `unix:PATH`."""
     if address.startswith("unix:"):
         return f"nbd+unix:///{export}?socket={quote(address.removeprefix('unix:'))}"
-    return f"nbd://{address}/{export}"
+    return f"{'nbds' if tls else 'nbd'}://{address}/{export}"
 
 
 def port_holder(port: int) -> str:

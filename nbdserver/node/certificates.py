@@ -9,15 +9,17 @@ Rules
   volumes that require it; that is a warning too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metadata.registry import ExportSettings, Family
 from nbdserver.host.tls import TlsError, make_context
 from nbdserver.node.config import TlsSettings
-from nbdserver.node.errors import NodeError, WrongInputError
+from nbdserver.node.errors import NodeError, WrongInputError, listed
+from nbdserver.volume.admission import TlsMode, is_name_of_certificate
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -87,6 +89,12 @@ def check(settings: TlsSettings) -> list[Certificate]:
     return [read_certificate(path) for path in (settings.certificate, settings.client_ca) if path is not None]
 
 
+def requires_tls(settings: ExportSettings) -> bool:
+    """Whether a volume itself wants TLS, whatever the node says."""
+    named = any(map(is_name_of_certificate, settings.allowed_clients))
+    return named or settings.tls == TlsMode.REQUIRED.value
+
+
 def problems(certificates: list[Certificate]) -> list[str]:
     """What is to be said of these certificates now."""
     now = datetime.now(UTC)
@@ -122,9 +130,18 @@ class NodeTls:
         await self._call("tls", **settings.model_dump(mode="json"))
         self._settings, self._certificates, self._failure = settings, certificates, ""
 
-    def warnings(self) -> list[str]:
-        """What an operator should know."""
-        return ([self._failure] if self._failure else []) + problems(self._certificates)
+    def warnings(self, families: Sequence[Family]) -> list[str]:
+        """What an operator should know: of certificates, and of volumes that need one."""
+        found = ([self._failure] if self._failure else []) + problems(self._certificates)
+        if not self._certificates:
+            volumes = [volume for family in families for volume in family.volumes]
+            closed = [volume.name for volume in volumes if requires_tls(volume.settings)]
+            if closed:
+                found.append(
+                    f"nobody can attach over the network to {listed(closed)}: TLS is required, and this node has no"
+                    " certificate; set tls.certificate and tls.key"
+                )
+        return found
 
     def status(self) -> dict[str, Any] | None:
         """What `status` shows; None without a certificate."""

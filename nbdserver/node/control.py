@@ -420,7 +420,7 @@ class Node:
         systemd_notify.notify("READY=1")
 
     def _warnings(self) -> list[str]:
-        warnings = self.tls.warnings()
+        warnings = self.tls.warnings(self._families.all())
         if self._hello and not self._hello.get("checksum_is_fast", True):
             library = self._hello.get("checksum", "")
             warnings.append(

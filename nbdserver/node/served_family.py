@@ -18,7 +18,7 @@ from metadata.seams import Clock
 from nbdserver.logdisk.disk import LogDisk
 from nbdserver.node.open_family import FamilyError, OpenFamily
 from nbdserver.node.snapshot_exports import SnapshotExports, answered
-from nbdserver.volume.admission import TlsMode
+from nbdserver.volume.admission import TlsMode, is_name_of_certificate
 from nbdserver.volume.export import Export, ExportError, Exports
 from nbdserver.volume.limits import Limits
 
@@ -80,7 +80,10 @@ class ServedFamily:
         """Change a volume's settings, at once. ExportError."""
         served = self.volume(number)
         tls = TlsMode(settings["tls"])
-        if tls is not served.export.tls and tls in (TlsMode.ALLOWED, TlsMode.REQUIRED) and not self._exports.have_tls:
+        if not self._exports.have_tls and (
+            (tls is not served.export.tls and tls in (TlsMode.ALLOWED, TlsMode.REQUIRED))
+            or (not served.export.allowed.names and any(map(is_name_of_certificate, settings["allowed_clients"])))
+        ):
             raise ExportError("this node has no certificate: set tls.certificate and tls.key in its settings first")
         served.export.change(
             description=settings["description"],

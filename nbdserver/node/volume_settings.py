@@ -11,7 +11,7 @@ from metadata.registry import ExportSettings
 from nbdserver.logdisk.budget import LEAST_SEGMENTS
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_size
-from nbdserver.volume.admission import CERTIFICATE_PREFIX, TlsMode
+from nbdserver.volume.admission import CERTIFICATE_PREFIX, TlsMode, is_name_of_certificate
 from nbdserver.volume.peer import is_certificate_name
 
 MAX_NAME_LENGTH = 128
@@ -127,7 +127,7 @@ def _parse_clients(value: str) -> tuple[str, ...]:
         )
     clients: list[str] = []
     for word in words:
-        if word.startswith(CERTIFICATE_PREFIX):
+        if is_name_of_certificate(word):
             if not is_certificate_name(word.removeprefix(CERTIFICATE_PREFIX)):
                 raise WrongInputError(
                     f"allowed-clients: {word!r:.60} names no certificate; write for example cert:web1"

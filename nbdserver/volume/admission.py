@@ -36,18 +36,23 @@ class Admission(Enum):
     NOT_OVER_TLS = "not over TLS"
 
 
+def is_name_of_certificate(text: str) -> bool:
+    """Whether an entry of allowed clients is one; else it is a network."""
+    return text.startswith(CERTIFICATE_PREFIX)
+
+
 class Allowed:
     """Networks ("192.0.2.0/24") and certificate names ("cert:web1"); none of a kind: all."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         """ValueError for what is neither."""
         self.texts = tuple(texts)
-        names = [text.removeprefix(CERTIFICATE_PREFIX) for text in self.texts if text.startswith(CERTIFICATE_PREFIX)]
+        names = [text.removeprefix(CERTIFICATE_PREFIX) for text in self.texts if is_name_of_certificate(text)]
         for name in names:
             if not is_certificate_name(name):
                 raise ValueError(f"{name!r} cannot be the name in a certificate")
         self.names = frozenset(names)
-        self.networks = tuple(_network(text) for text in self.texts if not text.startswith(CERTIFICATE_PREFIX))
+        self.networks = tuple(_network(text) for text in self.texts if not is_name_of_certificate(text))
 
     def has_address(self, address: Address) -> bool:
         return not self.networks or any(address in network for network in self.networks)

@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ from nbdserver.cli.main import run as run_command
 from protocol import nbd
 from protocol.nbd import Command, Option
 from tests.certificates import make_certificates
-from tests.conftest import Processes
+from tests.conftest import ROOT, Processes
 from tests.nbd_client import Client, RefusedError
+from tests.recipes import recipe
 from tests.serving import Server
 
 TIMEOUT_S = 60
@@ -264,8 +266,40 @@ def test_tls_is_not_promised_by_a_node_that_has_no_certificate(
     processes: Processes, tmp_path: Path, free_port: Callable[[], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = Server(processes, tmp_path / "data", free_port(), {"disk0": "64M"})
-    assert run_command(["volume", "set", "disk0", "tls=required", "--data", str(server.data)]) == 2
-    assert "this node has no certificate: set tls.certificate" in capsys.readouterr().err
+    for setting in ("tls=required", "allowed-clients=cert:web1"):
+        assert run_command(["volume", "set", "disk0", setting, "--data", str(server.data)]) == 2
+        assert "this node has no certificate: set tls.certificate" in capsys.readouterr().err
+
+
+def test_what_the_operations_page_says_to_type_about_tls_works(
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int], needs: Needs
+) -> None:
+    for program, package in (("nbdinfo", "libnbd-bin"), ("qemu-img", "qemu-utils")):
+        needs(program, package)
+    pki, file, port = tmp_path / "pki", tmp_path / "node.yaml", free_port()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    wrapper = programs / "nbdserver"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m nbdserver "$@"\n')
+    wrapper.chmod(0o755)
+
+    def type_in(mark: str) -> str:
+        script = recipe(mark).replace("10809", str(port))
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+            env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "NBDSERVER_TLS": str(pki),
+                 "CERTS": str(pki / "clients/web1"), "NBDSERVER_DATA": str(tmp_path / "data")},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    type_in("tls-certificates")
+    file.write_text(recipe("tls-settings").replace("/etc/nbdserver/tls", str(pki)))
+    Server(processes, tmp_path / "data", port, {"disk0": "64M"}, ["--config", str(file)])
+    for mark in ("tls-clients", "tls-policy", "tls-clients"):
+        type_in(mark)
+    with pytest.raises(RefusedError, match="TLS only"):
+        Client(("127.0.0.1", port), "disk0")
 
 
 # --- what a start and `config check` say ------------------------------------------------------------------------------

@@ -3,11 +3,15 @@
 One guest boots for the whole module: booting is what takes the time.
 """
 
+import base64
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.certificates import make_certificates
 from tests.conftest import Processes
 from tests.kernel.build import Images
 from tests.kernel.guest import HOST, Guest
@@ -16,6 +20,7 @@ from tests.serving import Server
 
 VOLUMES = {"ext4": "1G", "xfs": "1G"}
 GROWN, GROWN_DEVICE = "grown", "/dev/nbd2"
+TLS_DEVICE = "/dev/nbd3"
 DEVICES = {"ext4": "/dev/nbd0", "xfs": "/dev/nbd1"}
 CONNECTIONS = {"ext4": 1, "xfs": 4}
 FORMAT = {"ext4": "mkfs.ext4 -q", "xfs": "mkfs.xfs -q"}
@@ -138,6 +143,40 @@ def test_a_mounted_file_system_grows_without_and_with_a_new_connection(
     attach_and_mount()
     grown(again)
     guest.run(f"umount {mount} && e2fsck -fn {GROWN_DEVICE} && nbd-client -d {GROWN_DEVICE}")
+
+
+def test_a_file_system_lives_on_a_device_that_nbd_client_has_put_behind_tls(
+    guest: Guest, processes: Processes, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """nbd-client leaves a process of its own between the kernel and the server, which encrypts."""
+    certificates = make_certificates(tmp_path)
+    settings = tmp_path / "node.yaml"
+    lines = [f"  {key}: {path}" for key, path in certificates.settings.items()]
+    settings.write_text("\n".join(["tls:", "  mode: required", *lines]))
+    server = Server(processes, tmp_path / "node", free_port(), {"disk0": "256M"}, ["--config", str(settings)])
+    for file in certificates.client("web1").iterdir():
+        encoded = base64.b64encode(file.read_bytes()).decode()
+        guest.run(f"mkdir -p /certs; echo {encoded} | base64 -d >/certs/{file.name}")
+    attach_over_tls = recipe("tls-attach").replace("localhost 10809 /dev/nbd0", f"{HOST} {server.port} {TLS_DEVICE}")
+    assert attach_over_tls.endswith("-tlshostname localhost\n")
+    without_certificate = f"nbd-client {HOST} {server.port} {TLS_DEVICE} -N disk0"
+    assert "fails" in guest.run(f"{without_certificate} </dev/null >/dev/null 2>&1 || echo fails")
+    attach_over_tls = f"CERTS=/certs\n{attach_over_tls}"
+    guest.run(
+        f"{attach_over_tls}\nmkfs.ext4 -q {TLS_DEVICE} && mkdir -p /mnt/tls && mount -t ext4 {TLS_DEVICE} /mnt/tls"
+    )
+    before = guest.run(
+        "cd /mnt/tls; dd if=/dev/urandom of=kept bs=1M count=8 conv=fsync 2>/dev/null; md5sum kept; sync; fstrim -v ."
+    )
+    (client,) = json.loads(server.command("client", "list", "--json"))
+    assert (client["volume"], client["certificate"]) == ("disk0", "web1")
+    assert client["tls"].startswith("TLSv1.")
+    guest.run(f"umount /mnt/tls && nbd-client -d {TLS_DEVICE}")
+    after = guest.run(
+        f"{attach_over_tls}\ne2fsck -fn {TLS_DEVICE} && mount -t ext4 {TLS_DEVICE} /mnt/tls && md5sum /mnt/tls/kept"
+    )
+    assert after.splitlines()[-1].split()[0] == before.splitlines()[0].split()[0]
+    guest.run(f"umount /mnt/tls && nbd-client -d {TLS_DEVICE}")
 
 
 def test_a_server_killed_in_the_middle_of_writes_costs_nothing_that_was_fsynced(guest: Guest, server: Server) -> None:

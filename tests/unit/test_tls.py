@@ -16,6 +16,7 @@ from nbdserver.volume.admission import TlsMode
 from protocol import nbd
 from protocol.nbd import Option, OptionReply
 from tests.certificates import Certificates, make_certificates
+from tests.unit.openssl_client import OpensslClient
 from tests.unit.session_rig import HandClock, ListConnection, Rig, make_rig
 
 
@@ -192,9 +193,39 @@ def test_much_input_is_worked_off_in_slices_between_which_others_have_their_turn
     turns = 0
     while link.clock.turn():
         turns += 1
-    assert turns >= len(data) // tls_module.SLICE_BYTES
+    assert turns >= len(data) // tls_module.MOST_SLICE_BYTES
     assert bytes(link.receiver.data) == b"d" * 200_000
     assert link.below.reading
+
+
+@pytest.mark.parametrize("ask_us_too", [False, True])
+def test_records_without_data_are_worked_off_a_little_at_a_time_and_then_end_the_connection(
+    certificates: Certificates, ask_us_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_module, "TURN_S", -1.0)
+    link = Link(certificates, verify=False)
+    client = OpensslClient()
+    while not client.shake_hands():
+        link.feed(client.sent())
+        client.receive(bytes(link.below.sent))
+        link.below.sent.clear()
+    link.feed(client.sent())
+    client.change_keys(100, ask_us_too)
+    client.write(b"some are fine")
+    link.feed(client.sent())
+    link.clock.run()
+    assert bytes(link.receiver.data) == b"some are fine"
+    client.change_keys(4000, ask_us_too)
+    flood = client.sent()
+    link.feed(flood[: tls_module.INPUT_BYTES])
+    turns = 0
+    while not link.receiver.lost_reason:
+        assert link.clock.turn()
+        turns += 1
+    assert link.receiver.lost_reason == "TLS: records without data"
+    assert turns > 16, "much at once"
+    assert link.below.closed
+    client.close()
 
 
 @pytest.mark.parametrize(
