@@ -47,6 +47,10 @@ class Connection(Protocol):
     @property
     def unsent_bytes(self) -> int: ...
 
+    def at_round_end(self, callback: Callable[[], None]) -> None:
+        """Call it when every connection whose data has arrived by now was given it, before anybody is given more. At
+        once when nobody else waits, or when the connection cannot know. To be asked from `Receiver.received` alone."""
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...

@@ -174,7 +174,7 @@ class Session:
         self._received_bytes += size_bytes
         self._buffer.end += size_bytes
         if self._transmission is not None:
-            self._transmission.process()
+            self._transmission.received()
         else:
             self._go_on_with_handshake()
 

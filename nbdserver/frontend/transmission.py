@@ -1,17 +1,18 @@
 """The transmission phase of one connection: all requests of a wake as one batch.
 
-Theory: `process` walks over everything that was received. WRITE without flags is checked and done right there, with
+Theory: `_walk` goes over everything that was received. WRITE without flags is checked and done right there, with
 local names and no object a request; runs of READs of whole blocks go to `InlineReads`; every other request goes
 through `_other`.
 Successful changes collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the
-batch one `commit` decides over all of them and one `send` carries all replies. FLUSH and FUA share one flush, begun
-after the commit.
+wake one commit decides over them and those of the export's other connections (`OpenBatch`), and one `send` carries
+all replies. FLUSH and FUA share one flush, begun after the commit.
 
 Rules
 - Nothing that changes data is acknowledged before `commit` returned 0; if it fails, all changes of the batch get its
   error.
-- Payloads are used in the receive buffer; they stay where they are until `commit`, because only `buffer.used` and
-  `buffer.reserve` move them, at the end of `process`.
+- Payloads are used in the receive buffer; they stay where they are until the commit, because only `buffer.used` and
+  `buffer.reserve` move them, in `_end_batch`, and nothing is received before it.
+- Replies to inline reads leave before another connection has its turn: their memory is everybody's.
 - The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
 - Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing
   more is done for it until all of them left), waiting requests (`Deferred`). What is not processed stays in the
@@ -108,6 +109,8 @@ class Transmission:
         self._forced: list[bytes] = []
         self._flushes: list[tuple[int, int]] = []
         self._requests = 0
+        self._started_s = 0.0
+        self._position = 0  # how far the batch has come in the buffer
         self._skip_bytes = 0
         self._missing_bytes = 0  # what the buffer must hold, from the first unused byte on, to go on
         self._stalled = False
@@ -173,23 +176,66 @@ class Transmission:
 
     # --- the batch ---
 
+    def received(self) -> None:
+        """More was received, and others may have received something too: what they write becomes one record."""
+        if self._serve():
+            if self._export.open_batch.join(self._committed):
+                self._connection.at_round_end(self._export.open_batch.commit)
+            if self._inline_reads.count and self._waits_for_commit():
+                self._send_replies()
+
     def process(self) -> None:
         """Do everything that was received and has room."""
+        if self._serve():
+            self._export.open_batch.join(self._committed)
+            self._export.open_batch.commit()
+
+    def _serve(self) -> bool:
+        """Do what was received as far as it goes without a commit; say whether one has to follow."""
         if self._stalled or self._over or self._ending:
-            return
+            return False
         if self._export.throttle is not None and not self._admitted(self._export.throttle):
-            return
-        started_s = self._clock.now()
-        position = self._walk()
-        self._complete()
-        self._use(position)
+            return False
+        self._started_s = self._clock.now()
+        self._position = self._walk()
+        if self._waits_for_commit():
+            return True
+        self._end_batch()
+        return False
+
+    def _waits_for_commit(self) -> bool:
+        """Whether the batch so far waits for a commit."""
+        return bool(self._acknowledged or self._forced or self._flushes)
+
+    def _committed(self, error: int) -> None:
+        """The batch's changes are in the log, or none of them is; begin the flush that it asks for."""
+        acknowledged, forced, flushes = self._acknowledged, self._forced, self._flushes
+        self._acknowledged, self._forced, self._flushes = [], [], []
+        if self._over:
+            return  # the connection was lost meanwhile: there is nobody to tell
+        replies = self._replies
+        if error:
+            for reply in acknowledged + forced:
+                self._fail(*replies.unpack_success(reply), error)
+            forced = []
+        elif acknowledged:
+            self._out.append(b"".join(acknowledged))
+        if forced or flushes:
+            waiting = flushes + [replies.unpack_success(reply) for reply in forced]
+            self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
+        self._end_batch()
+
+    def _end_batch(self) -> None:
+        """Send the batch's replies, give its part of the buffer back, count it, and see how to go on."""
+        self._send_replies()
+        self._use(self._position)
         requests, self._requests = self._requests, 0
         if requests:
             counters = self._counters
             counters.batches += 1
             counters.requests += requests
             counters.batch_requests.add(requests)
-            counters.latency_us.add(int((self._clock.now() - started_s) * 1e6), requests)
+            counters.latency_us.add(int((self._clock.now() - self._started_s) * 1e6), requests)
             if self._export.throttle is not None:
                 moved_bytes = counters.read_bytes + counters.write_bytes
                 self._export.throttle.take(requests, moved_bytes - self._charged_bytes)
@@ -201,6 +247,17 @@ class Transmission:
         elif self._batch_bytes > self._most_bytes and not self._continuing:
             self._continuing = True
             self._clock.call_soon(self._continue)
+
+    def _send_replies(self) -> None:
+        out, reads = self._out, self._inline_reads
+        if reads.count:
+            self._counters.reads += reads.count
+            self._counters.read_bytes += reads.size_bytes
+            self._requests += reads.count
+            out += reads.complete()
+        if out:
+            self._out = []
+            self._connection.send(out)
 
     def _admitted(self, throttle: Throttle) -> bool:
         """Whether the volume's limits let anything be done now; if not, it is, when it is this connection's turn."""
@@ -310,34 +367,6 @@ class Transmission:
         counters.write_bytes += write_bytes
         self._requests += writes
         return position
-
-    def _complete(self) -> None:
-        """Commit the batch's changes and send its replies; begin the flush that it asks for."""
-        out, acknowledged, forced, flushes = self._out, self._acknowledged, self._forced, self._flushes
-        if acknowledged or forced:
-            error = self._device.commit()
-            if error:
-                unpack = self._replies.unpack_success
-                for reply in acknowledged + forced:
-                    self._fail(*unpack(reply), error)
-                forced = []
-            elif acknowledged:
-                out.append(b"".join(acknowledged))
-            self._acknowledged, self._forced = [], []
-        if forced or flushes:
-            replies = self._replies
-            waiting = flushes + [replies.unpack_success(reply) for reply in forced]
-            self._flushes = []
-            self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
-        reads = self._inline_reads
-        if reads.count:
-            self._counters.reads += reads.count
-            self._counters.read_bytes += reads.size_bytes
-            self._requests += reads.count
-            out += reads.complete()
-        if out:
-            self._out = []
-            self._connection.send(out)
 
     def _use(self, position: int) -> None:
         """Give the used part of the buffer back and make room for what is missing."""

@@ -11,7 +11,7 @@ Rules
   thread, say), and after `WAKE_S` at the latest, however busy the sockets are: its timers do not show.
 - It spins only while that pays: `Spinning` decides.
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
-- A receiver that raises loses its own connection, nobody else's.
+- A receiver that raises loses its own connection, nobody else's. What it wants at the end of the round must not raise.
 - Sockets that another process opened are taken as they are: `inherit` says at which address a listening one is used
   instead of a new one, `adopt` makes a connection of a connected one. `release_listening` and `detach` give them away.
 
@@ -63,6 +63,7 @@ class SocketNetwork:
         self.loop = loop
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
+        self.round_end: list[Callable[[], None]] | None = None  # while a round of several connections is served
         self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
         self._listeners: dict[str, list[_Listener]] = {}
@@ -166,10 +167,13 @@ class SocketNetwork:
         stop_s = now_s + WAKE_S
         events = poll(0, EVENTS_A_ROUND)
         while events:
-            for descriptor, mask in events:
+            if len(events) == 1:
+                ((descriptor, mask),) = events
                 ready = handlers.get(descriptor)
                 if ready is not None:
                     ready(mask)
+            else:
+                self._serve_round(events)
             now_s = monotonic()
             spinning.batch_ended(now_s)
             if now_s >= stop_s or callbacks:
@@ -182,6 +186,18 @@ class SocketNetwork:
                     now_s = monotonic()
                 if not callbacks:
                     spinning.spun(now_s, bool(events))
+
+    def _serve_round(self, events: list[tuple[int, int]]) -> None:
+        """Serve several, then end the round for those who asked for it."""
+        round_end: list[Callable[[], None]] = []
+        self.round_end = round_end
+        for descriptor, mask in events:
+            ready = self._handlers.get(descriptor)
+            if ready is not None:
+                ready(mask)
+        self.round_end = None
+        for callback in round_end:
+            callback()
 
 
 class _Listener:
@@ -298,6 +314,13 @@ class SocketConnection:
         if sent_bytes != sum(map(len, buffers)):
             self._enqueue(buffers, sent_bytes)
             self._watch()
+
+    def at_round_end(self, callback: Callable[[], None]) -> None:
+        round_end = self._network.round_end
+        if round_end is None:
+            callback()
+        else:
+            round_end.append(callback)
 
     def pause_reading(self) -> None:
         self._reading = False

@@ -187,6 +187,9 @@ class TlsConnection:
             pieces.append(outgoing.read())
         self._below.send(pieces)
 
+    def at_round_end(self, callback: Callable[[], None]) -> None:
+        callback()  # one round below may bring several records, of which the receiver is told one by one
+
     def pause_reading(self) -> None:
         self._reading = False
         self._watch(False)

@@ -23,6 +23,7 @@ from nbdserver.block import BlockDevice
 from nbdserver.volume.admission import Admission, Allowed, TlsMode, admission
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.limits import Limits, Throttle
+from nbdserver.volume.open_batch import OpenBatch
 from nbdserver.volume.peer import Peer
 
 NAME_LIMIT_BYTES = 4096  # the protocol's bound on strings
@@ -69,6 +70,7 @@ class Export:
             raise ExportError("an export needs a name")
         self.name = name
         self.device = device
+        self.open_batch = OpenBatch(device)
         self.description = description
         self.read_only = read_only
         self.shared = shared

@@ -20,13 +20,13 @@ def make_etcd(
     needs("etcdctl", "etcd-client")
 
     def make(members: int = 1, *arguments: str, **more: object) -> EtcdCluster:
-        quick_election = ("--heartbeat-interval=50", "--election-timeout=500")
+        quick = ("--heartbeat-interval=50", "--election-timeout=500", "--bcrypt-cost=4")
         return EtcdCluster(
             processes,
             tmp_path / "etcd",
             free_port,
             members,
-            (*quick_election, *arguments),
+            (*quick, *arguments),
             **more,  # type: ignore[arg-type]
         )
 

@@ -17,6 +17,7 @@ PASSWORD = "a password of the test"
 
 def complaint(rig: EtcdRig) -> str:
     """Return why the registry cannot be used."""
+    rig.run_until(lambda: rig.registry.health().last_error != "")
     answers: list[Reading | Unavailable] = []
     refusals: list[Swap] = []
     rig.registry.get_later("a", answers.append)

@@ -88,6 +88,7 @@ class ListConnection:
         self.closed = False
         self.aborted = False
         self.receiver: Receiver | None = None
+        self.round_end: list[Callable[[], None]] | None = None  # None: its data arrives alone
         self._queued: list[bytes] = []
 
     def send(self, buffers: Sequence[Buffer]) -> None:
@@ -110,6 +111,12 @@ class ListConnection:
 
     def redirect(self, receiver: Receiver) -> None:
         self.receiver = receiver
+
+    def at_round_end(self, callback: Callable[[], None]) -> None:
+        if self.round_end is None:
+            callback()
+        else:
+            self.round_end.append(callback)
 
     def pause_reading(self) -> None:
         self.reading = False

@@ -367,6 +367,31 @@ def test_a_callback_of_the_loop_runs_between_two_rounds(loop: Loop, path: str) -
     assert order == ["received", "called back"] * 200
 
 
+def test_a_round_ends_when_everybody_whose_data_has_arrived_was_served(loop: Loop, path: str) -> None:
+    order: list[str] = []
+
+    class Joining(Echo):
+        def received(self, size_bytes: int) -> None:
+            order.append("received")
+            self.connection.at_round_end(lambda: order.append("round ended"))
+
+    def accept(connection: Connection) -> Receiver:
+        echo = Joining(connection)
+        loop.echoes.append(echo)
+        return echo
+
+    loop.listen(f"unix:{path}", accept)
+    with dial(path) as first, dial(path) as second:
+        loop.wait(lambda: len(loop.echoes) == 2)
+        loop.call(lambda: [client.sendall(b"x") for client in (first, second)])
+        loop.wait(lambda: len(order) == 4)
+        assert order == ["received"] * 2 + ["round ended"] * 2
+        order.clear()
+        first.sendall(b"x")
+        loop.wait(lambda: len(order) == 2)
+        assert order == ["received", "round ended"]
+
+
 def test_a_connection_is_detached_with_what_is_queued_and_goes_on_where_it_is_adopted(loop: Loop, path: str) -> None:
     loop.listen(f"unix:{path}")
     client = dial(path)

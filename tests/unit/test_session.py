@@ -4,6 +4,7 @@ import errno
 import gc
 import random
 import weakref
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -140,6 +141,71 @@ def test_the_writes_of_one_wake_share_one_commit_and_one_send() -> None:
     assert len(wire.answers()) == 32
     assert rig.export.counters.batches == 1
     assert rig.export.counters.writes == rig.export.counters.reads == 16
+
+
+def open_round(*wires: Wire) -> list[Callable[[], None]]:
+    """Let the data of these connections arrive in one round, which ends when the callbacks are called."""
+    round_end: list[Callable[[], None]] = []
+    for wire in wires:
+        wire.connection.round_end = round_end
+    return round_end
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_several_connections_write_in_one_round_shares_one_commit(style: ReplyStyle) -> None:
+    rig = make_rig()
+    rig.device.data[-BLOCK:] = b"\x11" * BLOCK
+    wires = [rig.wire(style) for _ in range(4)]
+    round_end = open_round(*wires)
+    old, read = wires[0].request(Command.READ, SIZE_BYTES - BLOCK, BLOCK)
+    for index, wire in enumerate(wires):
+        data = bytes([index + 1]) * BLOCK
+        wire.feed(
+            wire.request(Command.WRITE, 2 * index * BLOCK, data=data)[1]
+            + wire.request(Command.WRITE, (2 * index + 1) * BLOCK, data=data, flags=CommandFlag.FUA)[1]
+            + wire.request(Command.FLUSH)[1]
+            + (read if not index else b"")
+        )
+    assert rig.device.events == []
+    assert [len(wire.answers()) for wire in wires] == [1, 0, 0, 0], "a read waits for nobody"
+    (end,) = round_end
+    end()
+    assert rig.device.events == ["commit 8"]
+    assert [len(wire.answers()) for wire in wires] == [1, 1, 1, 1]
+    rig.clock.run()
+    assert [len(wire.answers()) for wire in wires] == [2, 2, 2, 2]
+    assert old
+    for index in range(8):
+        assert rig.device.data[index * BLOCK : (index + 1) * BLOCK] == bytes([index // 2 + 1]) * BLOCK
+
+
+def test_a_failed_commit_fails_the_changes_of_every_connection_of_the_round() -> None:
+    rig = make_rig()
+    wires = [rig.wire(), rig.wire()]
+    round_end = open_round(*wires)
+    for wire in wires:
+        wire.feed(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1])
+    rig.device.commit_error = errno.EIO
+    round_end[0]()
+    for wire in wires:
+        (answer,) = wire.answers().values()
+        assert answer.error == errno.EIO
+    open_round(*wires)
+    wires[0].connection.round_end = None
+    assert not wires[0].ask(Command.WRITE, 0, data=b"y" * BLOCK).error
+
+
+def test_a_connection_that_is_lost_before_the_round_ends_takes_nobody_along() -> None:
+    rig = make_rig()
+    lost, stays = rig.wire(), rig.wire()
+    round_end = open_round(lost, stays)
+    for wire, data in ((lost, b"x"), (stays, b"y")):
+        wire.feed(wire.request(Command.WRITE, 0, data=data * BLOCK)[1] + wire.request(Command.FLUSH)[1])
+    lost.session.disconnect("a test")
+    round_end[0]()
+    rig.clock.run()
+    assert len(stays.answers()) == 2
+    assert rig.device.data[:BLOCK] == b"y" * BLOCK
 
 
 @pytest.mark.parametrize("deferring", [False, True])

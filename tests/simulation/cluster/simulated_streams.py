@@ -14,7 +14,7 @@ Rules of this file
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from metadata.seams import Buffer, Receiver
@@ -71,6 +71,9 @@ class SimulatedConnection:
             self._unsent.append(data)
             self._unsent_bytes += len(data)
             self._transmit()
+
+    def at_round_end(self, callback: Callable[[], None]) -> None:
+        callback()  # data is delivered to one connection at a time
 
     def pause_reading(self) -> None:
         self._reading = False
