@@ -145,3 +145,22 @@ def test_maps_open_and_recovery_are_measured_and_plotted(tmp_path: Path) -> None
         assert 0 < row["lookup_warm_p50_us"] < row["lookup_cold_p50_us"]
         assert row["recovery_s"] > 0
     assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_changes_of_layers_are_measured_and_plotted(tmp_path: Path) -> None:
+    place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
+    done = bench(
+        "--sizes", "1G,16T", "--counts", "0,3", "--rounds", "2", "--written", "1M", *place,
+        module="tests.benchmark.layers",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "results").glob("layers-*.json")
+    series = json.loads(path.read_text())["series"]
+    assert {what: [step["at"] for step in steps] for what, steps in series.items()} == {
+        "size_bytes": [1 << 30, 16 << 40],
+        "snapshots": [0, 3],
+        "clones": [0, 3],
+    }
+    for step in (step for steps in series.values() for step in steps):
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in step["seconds"].values())
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
