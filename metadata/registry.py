@@ -29,6 +29,7 @@ Known weakness: the value of a family of a thousand clones is some 60 KiB, and i
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from metadata.registry_calls import MAX_CHANGES, MAX_SWAP_BYTES
@@ -96,15 +97,17 @@ class Volume:
     settings: ExportSettings = field(default_factory=ExportSettings)
     state: VolumeState = VolumeState.THERE
 
-    def encode(self) -> dict[str, Any]:
-        """Return what JSON shall hold: settings that are as usual are left out, for there may be a thousand volumes."""
+    @cached_property
+    def encoded(self) -> str:
+        """As JSON. There may be a thousand volumes: settings that are as usual are left out, and what was encoded once
+        is kept."""
         content: dict[str, Any] = {"number": self.number, "name": self.name, "size_bytes": self.size_bytes}
         if self.settings != _USUAL_SETTINGS:
             usual, settings = asdict(_USUAL_SETTINGS), asdict(self.settings)
             content["settings"] = {key: value for key, value in settings.items() if value != usual[key]}
         if self.state != VolumeState.THERE:
             content["state"] = self.state.value
-        return content
+        return json.dumps(content, separators=(",", ":"), sort_keys=True)
 
     @staticmethod
     def decode(content: dict[str, Any]) -> "Volume":
@@ -171,9 +174,9 @@ class Family:
 
     def encode(self) -> bytes:
         """Return the value; equal families give equal bytes. RegistryError if there are too many."""
-        content = {item.name: getattr(self, item.name) for item in fields(self)}
-        content |= {"version": _VERSION, "volumes": [volume.encode() for volume in self.volumes]}
-        value = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+        content = {name: getattr(self, name) for name in _FAMILY_KEYS - {"volumes"}} | {"version": _VERSION}
+        rest = json.dumps(content, separators=(",", ":"), sort_keys=True)
+        value = f'{rest[:-1]},"volumes":[{",".join(volume.encoded for volume in self.volumes)}]}}'.encode()
         if len(value) > MOST_FAMILY_BYTES:
             raise RegistryError(
                 f"{self.name} and what was cloned from it have {len(self.volumes)} volumes, whose names and settings "

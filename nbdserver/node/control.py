@@ -457,7 +457,7 @@ class _RegistryStore(LevelStore):
     def __init__(self, directory: DataDirectory) -> None:
         self._ballast = Ballast(directory.ballast)
         self._ballast.give_way()
-        small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=1 << 20)
+        small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=4 << 20)
         super().__init__(str(directory.registry), NO_THREADS, NO_THREADS, small)
         self._ballast.keep()
 
