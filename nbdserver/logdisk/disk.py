@@ -39,6 +39,7 @@ from metadata.family_state import (
 from metadata.layers import Row
 from metadata.seams import Clock, Done, Files, Store
 from nbdserver.block import Later
+from nbdserver.logdisk import figures
 from nbdserver.logdisk.appending import Appending
 from nbdserver.logdisk.background import Background
 from nbdserver.logdisk.changed import Changed
@@ -403,28 +404,11 @@ class LogDisk:
 
     def status(self) -> dict[str, object]:
         """What an operator wants to know, in plain values."""
-        maps, pool = self.maps, self.pool
-        in_use = len(maps.segments.in_use)
-        return {
-            "size_bytes": sum(maps.tree.layers[layer].row.size_bytes for layer in maps.tree.heads.values()),
-            "volumes": len(maps.tree.heads),
-            "layers": len(maps.tree.layers),
-            "state": "failed" if self.failure else "full" if pool.full else "open",
-            "failure": self.failure,
-            "generation": self.opened.generation,
-            "epoch": self.opened.epoch,
-            "txid": self.log.txid,
-            "live_bytes": maps.live_blocks * BLOCK_BYTES,
-            "allocated_bytes": pool.budget.used_bytes,
-            "filled_bytes": self.filled_bytes,
-            "full": pool.full,
-            "segments": in_use,
-            "spare_segments": len(pool.spare),
-            "segment_bytes": pool.segment_bytes,
-            "pending_holes": len(maps.holes),
-            "unsynced_records": self.log.lsn - self.log.durable_lsn,
-            "damaged": self.damage.listed(),
-        }
+        return figures.status(self)
+
+    def counters(self) -> dict[str, int]:
+        """Numbers that only rise, but for those that end in `_now`."""
+        return figures.counters(self)
 
     @property
     def filled_bytes(self) -> int:
@@ -432,44 +416,8 @@ class LogDisk:
         reserve_bytes = CLIENTS_KEEP * self.pool.segment_bytes if self.log.offset else 0
         return self.maps.live_blocks * BLOCK_BYTES + reserve_bytes
 
-    def counters(self) -> dict[str, int]:
-        """Numbers that only rise, but for those that end in `_now`."""
-        maps, log, pool = self.maps, self.log, self.pool
-        return {
-            "logical_map_updates": maps.logical_updates,
-            "middle_map_updates": maps.middle_updates,
-            "map_page_loads": maps.logical.loads + maps.middle.loads,
-            "map_page_evictions": maps.logical.evictions + maps.middle.evictions,
-            "map_pages_now": maps.logical.resident_pages + maps.middle.resident_pages,
-            "map_values_written": self.checkpointer.values_written,
-            "checkpoints": self.checkpointer.count,
-            "map_pages_derived": maps.logical.derived,
-            "layers_now": len(maps.tree.layers),
-            "tree_changes": self.tree_changes.count,
-            "layers_dropped": self.tree_work.layers_dropped,
-            "layers_merged": self.tree_work.layers_merged,
-            "layers_blocks_freed": self.tree_work.blocks_freed,
-            "layers_removable_now": len(maps.tree.removable),
-            "batches": self.appending.batches,
-            "batch_blocks": self.appending.batch_blocks,
-            "discards": self.appending.discards,
-            "blocks_read": self._blocks_read(),
-            "log_bytes_appended": log.appended_bytes,
-            "log_records": log.records,
-            "syncs": log.syncs,
-            "sync_requests": log.sync_requests,
-            "cold_reads": self.slow_path.cold_reads,
-            "slow_operations_now": self.slow_path.under_way,
-            "cleaner_blocks_moved": self.cleaner.blocks_moved,
-            "cleaner_blocks_skipped": self.cleaner.blocks_skipped,
-            "cleaner_segments": self.cleaner.segments_cleaned,
-            "segments_created": pool.created,
-            "segments_recycled": pool.recycled,
-            "segments_unlinked": pool.unlinked,
-            "live_blocks_now": maps.live_blocks,
-            "damaged_blocks_now": len(self.damage),
-        }
-
-    def _blocks_read(self) -> int:
+    @property
+    def blocks_read(self) -> int:
+        """By all heads and views, those that are gone too."""
         readers = [device.reader for device in (*self._heads.values(), *self._views)]
         return self._blocks_read_before + sum(reader.blocks_read for reader in readers)

@@ -2,16 +2,13 @@
 
 Theory: the registry says what exists; the data process serves it. A change goes first to where it can be refused,
 then to the registry, then to the data process; after a crash in between, the next start does the rest. What is made or
-deleted within a family, beside other volumes, stands in its log as well (metadata/families.py):
+deleted within a family, beside other volumes, stands in its log as well (metadata/registry.py, opening.py):
 
     clone     registry: MAKING  ─►  log  ─►  registry: THERE  ─►  served
     delete    no client can attach any more  ─►  registry: DELETING  ─►  log  ─►  registry: forgotten
 
-A family is opened before its volumes are served. In between, what the registry says of them and what the log has is
-brought together (`_settle`): what was being made counts if the log has it, what was being deleted is deleted.
-
 Rules: one change at a time (`lock`). A name, a size and a setting are checked before anything is changed; every refusal
-is one line that names what is in the way. A family is opened only under an epoch that was raised for that opening.
+is one line that names what is in the way.
 """
 
 import asyncio
@@ -34,15 +31,13 @@ from metadata.registry import (
 )
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
+from nbdserver.node.opening import Call, Opening
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
 from nbdserver.node.volume_settings import MAX_DATA, change_settings, check_name, parse_max_data
 from protocol.invariant import invariant
 
 MAX_FAMILIES = 1024
 """Each open one costs an open LevelDB, its share of the cache and a segment of ballast. Clones are of their base's."""
-
-Call = Callable[..., Any]
-"""`Channel.call` of the running data process."""
 
 Found = tuple[Family, Volume]
 
@@ -67,8 +62,7 @@ class Volumes:
         self._segment_bytes = segment_bytes
         self.admit = admit
         self.lock = asyncio.Lock()
-        self._failed: dict[str, str] = {}
-        self._missing: dict[tuple[str, int], str] = {}  # volumes that an open family does not have
+        self._opening = Opening(directory, families, call, event)
 
     @property
     def changing(self) -> asyncio.Lock:
@@ -78,20 +72,12 @@ class Volumes:
     async def remove_scraps(self) -> None:
         """Delete the directories of families that were being made or removed when the node stopped."""
         for family_id in self._families.scraps():
-            await asyncio.to_thread(self._directory.remove_family, family_id)
-            self._families.scrapped(family_id)
+            await self._opening.scrap(family_id)
 
     async def open_all(self) -> None:
         """Open every family in the data process. One that fails is reported and stays closed; the others are served."""
         async with self.lock:
-            self._failed.clear()
-            self._missing.clear()
-            for family in self._families.all():
-                try:
-                    await self._open(family)
-                except (NodeError, RegistryError, OSError) as error:
-                    self._failed.setdefault(family.id, str(error))
-                    continue  # noted in `_failed`, as an event and in `status`
+            await self._opening.open_all()
 
     # -- making
 
@@ -128,13 +114,13 @@ class Volumes:
                     segment_bytes=family.segment_bytes,
                 )
             except BaseException:
-                await self._scrap(family.id)
+                await self._opening.scrap(family.id)
                 raise
             # If this fails, only the registry knows whether the directory is a family or a scrap; the next start asks.
             invariant(
                 self._families.add(family), "a name that was free is taken, although one change is made at a time"
             )
-            await self._open(family)
+            await self._opening.open(family)
             self.event("volume-created", {"volume": name, "size_bytes": size_bytes})
             return await self._shown(name)
 
@@ -158,7 +144,7 @@ class Volumes:
                     self._families.remove_volume(family, made)
                 raise change_error(errno, f"cloning {base}@{snapshot}")
             family = self._families.change_volume(family, made, state=VolumeState.THERE)
-            await self._serve(family, [family.volume(made.number)])
+            await self._opening.serve(family, [family.volume(made.number)])
             self.event("clone-created", {"volume": name, "base": f"{base}@{snapshot}"})
             return await self._shown(name)
 
@@ -182,7 +168,7 @@ class Volumes:
 
     def open_families(self) -> Sequence[Family]:
         """Those that the data process can be asked about."""
-        return [family for family in self._families.all() if family.id not in self._failed]
+        return [family for family in self._families.all() if family.id not in self._opening.failed]
 
     # -- changing
 
@@ -197,7 +183,7 @@ class Volumes:
                 else:
                     settings = change_settings(settings, key, value)
             if (settings, max_data) != (volume.settings, family.max_data):
-                if not self._why_not(family, volume):
+                if not self._opening.why_not(family, volume):
                     await self.call("set", family=family.id, number=volume.number, settings=asdict(settings))
                     await self.call("limit_data", family=family.id, max_data_bytes=max_data)
                 changed = replace(volume, settings=settings)
@@ -212,7 +198,7 @@ class Volumes:
             family, volume = self._find(name)
             self._refuse_taken(new_name)
             self._families.rename(family, volume, new_name)
-            if not self._why_not(family, volume):
+            if not self._opening.why_not(family, volume):
                 await self.call("rename", family=family.id, number=volume.number, new_name=new_name)
             self.event("volume-renamed", {"volume": name, "new_name": new_name})
             return await self._shown(new_name)
@@ -223,7 +209,7 @@ class Volumes:
         async with self.lock:
             family, volume = self._find(name)
             others = [each for each in family.volumes if each != volume and each.state == VolumeState.THERE]
-            is_served = not self._why_not(family, volume)
+            is_served = not self._opening.why_not(family, volume)
             if is_served:
                 await self._refuse_dependents(family, volume, force)
                 clients = await self.call("withdraw", family=family.id, number=volume.number, force=force)
@@ -236,28 +222,28 @@ class Volumes:
                 if others:
                     family = self._families.change_volume(family, volume, state=VolumeState.DELETING)
                 else:
-                    if family.id not in self._failed:
+                    if family.id not in self._opening.failed:
                         await self.call("close", family=family.id)
                     self._families.remove(family)
             except (OSError, RegistryError) as error:
                 reason = f"closed to be deleted, which failed ({error}); the next start opens it again"
                 if others:
-                    self._missing[family.id, volume.number] = reason
+                    self._opening.missing[family.id, volume.number] = reason
                 else:
-                    self._failed[family.id] = reason
+                    self._opening.failed[family.id] = reason
                 raise
             if not others:
-                self._failed.pop(family.id, None)
-                await self._scrap(family.id)
-            elif family.id not in self._failed:
-                await self._delete_from_log(family, volume)
-            self._missing.pop((family.id, volume.number), None)
+                self._opening.failed.pop(family.id, None)
+                await self._opening.scrap(family.id)
+            elif family.id not in self._opening.failed:
+                await self._opening.delete_from_log(family, volume)
+            self._opening.missing.pop((family.id, volume.number), None)
             self.event("volume-deleted", {"volume": name})
 
     async def ask(self, request: str, name: str, **arguments: Any) -> Any:
         """A request to the data process about an open volume. Raises NotFoundError, NodeError."""
         family, volume = self._find(name)
-        if reason := self._why_not(family, volume):
+        if reason := self._opening.why_not(family, volume):
             raise ConflictError(f"volume {name} is not open: {reason}")
         return await self.call(request, family=family.id, number=volume.number, **arguments)
 
@@ -266,72 +252,6 @@ class Volumes:
         family, volume = self._find(name)
         if volume.size_bytes != size_bytes:
             self._families.change_volume(family, volume, size_bytes=size_bytes)
-
-    # -- opening
-
-    async def _open(self, family: Family) -> None:
-        raised = self._families.raise_epoch(family)
-        is_open = False
-        try:
-            answer = await self.call(
-                "open",
-                directory=str(self._directory.family(raised.id)),
-                family=raised.id,
-                volume=raised.name,
-                epoch=raised.epoch,
-                max_data_bytes=raised.max_data,
-            )
-            is_open = True
-            if answer["generation"] > raised.generation:
-                raised = self._families.change(raised, generation=answer["generation"])
-            raised = await self._settle(raised, {int(key): size for key, size in answer["sizes_bytes"].items()})
-            there = [volume for volume in raised.volumes if volume.state == VolumeState.THERE]
-            await self._serve(raised, [volume for volume in there if not self._why_not(raised, volume)])
-        except NodeError as error:
-            self._failed[family.id] = str(error)
-            for volume in family.volumes:
-                self.event("volume-not-opened", {"volume": volume.name, "reason": str(error)})
-            if is_open:
-                with contextlib.suppress(NodeError):
-                    await self.call("close", family=family.id)
-            raise
-
-    async def _settle(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
-        """Finish what was begun in the family when the node stopped, and see that every volume is there."""
-        settled = self._families.settled(family, sizes_bytes)
-        for volume in settled.volumes:
-            if volume.number not in sizes_bytes:
-                reason = "its family's log does not have it: the data directory is damaged or not of one moment"
-                self._missing[family.id, volume.number] = reason
-                self.event("volume-not-opened", {"volume": volume.name, "reason": reason})
-            elif volume.state == VolumeState.DELETING:
-                try:
-                    settled = await self._delete_from_log(settled, volume)
-                    self.event("volume-deleted", {"volume": volume.name})
-                except NodeError as error:
-                    self.event("volume-not-deleted", {"volume": volume.name, "reason": str(error)})
-        for number in sorted(set(sizes_bytes) - {volume.number for volume in settled.volumes}):
-            if number not in {volume.number for volume in family.volumes}:
-                self.event("volume-without-name", {"family": family.id, "number": number, "volume": family.name})
-        return settled
-
-    async def _serve(self, family: Family, volumes: Sequence[Volume]) -> None:
-        wanted = [
-            {"number": volume.number, "name": volume.name, "settings": asdict(volume.settings)} for volume in volumes
-        ]
-        await self.call("serve", family=family.id, volumes=wanted)
-
-    async def _delete_from_log(self, family: Family, volume: Volume) -> Family:
-        errno = await self.call("delete", family=family.id, number=volume.number)
-        if errno:
-            raise NodeError(
-                f"deleting {volume.name} was begun and not finished ({os.strerror(errno)}); the next start goes on"
-            )
-        return self._families.remove_volume(family, volume)
-
-    async def _scrap(self, family_id: str) -> None:
-        await asyncio.to_thread(self._directory.remove_family, family_id)
-        self._families.scrapped(family_id)
 
     # -- refusing and describing
 
@@ -363,10 +283,6 @@ class Volumes:
                 f"(nbdserver snapshot delete {name}@{snapshots[0]['name']}), or add --force to delete them too"
             )
 
-    def _why_not(self, family: Family, volume: Volume) -> str:
-        """Why the data process cannot be asked about a volume, or ""."""
-        return self._failed.get(family.id) or self._missing.get((family.id, volume.number), "")
-
     async def _live(self) -> dict[str, dict[str, Any]]:
         try:
             live: dict[str, dict[str, Any]] = await self.call("volumes")
@@ -384,7 +300,7 @@ class Volumes:
     async def _shown(self, name: str) -> dict[str, Any]:
         family, volume = self._find(name)
         live: dict[str, Any] = {}
-        if family.id not in self._failed:
+        if family.id not in self._opening.failed:
             with contextlib.suppress(NodeError):
                 live = await self.call("volume", family=family.id, number=volume.number)
         return self._describe(family, volume, live)
@@ -392,7 +308,7 @@ class Volumes:
     def _describe(self, family: Family, volume: Volume, live: dict[str, Any]) -> dict[str, Any]:
         disk = live.get("disk", {})
         own = live.get("volumes", {}).get(str(volume.number), {})
-        reason = self._why_not(family, volume) or disk.get("failure", "")
+        reason = self._opening.why_not(family, volume) or disk.get("failure", "")
         if reason:
             state = "failed"
         elif not own:
