@@ -159,6 +159,8 @@ class Delegate:
 
     @property
     def due_at_s(self) -> float:
+        if not self._sending:
+            return float("inf")
         return min((one.due_at_s for one in self._sending.values() if not one.has_begun), default=float("inf"))
 
     def tick(self, now_s: float) -> None:

@@ -241,8 +241,7 @@ class Joiner:
 
     def tick(self) -> None:
         """Say again what has not been answered."""
-        now_s = self._now()
-        if now_s < self._due_at_s:
+        if self.state is Joining.IDLE or (now_s := self._now()) < self._due_at_s:
             return
         self._due_at_s = now_s + self._pause_s()
         self._tries = min(self._tries + 1, 10)
@@ -258,8 +257,6 @@ class Joiner:
                 self._catch_up(now_s)
             case Joining.READY:
                 self._outbox.send(self._master, Ready(self._attempt, self._epoch, self._replica.store.persisted))
-            case _:
-                self._due_at_s = float("inf")
 
     def _catch_up(self, now_s: float) -> None:
         staging = self._replica.staging

@@ -304,8 +304,11 @@ class DirectoryNode:
         if not self.failure:
             self.failure = why
             _log.error("%s leaves the directory: %s", self.settings.name, why)
-            self.election.give_up(why, float("inf"))
+            self.replica.store.has_failed = True
+            self.election.give_up(why, SILENCE_S)
             self.joiner.cancel()
+            if self.far_link is not None:
+                self.far_link.close()
 
     def _applied(self, position: Position, update: Update) -> None:
         """The copy has taken an update."""
@@ -358,7 +361,7 @@ class DirectoryNode:
         state = self.election.state
         if state is not None and self.master is not None:
             self.master.state_heard(state)
-        if state is not None and self.far_link is not None:
+        if state is not None and self.far_link is not None and not self.failure:
             self.far_link.aim(state.master, state.streams)
         self._settle()
 
@@ -419,7 +422,8 @@ class DirectoryNode:
             if self.master is not None:
                 self.master.tick(now_s)
         self._is_settling = False
-        self._arm(now_s)
+        if not self.failure:
+            self._arm(now_s)
 
     def _follow_up(self, now_s: float) -> None:
         """Another history or another copy: what is there of ours?"""

@@ -125,6 +125,8 @@ class Reports:
 
     @property
     def due_at_s(self) -> float:
+        if not self._waiting:
+            return float("inf")
         return min(
             (min(waiting.until_s, waiting.due_at_s) for waiting in self._waiting.values()), default=float("inf")
         )  # fmt: skip

@@ -161,6 +161,8 @@ class StubQueue:
 
     def due(self, now_s: float) -> list[tuple[Source, Ranges]]:
         """Requests to send now; their stubs are asked from here on."""
+        if not self._places:
+            return []
         timed_out = False
         wanted: dict[Source, list[int]] = {Source.MASTER: [], Source.RELAY: []}
         for _, place in self._scan():
@@ -180,6 +182,8 @@ class StubQueue:
     @property
     def due_at_s(self) -> float:
         """When `due` has something to do again; infinity if never without news."""
+        if not self._places:
+            return float("inf")
         is_full = self._asked >= int(self._window)
         return min(
             (
