@@ -5,6 +5,7 @@ registers say, and the snapshot shows that for ever. One that was answered is du
 error or a crash, is there or not, and if it is there it shows the same. So is one whose deletion was not answered.
 """
 
+import errno as errnos
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MOST = 12
 _MOST_LOOKED_AT = 3  # after each opening
 _BLOCKS = 25  # looked at in each
+_COMPARED = 5  # of these
 
 Content = dict[int, frozenset[bytes]]
 
@@ -153,24 +155,27 @@ class Snapshots:
         view = run.disk.view(layer)
         blocks = sorted(run.registers.blocks)
         lbas = run.random.sample(blocks, min(_BLOCKS, len(blocks)))
-        left = len(lbas)
-        if not lbas:
-            view.close()
+        left = 1
+
+        def finished() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                view.close()
 
         def looked(lba: int, errno: int, data: Any) -> None:
-            nonlocal left
             run.in_flight -= 1
-            left -= 1
             if errno:
                 run.accept(errno, "a read of a snapshot")
             elif not run.mix.lies and b"".join(data) not in content.get(lba, {ZEROS}):
                 raise ViolationError(f"snapshot {name} shows what block {lba} did not hold")
-            if not left:
-                view.close()
+            finished()
 
+        left += len(lbas) + self._compare(view, name, content, lbas[:_COMPARED], finished)
         for lba in lbas:
             run.in_flight += 1
             self._read(view, lba, partial(looked, lba))
+        finished()
 
     def _read(self, view: View, lba: int, looked: Callable[[int, Any], None]) -> None:
         data = view.read(lba << 12, BLOCK_BYTES)
@@ -178,3 +183,31 @@ class Snapshots:
             looked(0, data)
         else:
             view.later(Operation.READ, lba << 12, BLOCK_BYTES, None, looked)
+
+    def _compare(self, view: View, name: str, content: Content, lbas: list[int], finished: Callable[[], None]) -> int:
+        """What is told to be as in an older snapshot may be so. Returns how many comparisons `finished` is called for,
+        later."""
+        run = self._run
+        older = {other: layer for other, layer in view.bitmaps().items() if other in self._certain}
+        if not older or not lbas:
+            return 0
+        other = run.random.choice(sorted(older))
+        then = self._certain[other]
+
+        def compared(lba: int, errno: int, extents: Any) -> None:
+            run.in_flight -= 1
+            if errno == errnos.ESTALE:
+                pass  # deleted meanwhile
+            elif errno:
+                run.accept(errno, "a comparison of snapshots")
+            else:
+                run.counters["comparisons"] += 1
+                is_dirty = extents[0][1]
+                if not run.mix.lies and not is_dirty and not content.get(lba, {ZEROS}) & then.get(lba, {ZEROS}):
+                    raise ViolationError(f"block {lba} of {name} is told to be as in {other}, and cannot be")
+            finished()
+
+        for lba in lbas:
+            run.in_flight += 1
+            view.changed(older[other], lba * BLOCK_BYTES, BLOCK_BYTES, 1, partial(compared, lba))
+        return len(lbas)

@@ -69,7 +69,7 @@ def test_runs_meet_what_they_are_for() -> None:
     for name in (
         "recycled", "clean-after-append", "checkpoint-after-batch", "segment-after-seal", "later", "cold", "unlink",
         "prepare", "crash in a call", "clean end", "errno 5", "errno 28", "generation-raised", "recovered",
-        "snapshots", "snapshots deleted", "rollbacks", "clones", "writes of clones", "resizes", "layers_merged",
-            "layers_dropped", "layers_blocks_freed",
+        "snapshots", "snapshots deleted", "comparisons", "rollbacks", "clones", "writes of clones", "resizes",
+        "layers_merged", "layers_dropped", "layers_blocks_freed",
     ):  # fmt: skip
         assert seen[name] >= 3, f"{name}: {seen[name]}"
