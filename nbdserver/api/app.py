@@ -282,7 +282,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
                 own: dict[str, float] = {"volume_size_bytes": volume.size_bytes, "volume_generation": family.generation}
                 if volume == family.volumes[0]:
                     own |= node.capacity.volume_gauges(family) | node.scrubs.gauges(family)
-                figures = live.get(volume.name, {"counters": {}, "gauges": {}})
+                figures = live.get(volume.name, {"counters": {}, "gauges": {"volume_failed": 1}})
                 volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
         # With a thousand volumes this takes a second or two, in which the API has other things to do.
         text = await asyncio.to_thread(exposition, Figures(counters, gauges), volumes)

@@ -38,6 +38,8 @@ HELP = {
     "loop_longest_turn_seconds": "the longest turn of the event loop since the start",
     "connections": "client connections, those in their handshake too",
     "volume_size_bytes": "size of the volume",
+    "volume_failed": "1 while it is not served: it could not be opened, or a sync failed",
+    "volume_full": "1 while writes that need room get ENOSPC",
     "volume_generation": "raised when acknowledged writes may have been lost",
     "volume_max_data_bytes": "most that the segment files of it, its snapshots and clones may take; 0: without limit",
     "volume_alarm_percent": "the threshold of it above which the live data is: 80, 90, 95; 0: none",

@@ -10,6 +10,7 @@ from nbdserver.cli import (
     client_commands,
     clone_commands,
     image_commands,
+    monitoring_commands,
     node_commands,
     scrub_commands,
     serve,
@@ -72,6 +73,7 @@ app.add_typer(image_commands.app, name="image")
 app.add_typer(scrub_commands.app, name="scrub")
 app.add_typer(client_commands.app, name="client")
 app.add_typer(cert_commands.app, name="cert")
+app.add_typer(monitoring_commands.app, name="monitoring")
 node_commands.add_to(app)
 check_command.add_to(app)
 upgrade.add_to(app)

@@ -131,12 +131,12 @@ class Node:
             await self._stop_data()
             raise
         supervisor = loop.create_task(self._supervise())
-        watching = asyncio.gather(self.capacity.watch(), self.scrubs.watch())
+        watching = [loop.create_task(self.capacity.watch()), loop.create_task(self.scrubs.watch())]
         try:
             stop_api = await serve_api(self)
         except BaseException:
             supervisor.cancel()
-            watching.cancel()
+            _cancel(watching)
             await self._stop_data()
             raise
         self.events.add("node-started", {"pid": os.getpid()})
@@ -151,7 +151,7 @@ class Node:
                 stop_api = await serve_api(self)
         systemd_notify.notify("STOPPING=1")
         supervisor.cancel()
-        watching.cancel()
+        _cancel(watching)
         self.events.add("node-stopping", {})
         await self.scrubs.note()
         if not await self._leave_clients_to_systemd():
@@ -427,6 +427,11 @@ class Node:
                 f"checksums are computed by {library}, far too slowly: install google-crc32c with its C extension"
             )
         return warnings
+
+
+def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
+    for task in tasks:
+        task.cancel()
 
 
 def open_registry(directory: DataDirectory) -> RegistryTable:

@@ -175,7 +175,11 @@ class ServedFamily:
         found: dict[str, dict[str, Any]] = {
             served.export.name: {
                 "counters": served.export.counters.as_dict(),
-                "gauges": {"clients": len(served.export.sessions)},
+                "gauges": {
+                    "clients": len(served.export.sessions),
+                    "volume_failed": bool(self.disk.failure),
+                    "volume_full": bool(self.disk.pool.full),
+                },
             }
             for served in self.volumes
         }

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from nbdserver.cli.client import NodeClient
+from nbdserver.cli.main import run as run_command
 from protocol.nbd import Command, ReplyError
 from tests.conftest import Processes
 from tests.nbd_client import Client
 from tests.serving import Server
+from tests.unit.test_monitoring import metrics
 
 MIB = 1 << 20
 PATIENCE_S = 30.0
@@ -130,3 +132,19 @@ def test_a_volumes_limit_is_set_live_and_counts_its_snapshots(server: Server) ->
     eventually(lambda: client.request(Command.WRITE, 9 * MIB, data=data).error == 0, "the snapshot's room came back")
     server.command("volume", "set", "disk0", "max-data=none")
     assert "volume disk0" not in alarms(server)
+
+
+def test_every_metric_of_the_alert_rules_and_the_dashboard_is_there(
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    certificates = tmp_path / "certificates"
+    for arguments in (["ca"], ["node", "localhost"]):
+        assert run_command(["cert", *arguments, "--dir", str(certificates)]) == 0
+    settings = tmp_path / "node.yaml"
+    tls = f"certificate: {certificates}/server-cert.pem, key: {certificates}/server-key.pem, verify_clients: false"
+    settings.write_text(SETTINGS % (port := free_port()) + f"tls: {{mode: allowed, {tls}}}\n")
+    Server(processes, tmp_path / "data", free_port(), {"disk0": "64M"}, ["--config", str(settings)])
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        there = set(re.findall(r"(?m)^(nbdserver_\w+)", answer.read().decode()))
+    assert len(metrics()) > 30
+    assert not metrics() - there
