@@ -271,11 +271,27 @@ class Master:
         self._swap_state()
         return True
 
-    def remove_voter(self, node: int, done: Done) -> None:
-        """Strike a node from the voters, for an operator; `done` gets the answer."""
-        if node not in self.state.voters:
+    def remove(self, name: str, done: Done) -> None:
+        """Strike a member that will not come back, for an operator; one that is alive joins again.
+
+        *Not done* for this node itself, for a name that is no member's, and while the voters cannot be changed: another
+        change is under way, or too few of the others have everything.
+        """
+        member = next((one for one in self._members().values() if one.name == name), None)
+        if member is None or member.node == self.me.node or self._has_ended:
+            done(Answer.NOT_DONE)
+            return
+
+        def taken() -> None:
+            for key in (member.key, STATE_PREFIX + member.name):
+                if self._replica.map.entry(key) is not None:
+                    self.term.publish(Update(Action.DELETE, key))
+            self.term.flush(self._clock.now())
             done(Answer.CONFIRMED)
-        elif not self._change_voters({node: None}, lambda: done(Answer.CONFIRMED)):
+
+        if member.node not in self.state.voters:
+            taken()
+        elif not self._change_voters({member.node: None}, taken):
             done(Answer.NOT_DONE)
 
     def _swap_state(self) -> None:

@@ -150,6 +150,13 @@ class DirectoryNode:
     def _mine(self, update: Update) -> Update:
         return update._replace(origin=self.me.node, number=self.reports.next_number())
 
+    def remove(self, name: str, done: Done) -> None:
+        """Strike a member that will not come back (`Master.remove`); *not done* where this node is not the master."""
+        if self.master is None:
+            done(Answer.NOT_DONE)
+        else:
+            self.master.remove(name, done)
+
     @property
     def members(self) -> dict[int, Member]:
         """By id, as this node's copy has them."""
