@@ -11,6 +11,8 @@ header goes on with the chain.
 
 Flush. One fdatasync in flight at a time, off the loop; whoever asks meanwhile shares the next one. It covers every
 segment with unsynced records, the oldest first, because a later segment is reached only through the earlier ones.
+A client that flushes after each write (a database's journal) would wait twice, for its write and then for its flush. So
+when that has become a *habit*, the sync begins with the write, and the flush that follows shares it.
 
 Rules
 - A record is acknowledged only after its `pwritev` returned (Rule.ACK_AFTER_APPEND).
@@ -54,6 +56,9 @@ from protocol.invariant import invariant
 MAX_BYTES_A_BLOCK = RECORD_HEADER_BYTES + EXTENT_BYTES + WRITE_BLOCK_BYTES + BLOCK_BYTES
 """Of the log, for a block that is a record of its own."""
 
+HABIT_RECORDS = 4
+"""So many flushes after one record each, and the next one is expected; a wrong guess costs one sync and ends it."""
+
 
 class Log:
     """The append end of a family's log. Positions are of the *next* record."""
@@ -93,6 +98,8 @@ class Log:
         self._unsynced: list[int] = []  # segments, oldest first
         self._syncing = False
         self._waiting: list[tuple[int, Done]] = []  # (lsn, done)
+        self._flushed_lsn = position.lsn  # of the last record when a flush was asked for last
+        self._habit = 0  # how often, lately, exactly one record came before a flush
 
     # -- room
 
@@ -161,10 +168,13 @@ class Log:
         body = extents.tobytes() + mbas.tobytes() + checksums.tobytes()
         self.txid += 1
         try:
-            return self._append(WRITE, layer, len(extents) >> 1, len(mbas), body, data)
+            offset = self._append(WRITE, layer, len(extents) >> 1, len(mbas), body, data)
         except OSError:
             self.txid -= 1
             raise
+        if self._habit:
+            self._anticipate_flush()
+        return offset
 
     def append_tree(self, rows: Sequence[bytes]) -> None:
         """Append a change of the tree of layers: one modification. Raises OSError; the log is then as before."""
@@ -239,8 +249,17 @@ class Log:
     def sync(self, done: Done) -> None:
         """`done(0)` when every record appended before this call is durable, `done(EIO)` if that can never be said."""
         self.sync_requests += 1
+        self._habit = min(self._habit + 1, HABIT_RECORDS) if self.lsn == self._flushed_lsn + 1 else 0
+        self._flushed_lsn = self.lsn
         self._waiting.append((self.lsn, done))
         if not self._syncing:
+            self._start_sync()
+
+    def _anticipate_flush(self) -> None:
+        """A record was appended: begin the sync for it, unless the one before it was followed by no flush."""
+        if self.lsn > self._flushed_lsn + 1:
+            self._habit = 0
+        elif self._habit == HABIT_RECORDS and not self._syncing:
             self._start_sync()
 
     def _start_sync(self) -> None:

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from nbdserver.logdisk.log import HABIT_RECORDS
 from nbdserver.logdisk.ordering import Rule, disabled
 from tests.simulation.faults import FaultMix
 from tests.unit.families import CALM, SimulatedFamily
@@ -37,6 +38,39 @@ def test_a_flush_covers_what_was_appended_before_it_and_no_less() -> None:
     family.device.flush(lambda _: durable.append(family.disk.log.durable_lsn))
     family.run(5.0)
     assert durable[1] >= asked > durable[0]
+
+
+def test_the_sync_for_a_client_that_flushes_after_each_write_begins_with_the_write() -> None:
+    family = SimulatedFamily(mix=SLOW_SYNC)
+    log = family.disk.log
+    for number in range(HABIT_RECORDS):
+        syncs = log.syncs
+        family.put(number, number)
+        assert log.syncs == syncs, "not a habit yet"
+        assert family.flush() == 0
+    syncs = log.syncs
+    for number in range(10):
+        family.put(number, number)
+        assert log.syncs == syncs + number + 1
+        asked = log.lsn
+        assert family.flush() == 0
+        assert log.durable_lsn >= asked
+    assert log.syncs == syncs + 10, "the flush shares the sync that was begun for it"
+
+
+def test_a_client_that_stops_flushing_pays_for_one_sync_in_vain() -> None:
+    family = SimulatedFamily(mix=SLOW_SYNC)
+    log = family.disk.log
+    for number in range(HABIT_RECORDS):
+        family.put(number, number)
+        assert family.flush() == 0
+    syncs = log.syncs
+    for number in range(50):
+        family.put(number, number)
+        family.run(0.05)
+    assert log.syncs == syncs + 1
+    assert family.flush() == 0
+    assert log.durable_lsn == log.lsn
 
 
 def handles_of_one_flush(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
