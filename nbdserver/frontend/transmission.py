@@ -2,10 +2,10 @@
 
 Theory: `_walk` goes over everything that was received. WRITE without flags is checked and done right there, with
 local names and no object a request; runs of READs of whole blocks go to `InlineReads`; every other request goes
-through `_other`.
-Successful changes collect their acknowledgements in `_acknowledged` (or, with FUA, `_forced`); at the end of the
-wake one commit decides over them and those of the export's other connections (`OpenBatch`), and one `send` carries
-all replies. FLUSH and FUA share one flush, begun after the commit.
+through `_other` to `Requests`.
+Successful changes collect their acknowledgements in the `Batch`; at the end of the wake one commit decides over them
+and those of the export's other connections (`OpenBatch`), and one `send` carries all replies. FLUSH and FUA share one
+flush, begun after the commit.
 
 Rules
 - Nothing that changes data is acknowledged before `commit` returned 0; if it fails, all changes of the batch get its
@@ -21,46 +21,37 @@ Rules
 Known weakness: a read of up to 32 MiB from memory is one piece of work for the loop, some milliseconds.
 """
 
-import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from metadata.seams import Buffer, Clock, Connection, Timer
-from nbdserver.block import ZERO, Extents
+from metadata.seams import Clock, Connection, Timer
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import RUN_LIMIT_BYTES, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
+from nbdserver.frontend.requests import SPARSE_READ_BYTES, Batch, Requests
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
 from nbdserver.volume.limits import Throttle
 from protocol import nbd
-from protocol.contexts import Context
 from protocol.handshake import Agreement, ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyFlag
-from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, shortened
+from protocol.transmission import payload_bytes, refuse, replies_of
 
 BATCH_BYTES = 4 << 20  # reply data of one batch: about one millisecond of copying
 BATCH_REQUESTS = 1024  # requests of one batch: some milliseconds of a client that sends the smallest possible ones
 UNSENT_LIMIT_BYTES = 4 << 20
-SPARSE_READ_BYTES = 256 << 10  # reads from here on look for holes first
-EXTENT_LIMIT = 512  # extents in one BLOCK_STATUS reply, chunks of one sparse read
-EXTENT_COST_BYTES = 2 << 10  # what one extent counts against BATCH_BYTES: half a microsecond, like copying so much
 SHRINK_DELAY_S = 1.0  # a buffer grown for a big payload shrinks when it had no such payload for this long
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
-_FUA = int(CommandFlag.FUA)
 _STOP = -1
 
 _SIMPLE_MAGIC = nbd.SIMPLE_REPLY_MAGIC
-_STRUCTURED_MAGIC = nbd.STRUCTURED_REPLY_MAGIC
 _EXTENDED_MAGIC = nbd.EXTENDED_REPLY_MAGIC
-_DONE, _OFFSET_DATA, _NONE = int(ReplyFlag.DONE), int(Chunk.OFFSET_DATA), int(Chunk.NONE)
+_DONE, _NONE = int(ReplyFlag.DONE), int(Chunk.NONE)
 _PAYLOAD_LIMIT_BYTES = nbd.MAXIMUM_PAYLOAD_BYTES
 _pack_simple = nbd.SIMPLE_REPLY.pack
-_pack_data = nbd.STRUCTURED_DATA.pack
 _pack_extended = nbd.EXTENDED_REPLY.pack
-_pack_extended_data = nbd.EXTENDED_DATA.pack
 
 
 class Transmission:
@@ -87,12 +78,11 @@ class Transmission:
         self._finished = finished
         self._replies = replies_of(agreement.style)
         self._extended = agreement.style is ReplyStyle.EXTENDED
-        self._simple = agreement.style is ReplyStyle.SIMPLE
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
         self._inline_reads = InlineReads(
             agreement.style,
             export.device,
-            RUN_LIMIT_BYTES if self._simple else min(RUN_LIMIT_BYTES, SPARSE_READ_BYTES - 1),
+            min(RUN_LIMIT_BYTES, SPARSE_READ_BYTES - 1),
             connection.send,
         )
         self._bound = (  # what `_walk` needs and what never changes on a connection
@@ -104,10 +94,8 @@ class Transmission:
             export.device.write,
         )
         self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
-        self._out: list[Buffer] = []
-        self._acknowledged: list[bytes] = []
-        self._forced: list[bytes] = []
-        self._flushes: list[tuple[int, int]] = []
+        self._batch = Batch()
+        self._others = Requests(export.device, agreement, counters, self._deferred, self._batch)
         self._requests = 0
         self._started_s = 0.0
         self._position = 0  # how far the batch has come in the buffer
@@ -117,7 +105,6 @@ class Transmission:
         self._ending = ""  # why the connection ends once nothing waits; "" while it goes on
         self._over = False
         self._continuing = False
-        self._batch_bytes = 0
         self._most_requests, self._most_bytes = (
             BATCH_REQUESTS,
             BATCH_BYTES,
@@ -181,7 +168,7 @@ class Transmission:
         if self._serve():
             if self._export.open_batch.join(self._committed):
                 self._connection.at_round_end(self._export.open_batch.commit)
-            if self._inline_reads.count and self._waits_for_commit():
+            if self._inline_reads.count and self._batch.waits_for_commit:
                 self._send_replies()
 
     def process(self) -> None:
@@ -198,28 +185,25 @@ class Transmission:
             return False
         self._started_s = self._clock.now()
         self._position = self._walk()
-        if self._waits_for_commit():
+        if self._batch.waits_for_commit:
             return True
         self._end_batch()
         return False
 
-    def _waits_for_commit(self) -> bool:
-        """Whether the batch so far waits for a commit."""
-        return bool(self._acknowledged or self._forced or self._flushes)
-
     def _committed(self, error: int) -> None:
         """The batch's changes are in the log, or none of them is; begin the flush that it asks for."""
-        acknowledged, forced, flushes = self._acknowledged, self._forced, self._flushes
-        self._acknowledged, self._forced, self._flushes = [], [], []
+        batch = self._batch
+        acknowledged, forced, flushes = batch.acknowledged, batch.forced, batch.flushes
+        batch.acknowledged, batch.forced, batch.flushes = [], [], []
         if self._over:
             return  # the connection was lost meanwhile: there is nobody to tell
         replies = self._replies
         if error:
             for reply in acknowledged + forced:
-                self._fail(*replies.unpack_success(reply), error)
+                self._others.fail(*replies.unpack_success(reply), error)
             forced = []
         elif acknowledged:
-            self._out.append(b"".join(acknowledged))
+            batch.replies.append(b"".join(acknowledged))
         if forced or flushes:
             waiting = flushes + [replies.unpack_success(reply) for reply in forced]
             self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
@@ -244,20 +228,20 @@ class Transmission:
             self._end(self._ending)
         elif self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
             self._stall()
-        elif self._batch_bytes > self._most_bytes and not self._continuing:
+        elif self._batch.size_bytes > self._most_bytes and not self._continuing:
             self._continuing = True
             self._clock.call_soon(self._continue)
 
     def _send_replies(self) -> None:
-        out, reads = self._out, self._inline_reads
+        batch, reads = self._batch, self._inline_reads
         if reads.count:
             self._counters.reads += reads.count
             self._counters.read_bytes += reads.size_bytes
             self._requests += reads.count
-            out += reads.complete()
-        if out:
-            self._out = []
-            self._connection.send(out)
+            batch.replies += reads.complete()
+        if batch.replies:
+            replies, batch.replies = batch.replies, []
+            self._connection.send(replies)
 
     def _admitted(self, throttle: Throttle) -> bool:
         """Whether the volume's limits let anything be done now; if not, it is, when it is this connection's turn."""
@@ -296,7 +280,7 @@ class Transmission:
         self.process()
 
     def _walk(self) -> int:
-        """Do the buffer's requests; return how far it got. `_batch_bytes` tells whether the batch is big enough.
+        """Do the buffer's requests; return how far it got. `_batch.size_bytes` tells whether the batch is big enough.
 
         Longer than other functions, on purpose: a call for each request would cost as much as all that is done here.
         """
@@ -308,15 +292,15 @@ class Transmission:
         extended = self._extended
         size_bytes = self._device.size_bytes
         writable = not (self._export.read_only or self._agreement.offer.read_only)
-        acknowledge = self._acknowledged.append
+        acknowledge = self._batch.acknowledged.append
         last = end - header_bytes
         left, most_bytes = self._most_requests, self._most_bytes
         writes = write_bytes = 0
-        self._batch_bytes = 0
+        self._batch.size_bytes = 0
         self._missing_bytes = header_bytes
         while position <= last:
             if left <= 0:
-                self._batch_bytes = most_bytes + 1
+                self._batch.size_bytes = most_bytes + 1
                 break
             magic, flags, command, cookie, offset, length = unpack(data, position)
             tried = False
@@ -324,12 +308,12 @@ class Transmission:
                 self._ending = f"a request starts with {magic:#010x}: the stream is out of step"
                 break
             if command == 0:
-                after, taken_bytes = take_reads(view, position, end, left, most_bytes - self._batch_bytes)
+                after, taken_bytes = take_reads(view, position, end, left, most_bytes - self._batch.size_bytes)
                 if after != position:
                     left -= (after - position) // header_bytes
                     position = after
-                    self._batch_bytes += taken_bytes
-                    if self._batch_bytes > most_bytes:
+                    self._batch.size_bytes += taken_bytes
+                    if self._batch.size_bytes > most_bytes:
                         break
                     continue
             elif (
@@ -359,7 +343,7 @@ class Transmission:
             if after == _STOP:
                 break
             position = after
-            if self._ending or self._batch_bytes > most_bytes:
+            if self._ending or self._batch.size_bytes > most_bytes:
                 break
             left -= 1
         counters = self._counters
@@ -404,7 +388,7 @@ class Transmission:
         error = refuse(self._agreement, self._device.size_bytes, read_only, (flags, command, offset, length))
         if error:
             self._requests += 1
-            self._fail(cookie, offset, error)
+            self._others.fail(cookie, offset, error)
             return self._skip(start, end, payload)
         if start + payload > end:
             self._missing_bytes = start - position + payload
@@ -413,127 +397,8 @@ class Transmission:
             self._stall()
             return _STOP
         self._requests += 1
-        self._do(flags, command, cookie, offset, length, self._buffer.view[start : start + payload], tried)
+        self._others.do(flags, command, cookie, offset, length, self._buffer.view[start : start + payload], tried)
         return start + payload
-
-    def _do(
-        self, flags: int, command: int, cookie: int, offset: int, length: int, payload: memoryview, tried: bool
-    ) -> None:
-        device, deferred = self._device, self._deferred
-        fua = bool(flags & _FUA)
-        if command == Command.READ:
-            self._read(flags, cookie, offset, length, tried)
-        elif command == Command.WRITE:
-            if not tried and device.write(offset, payload):
-                self._counters.write_bytes += length
-                self._changed(cookie, offset, fua)
-            else:
-                deferred.write(cookie, offset, bytes(payload), fua)
-        elif command == Command.FLUSH:
-            self._counters.flushes += 1
-            self._flushes.append((cookie, offset))
-        elif command == Command.CACHE:
-            deferred.cache(cookie, offset, length)
-        elif command == Command.BLOCK_STATUS:
-            self._block_status(flags, cookie, offset, length, payload)
-        elif flags & CommandFlag.NO_HOLE:
-            if flags & CommandFlag.FAST_ZERO:
-                self._fail(cookie, offset, errno.ENOTSUP)
-            else:
-                deferred.zero_fill(cookie, offset, length, fua)
-        elif device.discard(offset, length):
-            self._changed(cookie, offset, fua)
-        elif flags & CommandFlag.FAST_ZERO:
-            self._fail(cookie, offset, errno.ENOTSUP)
-        else:
-            deferred.discard(cookie, offset, length, fua)
-
-    def _changed(self, cookie: int, offset: int, fua: bool) -> None:
-        self._counters.writes += 1
-        (self._forced if fua else self._acknowledged).append(self._replies.success(cookie, offset))
-
-    def _fail(self, cookie: int, offset: int, error: int) -> None:
-        self._counters.errors += 1
-        self._out.append(self._replies.error(cookie, offset, error))
-
-    def _read(self, flags: int, cookie: int, offset: int, length: int, tried: bool) -> None:
-        if not tried:
-            if length >= SPARSE_READ_BYTES and not self._simple and not flags & CommandFlag.DF:
-                extents = self._device.extents(offset, length, EXTENT_LIMIT)
-                if (
-                    extents
-                    and any(state & ZERO for _, state in extents)
-                    and self._read_sparse(cookie, offset, length, extents)
-                ):
-                    return
-            answer = self._device.read(offset, length)
-            if answer is not None:
-                self._count_read(length)
-                self._out.append(self._replies.data(cookie, offset, offset, length, True))
-                self._out += answer
-                return
-        self._deferred.read(cookie, offset, length)
-
-    def _count_read(self, length: int) -> None:
-        self._counters.reads += 1
-        self._counters.read_bytes += length
-        self._batch_bytes += length
-
-    def _read_sparse(self, cookie: int, offset: int, length: int, extents: Extents) -> bool:
-        """Answer with a chunk an extent; False if the extents do not cover the range or data is not at hand."""
-        out: list[Buffer] = []
-        position, stop = offset, offset + length
-        for extent_bytes, state in extents:
-            extent_bytes = min(extent_bytes, stop - position)
-            if extent_bytes <= 0:
-                break
-            done = position + extent_bytes == stop
-            if state & ZERO:
-                out.append(self._replies.hole(cookie, offset, position, extent_bytes, done))
-            else:
-                answer = self._device.read(position, extent_bytes)
-                if answer is None:
-                    return False
-                out.append(self._replies.data(cookie, offset, position, extent_bytes, done))
-                out += answer
-            position += extent_bytes
-        if position != stop:
-            return False
-        self._count_read(length)
-        self._batch_bytes += len(out) * EXTENT_COST_BYTES
-        self._out += out
-        return True
-
-    def _block_status(self, flags: int, cookie: int, offset: int, length: int, payload: memoryview) -> None:
-        contexts: Sequence[Context] = self._agreement.contexts
-        if flags & CommandFlag.PAYLOAD_LEN:
-            asked = parse_status_payload(self._agreement, bytes(payload))
-            if asked is None or offset + asked[0] > self._device.size_bytes:
-                self._fail(cookie, offset, errno.EINVAL)
-                return
-            length, context_ids = asked
-            contexts = [context for context in contexts if context.id in context_ids]
-        limit = 1 if flags & CommandFlag.REQ_ONE else EXTENT_LIMIT
-
-        def answer(found: Sequence[Extents]) -> bytes:
-            described = [
-                (context.id, shortened(extents, length, limit))
-                for context, extents in zip(contexts, found, strict=True)
-            ]
-            return self._replies.block_status(cookie, offset, described)
-
-        if not contexts:
-            self._out.append(self._replies.success(cookie, offset))
-            return
-        extents = None
-        if len(contexts) == 1 and not contexts[0].is_bitmap:
-            extents = self._device.extents(offset, length, limit)
-        if extents is None:
-            self._batch_bytes += EXTENT_COST_BYTES * limit * len(contexts)
-            self._deferred.block_status(cookie, offset, length, limit, contexts, answer)
-        else:
-            self._batch_bytes += EXTENT_COST_BYTES * len(extents)
-            self._out.append(answer([extents]))
 
     def _skip(self, position: int, end: int, size_bytes: int) -> int:
         """Pass over a payload, as far as it is here; what is not here yet is noted."""
