@@ -89,7 +89,7 @@ class Tally:
         if tried.events:
             self._events += tried.events
             self._node_s += tried.node_s
-            self._busy_s += tried.duration_s
+            self._busy_s += tried.busy_s
         if tried.wrong:
             self.failed.append(tried)
             print(f"{chr(13) * self._is_terminal}{tried.world}, seed {tried.seed}: {tried.wrong}\n    {tried.again}")

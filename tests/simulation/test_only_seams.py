@@ -29,6 +29,7 @@ PRODUCTION = ("nbdserver", "metadata", "protocol")
 SEAM, DRIVES, JUDGES = "stands behind a seam", "makes things happen", "says what is right"
 SIMULATOR_ONLY = {
     "__main__": DRIVES,
+    "clones": JUDGES,
     "faults": DRIVES,
     "registers": JUDGES,
     "run": DRIVES,

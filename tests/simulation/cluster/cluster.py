@@ -122,6 +122,8 @@ class Cluster:
                 machine.start(self._factory)
             except SimulatedCrash:
                 self._crashed()
+            except OSError as error:
+                self.failed(machine, f"it cannot start: {error}")
 
     def run(self, duration_s: float) -> None:
         """Let that much virtual time go by."""

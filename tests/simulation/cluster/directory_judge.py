@@ -149,8 +149,8 @@ class Judge:
 
     # --- in the end ---
 
-    def missing(self, views: list[View], kept: dict[str, bytes]) -> str:
-        """What has not converged yet. `kept` is what the registry has."""
+    def missing(self, views: list[View], kept: dict[str, bytes], said: dict[str, bytes]) -> str:
+        """What has not converged yet. `kept` is what the registry has, `said` what nodes last said of themselves."""
         masters = [view for view in views if view.epoch and view.epoch == max(self.masters)]
         if len(masters) != 1:
             return "there is no master of the newest epoch"
@@ -164,7 +164,7 @@ class Judge:
                 return f"{view.name} is at {tuple(replica.position)}, the master at {tuple(master.position)}"
             if replica.store.persisted != replica.position:
                 return f"{view.name} has not persisted what it has"
-            if replica is not master and replica.stubs.missing:
+            if replica is not master and view.prefixes is None and replica.stubs.missing:
                 return f"{view.name} misses {replica.stubs.missing} messages"
             found = {entry.update.key: entry.update.value for entry in replica.map.entries()}
             wanted = full
@@ -174,6 +174,9 @@ class Judge:
                 found = {key: value for key, value in found.items() if key.startswith(prefixes)}
             if found != wanted:
                 return f"{view.name} has not exactly its keys: {_difference(wanted, found)}"
+        for key, value in said.items():
+            if full.get(key) != value:
+                return f"{key} is {full.get(key)!r}, its node says {value!r}"
         late = [key for key in full if key.startswith("passing/")]
         if late:
             return f"{late[0]} has not expired"

@@ -43,7 +43,7 @@ CATALOGUE = (
     Fault("clog", "frames from one machine to another stand still, then all come", (120.0, 1200.0)),
     Fault("kill", "a process is killed", (60.0, 360.0), 0.5),
     Fault("power", "a machine loses its power: its memory, its clock, its connections without a word", (30.0, 180.0)),
-    Fault("power of all", "every machine loses its power", (20.0,), 0.1),
+    Fault("power of all", "every machine loses its power", (60.0,), 0.15),
     Fault("crash in a call", "a process ends inside a call of its disk", (60.0, 360.0)),
     Fault("stop", "a process is ended cleanly and started again", (60.0, 180.0), 0.2),
     Fault("pause", "a process stands still (SIGSTOP): frames wait, timers come late and all at once", (60.0, 360.0)),
@@ -53,13 +53,13 @@ CATALOGUE = (
     Fault("drift", "clocks run too fast or too slow, by up to this share", (0.0001, 0.01), 0.5),
     Fault("slow disk", "the share of a machine's disk calls that take a hundred times as long", (0.02, 0.3)),
     Fault("disk error", "the share of the writes to a machine's store that fail", (0.001, 0.01), 0.15),
-    Fault("disk lost", "a machine comes back with an empty disk, once in a run", (30.0,), 0.15),
+    Fault("disk lost", "a machine comes back with an empty disk, once in a run", (60.0,), 0.2),
     Fault("registry outage", "the registry answers nobody for a while", (60.0, 240.0)),
     Fault("registry delay", "the share of the registry's answers that take up to some seconds", (0.05, 0.5)),
     Fault("registry unknown", "the share of the registry's changes whose outcome is not told", (0.02, 0.2)),
     Fault("registry compaction", "the registry forgets the history that watches resume from", (60.0, 600.0)),
     Fault("watch break", "a watch breaks and has to be resumed", (60.0, 600.0)),
-    Fault("lease lost", "the registry ends a lease early, as after a restore from a backup", (20.0,), 0.1),
+    Fault("lease lost", "the registry ends a lease early, as after a restore from a backup", (120.0,), 0.15),
 )  # fmt: skip
 NAMES = frozenset(fault.name for fault in CATALOGUE)
 

@@ -149,11 +149,13 @@ class Nemesis:
         return len(names) > 1
 
     def _clog(self) -> bool:
-        source, target = (self._random.choice(list(self._cluster.machines)) for _ in range(2))
+        if len(self._cluster.machines) < 2:
+            return False
+        source, target = self._random.sample(list(self._cluster.machines), 2)
         duration_s = self._away_s() / 5
         self._cluster.tell(f"{source} to {target} clogged for {duration_s:.3f} s")
         self._cluster.wires.path(source, target).clog(duration_s)
-        return source != target
+        return True
 
     # --- machines ---
 
