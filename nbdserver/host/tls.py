@@ -188,7 +188,7 @@ class TlsConnection:
         self._below.send(pieces)
 
     def at_round_end(self, callback: Callable[[], None]) -> None:
-        callback()  # one round below may bring several records, of which the receiver is told one by one
+        self._below.at_round_end(callback)  # a round below brings the receiver one delivery; a turn of our own is none
 
     def pause_reading(self) -> None:
         self._reading = False

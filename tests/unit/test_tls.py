@@ -315,6 +315,9 @@ def test_it_cannot_be_handed_over(certificates: Certificates) -> None:
 
 def test_the_connection_below_is_told_of_in_both_directions(certificates: Certificates) -> None:
     link = Link(certificates).shake_hands()
+    link.below.round_end = []
+    link.server.at_round_end(print)
+    assert link.below.round_end == [print]
     link.below.taking = False
     link.server.send([b"x" * 1000])
     assert link.server.unsent_bytes > 1000
