@@ -3,10 +3,11 @@
 Rules
 - What cannot be used (unreadable, not a certificate and its key, an unusable CA) is refused in one line before anything
   is changed, at a start, at a reload and by `config check`.
-- An expired certificate is refused at a reload, where the old one stays, and is a warning at a start: those who do not
-  look at it, and those on the unix socket, are served, and a clock may be wrong after a boot.
-- A data process that is started again and cannot read what its predecessor could goes on without TLS, which closes
-  volumes that require it; that is a warning too.
+- An expired certificate is refused at a reload, where the old one stays, unless it is the one in force. At a start it
+  is a warning: those who do not look at it, and those on the unix socket, are served, and a clock may be wrong after a
+  boot.
+- A data process that is started again and cannot read what its predecessor could goes on without TLS, but with the same
+  mode: what requires TLS is closed, not served in clear text. That is a warning too.
 """
 
 from collections.abc import Callable, Sequence
@@ -115,14 +116,15 @@ class NodeTls:
         try:
             await self._use(self._settings, check(self._settings))
         except NodeError as error:
-            self._failure = f"there is no TLS: {error}"
+            self._certificates, self._failure = [], f"there is no TLS: {error}"
+            await self._call("tls", **TlsSettings().model_dump(mode="json") | {"mode": self._settings.mode})
 
     async def reload(self, settings: TlsSettings) -> None:
         """Use what the settings say, and what the files hold, for new connections. NodeError: the old stays."""
         certificates = check(settings)
         now = datetime.now(UTC)
         for certificate in certificates:
-            if not certificate.is_valid(now):
+            if not certificate.is_valid(now) and certificate not in self._certificates:
                 raise WrongInputError(certificate.problem(now))
         await self._use(settings, certificates)
 

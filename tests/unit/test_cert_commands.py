@@ -1,10 +1,12 @@
 """`nbdserver cert`: the files, who may read them, how long they are valid, and what is refused."""
 
+import asyncio
 import json
 import os
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -15,6 +17,7 @@ from nbdserver.cli.main import run
 from nbdserver.node.certificates import Certificate, NodeTls, problems, read_certificate
 from nbdserver.node.config import TlsSettings
 from nbdserver.node.errors import WrongInputError
+from tests.certificates import Certificates, make_certificates
 
 DAY = timedelta(days=1)
 
@@ -188,3 +191,49 @@ def test_volumes_that_nobody_can_attach_to_without_a_certificate_are_named() -> 
     (warning,) = NodeTls(TlsSettings(), lambda: None).warnings([family])
     assert warning.startswith("nobody can attach over the network to secure, named: TLS is required")
     assert NodeTls(TlsSettings(), lambda: None).warnings([]) == []
+
+
+class Told:
+    """A data process: what it was told about TLS, which it may refuse."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+
+    async def __call__(self, name: str, **arguments: Any) -> None:
+        assert name == "tls"
+        self.requests.append(arguments)
+
+
+def settings_of(certificates: Certificates, **changes: Path) -> TlsSettings:
+    files = {**certificates.settings, **changes}
+    return TlsSettings.model_validate({"mode": "required", **{key: str(path) for key, path in files.items()}})
+
+
+def test_a_certificate_that_is_gone_at_a_start_closes_what_requires_tls_and_is_told(tmp_path: Path) -> None:
+    told = Told()
+    certificates = make_certificates(tmp_path)
+    tls = NodeTls(settings_of(certificates), told)
+    certificates.settings["key"].unlink()
+    asyncio.run(tls.start())
+    assert [(request["mode"], request["certificate"]) for request in told.requests] == [("required", None)]
+    (warning,) = tls.warnings([])
+    assert warning.startswith("there is no TLS: tls.key: ")
+    assert tls.status() is None
+
+
+def test_an_expired_certificate_is_taken_at_a_start_and_not_at_a_reload(tmp_path: Path) -> None:
+    told = Told()
+    certificates = make_certificates(tmp_path)
+    good = settings_of(certificates)
+    directory = certificates.client("expired")
+    expired = settings_of(certificates, certificate=directory / "client-cert.pem", key=directory / "client-key.pem")
+    tls = NodeTls(good, told)
+    asyncio.run(tls.start())
+    with pytest.raises(WrongInputError, match="has expired"):
+        asyncio.run(tls.reload(expired))
+    assert len(told.requests) == 1
+    late = NodeTls(expired, told)
+    asyncio.run(late.start())
+    assert "has expired" in late.warnings([])[0]
+    asyncio.run(late.reload(expired))  # other settings can be reloaded
+    assert [request["mode"] for request in told.requests] == ["required"] * 3
