@@ -94,7 +94,7 @@ class DirectoryNode:
         self.joiner = Joiner(
             self.me, self._prefixes, self.replica, self.routes, random, clock.now, self._open_stream
         )  # fmt: skip
-        self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._settle)
+        self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._far_opened)
         self._timer: Timer | None = None
         self._wake_at_s = float("inf")
         self._heard_master_s = now_s
@@ -249,6 +249,9 @@ class DirectoryNode:
         if stream is not None and self.routes.streams.get(node) is not stream:
             before = self.routes.streams.get(node)
             self.routes.streams[node] = stream
+            if self.master is not None:
+                # What was on its way over the other stream is lost: nothing goes over this one until it is asked for.
+                self.master.unlink(node)
             if before is not None:
                 before.close()
 
@@ -379,6 +382,11 @@ class DirectoryNode:
         return (follower.master, follower.epoch) if follower.is_following else (0, 0)
 
     # --- across a WAN ---
+
+    def _far_opened(self) -> None:
+        """Another stream: what was on its way over the last one is lost, so it has to be asked for what follows."""
+        self.follower.is_following = False
+        self._settle()
 
     def _heard_far(self, node: int, body: Any) -> None:
         if not self._is_closed:

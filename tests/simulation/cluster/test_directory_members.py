@@ -4,10 +4,12 @@ import pytest
 
 from metadata.directory.node import DirectoryNode
 from metadata.directory.reports import Answer
-from protocol.directory import Confirm
+from metadata.directory.settings import DirectorySettings
+from protocol.directory import Confirm, NodeKind
 from tests.simulation.cluster.cluster import Cluster
 from tests.simulation.cluster.faults import Mix
-from tests.simulation.cluster.spread import start
+from tests.simulation.cluster.machine import Machine, Seams
+from tests.simulation.cluster.spread import KEYS, start
 
 SEED = 5
 LIMIT_S = 60.0
@@ -122,3 +124,36 @@ def test_a_node_without_its_disk_is_another_one_with_the_same_name() -> None:
     assert state is not None
     assert members.voters() == before
     assert old_id not in state.voters
+
+
+FAR = "far"
+
+
+def start_either(machine: Machine, seams: Seams) -> DirectoryNode:
+    """A second-kind node if its name says so."""
+    kind = NodeKind.SECOND if machine.name.startswith(FAR) else NodeKind.FIRST
+    addresses = (f"{machine.host}:700", f"{machine.host}:701")
+    settings = DirectorySettings(machine.name, kind, *addresses, KEYS, ("key/",) if kind is NodeKind.SECOND else ())
+    return DirectoryNode(settings, seams.clock, seams.network, seams.store, seams.registry, seams.random)
+
+
+def test_what_was_on_its_way_over_a_stream_that_broke_is_sent_over_the_next_one() -> None:
+    cluster = Cluster(SEED, Mix(), start_either)
+    for name, site in (("node-0", "site-1"), (FAR, "site-2")):
+        cluster.add(name, site)
+        cluster.start(name)
+    near, far = (cluster.machines[name].node for name in ("node-0", FAR))
+    assert isinstance(near, DirectoryNode)
+    assert isinstance(far, DirectoryNode)
+    assert cluster.run_until(lambda: near.is_active and far.is_active, LIMIT_S)
+    for number in range(30):
+        near.publish(f"key/{number:02}", b"v")
+        cluster.run(0.01)
+        if number % 10 == 5:
+            assert far.far_link is not None
+            far.far_link.again()  # with messages of the last 20 ms on their way
+            cluster.run(0.5)
+    begun_s = cluster.now_s
+    assert cluster.run_until(lambda: len(far.range("key/")) == 30, LIMIT_S)
+    assert cluster.now_s - begun_s < 0.3
+    assert far.joiner.snapshots == 1
