@@ -257,7 +257,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
     @app.get("/healthz", response_class=PlainTextResponse, summary="200 while the data process answers")
     async def healthz() -> Response:
         try:
-            await node.call("volumes")
+            await node.call("ping")
         except NodeError as error:
             return PlainTextResponse(f"{error}\n", 503)
         return PlainTextResponse("ok\n")
@@ -272,8 +272,12 @@ def _add_node(app: FastAPI, node: Node) -> None:
         live: dict[str, Any] = {}
         try:
             answer = await node.call("counters")
+            live = answer["volumes"]
+            while answer["last"]:
+                answer = await node.call("counters", after=answer["last"])
+                live |= answer["volumes"]
             gauges |= answer["node"]["gauges"] | {"up": 1}
-            counters, live = answer["node"]["counters"], answer["volumes"]
+            counters = answer["node"]["counters"]
         except NodeError:
             pass  # `up` says so
         volumes: dict[str, Figures] = {}

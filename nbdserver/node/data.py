@@ -176,8 +176,12 @@ class Worker:
             "pause_s": round(self._clock.now() - before.frozen_s, 3),
         }
 
-    async def do_counters(self) -> dict[str, Any]:
-        """Counters (numbers that only grow, and histograms) and gauges: of the node, and of each volume."""
+    async def do_ping(self) -> None:
+        """Answer."""
+
+    async def do_counters(self, after: str = "") -> dict[str, Any]:
+        """Counters (numbers that only grow, and histograms) and gauges: of the node, and of each volume of a page of
+        families; `last` is what the next page comes after, if there is one."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         node = {
             "counters": {
@@ -192,7 +196,8 @@ class Worker:
                 "data_process_peak_resident_bytes": usage.ru_maxrss * 1024,
             },
         }
-        return {"node": node, "volumes": self._families.figures()}
+        volumes, last = await self._families.figures(after)
+        return {"node": node, "volumes": volumes, "last": last}
 
     async def do_clients(self) -> list[dict[str, Any]]:
         """Every connection."""

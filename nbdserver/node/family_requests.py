@@ -42,6 +42,9 @@ class _Scrubbed:
         return {"family": self.family, "progress": progress, "is_over": self._is_over, "failure": self._failure}
 
 
+FAMILIES_A_PAGE = 16
+
+
 class FamilyRequests:
     """The open families."""
 
@@ -60,12 +63,22 @@ class FamilyRequests:
         """Of all open families."""
         return [family.disk for family in self._families.values()]
 
-    def figures(self) -> dict[str, Any]:
-        """Counters and gauges of each volume."""
+    async def figures(self, after: str) -> tuple[dict[str, Any], str]:
+        """Counters and gauges of each volume of a page of families."""
         found: dict[str, Any] = {}
-        for family in self._families.values():
-            found |= family.figures()
-        return found
+        families, last = self._page(after)
+        for family_id in families:
+            if family_id in self._families:
+                found |= self._families[family_id].figures()
+            await asyncio.sleep(0)
+        return found, last
+
+    def _page(self, after: str) -> tuple[list[str], str]:
+        """The ids of the next few families behind `after`, and the last of them if there are more. A thousand at once
+        would keep clients waiting: for what is told of each, and for one long answer."""
+        rest = sorted(family_id for family_id in self._families if family_id > after)
+        page = rest[:FAMILIES_A_PAGE]
+        return page, page[-1] if len(rest) > len(page) else ""
 
     async def close(self) -> dict[str, str]:
         """Close every family for good; {volume: why its family was not closed cleanly}. Their exports stay."""
@@ -116,9 +129,15 @@ class FamilyRequests:
         await self._families.pop(family).close()
         self._share_cache()
 
-    async def do_volumes(self) -> dict[str, Any]:
-        """What is live of each open family."""
-        return {family_id: family.status() for family_id, family in self._families.items()}
+    async def do_volumes(self, after: str = "") -> dict[str, Any]:
+        """What is live of a page of the open families; `last` is what the next page comes after, if there is one."""
+        found: dict[str, Any] = {}
+        families, last = self._page(after)
+        for family_id in families:
+            if family_id in self._families:
+                found[family_id] = self._families[family_id].status()
+            await asyncio.sleep(0)
+        return {"families": found, "last": last}
 
     async def do_limit_data(self, max_data_bytes: int, family: str = "") -> None:
         """Change what the segment files of a family may take, or those of all together; 0: no limit."""

@@ -285,7 +285,11 @@ class Volumes:
 
     async def _live(self) -> dict[str, dict[str, Any]]:
         try:
-            live: dict[str, dict[str, Any]] = await self.call("volumes")
+            page = await self.call("volumes")
+            live: dict[str, dict[str, Any]] = page["families"]
+            while page["last"]:
+                page = await self.call("volumes", after=page["last"])
+                live |= page["families"]
         except NodeError:
             return {}
         return live

@@ -88,7 +88,8 @@ class FakeData:
             self.served[number] = arguments["new_name"]
         elif name in ("volumes", "volume", "snapshots", "snapshot"):
             there = next((found for found in self.snapshots if found["name"] == arguments.get("snapshot")), None)
-            answer = {"volumes": {}, "volume": {"disk": {}}, "snapshots": self.snapshots, "snapshot": there}[name]
+            none = {"families": {}, "last": ""}
+            answer = {"volumes": none, "volume": {"disk": {}}, "snapshots": self.snapshots, "snapshot": there}[name]
         if name in self.failing:
             raise DataProcessError(f"{name} failed")
         return answer

@@ -1,0 +1,60 @@
+"""What is told of many families comes in pages, and the loop serves clients between two families."""
+
+import asyncio
+from typing import Any
+
+from nbdserver.host.clock import HostClock
+from nbdserver.node.family_requests import FAMILIES_A_PAGE, FamilyRequests
+from nbdserver.node.open_family import StoreThreads
+from nbdserver.volume.export import Exports
+
+FAMILIES = 2 * FAMILIES_A_PAGE + 3
+
+
+class TurnsBetween:
+    """Stands for a family; notes in which turn of the loop it was asked."""
+
+    turn = 0
+    asked: list[int]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def status(self) -> dict[str, Any]:
+        self.asked.append(TurnsBetween.turn)
+        return {"name": self.name}
+
+    def figures(self) -> dict[str, Any]:
+        return {self.name: self.status()}
+
+
+def test_families_are_told_in_pages_and_one_a_turn() -> None:
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        requests = FamilyRequests(Exports(), StoreThreads(loop), HostClock(loop), lambda kind, fields: None)
+        families: Any = {f"family{number:03}": TurnsBetween(f"disk{number}") for number in range(FAMILIES)}
+        requests._families = families
+
+        def turn() -> None:
+            TurnsBetween.turn += 1
+            loop.call_soon(turn)
+
+        turn()
+        TurnsBetween.asked = []
+        found, after, pages = {}, "", 0
+        while True:
+            page = await requests.do_volumes(after)
+            assert len(page["families"]) <= FAMILIES_A_PAGE
+            found |= page["families"]
+            after, pages = page["last"], pages + 1
+            if not after:
+                break
+        assert (found.keys(), pages) == (families.keys(), 3)
+        assert len(set(TurnsBetween.asked)) == FAMILIES
+        told, after = {}, ""
+        for _ in range(pages):
+            figures, after = await requests.figures(after)
+            told |= figures
+        assert (len(told), after) == (FAMILIES, "")
+
+    asyncio.run(ask())
