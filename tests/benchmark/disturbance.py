@@ -1,0 +1,254 @@
+"""`python -m tests.benchmark.disturbance`: what a client at depth 1 notices of what goes on beside it.
+
+Percentiles of 4 KiB random reads and writes at depth 1, alone and while
+
+* a checkpoint is made every second (the product's own interval is 30 s; a `sitecustomize` in the server's path changes
+  that number and nothing else),
+* the cleaner works (the whole disk was just overwritten at random),
+* `/metrics` is read every second,
+* the list of all volumes is read every second, with many volumes on the node.
+
+In each round every case is measured once; a case's figure is the median of its rounds, its ratio is to the case alone
+in the same server. Beside it stands how often the loop was held longer than 5 ms, which the server counts itself, and
+what the case did meanwhile (checkpoints, blocks moved, requests), so that a case that did not happen shows.
+
+Known weakness: checkpoints go on in the other cases too, at their own interval.
+"""
+
+import json
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nbdserver.cli.client import NodeClient
+
+from . import machine
+from .__main__ import size_bytes_of
+from .load import prefill, run_fio
+from .processes import BenchmarkError, Server
+from .targets import Nbdserver
+
+CHECKPOINT_EVERY_S = 1.0
+QUICK_CHECKPOINTS = f"""
+from nbdserver.logdisk.disk import DiskSettings
+defaults = list(DiskSettings.__init__.__defaults__)
+names = DiskSettings.__init__.__code__.co_varnames[1 : 1 + len(defaults)]
+defaults[names.index("checkpoint_interval_s")] = {CHECKPOINT_EVERY_S}
+DiskSettings.__init__.__defaults__ = tuple(defaults)
+"""
+API_TIMEOUT_S = 30.0
+PATTERNS = ("randread", "randwrite")
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+class Node:
+    """The server under test, its figures, and what disturbs it."""
+
+    def __init__(self, target: Nbdserver) -> None:
+        self.target = target
+        self._api = NodeClient(target.directory)
+        deadline = time.monotonic() + API_TIMEOUT_S
+        while not (target.directory / "api.sock").exists():  # it comes a moment after the clients' sockets
+            if time.monotonic() > deadline:
+                raise BenchmarkError("the server's API does not answer")
+            time.sleep(0.05)
+
+    def counter(self, name: str) -> float:
+        """One of its counters, of all volumes together."""
+        found = re.findall(rf"^nbdserver_{name}_total(?:{{[^}}]*}})? (\S+)$", self._metrics(), re.MULTILINE)
+        return sum(map(float, found))
+
+    def _metrics(self) -> str:
+        import httpx
+
+        transport = httpx.HTTPTransport(uds=str(self.target.directory / "api.sock"))
+        with httpx.Client(transport=transport, base_url="http://node", timeout=60) as client:
+            return client.get("/metrics").text
+
+    def read_metrics(self) -> None:
+        self._metrics()
+
+    def list_volumes(self) -> None:
+        self._api.get("/v1/volumes")
+
+    def make_volumes(self, count: int) -> None:
+        for number in range(count):
+            self._api.post("/v1/volumes", {"name": f"other{number}", "size_bytes": 1 << 30})
+
+    def overwrite(self) -> None:
+        """Leave the cleaner something to do: every block written again, in another order."""
+        command = ["fio", "--name=overwrite", "--ioengine=nbd", f"--uri={self.target.uri}", "--thread"]
+        command += [f"--size={self.target.size_bytes}", "--rw=randwrite", "--bs=4k", "--iodepth=32"]
+        run_fio([*command, "--output-format=json"], timeout_s=600)
+
+
+@contextmanager
+def every_second(work: Callable[[], None]) -> Iterator[None]:
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(1.0):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A disturbance: `begin` happens before the measurement, `beside` during it; `shows` counts that it happened."""
+
+    title: str
+    shows: str
+    begin: Callable[[Node], None] = lambda node: None
+    beside: Callable[[Node], Any] = lambda node: nothing()
+
+
+ALONE = Case("alone", "disk_checkpoints")
+CASES = (
+    ALONE,
+    Case("the cleaner", "disk_cleaner_blocks_moved", begin=Node.overwrite),
+    Case("/metrics every second", "", beside=lambda node: every_second(node.read_metrics)),
+    Case("list of all volumes every second", "", beside=lambda node: every_second(node.list_volumes)),
+)
+CHECKPOINTS = Case("a checkpoint every second", "disk_checkpoints")
+
+
+def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> dict[str, float]:
+    case.begin(node)
+    held, shown = node.counter("loop_held"), node.counter(case.shows) if case.shows else 0
+    command = ["fio", "--name=depth1", "--ioengine=nbd", f"--uri={node.target.uri}", "--thread", f"--rw={pattern}"]
+    command += [f"--size={node.target.size_bytes}", "--bs=4k", "--iodepth=1", "--time_based", f"--runtime={seconds}"]
+    command += [f"--randseed={seed}", "--percentile_list=50:99:99.9:100", "--output-format=json"]
+    with case.beside(node):
+        job = run_fio(command, timeout_s=seconds + 60)
+    side = job["write" if pattern == "randwrite" else "read"]
+    percentiles = side["clat_ns"]["percentile"]
+    return {
+        "operations_per_s": side["iops"],
+        "p50_us": percentiles["50.000000"] / 1000,
+        "p99_us": percentiles["99.000000"] / 1000,
+        "p99_9_us": percentiles["99.900000"] / 1000,
+        "longest_us": side["clat_ns"]["max"] / 1000,
+        "loop_held": node.counter("loop_held") - held,
+        "shown": node.counter(case.shows) - shown if case.shows else 0,
+    }
+
+
+def measure_cases(node: Node, cases: tuple[Case, ...], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """One row for each case and pattern; the first case is what the others are compared with."""
+    taken: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for number in range(rounds):
+        for pattern in PATTERNS:
+            for case in cases:
+                sample = measure(node, case, pattern, seconds, number + 1)
+                taken.setdefault((pattern, case.title), []).append(sample)
+    rows = []
+    for (pattern, title), samples in taken.items():
+        middle = {key: median(sample[key] for sample in samples) for key in samples[0]}
+        rows.append({"pattern": pattern, "title": title, **middle, "samples": samples})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="4 KiB at depth 1 under disturbance")
+    for head in ("", "while", "a second", "p50", "p99", "p99.9", "p99 / alone", "p99.9 / alone", "held > 5 ms", "did"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        alone = next(each for each in rows if each["pattern"] == row["pattern"] and each["title"] == ALONE.title)
+        table.add_row(
+            row["pattern"],
+            row["title"],
+            f"{row['operations_per_s']:,.0f}",
+            *(f"{row[key]:,.0f} µs" for key in ("p50_us", "p99_us", "p99_9_us")),
+            *(f"{row[key] / alone[key]:.2f}" for key in ("p99_us", "p99_9_us")),
+            f"{row['loop_held']:.0f}",
+            f"{row['shown']:,.0f}",
+        )
+    return table
+
+
+@contextmanager
+def served(place: Path, size_bytes: int, quick_checkpoints: bool = False) -> Iterator[Node]:
+    """A server on a new, filled volume."""
+    target = Nbdserver(place, size_bytes)
+    target.prepare()
+    command = target.command(target.setting)
+    if quick_checkpoints:
+        (place / "path").mkdir()
+        (place / "path" / "sitecustomize.py").write_text(QUICK_CHECKPOINTS)
+        command = ["env", f"PYTHONPATH={place / 'path'}:{Path.cwd()}", *command]
+    target.server = Server(command, target.socket_path, target.log_path)
+    try:
+        prefill(target)
+        yield Node(target)
+    finally:
+        target.stop()
+
+
+@application.command()
+def run(
+    size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    volumes: Annotated[int, typer.Option(min=0, help="Other volumes on the node.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of one measurement.")] = 4.0,
+    directory: Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results]")] = None,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+) -> None:
+    """Measure latencies at depth 1 under disturbances."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        size_bytes = size_bytes_of(size)
+        with tempfile.TemporaryDirectory(prefix="disturb-", dir=directory or results) as scratch:
+            place = Path(scratch).resolve()
+            machine.check_room(place, size_bytes * 4 + (2 << 30))
+            (place / "usual").mkdir()
+            with served(place / "usual", size_bytes) as node:
+                node.make_volumes(volumes)
+                rows = measure_cases(node, CASES, rounds, seconds)
+            (place / "quick").mkdir()
+            with served(place / "quick", size_bytes, quick_checkpoints=True) as node:
+                rows += measure_cases(node, (CHECKPOINTS,), rounds, seconds)
+            where = machine.describe(place)
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    result = {
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
+        "commit": machine.commit(),
+        "machine": where,
+        "command": " ".join(["python -m tests.benchmark.disturbance", *sys.argv[1:]]),
+        "rows": rows,
+    }
+    path = results / time.strftime("disturbance-%Y%m%d-%H%M%S.json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(show(rows))
+    console.print(path, highlight=False)
+
+
+if __name__ == "__main__":
+    application()

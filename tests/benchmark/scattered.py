@@ -1,0 +1,276 @@
+"""`python -m tests.benchmark.scattered`: what random 4 KiB writes all over a terabyte cost in memory and in metadata.
+
+* `memory` drives a real server by fio and looks at its data process once a second: RssAnon + RssShmem is to stay within
+  the map cache's limit plus 200 MiB, and flat. RssFile (LevelDB's tables, mapped) is the kernel's to take back.
+* `metadata` needs more writes than most disks have room for. So it drives the log disk itself, over a Files that takes
+  appends without keeping them; LevelDB and everything else are real. Whatever the process still gives to the disk
+  (write_bytes of /proc/self/io, compactions included) is metadata; the headers of the log's records are added. With a
+  --directory it goes on where it was, so that fifty million writes can be made in pieces.
+
+Known weakness: `metadata` reads nothing back, and stops making sense where the cleaner would begin, at some 10 % of the
+volume's blocks written.
+"""
+
+import asyncio
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from metadata.family_state import read_open_state
+from metadata.leveldb import LevelStore
+from metadata.seams import Buffer
+from nbdserver.block import BLOCK_BYTES, Operation
+from nbdserver.host.clock import HostClock
+from nbdserver.host.completions import Completions, Workers
+from nbdserver.host.files import HostFiles
+from nbdserver.logdisk.devices import Head
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
+
+from . import machine
+from .processes import BenchmarkError, descendants
+from .targets import Nbdserver
+
+VOLUME_BYTES = 1 << 40
+SEGMENT_BYTES = 64 << 20
+DEPTH = 16
+CACHE_BYTES = DiskSettings().cache_bytes
+MARGIN_BYTES = 200 << 20
+MOST_BYTES_A_WRITE = 512
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+DirectoryOption = Annotated[Path | None, typer.Option(help="Where the volume lies.  [default: in --results, removed]")]
+ResultsOption = Annotated[Path, typer.Option(help="Where results go.")]
+
+
+def write_result(results: Path, name: str, place: Path, figures: dict[str, Any]) -> None:
+    result = {
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
+        "commit": machine.commit(),
+        "machine": machine.describe(place),
+        "command": " ".join(["python -m tests.benchmark.scattered", *sys.argv[1:]]),
+        **figures,
+    }
+    path = results / time.strftime(f"scattered-{name}-%Y%m%d-%H%M%S.json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(path, highlight=False)
+
+
+@contextmanager
+def place_in(directory: Path | None, results: Path) -> Iterator[Path]:
+    results.mkdir(parents=True, exist_ok=True)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="scattered-", dir=results) as scratch:
+        yield Path(scratch).resolve()
+
+
+# -- memory
+
+
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Its RssAnon, RssShmem and RssFile; nothing if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")}
+
+
+def own_bytes(found: dict[str, int]) -> int:
+    """What only the process itself can give back."""
+    return found.get("RssAnon", 0) + found.get("RssShmem", 0)
+
+
+@application.command()
+def memory(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
+    directory: DirectoryOption = None,
+    results: ResultsOption = Path("bench-results"),
+) -> None:
+    """Watch the memory of a server under random writes."""
+    samples: list[dict[str, float]] = []
+    with place_in(directory, results) as place:
+        target = Nbdserver(place, VOLUME_BYTES)
+        target.prepare()
+        target.start(target.setting)
+        assert target.server is not None
+        command = ["fio", "--name=scattered", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite"]
+        command += ["--bs=4k", f"--size={VOLUME_BYTES}", f"--iodepth={DEPTH}", "--time_based", "--norandommap"]
+        command += [f"--runtime={round(minutes * 60)}", "--output-format=json"]
+        started = time.monotonic()
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as fio:
+                while fio.poll() is None:
+                    time.sleep(1)
+                    found = [resident_bytes(pid) for pid in descendants(target.server.pid)]
+                    data_process = max(found, key=own_bytes)  # the other one has no maps
+                    samples.append({"at_s": time.monotonic() - started, **data_process})
+                assert fio.stdout is not None
+                told = fio.stdout.read()
+            if fio.returncode:
+                raise SystemExit("benchmark: fio failed")
+        finally:
+            target.stop()
+        writes = json.loads(told[told.index("{") :])["jobs"][0]["write"]["total_ios"]
+        own = [own_bytes(sample) for sample in samples]
+        second_half = own[len(own) // 2 :]
+        figures = {
+            "writes": writes,
+            "limit_bytes": CACHE_BYTES + MARGIN_BYTES,
+            "peak_bytes": max(own),
+            "last_bytes": own[-1],
+            "grown_in_the_second_half_bytes": second_half[-1] - second_half[0],
+            "file_peak_bytes": max(sample.get("RssFile", 0) for sample in samples),
+            "samples": samples,
+        }
+        console.print(
+            f"{writes:,} writes in {minutes:g} minutes: RssAnon + RssShmem at most {max(own) >> 20} MiB of "
+            f"{figures['limit_bytes'] >> 20}, at the end {own[-1] >> 20} MiB; RssFile at most "
+            f"{figures['file_peak_bytes'] >> 20} MiB",
+            highlight=False,
+        )
+        write_result(results, "memory", place, figures)
+
+
+# -- metadata
+
+
+class HollowFiles(HostFiles):
+    """Segment files that are holes: what is appended is counted, not kept."""
+
+    appended_bytes = 0
+
+    def create(self, path: str, size_bytes: int) -> int:
+        handle = super().create(path, 0)
+        os.ftruncate(handle, size_bytes)
+        return handle
+
+    def append(self, handle: int, buffers: Sequence[Buffer], offset: int) -> None:
+        self.appended_bytes += sum(map(len, buffers))
+
+    def _prepare(self, path: str, size_bytes: int) -> tuple[int, int]:
+        try:
+            return (0, self.create(path, size_bytes))
+        except OSError as error:
+            return (error.errno or errno.EIO, -1)
+
+
+def given_to_the_disk_bytes() -> int:
+    """write_bytes of this process, threads included."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("write_bytes"):
+            return int(line.split()[1])
+    return 0
+
+
+async def write_at_random(head: Head, writes: int, progress: Progress) -> None:
+    """DEPTH writes at a time, as one batch; those whose map pages are not in memory wait for them together."""
+    loop = asyncio.get_running_loop()
+    draw = random.Random()
+    data = draw.randbytes(BLOCK_BYTES)
+    view = memoryview(data)
+    task = progress.add_task("writing", total=writes)
+    for _ in range(writes // DEPTH):
+        offsets = [draw.randrange(VOLUME_BYTES // BLOCK_BYTES) * BLOCK_BYTES for _ in range(DEPTH)]
+        missing = [offset for offset in offsets if not head.write(offset, view)]
+        if head.commit():
+            raise BenchmarkError("a batch was refused")
+        waiting = []
+        for offset in missing:
+            answer: asyncio.Future[int] = loop.create_future()
+            head.later(Operation.WRITE, offset, BLOCK_BYTES, data, lambda failed, _, to=answer: to.set_result(failed))
+            waiting.append(answer)
+        if any(await asyncio.gather(*waiting)):
+            raise BenchmarkError("a write was refused")
+        await asyncio.sleep(0)
+        progress.advance(task, DEPTH)
+
+
+async def scatter(place: Path, writes: int, rest_s: float) -> dict[str, int]:
+    """Make the writes, rest, close; what that cost."""
+    loop = asyncio.get_running_loop()
+    is_new = not (place / "maps").exists()
+    (place / "maps").mkdir(exist_ok=True)
+    completions = Completions(loop)
+    readers, writer = Workers(completions, 4, "scattered-read"), Workers(completions, 1, "scattered-write")
+    store = LevelStore(str(place / "maps"), readers, writer)
+    files = HollowFiles(str(place), completions)
+    before = given_to_the_disk_bytes()
+    if is_new:
+        LogDisk.format(files, store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    epoch = read_open_state(store).epoch + 1
+    disk = LogDisk.open(
+        files, store, HostClock(loop), random.Random(), DiskSettings(), epoch, boot_id, lambda kind, fields: None
+    )
+    with Progress(console=Console(stderr=True)) as progress:
+        await write_at_random(disk.head(1), writes, progress)
+    await asyncio.sleep(rest_s)
+    checkpoints = disk.checkpointer.count
+    closed = asyncio.Event()
+    disk.close(closed.set)
+    await closed.wait()
+    cost = {
+        "writes": writes // DEPTH * DEPTH,
+        "to_disk_bytes": given_to_the_disk_bytes() - before,
+        "batches_bytes": store.bytes_written,
+        "headers_bytes": files.appended_bytes - writes // DEPTH * DEPTH * BLOCK_BYTES,
+        "checkpoints": checkpoints,
+    }
+    store.close()
+    files.shut_down()
+    readers.close()
+    writer.close()
+    return cost
+
+
+@application.command()
+def metadata(
+    writes: Annotated[int, typer.Option(min=DEPTH, help="Random writes to make now.")] = 50_000_000,
+    rest_s: Annotated[float, typer.Option(min=0, help="Rest after them.")] = 60.0,
+    directory: DirectoryOption = None,
+    results: ResultsOption = Path("bench-results"),
+) -> None:
+    """Count the bytes of metadata that random writes cost."""
+    try:
+        with place_in(directory, results) as place:
+            machine.check_room(place, 8 << 30)
+            tally = place / "tally.json"
+            total: dict[str, int] = json.loads(tally.read_text()) if tally.exists() else {}
+            for key, value in asyncio.run(scatter(place, writes, rest_s)).items():
+                total[key] = total.get(key, 0) + value
+            tally.write_text(json.dumps(total) + "\n")
+            stored = sum(file.stat().st_size for file in (place / "maps").iterdir())
+            a_write = (total["to_disk_bytes"] + total["headers_bytes"]) / total["writes"]
+            console.print(
+                f"{total['writes']:,} writes: {a_write:.0f} bytes of metadata each (of at most {MOST_BYTES_A_WRITE}): "
+                f"{total['headers_bytes'] / total['writes']:.0f} in headers of records, "
+                f"{total['to_disk_bytes'] / total['writes']:.0f} by LevelDB, compactions included, for "
+                f"{total['batches_bytes'] / total['writes']:.0f} given to it; it holds {stored >> 20} MiB",
+                highlight=False,
+            )
+            write_result(results, "metadata", place, {**total, "stored_bytes": stored, "bytes_a_write": a_write})
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    application()
