@@ -1,75 +1,18 @@
 """A real etcd of one member or several, as tests start, stop, cut off and kill it."""
 
-import ipaddress
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
+from nbdserver.node.authority import Authority
 from tests.conftest import Processes
 
 READY_TIMEOUT_S = 30.0
-
-
-class Authority:
-    """A certificate authority and what it has signed, as PEM files in a directory."""
-
-    def __init__(self, directory: Path, name: str = "test authority") -> None:
-        self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        certificate = self._build(self._name, self._key.public_key(), is_authority=True)
-        self.ca_file = self._write("ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
-
-    def issue(self, common_name: str, host_name: str = "localhost") -> tuple[Path, Path]:
-        """Return the files of a certificate for loopback, `host_name` and a user `common_name`, and of its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        certificate = self._build(subject, key.public_key(), host_name=host_name)
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        return (
-            self._write(f"{common_name}.pem", certificate.public_bytes(serialization.Encoding.PEM)),
-            self._write(f"{common_name}.key", pem),
-        )
-
-    def _build(
-        self,
-        subject: x509.Name,
-        public_key: ec.EllipticCurvePublicKey,
-        is_authority: bool = False,
-        host_name: str = "localhost",
-    ) -> x509.Certificate:
-        now = datetime.now(UTC)
-        names = [x509.DNSName(host_name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(public_key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=2))
-            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-        )
-        if not is_authority:
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(self._key, hashes.SHA256())
-
-    def _write(self, name: str, content: bytes) -> Path:
-        path = self._directory / name
-        path.write_bytes(content)
-        return path
+DAY = timedelta(days=1)
 
 
 class EtcdMember:
@@ -110,16 +53,18 @@ class EtcdCluster:
         authority: Authority | None = None,
         server_name: str = "localhost",
     ) -> None:
-        self._authority = authority
+        """Start it, and wait until it answers. An `authority` makes a certificate for `server_name` and loopback."""
+        self._control_tls: list[str] = []
         scheme = "https" if authority else "http"
         peers = [f"http://127.0.0.1:{free_port()}" for _ in range(members)]
         self.members = []
         tls: list[str] = []
         if authority:
-            certificate, key = authority.issue("server", server_name)
+            certificate, key = authority.make_node([server_name, "127.0.0.1"], DAY).files
             tls = [f"--cert-file={certificate}", f"--key-file={key}"]
             if "--client-cert-auth" in arguments:
-                tls.append(f"--trusted-ca-file={authority.ca_file}")
+                tls.append(f"--trusted-ca-file={authority.ca_certificate}")
+            self._control_tls = [f"--cacert={authority.ca_certificate}", *_as_client(authority, "root")]
         for number, peer in enumerate(peers):
             endpoint = f"127.0.0.1:{free_port()}"
             command = [
@@ -146,11 +91,7 @@ class EtcdCluster:
 
     def control(self, *arguments: str, user: str = "", member: int = 0, check: bool = True) -> str:
         """Run etcdctl against one member and return what it prints; CalledProcessError."""
-        tls = [f"--cacert={self._authority.ca_file}"] if self._authority else []
-        if self._authority:
-            certificate, key = self._authority.issue("root")
-            tls += [f"--cert={certificate}", f"--key={key}"]
-        command = ["etcdctl", f"--endpoints={self.members[member].endpoint}", *tls, *arguments]
+        command = ["etcdctl", f"--endpoints={self.members[member].endpoint}", *self._control_tls, *arguments]
         if user:
             command.insert(1, f"--user={user}")
         environment = {**os.environ, "ETCDCTL_API": "3"}
@@ -190,3 +131,9 @@ class EtcdCluster:
             if len(fields) > 4 and fields[4] == "true":
                 return number
         raise AssertionError("no member leads")
+
+
+def _as_client(authority: Authority, user: str) -> list[str]:
+    """Return etcdctl's arguments for a client whose certificate names `user`."""
+    _, certificate, key = authority.make_client(user, DAY).files
+    return [f"--cert={certificate}", f"--key={key}"]

@@ -8,7 +8,8 @@ import pytest
 
 from metadata.etcd_settings import EtcdSettings, EtcdTls
 from metadata.registry_calls import Change, Outcome, Reading, Swap, Unavailable
-from tests.etcd_cluster import Authority, EtcdCluster
+from nbdserver.node.authority import Authority
+from tests.etcd_cluster import DAY, EtcdCluster
 from tests.etcd_rig import Counter, EtcdRig, MakeCluster, MakeRig, quick
 from tests.registry_conformance import Holder, Watcher, must_swap, read, wait_until_gone
 
@@ -28,9 +29,15 @@ def complaint(rig: EtcdRig) -> str:
     return answers[0].reason
 
 
+def make_authority(directory: Path) -> Authority:
+    authority = Authority(directory, overwrite=True)
+    authority.make_ca(directory.name, DAY)
+    return authority
+
+
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path / "tls")
+    return make_authority(tmp_path / "tls")
 
 
 @pytest.fixture
@@ -42,8 +49,8 @@ def demanding(make_etcd: MakeCluster, authority: Authority) -> EtcdCluster:
 
 
 def with_certificate(etcd: EtcdCluster, authority: Authority, user: str = "node") -> EtcdSettings:
-    certificate, key = authority.issue(user)
-    return quick(etcd, tls=EtcdTls(str(authority.ca_file), str(certificate), str(key)))
+    ca, certificate, key = authority.make_client(user, DAY).files
+    return quick(etcd, tls=EtcdTls(str(ca), str(certificate), str(key)))
 
 
 def test_a_client_is_known_by_its_certificate(demanding: EtcdCluster, authority: Authority, make_rig: MakeRig) -> None:
@@ -69,7 +76,7 @@ def test_certificates_are_read_anew_when_connecting(
     counter.run()
     demanding.members[0].kill()
     demanding.members[0].start()
-    rig.run_until(lambda: "node.pem" in rig.registry.health().last_error)
+    rig.run_until(lambda: "client-cert.pem" in rig.registry.health().last_error)
     Path(settings.tls.certificate_file).write_bytes(kept)
     counter.run()
 
@@ -77,7 +84,7 @@ def test_certificates_are_read_anew_when_connecting(
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("wrong authority", "not of the authority in .*other/ca.pem"),
+        ("wrong authority", "not of the authority in .*other/ca-cert.pem"),
         ("wrong name", "not for somebody.example"),
         ("no certificate", "client certificate that it trusts"),
         ("no such file", "TLS cannot use .*nowhere.pem: .*No such file"),
@@ -94,7 +101,7 @@ def test_whoever_is_not_who_it_should_be_is_told_so(
     rubbish = tmp_path / "rubbish.pem"
     rubbish.write_text("-----BEGIN CERTIFICATE-----\nrubbish\n-----END CERTIFICATE-----\n")
     changed = {
-        "wrong authority": replace(tls, ca_file=str(Authority(tmp_path / "other", "other").ca_file)),
+        "wrong authority": replace(tls, ca_file=str(make_authority(tmp_path / "other").ca_certificate)),
         "wrong name": replace(tls, server_name="somebody.example"),
         "no certificate": replace(tls, certificate_file=None, key_file=None),
         "no such file": replace(tls, ca_file=str(tmp_path / "nowhere.pem")),
@@ -109,7 +116,7 @@ def test_whoever_is_not_who_it_should_be_is_told_so(
 
 def test_a_server_may_be_known_by_another_name(make_etcd: MakeCluster, authority: Authority, make_rig: MakeRig) -> None:
     etcd = make_etcd(1, authority=authority, server_name="etcd.example")
-    settings = quick(etcd, tls=EtcdTls(str(authority.ca_file), server_name="etcd.example"))
+    settings = quick(etcd, tls=EtcdTls(str(authority.ca_certificate), server_name="etcd.example"))
     Counter(make_rig(settings)).run()
 
 
