@@ -157,6 +157,13 @@ class Tls(BaseModel):
     expires: str = Field(description="ISO 8601, UTC")
 
 
+class Names(BaseModel):
+    """What can be named in commands."""
+
+    volumes: list[str]
+    snapshots: list[str] = Field(description="as VOLUME@NAME")
+
+
 class Scrub(BaseModel):
     """How far the reading of a family's data is."""
 
@@ -223,6 +230,7 @@ def make_app(node: Node) -> FastAPI:
     _add_volumes(app, node)
     _add_snapshots(app, node)
     _add_scrubs(app, node)
+    _add_names(app, node)
     _add_clients(app, node)
     return app
 
@@ -373,6 +381,13 @@ def _add_snapshots(app: FastAPI, node: Node) -> None:
     @app.post("/v1/snapshots/{volume}/{name}/rollback", summary="Let the volume hold what the snapshot holds")
     async def rollback(volume: str, name: str) -> Volume:
         return Volume(**await node.snapshots.rollback(volume, name))
+
+
+def _add_names(app: FastAPI, node: Node) -> None:
+    @app.get("/v1/names", summary="What there is, by name: for completion in shells")
+    async def names() -> Names:
+        snapshots = [found["export"] for found in await node.snapshots.listed()]
+        return Names(volumes=list(node.volumes.names()), snapshots=snapshots)
 
 
 def _add_scrubs(app: FastAPI, node: Node) -> None:

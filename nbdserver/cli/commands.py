@@ -9,6 +9,7 @@ from nbdserver.cli import (
     check_command,
     client_commands,
     clone_commands,
+    completion_commands,
     image_commands,
     monitoring_commands,
     node_commands,
@@ -78,3 +79,4 @@ node_commands.add_to(app)
 check_command.add_to(app)
 upgrade.add_to(app)
 service.add_to(app)
+completion_commands.add_to(app)

@@ -23,7 +23,7 @@ def _commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from _commands(command, (*path, name))
-        else:
+        elif not command.hidden:
             yield " ".join((*path, name)), command
 
 

@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
+from nbdserver.cli.completion_commands import script
 from nbdserver.cli.options import JsonOption, print_json, wants_json
 from nbdserver.node.errors import NodeError
+
+COMPLETION = "usr/local/share/bash-completion/completions/nbdserver"
 
 FILES = {
     "nbdserver.service": "etc/systemd/system/nbdserver.service",
@@ -35,7 +38,8 @@ def install_service(
 ) -> None:
     """Install the systemd unit, the system user's description and an example /etc/nbdserver/node.yaml. Starts nothing.
 
-    An existing node.yaml is kept. Needs root, unless --root names a directory that you may write.
+    Completion for bash is installed too. An existing node.yaml is kept. Needs root, unless --root names a directory
+    that you may write.
 
     Example:
 
@@ -45,15 +49,16 @@ def install_service(
         raise NodeError("installing the service needs root; try: sudo nbdserver install-service")
     program = Path(sys.executable).parent / "nbdserver"
     done: list[dict[str, str]] = []
-    for name, target in FILES.items():
+    texts = {target: files("nbdserver.node").joinpath("systemd", name).read_text() for name, target in FILES.items()}
+    texts[COMPLETION] = script("bash")
+    for target, text in texts.items():
         path = root / target
-        text = files("nbdserver.node").joinpath("systemd", name).read_text().replace("@PROGRAM@", str(program))
-        if name in KEPT and path.exists():
+        if path.name in KEPT and path.exists():
             done.append({"file": str(path), "action": "kept"})
             continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text.replace("@PROGRAM@", str(program)))
             path.chmod(0o644)
         except OSError as error:
             raise NodeError(f"{path} cannot be written: {error.strerror}") from None

@@ -161,6 +161,11 @@ class Volumes:
         ]
         return sorted(found, key=lambda shown: str(shown["name"]))
 
+    def names(self) -> Sequence[str]:
+        """Of all volumes, in order."""
+        volumes = [volume for family in self._families.all() for volume in family.volumes]
+        return sorted(volume.name for volume in volumes if volume.state == VolumeState.THERE)
+
     async def show(self, name: str) -> dict[str, Any]:
         """Return one volume. Raises NotFoundError."""
         self._find(name)

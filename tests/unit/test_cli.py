@@ -30,6 +30,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["serve", "--data", "/dev/shm/nbdserver-test"], "tmpfs"),
     (["config", "check", "/nowhere/node.yaml"], "cannot be read: No such file or directory"),
     (["events", "--limit", "0"], "--limit"),
+    (["completion", "tcsh"], "there is no completion for 'tcsh'; there is for bash, zsh, fish"),
     (["client", "disconnect", "x"], "'ID'"),
     (["--lissten"], "No such option"),
 ]
@@ -166,6 +167,7 @@ def test_the_service_is_installed_below_a_root_and_the_administrators_file_is_ke
     assert "Type=notify" in unit
     assert "LimitNOFILE=524288" in unit
     assert "@PROGRAM@" not in unit
+    assert "complete -F" in (tmp_path / "usr/local/share/bash-completion/completions/nbdserver").read_text()
     settings = tmp_path / "etc/nbdserver/node.yaml"
     settings.write_text("cache: 1G\n")
     second = run("install-service", "--root", str(tmp_path))
