@@ -133,15 +133,20 @@ class DirectoryNode:
     ) -> None:
         """Put (or delete: None) a key for everybody; `done` gets the answer, perhaps from inside this call.
 
-        Without `done` it is what this node knows and wants to be known: said until it is published, or replaced by the
-        next value for that key. ValueError for what no directory takes.
+        Without `done` it is what this node knows and wants to be known: said until it is published, again if it has
+        vanished with its master, until this node publishes something else for that key.
+
+        ValueError for what no directory takes.
         """
         update = publication(key, value, expires_s)
         if self._is_closed or self.failure:
             if done is not None:
                 done(Answer.NOT_DONE)
         elif self.master is not None:
-            self.master.publish(self._mine(update), confirm, done)
+            mine = self._mine(update)
+            self.master.publish(mine, confirm, done)
+            if done is None:
+                self.reports.said(mine, self.replica.position)
             self._flush_soon()
         else:
             self.reports.add(update, confirm, done, self._clock.now())
@@ -343,6 +348,7 @@ class DirectoryNode:
         self.delegate.epoch_changed()
         self.follower.is_following = self.follower.needs_snapshot = False
         self.follower.epoch = 0
+        self.reports.replaced(self.replica.map, self.replica.history)
         waiting = self.reports.take_all()
         self.master = Master(
             self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self._book.members,
@@ -352,7 +358,10 @@ class DirectoryNode:
             if self.replica.history.has(one.seen):
                 self.master.wait(self.replica.position.sequence, one.answer)
             else:
-                self.master.publish(self._mine(one.update), one.confirm, one.answer)
+                mine = self._mine(one.update)
+                self.master.publish(mine, one.confirm, one.answer)
+                if one.done is None:
+                    self.reports.said(mine, self.replica.position)
         self._flush_soon()
 
     def _end_term(self, why: str) -> None:

@@ -8,6 +8,8 @@ Rules
   overtaken was not published, and gets a new number.
 - A report for a key replaces a waiting one for the same key that nobody waits for.
 - Confirmed means: seen, and the master says that its sequence is confirmed, while it is still in this copy's history.
+- What nobody waits for is what a node says of itself: it is said again when it has vanished with its master, until the
+  node says something else or somebody else has changed the key. SAID_LIMIT keys; the oldest are forgotten.
 - WAITING_LIMIT at once; after PATIENCE_S the answer is *unknown*, or *not done* if it was never sent.
 """
 
@@ -23,8 +25,10 @@ from protocol.directory_control import Report
 RETRY_S = 0.2
 RETRY_LIMIT_S = 2.0
 WAITING_LIMIT = 1024
+SAID_LIMIT = 1024
 PATIENCE_S = 30.0
 SLOW_TRIES = 5  # some seconds: the registry may take so long, and others are published meanwhile
+OVERTAKEN_TRIES = 10  # some fifteen seconds: this copy may never have shown what has overtaken it
 
 
 class Answer(Enum):
@@ -51,6 +55,11 @@ class Waiting:
     seen: Position = NOWHERE
     """Where this node's copy has it."""
 
+    @property
+    def is_slow(self) -> bool:
+        """True if it may be on its way through the registry, while later ones are published."""
+        return self.confirm is Confirm.REGISTRY and self.tries < SLOW_TRIES
+
     def answer(self, answer: Answer) -> None:
         """Tell who waits; what was said to a master may have been done, whatever became of it later."""
         if self.done is not None:
@@ -64,6 +73,8 @@ class Reports:
         self._me = me
         self._number = incarnation << 32
         self._waiting: dict[int, Waiting] = {}
+        self._said: dict[str, Waiting] = {}
+        """By key, what nobody waits for and this copy has had."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -74,6 +85,7 @@ class Reports:
 
     def add(self, update: Update, confirm: Confirm, done: Done | None, now_s: float) -> None:
         """Ask for it from now on."""
+        self._said.pop(update.key, None)
         if done is None:
             for number, waiting in list(self._waiting.items()):
                 if waiting.done is None and waiting.update.key == update.key:
@@ -92,6 +104,10 @@ class Reports:
         waiting.seen = NOWHERE
         self._waiting[number] = waiting
 
+    def _renumber(self, number: int) -> None:
+        """A later one was published first: the master does not take this number any more."""
+        self._put(self._waiting.pop(number))
+
     def seen(self, position: Position, update: Update, now_s: float) -> None:
         """This node's copy has taken an update that it reported itself."""
         if update.origin != self._me:
@@ -100,20 +116,42 @@ class Reports:
         if waiting is not None:
             waiting.seen = position
         for number, overtaken in sorted(self._waiting.items()):
-            is_slow = overtaken.confirm is Confirm.REGISTRY and overtaken.tries < SLOW_TRIES
-            if number < update.number and overtaken.seen == NOWHERE and not is_slow:
-                del self._waiting[number]
+            if number < update.number and overtaken.seen == NOWHERE and not overtaken.is_slow:
                 overtaken.due_at_s = now_s
-                self._put(overtaken)
+                self._renumber(number)
+
+    def said(self, update: Update, position: Position) -> None:
+        """This node has published it itself, as master, and nobody waits for it."""
+        self._keep(Waiting(update, Confirm.NONE, None, float("inf"), 0.0, seen=position))
+
+    def _keep(self, waiting: Waiting) -> None:
+        update = waiting.update
+        self._said.pop(update.key, None)
+        if not update.expires_ms:  # what passes is not said again
+            self._said[update.key] = waiting
+            if len(self._said) > SAID_LIMIT:
+                del self._said[next(iter(self._said))]
 
     def replaced(self, directory: DirectoryMap, history: History) -> None:
         """The copy was replaced by a snapshot, or follows another history: what of ours is in it?"""
-        for waiting in self._waiting.values():
-            entry = directory.entry(waiting.update.key)
+        for key, waiting in list(self._said.items()):
+            entry = directory.entry(key)
             if entry is not None and (entry.update.origin, entry.update.number) == (self._me, waiting.update.number):
+                waiting.seen = entry.position
+                continue
+            del self._said[key]
+            is_superseded = entry is not None and entry.position > waiting.seen
+            if not is_superseded and not history.has(waiting.seen):
+                self._put(waiting)
+        newest = max((one.update.number for one in directory.entries() if one.update.origin == self._me), default=0)
+        for number, waiting in sorted(self._waiting.items()):
+            entry = directory.entry(waiting.update.key)
+            if entry is not None and (entry.update.origin, entry.update.number) == (self._me, number):
                 waiting.seen = entry.position
             elif not history.has(waiting.seen):
                 waiting.seen = NOWHERE
+                if number < newest and not waiting.is_slow:
+                    self._renumber(number)
 
     def confirm(self, history: History, confirmed: int) -> None:
         """Answer what has been seen and needs no more than that, or is confirmed in this history, the master's."""
@@ -122,6 +160,8 @@ class Reports:
             if is_enough and history.has(waiting.seen):
                 del self._waiting[number]
                 waiting.answer(Answer.CONFIRMED)
+                if waiting.done is None:
+                    self._keep(waiting)
 
     @property
     def due_at_s(self) -> float:
@@ -142,6 +182,8 @@ class Reports:
                 waiting.due_at_s = now_s + min(RETRY_S * (1 << min(waiting.tries, 10)), RETRY_LIMIT_S)
                 if epoch and waiting.seen == NOWHERE:
                     waiting.tries += 1
+                    if waiting.done is None and waiting.tries % OVERTAKEN_TRIES == 0:
+                        self._renumber(number)
                     reports.append(Report(epoch, waiting.confirm, waiting.update.encode()))
         return reports
 

@@ -16,7 +16,7 @@ from metadata.directory.map import DirectoryMap
 from metadata.directory.registry_keys import Member
 from metadata.directory.replica import Replica
 from metadata.directory.replica_store import ReplicaStore
-from metadata.directory.reports import PATIENCE_S, RETRY_S, WAITING_LIMIT, Answer, Reports
+from metadata.directory.reports import OVERTAKEN_TRIES, PATIENCE_S, RETRY_S, WAITING_LIMIT, Answer, Reports
 from protocol.directory import (
     NOWHERE,
     Confirm,
@@ -298,6 +298,28 @@ def test_one_that_was_overtaken_was_not_published_and_gets_a_new_number() -> Non
     assert again > second > first
 
 
+def test_what_a_snapshot_shows_to_be_overtaken_gets_a_new_number() -> None:
+    reporter = Reporter()
+    first, second = reporter.add("a"), reporter.add("b")
+    reporter.due(0.0)
+    entry = Entry(Position(1, 5), put("b", origin=ME, number=second))
+    reporter.reports.replaced(DirectoryMap([entry]), ONE)
+    (again,) = reporter.due(9.0)
+    assert again > second > first
+
+
+def test_what_nobody_waits_for_gets_a_new_number_when_the_master_takes_the_old_one_no_more() -> None:
+    reports = Reports(ME, 1)
+    reports.add(put("load"), Confirm.NONE, None, 0.0)
+    numbers = [
+        type(put("x")).decode(report.update).number
+        for second in range(0, 100, 2)
+        for report in reports.due(1, float(second))
+    ]
+    assert len(set(numbers)) == 1 + len(numbers) // OVERTAKEN_TRIES
+    assert numbers == sorted(numbers)
+
+
 def test_one_that_waits_for_the_registry_is_slow_before_it_is_overtaken() -> None:
     reporter = Reporter()
     first, second = reporter.add("a", Confirm.REGISTRY), reporter.add("b")
@@ -322,6 +344,31 @@ def test_a_newer_value_replaces_one_that_nobody_waits_for() -> None:
         reports.add(put("load", value), Confirm.NONE, None, 0.0)
     assert len(reports) == 1
     assert type(put("x")).decode(reports.due(1, 0.0)[0].update).value == b"2"
+
+
+def test_what_a_node_says_of_itself_is_said_again_when_it_vanished_with_its_master() -> None:
+    reports = Reports(ME, 1)
+    reports.said(put("as master", origin=ME, number=reports.next_number()), Position(1, 5))
+    reports.add(put("as agent"), Confirm.NONE, None, 0.0)
+    (report,) = reports.due(1, 0.0)
+    reports.seen(Position(1, 6), type(put("x")).decode(report.update), 0.0)
+    reports.confirm(ONE, 0)
+    assert len(reports) == 0
+    reports.replaced(DirectoryMap(), History(((1, 1), (2, 6))))  # "as master" was removed by somebody since
+    assert [type(put("x")).decode(report.update).key for report in reports.due(2, 9.0)] == ["as agent"]
+
+
+def test_what_others_have_changed_since_is_not_said_again() -> None:
+    reports = Reports(ME, 1)
+    for key in ("changed", "vanished", "there"):
+        reports.said(put(key, origin=ME, number=reports.next_number()), Position(1, 5))
+    reports.said(put("passing", origin=ME, number=9)._replace(expires_ms=5), Position(1, 5))
+    entries = [
+        Entry(Position(2, 7), put("changed")),
+        Entry(Position(1, 5), put("there", origin=ME, number=(1 << 32) + 3)),
+    ]
+    reports.replaced(DirectoryMap(entries), History(((1, 1), (2, 5))))
+    assert [type(put("x")).decode(report.update).key for report in reports.due(2, 9.0)] == ["vanished"]
 
 
 def test_patience_ends_with_unknown_or_not_done() -> None:

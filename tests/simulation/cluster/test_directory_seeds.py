@@ -3,6 +3,7 @@
 import pytest
 
 from tests.simulation.cluster.directory import directory_run
+from tests.simulation.cluster.faults import Mix
 
 FOUND = {
     8: "a joiner kept asking a dead master of the epoch that it had heard",
@@ -10,6 +11,7 @@ FOUND = {
     95: "a report was answered as confirmed in another history",
     125: "a node whose first write failed did not start",
     415: "a filtered snapshot left stubs that nobody filled",
+    5105: "what a node said of itself was overtaken by what it got with a snapshot, and refused for ever",
     569: "a report that had been published was answered with not done",
 }
 
@@ -17,4 +19,9 @@ FOUND = {
 @pytest.mark.parametrize("seed", FOUND, ids=str)
 def test_a_seed_that_found_something_finds_nothing_now(seed: int) -> None:
     _, run = directory_run(seed)
+    run.go()
+
+
+def test_what_a_master_said_of_itself_is_said_again_when_its_term_was_for_nothing() -> None:
+    _, run = directory_run(25, Mix({"registry outage": 900.0, "isolation": 3000.0}))
     run.go()
