@@ -136,7 +136,7 @@ class Follower:
 
     def subscribed(self, sender: int, answer: Subscribed, now_s: float) -> None:
         """The stream of a second-kind node brings what follows its position."""
-        if answer.epoch < self._replica.store.promised:
+        if self._kind is NodeKind.FIRST or answer.epoch < self._replica.store.promised:
             return
         starts = unpack_starts(answer.history)
         self._enter(sender, answer.epoch, starts, now_s)

@@ -21,6 +21,7 @@ from metadata.directory.delegate import Delegate
 from metadata.directory.election import Election
 from metadata.directory.far_link import FarLink
 from metadata.directory.follower import Follower
+from metadata.directory.hearing import Hearing
 from metadata.directory.joiner import Joiner, Joining
 from metadata.directory.map import Watcher
 from metadata.directory.master import Master
@@ -36,11 +37,9 @@ from metadata.seams import Clock, Connection, Network, Receiver, Registry, Store
 from protocol.directory import (
     NOWHERE,
     Confirm,
-    Kind,
     MalformedError,
     NodeKind,
     Position,
-    Reason,
     Update,
 )
 from protocol.directory_control import Subscribe
@@ -77,24 +76,25 @@ class DirectoryNode:
         node, incarnation = replica_store.node, replica_store.incarnation
         self.routes = Routes(
             clock, network, random, settings.keys, node, incarnation, settings.datagrams, self._heard,
-            lambda to: self._book.addresses(to),
+            lambda to: self.book.addresses(to),
         )  # fmt: skip
         self._stop_listening = network.listen(settings.streams, self._accept)
         self.me = Member(node, settings.kind, settings.name, settings.datagrams, settings.streams)
         self.replica = Replica(replica_store, random)
         self.reports = Reports(node, incarnation)
         self.replica.on_applied = self._applied
-        self._book = AddressBook(self.replica.map, settings.kind, lambda: self.election.state)
+        self.book = AddressBook(self.replica.map, settings.kind, lambda: self.election.state)
         self.replica.watchers.add(MEMBER_PREFIX, self._member_changed)
         now_s = clock.now()
         self.follower = Follower(
-            node, settings.kind, self.replica, self.routes, random, lambda: self._book.relays, now_s
+            node, settings.kind, self.replica, self.routes, random, lambda: self.book.relays, now_s
         )  # fmt: skip
         self.delegate = Delegate(self.replica, self.routes, self._master_and_epoch)
         self.joiner = Joiner(
             self.me, self._prefixes, self.replica, self.routes, random, clock.now, self._open_stream
         )  # fmt: skip
         self.far_link = None if is_first else FarLink(clock, random, self.routes, self._heard_far, self._far_opened)
+        self._hearing = Hearing(self)
         self._timer: Timer | None = None
         self._wake_at_s = float("inf")
         self._heard_master_s = now_s
@@ -103,11 +103,11 @@ class DirectoryNode:
         self._is_closed = False
         self._standing = (0, 0)
         self.election = Election(
-            clock, registry, random, self.me, self.replica, self.routes, self._book.streams, self._open_stream,
+            clock, registry, random, self.me, self.replica, self.routes, self.book.streams, self._open_stream,
             self._begin_term, self._end_term, self._state_changed,
         )  # fmt: skip
         if replica_store.has_failed:
-            self._fail("its store cannot be written")
+            self.fail("its store cannot be written")
         self._settle()
 
     # --- what the program asks ---
@@ -165,13 +165,13 @@ class DirectoryNode:
     @property
     def members(self) -> dict[int, Member]:
         """By id, as this node's copy has them."""
-        return self._book.members
+        return self.book.members
 
     @property
     def is_active(self) -> bool:
         """True while this node is a member and its copy is one of the master's."""
         is_current = self.master is not None or self.follower.is_following
-        return is_current and self._book.members.get(self.me.node) == self.me
+        return is_current and self.book.members.get(self.me.node) == self.me
 
     # --- events ---
 
@@ -182,101 +182,10 @@ class DirectoryNode:
         try:
             if self.master is not None:
                 self.master.heard(node, now_s)
-            self._take(node, body, stream, now_s)
+            self._hearing.take(node, body, stream, now_s)
         except MalformedError as error:
             self.routes.refuse(f"node {node:016x}", node, f"it does not make sense: {error}")
         self._settle()
-
-    def _take(self, node: int, body: Any, stream: FrameStream | None, now_s: float) -> None:
-        follower, master = self.follower, self.master
-        match body.kind:
-            case Kind.UPDATES:
-                if master is None:
-                    try:
-                        follower.updates(body, now_s)
-                    except MalformedError as error:
-                        self._fail(f"it does not understand its master: {error}")
-            case Kind.HEARTBEAT:
-                self._heartbeat(node, body, now_s)
-            case Kind.REQUEST:
-                (follower if master is None else master).requested(node, body, now_s)
-            case Kind.REFUSAL:
-                follower.refusal(body, now_s)
-            case Kind.COLLECT:
-                self._collect(node, body)
-            case Kind.PROMISE:
-                self.election.promised(node, body)
-            case Kind.HELD:
-                self.delegate.held(body)
-            case Kind.SNAPSHOT_REQUEST if stream is not None:
-                self.delegate.requested(stream, body, now_s)
-            case Kind.DELEGATE:
-                self.joiner.delegate(body)
-            case Kind.JOIN_REFUSED:
-                self.joiner.refused(body)
-            case Kind.ACTIVE:
-                self.joiner.active(body)
-            case Kind.SUBSCRIBED:
-                follower.subscribed(node, body, now_s)
-                self._heard_master_s = now_s
-            case Kind.SUBSCRIBE_REFUSED:
-                if body.reason is Reason.GONE and body.epoch >= self.replica.store.promised:
-                    self.joiner.need(node, body.epoch, True)
-            case _:
-                if master is not None:
-                    self._take_as_master(master, node, body, stream, now_s)
-
-    def _take_as_master(
-        self, master: Master, node: int, body: Any, stream: FrameStream | None, now_s: float
-    ) -> None:  # fmt: skip
-        match body.kind:
-            case Kind.POSITION:
-                master.position(node, body, now_s)
-            case Kind.REPORT:
-                master.reported(node, body)
-            case Kind.JOIN:
-                if body.node_kind is NodeKind.SECOND and stream is None:
-                    return
-                self._adopt(node, stream)
-                self._book.joins(Member(node, body.node_kind, body.name, body.datagrams, body.streams))
-                master.join(node, body, now_s)
-            case Kind.HOLD:
-                master.hold(node, body, now_s)
-            case Kind.READY:
-                self._adopt(node, stream)
-                master.ready(node, body, now_s)
-            case Kind.SUBSCRIBE if stream is not None:
-                self._adopt(node, stream)
-                master.subscribe(node, body, now_s)
-
-    def _adopt(self, node: int, stream: FrameStream | None) -> None:
-        """Answers to this node go over this stream from here on."""
-        if stream is not None and self.routes.streams.get(node) is not stream:
-            before = self.routes.streams.get(node)
-            self.routes.streams[node] = stream
-            if self.master is not None:
-                # What was on its way over the other stream is lost: nothing goes over this one until it is asked for.
-                self.master.unlink(node)
-            if before is not None:
-                before.close()
-
-    def _heartbeat(self, node: int, body: Any, now_s: float) -> None:
-        if self.master is not None or self.election.epoch:
-            if body.epoch <= max(self.election.epoch, self.replica.store.promised):
-                return
-            self.election.give_up(f"epoch {body.epoch} has a master", 0.0)
-        if self.follower.heartbeat(node, body, now_s):
-            self._heard_master_s = now_s
-            self._confirm_reports()
-
-    def _collect(self, node: int, body: Any) -> None:
-        if self.election.epoch and body.epoch > self.election.epoch:
-            self.election.give_up(f"epoch {body.epoch} is being collected", 0.0)
-        if self.master is None:
-            self.follower.collect(node, body)
-            if not self.follower.epoch:
-                self.joiner.cancel()
-                self.delegate.epoch_changed()
 
     def _accept(self, connection: Connection) -> Receiver | None:
         return None if self._is_closed or self.failure else self.routes.accept(connection, self._stream_lost)
@@ -312,9 +221,9 @@ class DirectoryNode:
         self._settle()
 
     def _store_failed(self, error: int) -> None:
-        self._fail(f"its store cannot be written (errno {error})")
+        self.fail(f"its store cannot be written (errno {error})")
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """Take no part any more."""
         if not self.failure:
             self.failure = why
@@ -329,15 +238,19 @@ class DirectoryNode:
         """The copy has taken an update."""
         if self.master is None:
             self.reports.seen(position, update, self._clock.now())
-            self._confirm_reports()
+            self.confirm_reports()
 
-    def _confirm_reports(self) -> None:
+    def heard_master(self, now_s: float) -> None:
+        """A sign of life of the master that this node follows."""
+        self._heard_master_s = now_s
+
+    def confirm_reports(self) -> None:
         """What this copy shows counts only while it is one of its master's: the master may have another history."""
         if self.follower.is_following:
             self.reports.confirm(self.replica.history, self.follower.confirmed)
 
     def _member_changed(self, key: str, value: bytes | None) -> None:
-        self._book.changed(key, value)
+        self.book.changed(key, value)
         if self.master is not None:
             self.master.refresh_audience()
 
@@ -351,7 +264,7 @@ class DirectoryNode:
         self.reports.replaced(self.replica.map, self.replica.history)
         waiting = self.reports.take_all()
         self.master = Master(
-            self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self._book.members,
+            self._clock, self._registry, self._random, self.me, self.replica, self.routes, lambda: self.book.members,
             state, kept, self.election.took, lambda why: self.election.give_up(why, SILENCE_S),
         )  # fmt: skip
         for one in waiting:
@@ -372,7 +285,7 @@ class DirectoryNode:
         for stream in list(self.routes.streams.values()):
             stream.close()
         self.routes.streams.clear()
-        self._book.forget_joining()
+        self.book.forget_joining()
         self._heard_master_s = self._clock.now()
 
     def _state_changed(self) -> None:
@@ -457,7 +370,7 @@ class DirectoryNode:
                 self.delegate.epoch_changed()
             self._standing = standing
             self.reports.replaced(self.replica.map, self.replica.history)
-            self._confirm_reports()
+            self.confirm_reports()
 
     def _look_for_master(self, now_s: float) -> None:
         """Join, or get a snapshot, if this node is not what it should be."""
@@ -472,7 +385,7 @@ class DirectoryNode:
                 self.joiner.need(state.master, state.epoch, needs_snapshot)
         elif follower.epoch and follower.needs_snapshot:
             self.joiner.need(follower.master, follower.epoch, True)
-        elif follower.is_following and self._book.members.get(self.me.node) != self.me:
+        elif follower.is_following and self.book.members.get(self.me.node) != self.me:
             self.joiner.need(follower.master, follower.epoch, False)
         elif follower.is_following:
             self.joiner.is_member()
