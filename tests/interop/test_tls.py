@@ -262,6 +262,20 @@ def test_status_shows_when_the_certificate_expires_and_warns_before(
     assert "tls allowed, certificate expires on" in capsys.readouterr().out
 
 
+def test_clients_over_tls_attach_again_after_an_upgrade_in_place(node: Node) -> None:
+    address, context = ("127.0.0.1", node.server.port), node.certificates.client_context("web1")
+    attached = Client(address, "closed", tls=context)
+    plain = Client(address, "open")
+    done = json.loads(node.server.command("upgrade-in-place", "--json"))
+    assert (done["clients"], done["dropped"]) == (1, 1)
+    with pytest.raises(OSError):
+        attached.read(0, 4096)
+    assert len(plain.read(0, 4096)) == 4096
+    with pytest.raises(RefusedError, match="TLS only"):
+        Client(address, "closed")
+    Client(address, "closed", tls=context).close()
+
+
 def test_tls_is_not_promised_by_a_node_that_has_no_certificate(
     processes: Processes, tmp_path: Path, free_port: Callable[[], int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,24 @@ def test_hosts_are_told_apart_by_address(peer_name: str, host: str) -> None:
     assert Peer(peer_name).host == host
 
 
+@pytest.mark.parametrize(
+    ("name", "known", "host"),
+    [
+        ("web1", "web1", "192.0.2.1 (web1)"),
+        ("Web Server 1", "Web Server 1", "192.0.2.1 (Web Server 1)"),
+        ("", "", "192.0.2.1"),
+        ("a\x1b[2J", "", "192.0.2.1"),
+        ("a,cert:b", "", "192.0.2.1"),
+        (" a", "", "192.0.2.1"),
+        ("x" * 256, "", "192.0.2.1"),
+    ],
+)
+def test_a_name_in_a_certificate_that_could_not_be_written_is_none(name: str, known: str, host: str) -> None:
+    peer = Peer("192.0.2.1:4711").over_tls("TLSv1.3", name)
+    assert (peer.certificate, peer.host, peer.tls) == (known, host, "TLSv1.3")
+    assert Peer("127.0.0.1:1").over_tls("TLSv1.3", name).host == LOCAL_HOST
+
+
 def test_the_default_export_is_the_only_one_that_a_peer_may_see() -> None:
     exports = Exports()
     assert exports.default(Peer("192.0.2.1:1")) is None
