@@ -1,6 +1,7 @@
 """How fast an update spreads and what it costs, at 3 to 1,000 nodes and 0 to 30 % loss: figures from the simulator.
 
-    python -m tests.simulation.cluster.spread [--nodes 3 30 300 1000] [--loss 0 0.1 0.3] [--seed 1]
+    python -m tests.simulation.cluster.spread [--nodes 3 30 300 1000] [--loss 0 0.1 0.3] [--seed 1] | tee lines
+    python -m tests.simulation.cluster.spread --draw docs/spread.png < lines
 
 Theory: nodes join a new cluster, then UPDATES updates of VALUE_BYTES each are published one by one, PAUSE_S apart, and
 the time until every node has each is taken. What is counted is the bytes of all datagrams of all nodes in that time,
@@ -13,6 +14,7 @@ processor costs nothing in virtual time: these are figures of the protocol, not 
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -28,6 +30,7 @@ from tests.simulation.cluster.machine import Machine, Seams
 UPDATES = 20
 VALUE_BYTES = 100
 PAUSE_S = 0.2
+IDLE_S = 4.0  # looked at to know what an idle cluster sends
 REST_S = 12.0  # after joining: what was asked for there is forgotten
 JOIN_LIMIT_S = 300.0
 SPREAD_LIMIT_S = 60.0
@@ -89,14 +92,13 @@ def measure(nodes: int, loss: float, seed: int) -> Figures:
     join_s = cluster.now_s - first_s
     cluster.wires.set_mix(Mix({"loss": loss}) if loss else Mix())
     cluster.run(REST_S)
-    duration_s = UPDATES * PAUSE_S + 2.0
     idle_bytes = _sent(members)
-    cluster.run(duration_s)
-    idle_bytes = _sent(members) - idle_bytes
-    before = _sent(members)
-    until_s = cluster.now_s + duration_s
+    cluster.run(IDLE_S)
+    idle_bytes_a_second = (_sent(members) - idle_bytes) / IDLE_S
+    before, begun_at_s = _sent(members), cluster.now_s
     spreads, confirmations = _publish(cluster, members)
-    cluster.run(max(0.0, until_s - cluster.now_s))
+    cluster.run(IDLE_S)
+    sent_bytes = _sent(members) - before - idle_bytes_a_second * (cluster.now_s - begun_at_s)
     agents = max(1, nodes - 1)
     spent_s = time.monotonic() - begun_s
     return Figures(
@@ -106,7 +108,7 @@ def measure(nodes: int, loss: float, seed: int) -> Figures:
         round(sorted(spreads)[len(spreads) // 2], 5),
         round(max(spreads), 5),
         SAME_SITE.base_s,
-        round((_sent(members) - before - idle_bytes) / UPDATES / agents, 1),
+        round(sent_bytes / UPDATES / agents, 1),
         minimum_bytes(),
         round(sorted(confirmations)[len(confirmations) // 2], 5),
         round(cluster.scheduler.production_events / spent_s),
@@ -154,13 +156,47 @@ def _sent(members: list[DirectoryNode]) -> int:
     return sum(node.routes.bytes_sent for node in members)
 
 
+def draw(lines: list[dict[str, float]], path: str) -> None:
+    """Two pictures: time and bytes against loss, a curve for each size, the minimum beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (times, sizes) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for nodes in sorted({line["nodes"] for line in lines}):
+        of_size = sorted((line for line in lines if line["nodes"] == nodes), key=lambda line: line["loss"])
+        losses = [100 * line["loss"] for line in of_size]
+        (curve,) = times.plot(
+            losses, [1000 * line["spread_median_s"] for line in of_size], "o-", label=f"{nodes:,} nodes"
+        )
+        worst = [1000 * line["spread_worst_s"] for line in of_size]
+        times.plot(losses, worst, "o:", color=curve.get_color(), markersize=3)
+        sizes.plot(losses, [line["bytes_an_agent"] for line in of_size], "o-", label=f"{nodes:,} nodes")
+    times.axhline(1000 * lines[0]["minimum_s"], color="grey", label="minimum")
+    sizes.axhline(lines[0]["minimum_bytes"], color="grey", label="minimum")
+    times.set(
+        xlabel="datagrams lost, %", ylabel="ms until the last agent has it", yscale="log", title="median, worst dotted"
+    )
+    sizes.set(xlabel="datagrams lost, %", ylabel="bytes for each update and agent", title="cost", ylim=(0, None))
+    for axes in (times, sizes):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Command line: one line of JSON for each size and loss."""
     parser = argparse.ArgumentParser(description="simulate how updates spread")
     parser.add_argument("--nodes", type=int, nargs="+", default=[3, 30, 300, 1000])
     parser.add_argument("--loss", type=float, nargs="+", default=[0.0, 0.01, 0.1, 0.3])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--draw", metavar="FILE", help="draw the lines of former runs, from standard input")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw([json.loads(line) for line in sys.stdin if line.startswith("{")], arguments.draw)
+        return
     for nodes in arguments.nodes:
         for loss in arguments.loss:
             print(json.dumps(asdict(measure(nodes, loss, arguments.seed))), flush=True)
