@@ -30,7 +30,7 @@ HANDSHAKE_TIMEOUT_S = 10.0
 HANDSHAKE_BUFFER_BYTES = 4 << 10  # who only connects costs no more than this
 
 Secure = Callable[[Connection, Receiver, Callable[[str, str], None]], Connection]
-"""`host.tls.Tls.secure`."""
+"""`Secure` of host/tls.py."""
 
 
 @dataclass(frozen=True)

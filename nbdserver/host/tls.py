@@ -18,7 +18,7 @@ Rules
 - A name counts only if the certificate was verified against the clients' CA.
 - New certificates are for new connections; those that cannot be used leave the old ones in force.
 
-Known weakness: the handshake runs on the loop: some 0.6 ms with the keys that `nbdserver cert` makes, 1.5 ms with RSA
+Known weakness: the handshake runs on the loop: some 0.6 ms with the keys that `nbdserver cert` makes, 1.8 ms with RSA
 of 2048 bits. There is no way for another process to go on with such a connection.
 """
 
@@ -39,6 +39,11 @@ DATA_WORTH = 64
 WRITE_BYTES = 64 << 10  # encrypted at once: four records; OpenSSL's buffer gets no larger
 
 Established = Callable[[str, str], None]
+"""Called with version and cipher, and the name in the verified certificate or "", before the first byte; the receiver's
+`lost` is called if it does not come to that."""
+
+Secure = Callable[[Connection, Receiver, Established], Connection]
+"""Puts TLS over a connection, for its receiver."""
 
 
 class TlsError(Exception):
@@ -46,33 +51,24 @@ class TlsError(Exception):
 
 
 class Tls:
-    """The certificates in force, and how many handshakes there were."""
+    """What the connections of a loop share, and how many handshakes there were."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
         """`call_soon` of the loop that the connections live on."""
         self.handshakes = 0
         self.failures = 0
         self._call_soon = call_soon
-        self._context: ssl.SSLContext | None = None
         self._input = memoryview(bytearray(INPUT_BYTES))  # of all: nothing stays in it
 
-    @property
-    def ready(self) -> bool:
-        """Whether there are certificates."""
-        return self._context is not None
+    def with_certificates(self, context: ssl.SSLContext) -> Secure:
+        """What makes TLS with these certificates over a connection, as its server."""
 
-    def use(self, context: ssl.SSLContext | None) -> None:
-        """Let new connections use these certificates; None: no TLS."""
-        self._context = context
+        def secure(below: Connection, receiver: Receiver, established: Established) -> Connection:
+            connection = TlsConnection(below, context, receiver, self._input, self._call_soon)
+            connection.begin(lambda: self._done(connection, established), self._failed)
+            return connection
 
-    def secure(self, below: Connection, receiver: Receiver, established: Established) -> Connection:
-        """TLS over `below`, as its server. `established(version and cipher, name in the verified certificate or "")`
-        comes after the handshake, before the first byte; `receiver.lost` if it fails."""
-        if self._context is None:
-            raise TlsError("there are no certificates")
-        connection = TlsConnection(below, self._context, receiver, self._input, self._call_soon)
-        connection.begin(lambda: self._done(connection, established), self._failed)
-        return connection
+        return secure
 
     def _done(self, connection: "TlsConnection", established: Established) -> None:
         self.handshakes += 1

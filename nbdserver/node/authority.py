@@ -3,7 +3,7 @@
 Theory: the files have the names that qemu, nbdkit and libnbd look for in a directory. DIR holds `ca-cert.pem`,
 `ca-key.pem`, `server-cert.pem`, `server-key.pem`; each client has `DIR/clients/NAME/` with `ca-cert.pem`,
 `client-cert.pem`, `client-key.pem`, which is copied to it whole. Keys are ECDSA P-256: every client knows them, and a
-handshake costs a fifth of one with RSA.
+handshake costs a third of one with RSA.
 
 Rules
 - A key's file is never readable by others, not even while it is written. Where root makes them and there is a user

@@ -118,8 +118,7 @@ class Worker:
         if certificate is not None and key is not None:
             ca = Path(client_ca) if client_ca is not None else None
             context = make_context(Path(certificate), Path(key), ca, verify_clients)
-        self._tls.use(context)
-        self._server.secure = self._tls.secure if context is not None else None
+        self._server.secure = self._tls.with_certificates(context) if context is not None else None
         self._exports.have_tls = context is not None
         self._exports.inherit_tls(TlsMode(mode))
 

@@ -1,6 +1,8 @@
 """TLS over a connection in memory, against OpenSSL's own client: every record can be cut, changed and held back."""
 
+import gc
 import ssl
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,11 +62,13 @@ class Link:
         self.clock = HandClock()
         self.tls = Tls(self.clock.call_soon)
         files = certificates.settings
-        self.tls.use(make_context(files["certificate"], files["key"], files["client_ca"], verify))
+        self.secure = self.tls.with_certificates(
+            make_context(files["certificate"], files["key"], files["client_ca"], verify)
+        )
         self.below = ListConnection("192.0.2.1:1000")
         self.receiver = receiver or Collector()
         self.established: list[tuple[str, str]] = []
-        self.server = self.tls.secure(
+        self.server = self.secure(
             self.below, self.receiver, lambda cipher, name: self.established.append((cipher, name))
         )
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -309,6 +313,24 @@ def test_the_end_of_the_client_is_told_after_what_it_sent(certificates: Certific
     assert link.below.closed
 
 
+@pytest.mark.parametrize("ending", ["close", "abort", "lost", "refused"])
+def test_it_leaves_no_cycle_for_a_collector_that_never_runs(certificates: Certificates, ending: str) -> None:
+    gc.disable()
+    try:
+        link = Link(certificates, "stranger" if ending == "refused" else "web1").shake_hands()
+        if ending == "lost":
+            assert link.below.receiver is not None
+            link.below.receiver.lost("reset")
+        elif ending != "refused":
+            getattr(link.server, ending)()
+        link.below.receiver = None  # as a socket's connection does
+        gone = weakref.ref(link.server)
+        del link
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_it_cannot_be_handed_over(certificates: Certificates) -> None:
     assert Link(certificates).shake_hands().server.detach() is None
 
@@ -415,7 +437,7 @@ class Visit:
 
     def _secure(self, below: Connection, receiver: object, established: Callable[[str, str], None]) -> Connection:
         self.secured = True
-        return self.link.tls.secure(below, receiver, established)  # type: ignore[arg-type]
+        return self.link.secure(below, receiver, established)  # type: ignore[arg-type]
 
     def _clear(self, data: bytes) -> None:
         self.link.feed(data)
