@@ -1,7 +1,6 @@
-"""The embedded registry and the families in it: several keys swap together or not at all, survive, and are never
-believed when damaged."""
+"""The families in a registry: who owns them, which volumes they have, and what was begun with those."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from metadata.leveldb import LevelStore
 from metadata.registry import ExportSettings, Families, Family, RegistryError, Volume, VolumeState
 from metadata.registry_table import RegistryTable
 from nbdserver.node.control import NO_THREADS
-from protocol.disk import pack_value
 
 ID = "0123456789abcdef" * 2
 
@@ -27,23 +25,10 @@ def family(family_id: str = ID, settings: ExportSettings | None = None) -> Famil
 
 
 @pytest.fixture
-def open_store(tmp_path: Path) -> Iterator[Callable[[], LevelStore]]:
-    opened: list[LevelStore] = []
-
-    def open_it() -> LevelStore:
-        for store in opened:
-            store.close()
-        opened.append(LevelStore(str(tmp_path / "registry"), NO_THREADS, NO_THREADS))
-        return opened[-1]
-
-    yield open_it
-    for store in opened:
-        store.close()
-
-
-@pytest.fixture
-def registry(open_store: Callable[[], LevelStore]) -> RegistryTable:
-    return RegistryTable(open_store())
+def registry(tmp_path: Path) -> Iterator[RegistryTable]:
+    registry = RegistryTable(LevelStore(str(tmp_path / "registry"), NO_THREADS, NO_THREADS))
+    yield registry
+    registry.close()
 
 
 @pytest.fixture
@@ -53,64 +38,6 @@ def families(registry: RegistryTable) -> Families:
     families.begin(ID)
     assert families.add(family())
     return families
-
-
-def test_a_swap_changes_all_of_its_keys_or_none(registry: RegistryTable) -> None:
-    assert registry.compare_and_swap([("a", None, b"1"), ("b", None, b"2")])
-    assert not registry.compare_and_swap([("a", b"1", b"3"), ("b", b"wrong", b"4")])
-    assert (registry.get("a"), registry.get("b")) == (b"1", b"2")
-    assert registry.compare_and_swap([("a", b"1", None), ("b", b"2", b"5"), ("c", None, b"6")])
-    assert (registry.get("a"), registry.get("b"), registry.get("c")) == (None, b"5", b"6")
-
-
-def test_absence_is_an_expectation_too(registry: RegistryTable) -> None:
-    assert registry.compare_and_swap([("a", None, b"")])
-    assert not registry.compare_and_swap([("a", None, b"2")])
-    assert registry.get("a") == b""
-
-
-def test_a_range_has_what_begins_with_the_prefix_in_order(registry: RegistryTable) -> None:
-    registry.compare_and_swap([(key, None, key.encode()) for key in ("f/b", "f/a", "f", "f0", "g/a", "f/")])
-    assert [key for key, _ in registry.range("f/")] == ["f/", "f/a", "f/b"]
-
-
-def test_what_was_swapped_is_there_after_opening_again(open_store: Callable[[], LevelStore]) -> None:
-    RegistryTable(open_store()).compare_and_swap([("a", None, b"1")])
-    assert RegistryTable(open_store()).get("a") == b"1"
-
-
-@pytest.mark.parametrize("position", range(12))
-def test_a_flipped_bit_is_an_error_never_a_value(open_store: Callable[[], LevelStore], position: int) -> None:
-    store = open_store()
-    registry = RegistryTable(store)
-    registry.compare_and_swap([("a", None, b"0123456789")])
-    sealed = bytearray(store.get(b"a") or b"")
-    sealed[position] ^= 0x10
-    batch = store.batch()
-    batch.put(b"a", bytes(sealed))
-    store.write(batch)
-    with pytest.raises(OSError, match="damaged"):
-        registry.get("a")
-
-
-def test_a_value_of_another_key_is_not_believed(open_store: Callable[[], LevelStore]) -> None:
-    store = open_store()
-    registry = RegistryTable(store)
-    registry.compare_and_swap([("a", None, b"1")])
-    batch = store.batch()
-    batch.put(b"b", store.get(b"a") or b"")
-    store.write(batch)
-    with pytest.raises(OSError, match="damaged"):
-        registry.get("b")
-
-
-def test_a_newer_registry_is_refused(open_store: Callable[[], LevelStore]) -> None:
-    store = open_store()
-    batch = store.batch()
-    batch.put(b"registry-version", pack_value(b"registry-version", b"3"))
-    store.write(batch)
-    with pytest.raises(RegistryError, match="version 3, this program knows 2"):
-        RegistryTable(store)
 
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1)
@@ -282,17 +209,6 @@ def test_what_the_program_before_wrote_is_read_and_written_anew(registry: Regist
     assert families.find("build") == (renamed, replace(expected, name="build"))
     families.remove(renamed)
     assert families.all() == []
-
-
-def test_a_registry_from_before_is_marked_for_older_programs_to_refuse(
-    open_store: Callable[[], LevelStore],
-) -> None:
-    store = open_store()
-    batch = store.batch()
-    batch.put(b"registry-version", pack_value(b"registry-version", b"1"))
-    store.write(batch)
-    RegistryTable(store)
-    assert store.get(b"registry-version") == pack_value(b"registry-version", b"2")
 
 
 def test_a_thousand_clones_are_one_value_and_too_much_is_refused() -> None:
