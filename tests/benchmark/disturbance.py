@@ -36,7 +36,7 @@ from nbdserver.cli.client import NodeClient
 
 from . import machine
 from .__main__ import size_bytes_of
-from .load import prefill, run_fio
+from .load import prefill, run_fio, scatter
 from .processes import BenchmarkError, Server
 from .targets import Nbdserver
 
@@ -89,12 +89,6 @@ class Node:
         for number in range(count):
             self._api.post("/v1/volumes", {"name": f"other{number}", "size_bytes": 1 << 30})
 
-    def overwrite(self) -> None:
-        """Leave the cleaner something to do: every block written again, in another order."""
-        command = ["fio", "--name=overwrite", "--ioengine=nbd", f"--uri={self.target.uri}", "--thread"]
-        command += [f"--size={self.target.size_bytes}", "--rw=randwrite", "--bs=4k", "--iodepth=32"]
-        run_fio([*command, "--output-format=json"], timeout_s=600)
-
 
 @contextmanager
 def every_second(work: Callable[[], None]) -> Iterator[None]:
@@ -131,7 +125,7 @@ class Case:
 ALONE = Case("alone", "disk_checkpoints")
 CASES = (
     ALONE,
-    Case("the cleaner", "disk_cleaner_blocks_moved", begin=Node.overwrite),
+    Case("the cleaner", "disk_cleaner_blocks_moved", begin=lambda node: scatter(node.target)),
     Case("/metrics every second", "", beside=lambda node: every_second(node.read_metrics)),
     Case("list of all volumes every second", "", beside=lambda node: every_second(node.list_volumes)),
 )

@@ -69,6 +69,20 @@ def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
     return job
 
 
+def scatter(target: Target) -> None:
+    """Write every block once, in random order."""
+    command = [
+        "fio",
+        "--name=scatter",
+        "--ioengine=nbd",
+        f"--uri={target.uri}",
+        "--thread",
+        f"--size={target.size_bytes}",
+    ]
+    command += ["--rw=randwrite", "--bs=4k", "--iodepth=32", "--refill_buffers", "--end_fsync=1"]
+    run_fio([*command, "--output-format=json"], timeout_s=600)
+
+
 def prefill(target: Target) -> None:
     run_fio(prefill_command(target.uri, target.size_bytes), timeout_s=600)
 

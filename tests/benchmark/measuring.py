@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .load import START_UP_S, Sample, fio_version, measure, prefill
+from .load import START_UP_S, Sample, fio_version, measure, prefill, scatter
 from .processes import BenchmarkError
 from .rows import Row
 from .targets import SUBJECT, Setting, Target
@@ -19,6 +19,7 @@ from .targets import SUBJECT, Setting, Target
 SEARCH_S = 0.8
 FINALISTS = 2
 PREFILL_S = 5.0
+SCATTER_S = 10.0
 WRITE_BACK_S = 0.4
 
 Advance = Callable[[float, str], None]
@@ -28,7 +29,7 @@ Say = Callable[[str], None]
 
 def planned_s(rows: list[Row], targets: list[Target], rounds: int, duration_s: float) -> float:
     """Estimate of `measure_rows`."""
-    layouts = sum(row.laid_out for row in rows) * PREFILL_S
+    layouts = sum(row.laid_out * PREFILL_S + row.scattered * SCATTER_S for row in rows)
     return sum(rounds * len(targets) * _planned_run_s(row, duration_s) for row in rows) + layouts * len(targets)
 
 
@@ -156,6 +157,9 @@ def measure_rows(
             if row.laid_out and not is_laid_out:
                 advance(0, f"writing {target.title} from end to end")
                 prefill(target)
+            if row.scattered:
+                advance(0, f"overwriting {target.title} at random")
+                scatter(target)
             target.warm()
         for number in range(rounds):
             first = number % len(targets)
@@ -163,7 +167,7 @@ def measure_rows(
                 advance(0, f"{row.title}: {target.title}")
                 of_row[target.name].append(measure(target, row, duration_s, seed=number + 1))
                 advance(_planned_run_s(row, duration_s), f"{row.title}: {target.title}")
-        is_laid_out = row.laid_out or (is_laid_out and not row.writes)
+        is_laid_out = row.laid_out or (is_laid_out and not row.writes and not row.scattered)
         samples[row.name] = of_row
     return samples
 

@@ -11,7 +11,8 @@ class Row:
 
     `goal` is the ratio of operations a second, ours over the best peer's, that the project wants to reach. Where a log
     has put the blocks depends on who wrote them in which order, so a row may ask to be measured on disks that were
-    just written from end to end (`laid_out`); all others take them as the rows before left them.
+    just written from end to end (`laid_out`), or just overwritten block by block in random order (`scattered`); all
+    others take them as the rows before left them.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Row:
     fsync_every: int
     goal: float
     laid_out: bool = False
+    scattered: bool = False
 
     @property
     def writes(self) -> bool:
@@ -47,7 +49,19 @@ ROWS = (
     Row("randwrite-4k-d1", "4k random write, depth 1", "randwrite", 4096, 1, 1, 0, 1.0),
     Row("read-128k-d8", "128k sequential read, depth 8", "read", 131072, 8, 1, 0, 1.0, laid_out=True),
     Row("write-128k-d8", "128k sequential write, depth 8", "write", 131072, 8, 1, 0, 1.0),
+    Row("randread-4k-j16", "4k random read, 16 jobs on 16 connections", "randread", 4096, 1, 16, 0, 1.5),
     Row("fsync-4k-j1", "4k random write, fsync each, 1 job", "randwrite", 4096, 1, 1, 1, 1.3),
     Row("fsync-4k-j16", "4k random write, fsync each, 16 jobs on 16 connections", "randwrite", 4096, 1, 16, 1, 3.0),
+    Row(
+        "read-128k-scattered",
+        "128k sequential read, depth 8, of what was overwritten at random",
+        "read",
+        131072,
+        8,
+        1,
+        0,
+        1.0,
+        scattered=True,
+    ),
 )
 ROWS_BY_NAME = {row.name: row for row in ROWS}

@@ -358,7 +358,7 @@ def run(
         with tempfile.TemporaryDirectory(prefix="scale-", dir=results) as scratch:
             place = (directory or Path(scratch)).resolve()
             build_families(place, spreads)
-            result = {
+            result: dict[str, Any] = {
                 "date": time.strftime("%Y-%m-%d %H:%M %z"),
                 "commit": machine.commit(),
                 "machine": machine.describe(place),

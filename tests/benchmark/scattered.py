@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,9 +94,9 @@ def resident_bytes(pid: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")}
 
 
-def own_bytes(found: dict[str, int]) -> int:
+def own_bytes(found: Mapping[str, float]) -> int:
     """What only the process itself can give back."""
-    return found.get("RssAnon", 0) + found.get("RssShmem", 0)
+    return int(found.get("RssAnon", 0) + found.get("RssShmem", 0))
 
 
 @application.command()
@@ -180,6 +181,10 @@ def given_to_the_disk_bytes() -> int:
     return 0
 
 
+def answer(waiting: asyncio.Future[int], failed: int, _: object) -> None:
+    waiting.set_result(failed)
+
+
 async def write_at_random(head: Head, writes: int, progress: Progress) -> None:
     """DEPTH writes at a time, as one batch; those whose map pages are not in memory wait for them together."""
     loop = asyncio.get_running_loop()
@@ -192,11 +197,10 @@ async def write_at_random(head: Head, writes: int, progress: Progress) -> None:
         missing = [offset for offset in offsets if not head.write(offset, view)]
         if head.commit():
             raise BenchmarkError("a batch was refused")
-        waiting = []
+        waiting: list[asyncio.Future[int]] = []
         for offset in missing:
-            answer: asyncio.Future[int] = loop.create_future()
-            head.later(Operation.WRITE, offset, BLOCK_BYTES, data, lambda failed, _, to=answer: to.set_result(failed))
-            waiting.append(answer)
+            waiting.append(loop.create_future())
+            head.later(Operation.WRITE, offset, BLOCK_BYTES, data, partial(answer, waiting[-1]))
         if any(await asyncio.gather(*waiting)):
             raise BenchmarkError("a write was refused")
         await asyncio.sleep(0)

@@ -164,3 +164,36 @@ def test_changes_of_layers_are_measured_and_plotted(tmp_path: Path) -> None:
     for step in (step for steps in series.values() for step in steps):
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in step["seconds"].values())
     assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_starts_after_kill_9_are_measured(tmp_path: Path) -> None:
+    need("fio")
+    done = bench("--sizes", "32M", "--rounds", "1", "--load-s", "0.5", "--results", str(tmp_path),
+                 module="tests.benchmark.restart")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("restart-*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["rounds"][0]["blocks"] > 0
+    assert 0 < row["rounds"][0]["seconds"] < 30
+
+
+def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path) -> None:
+    need("fio", "nbdkit", "nbdcopy")
+    done = bench("--size", "16M", "--rounds", "1", "--targets", "nbdserver,nbdkit", "--results", str(tmp_path),
+                 module="tests.benchmark.copying")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("copying-*.json")
+    samples = json.loads(path.read_text())["samples"]
+    assert set(samples) == {"in", "out"}
+    assert all(set(of_way) == {"nbdkit", "nbdserver"} for of_way in samples.values())
+
+
+def test_memory_and_metadata_of_scattered_writes_are_counted(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = bench("metadata", "--writes", "1600", "--rest-s", "0", "--directory", str(tmp_path / "volume"),
+                     "--results", str(tmp_path), module="tests.benchmark.scattered")  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    tally = json.loads((tmp_path / "volume" / "tally.json").read_text())
+    assert tally["writes"] == 3200
+    assert tally["to_disk_bytes"] > 0
+    assert tally["headers_bytes"] / 3200 < 512
