@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One without the test's name in it: the path of a socket far below must fit into 107 bytes, whoever runs this."""
+    return tmp_path_factory.mktemp("b")
+
+
 def need(*programs: str) -> None:
     """Skip, or fail where everything must run, when a program is missing."""
     missing = [program for program in programs if shutil.which(program) is None]
