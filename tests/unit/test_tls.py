@@ -208,7 +208,10 @@ def test_records_without_data_are_worked_off_a_little_at_a_time_and_then_end_the
 ) -> None:
     monkeypatch.setattr(tls_module, "TURN_S", -1.0)
     link = Link(certificates, verify=False)
-    client = OpensslClient()
+    try:
+        client = OpensslClient()
+    except OSError as error:
+        pytest.skip(f"{error}: apt-get install libssl3")
     while not client.shake_hands():
         link.feed(client.sent())
         client.receive(bytes(link.below.sent))
