@@ -151,7 +151,7 @@ class Files(Protocol):
     ) -> None:
         """Read (length, offset) extents off the loop; `done(errno, data)`, one bytes object an extent."""
 
-    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, bytes], None]) -> None:
+    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, Buffer], None]) -> None:
         """Read off the loop what the device itself has, past the page cache, and leave nothing there."""
 
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:

@@ -173,7 +173,7 @@ class HostFiles:
         """Read (length, offset) extents in a thread; an extent that ends past the file is EIO."""
         self._readers.run(done, _read_extents, handle, extents)
 
-    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, bytes], None]) -> None:
+    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, Buffer], None]) -> None:
         """Read in a thread what the device has, by O_DIRECT; through the page cache where a file system has none."""
         self._readers.run(done, _read_device, handle, length, offset)
 
@@ -257,7 +257,8 @@ def _read_extents(handle: int, extents: Sequence[tuple[int, int]]) -> tuple[int,
     return (0, pieces)
 
 
-def _read_device(handle: int, length: int, offset: int) -> tuple[int, bytes]:
+def _read_device(handle: int, length: int, offset: int) -> tuple[int, Buffer]:
+    """The bytes are a view of memory that goes with it: a copy would hold the interpreter's lock."""
     start = offset & -DIRECT_BYTES
     try:
         # A description of its own: the flags of the handle are everybody's.
@@ -267,11 +268,11 @@ def _read_device(handle: int, length: int, offset: int) -> tuple[int, bytes]:
         return errno_, pieces[0] if pieces else b""
     try:
         # A map of its own begins at a page: what is read past the page cache has to lie aligned.
-        with mmap.mmap(-1, (offset - start + length + DIRECT_BYTES - 1) & -DIRECT_BYTES) as room:
-            read = os.preadv(direct, [room], start)
-            if read < offset - start + length:
-                return (errno.EIO, b"")
-            return (0, room[offset - start : offset - start + length])
+        room = mmap.mmap(-1, (offset - start + length + DIRECT_BYTES - 1) & -DIRECT_BYTES)
+        read = os.preadv(direct, [room], start)
+        if read < offset - start + length:
+            return (errno.EIO, b"")
+        return (0, memoryview(room)[offset - start : offset - start + length])
     except OSError as error:
         return (error.errno or errno.EIO, b"")
     finally:

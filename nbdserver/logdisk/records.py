@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from metadata.seams import Buffer
 from protocol.checksum import crc32c
 from protocol.disk import (
     BLOCK_BYTES,
@@ -130,14 +131,14 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     )  # fmt: skip
 
 
-def next_record(key: bytes, data: bytes, base: int, at: int) -> Record | int:
+def next_record(key: bytes, data: Buffer, base: int, at: int) -> Record | int:
     """The record at `at` in `data`, a piece of a segment that begins at `base`, if it lies whole in it. Otherwise how
     many bytes it takes, or 0 if the chain is broken there."""
-    header = data[at : at + RECORD_HEADER_BYTES]
+    header = bytes(data[at : at + RECORD_HEADER_BYTES])
     length = body_length(key, header)
     if length is None:
         return RECORD_HEADER_BYTES if len(header) < RECORD_HEADER_BYTES else 0
-    body = data[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length]
+    body = bytes(data[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length])
     if len(body) < length:
         return RECORD_HEADER_BYTES + length
     record = parse_record(key, header, body, base + at)
@@ -146,7 +147,7 @@ def next_record(key: bytes, data: bytes, base: int, at: int) -> Record | int:
     return record if record.end - base <= len(data) else record.end - base - at
 
 
-def wrong_blocks(data: bytes, checksums: "array[int]") -> list[int]:
+def wrong_blocks(data: Buffer, checksums: "array[int]") -> list[int]:
     """Indexes of the blocks in `data` whose CRC is not the one given; missing bytes are wrong."""
     wrong: list[int] = []
     whole = len(data) // BLOCK_BYTES

@@ -23,9 +23,9 @@ Rules
 - Nothing is repaired here, and nothing is condemned: the volume goes on, each damaged block is reported with what shows
   it.
 
-Known weakness: a piece in flight delays a client's cold read by as long as the device takes for it. Sorting the
-segments at the start takes some 2 ms for a terabyte. Of the layers that may show a damaged block MOST_LAYERS are looked
-at.
+Known weakness: a piece in flight delays a client's cold read by as long as the device takes for it; a record that is
+larger than a piece is read whole. Sorting the segments at the start takes some 2 ms for a terabyte. Of the layers that
+may show a damaged block MOST_LAYERS are looked at.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from metadata.logical_map import LAYER_SHIFT, PAGE_OF_LAYER
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
-from metadata.seams import Clock, Files, Timer
+from metadata.seams import Buffer, Clock, Files, Timer
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET
 from nbdserver.logdisk.pacing import Job, Pace
 from nbdserver.logdisk.page_walk import PageWalk
@@ -179,7 +179,7 @@ class Scrub:
             self._pool.handles[self._segment], length, offset, partial(self._arrived, self._segment, offset)
         )
 
-    def _arrived(self, segment: int, base: int, errno: int, data: bytes) -> None:
+    def _arrived(self, segment: int, base: int, errno: int, data: Buffer) -> None:
         self._reading = False
         self._pool.end_read(segment)
         if self._is_over():
@@ -189,7 +189,7 @@ class Scrub:
         else:
             Job(self._clock, self._verify(data, base), lambda: None, self._failed)
 
-    def _verify(self, data: bytes, base: int) -> Iterator[None]:
+    def _verify(self, data: Buffer, base: int) -> Iterator[None]:
         """Check the whole records in a piece of the segment, in slices."""
         key = chain_key(self._sequence, self._table.salt[self._segment])
         if not self._is_there():

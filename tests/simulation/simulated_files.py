@@ -344,7 +344,7 @@ class SimulatedFiles:
 
         self._later(finish, self.mix.slow)
 
-    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, bytes], None]) -> None:
+    def read_device_later(self, handle: int, length: int, offset: int, done: Callable[[int, Buffer], None]) -> None:
         self.read_later(handle, [(length, offset)], lambda errno, pieces: done(errno, pieces[0] if pieces else b""))
 
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
