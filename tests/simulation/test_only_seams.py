@@ -10,18 +10,13 @@ import sys
 import types
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.simulation.cluster.machine import MachineClock
-from tests.simulation.cluster.scheduler import Event
-from tests.simulation.cluster.simulated_network import SimulatedDatagrams, SimulatedNetwork
-from tests.simulation.cluster.simulated_registry import SimulatedRegistry
-from tests.simulation.cluster.simulated_streams import SimulatedConnection
+from tests.simulation.cluster.directory import directory_run
+from tests.simulation.cluster.faults import Mix
 from tests.simulation.run import Run
-from tests.simulation.simulated_files import SimulatedFiles
-from tests.simulation.simulated_store import SimulatedBatch, SimulatedStore
-from tests.simulation.world import SimulatedClock, SimulatedTimer
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCTION = ("nbdserver", "metadata", "protocol")
@@ -55,19 +50,14 @@ SIMULATOR_ONLY = {
     "cluster.simulated_streams": SEAM,
 }
 
-SEAMS = (
-    Event,
-    MachineClock,
-    SimulatedBatch,
-    SimulatedClock,
-    SimulatedConnection,
-    SimulatedDatagrams,
-    SimulatedFiles,
-    SimulatedNetwork,
-    SimulatedRegistry,
-    SimulatedStore,
-    SimulatedTimer,
-)
+SEAM_MODULES = {f"tests.simulation.{name}" for name, what in SIMULATOR_ONLY.items() if what == SEAM}
+
+
+def kind_of(one: object) -> Any:
+    """A function or a class itself, otherwise its class; of a method its owner's."""
+    if isinstance(one, types.MethodType):
+        return type(one.__self__)
+    return one if isinstance(one, types.FunctionType | type) else type(one)
 
 
 def held_by(root: object, outside: object) -> Iterable[object]:
@@ -78,7 +68,7 @@ def held_by(root: object, outside: object) -> Iterable[object]:
     while waiting:
         one = waiting.pop()
         owner = one.__self__ if isinstance(one, types.MethodType) else one
-        if owner is outside or isinstance(owner, SEAMS):
+        if owner is outside or kind_of(one).__module__ in SEAM_MODULES:
             continue
         yield one
         inside: list[object] = gc.get_referents(one)
@@ -94,12 +84,8 @@ def held_by(root: object, outside: object) -> Iterable[object]:
 
 def strangers(root: object, outside: object = None) -> set[str]:
     """Classes and functions of tests that an object holds and that are no seams."""
-    found = set()
-    for one in held_by(root, outside):
-        kind = one if isinstance(one, types.FunctionType | type) else type(one)
-        if kind.__module__.startswith("tests.") and kind not in SEAMS:
-            found.add(f"{kind.__module__}.{kind.__qualname__}")
-    return found
+    kinds = [kind_of(one) for one in held_by(root, outside)]
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds if kind.__module__.startswith("tests.")}
 
 
 def test_every_module_of_the_simulator_is_listed() -> None:
@@ -116,6 +102,15 @@ def test_a_running_disk_holds_nothing_of_the_simulator_but_seams() -> None:
     run = Run(3).go()
     assert strangers(run.disk, outside=run) == set()
     assert strangers(run.disk)  # what it reports to
+
+
+def test_the_nodes_of_a_running_cluster_hold_nothing_of_the_simulator_but_seams() -> None:
+    scenario, run = directory_run(3, Mix({"loss": 0.1, "stream reset": 0.05}))
+    scenario.begin(run.cluster)
+    run.cluster.run(20.0)  # no clients: their callbacks would be strangers
+    nodes = [node for _, node in scenario.nodes()]
+    assert len(nodes) > 2
+    assert {name for node in nodes for name in strangers(node)} == set()
 
 
 def test_production_has_got_nothing_from_a_test() -> None:
