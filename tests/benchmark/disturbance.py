@@ -85,6 +85,10 @@ class Node:
     def list_volumes(self) -> None:
         self._api.get("/v1/volumes")
 
+    def limit_data(self, volume: str, size_bytes: int) -> None:
+        """What the volume's segment files may take."""
+        self._api.patch(f"/v1/volumes/{volume}", {"max_data": str(size_bytes)})
+
     def make_volumes(self, count: int) -> None:
         for number in range(count):
             self._api.post("/v1/volumes", {"name": f"other{number}", "size_bytes": 1 << 30})
