@@ -166,7 +166,7 @@ def run(
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, stem.with_suffix(".png"))
     console.print(
-        f"overwritten {result['overwritten_times']:.1f} times; in the last third {result['writes_per_s']:,.0f} writes a "
+        f"overwritten {result['overwritten_times']:.1f} times; then {result['writes_per_s']:,.0f} writes a "
         f"second (slowest second {result['slowest_writes_per_s']:,.0f}), write amplification "
         f"{result['amplification']:.2f}; theory {result['theory']:.2f}",
         highlight=False,
