@@ -1,4 +1,4 @@
-"""README.md is true: its blocks are run as they stand there.
+"""README.md is true, and what docs/operations.md says of volumes: their blocks are run as they stand there.
 
 A block opened by "```sh serve" is run in the background until Ctrl-C, one opened by "```sh test" must succeed while
 it runs. The only things that are changed are the port, because somebody may use 10809, and the folder: a copy of the
@@ -27,9 +27,9 @@ READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 
 
-def blocks(mark: str) -> list[str]:
-    found = re.findall(rf"^```sh {mark}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"README.md has no block marked {mark}"
+def blocks(mark: str, page: str = "README.md") -> list[str]:
+    found = re.findall(rf"^```sh {mark}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{page} has no block marked {mark}"
     return found
 
 
@@ -105,6 +105,9 @@ def test_what_the_readme_says_to_type_works_and_ctrl_c_stops_it_cleanly(
     newcomer.serve()
     for block in blocks("test"):
         newcomer.run(block)
+    for mark in ("volumes", "snapshots", "clones"):
+        for block in blocks(mark, "docs/operations.md"):
+            newcomer.run("export PATH=$PWD/.venv/bin:$PATH NBDSERVER_DATA=$PWD/var\n" + block)
     newcomer.press_ctrl_c()
     assert "***" not in newcomer.printed
     assert "Traceback" not in newcomer.printed, newcomer.printed
