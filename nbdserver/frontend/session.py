@@ -13,7 +13,7 @@ Rules
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from metadata.seams import Clock, Connection, Receiver, Timer
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
@@ -144,6 +144,9 @@ class Session:
         """Leave, once frozen: (descriptor, state) for another process to go on with. None if that cannot be."""
         if not self.frozen or self._over or self._transmission is None or self._agreement is None:
             return None
+        assert self.export is not None
+        # By the name that it has now: it may have been renamed since the handshake.
+        offer = replace(self._agreement.offer, name=self.export.name)
         detached = self._connection.detach()
         if detached is None:
             return None
@@ -152,7 +155,7 @@ class Session:
             cookie=cookie,
             id=self.id,
             since_s=self._since_s,
-            agreement=self._agreement,
+            agreement=replace(self._agreement, offer=offer),
             skip_bytes=self._transmission.skip_bytes,
             received=bytes(self._buffer.view[self._buffer.start : self._buffer.end]),
             unsent=unsent,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -123,8 +124,12 @@ def test_a_renamed_volume_keeps_its_clients_and_takes_its_snapshots_along(
     server.kill9()
     server.start()
     assert first_byte(server, "build@monday") == 5
+    client, reader = attach(server, "build"), attach(server, "build@monday")
     command(server, "volume", "rename", "build", "depot")
     assert first_byte(server, "depot@monday") == 5
+    upgraded = json.loads(command(server, "upgrade-in-place", "--json"))
+    assert (upgraded["clients"], upgraded["dropped"]) == (2, 0)
+    assert (client.read(0, 1), reader.read(0, 1)) == (b"\0", b"\5")
     events = [json.loads(line) for line in command(server, "events", "--json").splitlines()]
     renamed_to = [event["new_name"] for event in events if event["kind"] == "volume-renamed"]
     assert renamed_to == ["build", "depot"]
@@ -171,3 +176,40 @@ def test_a_thousand_clones_of_one_snapshot(server: Server) -> None:
     assert [first_byte(server, name) for name in ("clone-0499", "clone-0500", "disk0@snapshot-0990")] == [1, 9, 1]
     command(server, "snapshot", "create", "clone-0500@own")
     assert server.stop() == 0
+
+
+def test_kill_9_in_the_middle_of_changes_leaves_what_was_answered(server: Server) -> None:
+    """Clones are made, renamed and deleted one after the other; what was under way is done or not."""
+    command(server, "snapshot", "create", "disk0@base")
+    there, doubtful = {"disk0"}, set[str]()
+    for life in range(3):
+        transport = httpx.HTTPTransport(uds=str(server.data / "api.sock"))
+        with httpx.Client(transport=transport, base_url="http://node", timeout=60) as api:
+            killer = threading.Timer(0.3 + life * 0.17, server.kill9)
+            killer.start()
+            try:
+                for number in range(1000):
+                    name, new_name = f"clone-{life}-{number}", f"renamed-{life}-{number}"
+                    doubtful = {name}
+                    content = {"volume": "disk0", "snapshot": "base", "name": name}
+                    assert api.post("/v1/clones", json=content).status_code == 201
+                    there.add(name)
+                    doubtful = {name, new_name}
+                    assert api.post(f"/v1/volumes/{name}/rename", json={"name": new_name}).status_code == 200
+                    there = there - {name} | {new_name}
+                    if number % 2:
+                        doubtful = {new_name}
+                        assert api.delete(f"/v1/volumes/{new_name}").status_code == 204
+                        there.remove(new_name)
+            except httpx.TransportError:
+                pass
+            killer.join()
+        server.start()
+        found = set(volumes(server))
+        assert found - doubtful == there - doubtful
+        assert len(found & doubtful) <= 1
+        there = found
+        assert not [volume["reason"] for volume in volumes(server).values() if volume["reason"]]
+    assert first_byte(server, sorted(there)[-1]) == 0
+    assert server.stop() == 0
+    assert json.loads(command(server, "check", "--json"))["volumes"]["disk0"]["findings"] == []

@@ -195,17 +195,29 @@ class BlockDeviceMachine(RuleBasedStateMachine):
         if volume not in self.clones:
             return
         self.label += 1
-        length = min(length, SIZE_BYTES - offset)
+        length = min(length, len(self.clones[volume]) - offset)
+        if length <= 0:
+            return
         data = pattern(self.label, offset, length)
         answers: list[Any] = []
         self.disk.head(volume).later(Operation.WRITE, offset, length, data, lambda errno, _: answers.append(errno))
         assert self._wait(answers) == 0
         self.clones[volume][offset : offset + length] = data
 
+    @precondition(lambda self: self.clones)
+    @rule(
+        volume=st.integers(2, 3), size_bytes=st.one_of(OFFSETS.map(lambda offset: offset + 1), st.just(2 * SIZE_BYTES))
+    )
+    def resize_clone(self, volume: int, size_bytes: int) -> None:
+        if volume in self.clones:
+            self._change("resize", volume, size_bytes)
+            now = self.clones[volume][:size_bytes]
+            self.clones[volume] = now + bytes(size_bytes - len(now))
+            assert self.disk.head(volume).size_bytes == size_bytes
+
     @precondition(lambda self: self.snapshots or self.clones)
     @rule(which=st.integers(0, 9), offset=OFFSETS, length=LENGTHS)
     def read_another(self, which: int, offset: int, length: int) -> None:
-        length = min(length, SIZE_BYTES - offset)
         others = [*sorted(self.snapshots), *sorted(self.clones)]
         other = others[which % len(others)]
         if other in self.snapshots and which % len(others) < len(self.snapshots):
@@ -213,6 +225,7 @@ class BlockDeviceMachine(RuleBasedStateMachine):
             expected = self.snapshots[other]
         else:
             device, expected = self.disk.head(other), bytes(self.clones[other])
+        length = max(0, min(length, len(expected) - offset))
         assert self._read_all(device, offset, length) == expected[offset : offset + length]
         if isinstance(device, View):
             device.close()
@@ -310,7 +323,8 @@ class BlockDeviceMachine(RuleBasedStateMachine):
             assert self._read_all(view, 0, LOOKED_AT_BYTES) == content[:LOOKED_AT_BYTES]
             view.close()
         for volume, written in self.clones.items():
-            assert self._read_all(self.disk.head(volume), 0, LOOKED_AT_BYTES) == written[:LOOKED_AT_BYTES]
+            length = min(len(written), LOOKED_AT_BYTES)
+            assert self._read_all(self.disk.head(volume), 0, length) == written[:length]
         self.clock.run(100.0)
         layers = self.disk.maps.tree.layers.values()
         assert all(layer.row.kind or len(layer.children) > 1 for layer in layers), "a layer is left that nothing needs"
