@@ -40,7 +40,7 @@ def quick(etcd: EtcdCluster, **changes: object) -> EtcdSettings:
         "call_timeout_s": 1.0,
         "connect_timeout_s": 1.0,
         "probe_interval_s": 0.2,
-        "probe_timeout_s": 0.4,
+        "probe_timeout_s": 0.8,
         "backoff_min_s": 0.02,
         "backoff_max_s": 0.2,
         **changes,

@@ -243,7 +243,7 @@ def test_an_older_registry_is_marked_with_the_present_version(make_etcd: MakeClu
 
 def test_an_etcd_that_is_full_says_so_and_still_answers_reads(make_etcd: MakeCluster, make_rig: MakeRig) -> None:
     etcd = make_etcd(1, f"--quota-backend-bytes={4 << 20}")
-    rig = make_rig(quick(etcd))
+    rig = make_rig(quick(etcd, call_timeout_s=10.0, probe_timeout_s=5.0))
     must_swap(rig, ("a", None, b"1"))
     answer = Swap(Outcome.SWAPPED)
     for number in range(20):
