@@ -63,6 +63,7 @@ class Changed:
         self._done = done
         self._extents: Extents = []
         self._compared = 0
+        self._ahead = NextPage(disk, (self._end - 1) >> PAGE_SHIFT + 12)
         disk.slow_path.under_way += 1
         disk.call_soon(self._go_on)
 
@@ -122,12 +123,11 @@ class Changed:
 
     def _ask(self, page: int) -> None:
         tree = self._disk.maps.tree
-        last = (self._end - 1) >> PAGE_SHIFT + 12
         layers = tree.difference(self._device.layer, self._since)
         if any(tree.layers[layer].cut or tree.layers[layer].holes for layer in layers):
             chains = (*tree.chain(self._device.layer), *tree.chain(self._since))
             layers = {layer.row.layer for layer in chains}
-        NextPage(self._disk, sorted(layers), page, last, self._next_page)
+        self._ahead.find(layers, page, self._next_page)
 
     def _next_page(self, following: int) -> None:
         page = self._at >> PAGE_SHIFT + 12

@@ -106,6 +106,7 @@ class _Waiting:
         self._pieces: list[Buffer] = []
         self._extents: Extents = []
         self._extent_pages = 0
+        self._ahead: NextPage | None = None
         self._cold: dict[int, tuple[tuple[int, int, int], bytes]] = {}  # LBA → (address, content), for merging
         slow_path._clock.call_soon(self._go_on)
 
@@ -376,7 +377,6 @@ class _Waiting:
             return False
         maps = disk.maps
         number = self._at >> 12 >> PAGE_SHIFT
-        last = (self._end - 1) >> 12 >> PAGE_SHIFT
         if maps.page(self._first_page + number) is not None:
             page_end = min(self._end, ((number + 1) << PAGE_SHIFT) << 12)
             found = self._device.extents(self._at, page_end - self._at, 1 << 16) or []
@@ -388,7 +388,9 @@ class _Waiting:
                 return False
             return True
         layers = [layer.row.layer for layer in maps.tree.chain(self._device.layer)]
-        NextPage(disk, layers, number, last, self._next_page)
+        if self._ahead is None:
+            self._ahead = NextPage(disk, (self._end - 1) >> 12 >> PAGE_SHIFT)
+        self._ahead.find(layers, number, self._next_page)
         return False
 
     def _next_page(self, following: int) -> None:

@@ -1,6 +1,7 @@
 """A thousand snapshots, a thousand clones: what each costs, counted by work and not by the clock."""
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,30 @@ def test_a_thousand_snapshots_of_a_written_volume() -> None:
     check(family)
     family.open()
     assert numbers(family, family.disk.head(1), 6, 994) == content(MANY)[6:]
+
+
+def test_what_changed_through_many_snapshots_asks_for_each_layer_once_and_again_only_where_it_was_met() -> None:
+    family = SimulatedFamily(size_bytes=1 << 40, segment_bytes=1 << 20)
+    first = snapshot(family, "first")
+    for number in range(100):
+        put(family, 1, (number * 7919 % 100_000) * 256, number + 1)
+        snapshot(family, f"{number}")
+    family.checkpoint()
+    family.close()
+    family.open()
+    asked: list[int] = []
+    real = family.store.range_later
+
+    def count(ranges: Any, done: Any, limit: int = 0) -> None:
+        asked.append(len(ranges) if limit == 1 else 0)
+        real(ranges, done, limit)
+
+    family.store.range_later = count  # type: ignore[method-assign]
+    errno_, extents = family.wait(lambda done: family.disk.head(1).changed(first, 0, 1 << 40, 512, done))
+    assert errno_ == 0
+    assert sum(dirty for _, dirty in extents) == 100
+    assert sum(length for length, dirty in extents if dirty) == 100 * BLOCK_BYTES
+    assert sum(asked) < 102 + 3 * 100
 
 
 def test_a_thousand_clones_of_one_snapshot() -> None:

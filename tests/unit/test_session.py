@@ -498,9 +498,12 @@ def test_a_client_that_left_leaves_nothing_to_the_garbage_collector(rig: Rig) ->
     gc.collect()
     gc.disable()
     try:
-        wire = rig.wire()
+        rig.device.snapshot("monday")
+        wire = rig.wire(queries=(BASE, MONDAY))
         packed, _ = conversation(wire)
         wire.feed(packed)
+        rig.clock.run()
+        wire.feed(wire.request(Command.BLOCK_STATUS, 0, BLOCK)[1])
         session = weakref.ref(wire.session)
         transmission = weakref.ref(wire.session._transmission)
         wire.session.lost("gone")
