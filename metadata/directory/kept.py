@@ -75,9 +75,10 @@ class Kept:
         """True if the registry has this key, or is about to."""
         return key in self._values or any(waiting.update.key == key for waiting in self._waiting)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._waiting) >= WAITING_LIMIT or len(self._values) >= KEPT_LIMIT
+    def takes(self, key: str) -> bool:
+        """False if too many changes wait, or a new key would be one too many."""
+        has_room = key in self._values or len(self._values) < KEPT_LIMIT
+        return has_room and len(self._waiting) < WAITING_LIMIT
 
     def change(self, update: Update, taken: Callable[[], None], failed: Callable[[bool], None]) -> None:
         self._waiting.append(_Waiting(replace_kept(update), taken, failed))

@@ -146,7 +146,7 @@ class Master:
                 done(Answer.NOT_DONE)
             return
         if confirm is Confirm.REGISTRY or self.kept.has(update.key):
-            if self.kept.is_full and not self.kept.has(update.key):
+            if not self.kept.takes(update.key):
                 if done is not None:
                     done(Answer.NOT_DONE)
                 return
@@ -155,6 +155,7 @@ class Master:
                 lambda: self._kept(update, done),
                 lambda is_unknown: done(Answer.UNKNOWN if is_unknown else Answer.NOT_DONE) if done else None,
             )
+            self.term.saw(update)  # the same report comes again while the registry is asked
             return
         sequence = self._publish(update)
         if confirm is Confirm.SITE:
@@ -222,7 +223,6 @@ class Master:
         update = Update.decode(report.update)
         if report.epoch != self.term.epoch or update.origin != node or self.term.is_old(update):
             return
-        self.term.saw(update)
         self.publish(update, Confirm(report.confirm) if report.confirm in _CONFIRMS else Confirm.NONE, None)
 
     def join(self, node: int, body: Join, now_s: float) -> None:

@@ -13,7 +13,7 @@ Rules
 - WAITING_LIMIT at once; after PATIENCE_S the answer is *unknown*, or *not done* if it was never sent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -104,9 +104,18 @@ class Reports:
         waiting.seen = NOWHERE
         self._waiting[number] = waiting
 
-    def _renumber(self, number: int) -> None:
-        """A later one was published first: the master does not take this number any more."""
-        self._put(self._waiting.pop(number))
+    def _renumber(self, numbers: Iterable[int]) -> None:
+        """These were overtaken by one that was published: the master does not take their numbers any more.
+
+        All from the first of them on get new ones, so that the last of two for one key stays the last.
+        """
+        first = min(numbers, default=0)
+        if first:
+            for number, waiting in sorted(self._waiting.items()):
+                if number >= first and waiting.seen == NOWHERE:
+                    del self._waiting[number]
+                    waiting.due_at_s = 0.0
+                    self._put(waiting)
 
     def seen(self, position: Position, update: Update, now_s: float) -> None:
         """This node's copy has taken an update that it reported itself."""
@@ -115,10 +124,15 @@ class Reports:
         waiting = self._waiting.get(update.number)
         if waiting is not None:
             waiting.seen = position
-        for number, overtaken in sorted(self._waiting.items()):
-            if number < update.number and overtaken.seen == NOWHERE and not overtaken.is_slow:
-                overtaken.due_at_s = now_s
-                self._renumber(number)
+        self._renumber(self._overtaken(update.number))
+
+    def _overtaken(self, newest: int) -> list[int]:
+        """What was not published, because `newest` was."""
+        return [
+            number
+            for number, one in self._waiting.items()
+            if number < newest and one.seen == NOWHERE and not one.is_slow
+        ]
 
     def said(self, update: Update, position: Position) -> None:
         """This node has published it itself, as master, and nobody waits for it."""
@@ -150,8 +164,7 @@ class Reports:
                 waiting.seen = entry.position
             elif not history.has(waiting.seen):
                 waiting.seen = NOWHERE
-                if number < newest and not waiting.is_slow:
-                    self._renumber(number)
+        self._renumber(self._overtaken(newest))
 
     def confirm(self, history: History, confirmed: int) -> None:
         """Answer what has been seen and needs no more than that, or is confirmed in this history, the master's."""
@@ -173,17 +186,20 @@ class Reports:
 
     def due(self, epoch: int, now_s: float) -> list[Report]:
         """What to say to the master of `epoch` (0: there is none) now."""
-        reports = []
-        for number, waiting in sorted(self._waiting.items()):
+        for number, waiting in list(self._waiting.items()):
             if waiting.until_s <= now_s:
                 del self._waiting[number]
                 waiting.answer(Answer.NOT_DONE)
-            elif waiting.due_at_s <= now_s:
+        due = [one for one in self._waiting.values() if one.due_at_s <= now_s]
+        if epoch:
+            in_vain = [one for one in due if one.seen == NOWHERE and one.tries % OVERTAKEN_TRIES == OVERTAKEN_TRIES - 1]
+            self._renumber([one.update.number for one in in_vain])
+        reports = []
+        for _, waiting in sorted(self._waiting.items()):
+            if waiting.due_at_s <= now_s:
                 waiting.due_at_s = now_s + min(RETRY_S * (1 << min(waiting.tries, 10)), RETRY_LIMIT_S)
                 if epoch and waiting.seen == NOWHERE:
                     waiting.tries += 1
-                    if waiting.done is None and waiting.tries % OVERTAKEN_TRIES == 0:
-                        self._renumber(number)
                     reports.append(Report(epoch, waiting.confirm, waiting.update.encode()))
         return reports
 

@@ -320,6 +320,19 @@ def test_what_nobody_waits_for_gets_a_new_number_when_the_master_takes_the_old_o
     assert numbers == sorted(numbers)
 
 
+def test_of_two_for_one_key_the_last_stays_the_last_when_the_first_is_overtaken() -> None:
+    reporter = Reporter()
+    reporter.add("key")
+    other = reporter.add("other")
+    reporter.add("key")
+    reporter.due(0.0)
+    reporter.reports.seen(Position(1, 5), put("other", origin=ME, number=other), 0.0)
+    numbers = reporter.due(0.0)
+    assert numbers == sorted(numbers)
+    assert len(numbers) == 2
+    assert min(numbers) > other + 1
+
+
 def test_one_that_waits_for_the_registry_is_slow_before_it_is_overtaken() -> None:
     reporter = Reporter()
     first, second = reporter.add("a", Confirm.REGISTRY), reporter.add("b")

@@ -10,7 +10,7 @@ from metadata.directory.admission import HOLD_S, JOINS_LIMIT, Admission
 from metadata.directory.buffer import MessageBuffer
 from metadata.directory.confirmations import Confirmations
 from metadata.directory.expiries import Expiries
-from metadata.directory.kept import RETRY_S, Kept
+from metadata.directory.kept import KEPT_LIMIT, RETRY_S, WAITING_LIMIT, Kept
 from metadata.directory.map import DirectoryMap
 from metadata.directory.registry_keys import KEPT, KEPT_PREFIX, STATE_KEY, MasterState, Member, StateError
 from metadata.directory.term import HEARTBEAT_S, RESEND_BURST, TAIL_S, Link, Resending, Term, frames
@@ -529,6 +529,18 @@ def test_a_key_is_kept_as_soon_as_it_waits() -> None:
     assert not keeper.kept.has("a")
     keeper.change(put("a"), "first")
     assert keeper.kept.has("a")
+
+
+def test_no_more_changes_wait_and_no_more_keys_are_kept_than_the_bounds() -> None:
+    keeper = Keeper()
+    for number in range(WAITING_LIMIT):
+        assert keeper.kept.takes("a")
+        keeper.change(put("a"), str(number))
+    assert not keeper.kept.takes("a")
+    full = Keeper()
+    full.kept._values = {f"key{number}": b"" for number in range(KEPT_LIMIT)}
+    assert full.kept.takes("key7")
+    assert not full.kept.takes("new")
 
 
 def test_an_unknown_answer_is_settled_by_asking_again() -> None:
