@@ -87,8 +87,8 @@ class ScrubPlan:
 
     def know(self, families: Iterable[str], now_s: float) -> None:
         """These are all there are: forget others, and count the interval of new ones from now."""
-        there = list(families)
-        self._states = {family: state for family, state in self._states.items() if family in set(there)}
+        there = dict.fromkeys(families)
+        self._states = {family: state for family, state in self._states.items() if family in there}
         for family in there:
             self._states.setdefault(family, ScrubState(since_s=now_s))
 
