@@ -19,7 +19,7 @@ SILENCE_LIMIT_S = 60.0  # nbdserver/host/network.py: UNACKNOWLEDGED_LIMIT_MS
 
 @dataclass(frozen=True)
 class Latency:
-    """One-way delays: at least `base_s`, and of that mean."""
+    """One-way delays: at least `base_s`, and in the mean `jitter_s` more."""
 
     base_s: float
     jitter_s: float
@@ -28,12 +28,11 @@ class Latency:
 class Path:
     """From one machine to another."""
 
-    __slots__ = ("_scheduler", "_silent", "base_s", "blocked_times", "blocks", "clogged_until_s", "jitter_s", "target")
+    __slots__ = ("_scheduler", "_silent", "base_s", "blocked_times", "blocks", "clogged_until_s", "jitter_s")
 
-    def __init__(self, scheduler: Scheduler, target: str, latency: Latency, silent: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Scheduler, latency: Latency, silent: Callable[[], None]) -> None:
         self._scheduler = scheduler
         self._silent = silent
-        self.target = target
         self.base_s = latency.base_s
         self.jitter_s = latency.jitter_s
         self.blocks = 0

@@ -112,7 +112,6 @@ class Wires:
         self.boxes: dict[str, SimulatedDatagrams] = {}
         self.doors: dict[str, tuple[Life, Callable[[Connection], Receiver | None]]] = {}
         self.connections: dict[SimulatedConnection, None] = {}
-        self.sent: Counter[str] = Counter()  # datagrams and bytes, by machine
         self._latencies = {True: same_site, False: far}
         self._random = scheduler.random.random
         self._sites: dict[str, str] = {}  # by machine
@@ -182,9 +181,7 @@ class Wires:
             latency = self._latencies[self._sites[source] == self._sites[target]]
             if source == target:
                 latency = Latency(0.00001, 0.0)
-            path = self._paths[source, target] = Path(
-                self.scheduler, target, latency, lambda: self._silent(source, target)
-            )
+            path = self._paths[source, target] = Path(self.scheduler, latency, lambda: self._silent(source, target))
         return path
 
     def paths(self, sources: Iterable[str], targets: Iterable[str]) -> list[Path]:
@@ -202,9 +199,7 @@ class Wires:
 
     def send_datagram(self, source: str, machine: str, peer: str, payload: bytes) -> None:
         """Draw what becomes of it."""
-        random, hits, sent = self._random, self.hits, self.sent
-        sent[machine] += 1
-        sent["bytes"] += len(payload)
+        random, hits = self._random, self.hits
         target = self._targets.get(peer) or self.machine_at(peer)
         if target is None:
             return
