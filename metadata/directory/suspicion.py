@@ -2,7 +2,7 @@
 
 Theory: like a doctor who listens to a pulse: how long a silence is alarming depends on how regular the beats were.
 The mean of the intervals and their mean deviation are kept as moving averages; silence beyond the mean plus six mean
-deviations is suspicious, within bounds of four and twelve nominal intervals, so that a few lost beats alarm nobody and
+deviations is suspicious, within bounds of six and twelve nominal intervals, so that a few lost beats alarm nobody and
 a very irregular pulse does not hide a death for ever.
 
 Rule: a suspicion is a reason to look, ask or choose another. It takes nothing away from anybody; only an epoch does.
@@ -10,7 +10,7 @@ Rule: a suspicion is a reason to look, ask or choose another. It takes nothing a
 
 WEIGHT = 1 / 8  # of the newest interval: about the last ten count
 DEVIATIONS = 6
-LOW = 4  # nominal intervals: three beats lost in a row still alarm nobody
+LOW = 6  # nominal intervals: five beats lost in a row still alarm nobody; at 30 % loss that is one in 1,400
 HIGH = 12
 
 
