@@ -32,7 +32,6 @@ RETRY_S = 0.1
 @dataclass
 class _Join:
     member: Member
-    prefixes: tuple[str, ...]
     until_s: float
     asked_s: float
     """When it last said something of this join."""
@@ -79,9 +78,6 @@ class Admission:
             join.member.node: join.member for join in self._joins.values() if join.member.kind is NodeKind.FIRST
         }  # fmt: skip
 
-    def prefixes(self, node: int) -> tuple[str, ...]:
-        return next((join.prefixes for join in self._joins.values() if join.member.node == node), ())
-
     def _send(self, node: int, body: Join | Delegate | Held | Active | JoinRefused) -> None:
         self.messages += 1
         self._outbox.send(node, body)
@@ -104,7 +100,7 @@ class Admission:
             if len(self._joins) >= JOINS_LIMIT:
                 self._send(node, JoinRefused(body.attempt, self._term.epoch, Reason.NOT_NOW))
                 return False
-            join = self._joins[body.attempt] = _Join(member, body.prefixes, now_s + HOLD_S, now_s)
+            join = self._joins[body.attempt] = _Join(member, now_s + HOLD_S, now_s)
         join.until_s, join.asked_s = now_s + HOLD_S, now_s
         delegate = self._delegate_for(join)
         join.delegates.add(delegate.node)

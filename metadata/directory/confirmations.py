@@ -58,10 +58,6 @@ class Confirmations:
         if self._waiting and before < self._waiting[0][0] <= position.sequence:
             self._advance()
 
-    def persisted_by(self, node: int) -> int:
-        """The sequence that it has persisted in this epoch; 0 if it has said nothing."""
-        return self._persisted.get(node, 0)
-
     def majority_of(self, voters: Collection[int]) -> int:
         """The highest sequence that a majority of `voters` has persisted in this epoch."""
         found = sorted((self._persisted.get(node, 0) for node in voters), reverse=True)

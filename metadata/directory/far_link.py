@@ -3,7 +3,7 @@
 Rules
 - There is one stream, to the master that the registry names. When it breaks it is opened again, after RETRY_S, doubled
   up to RETRY_LIMIT_S, and some chance.
-- It is opened again at once when there is another master.
+- It is opened again at once when there is another master, and when nothing has come over it for SILENT_S.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from protocol.directory_control import Subscribe
 RETRY_S = 0.2
 RETRY_LIMIT_S = 5.0
 ASK_S = 1.0
+SILENT_S = 5.0  # a master beats four times a second, and answers joins at once
 
 
 class FarLink:
@@ -40,6 +41,7 @@ class FarLink:
         self._opened = opened
         self._address = ""
         self._ask_at_s = 0.0
+        self._heard_at_s = 0.0
         self._tries = 0
         self._give_up: Callable[[], None] | None = None
         self._timer: Timer | None = None
@@ -53,9 +55,15 @@ class FarLink:
 
     def _connect(self) -> None:
         self._timer = None
-        self._give_up = self._routes.open_stream(
-            self._address, None, lambda body: self._heard(self.master, body), self._failed, self._connected
-        )
+        self._give_up = self._routes.open_stream(self._address, None, self._hears, self._failed, self._connected)
+
+    def _hears(self, body: Any) -> None:
+        self._heard_at_s = self._clock.now()
+        self._heard(self.master, body)
+
+    def is_silent(self, now_s: float) -> bool:
+        """True if the stream is open and nothing has come over it for too long: whatever is asked is answered."""
+        return self.is_open and now_s > self._heard_at_s + SILENT_S
 
     def _connected(self, stream: FrameStream) -> None:
         if stream.peer != self.master:
@@ -63,6 +71,7 @@ class FarLink:
             return
         self._tries = 0
         self._ask_at_s = 0.0
+        self._heard_at_s = self._clock.now()
         self.is_open = True
         self._routes.streams[self.master] = stream
         self._opened()

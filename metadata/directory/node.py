@@ -319,7 +319,10 @@ class DirectoryNode:
         state, follower = self.election.state, self.follower
         if state is None:
             return
-        if follower.is_following and follower.epoch == state.epoch:
+        if link.is_silent(now_s):
+            follower.is_following = False
+            link.again()
+        elif follower.is_following and follower.epoch == state.epoch:
             if follower.suspects(now_s) and now_s - self._heard_master_s > SILENCE_S:
                 follower.is_following = False
                 link.again()

@@ -145,8 +145,6 @@ class Term:
         """First-kind nodes, members and joining ones, without this one."""
         self.links: dict[int, Link] = {}
         self.published = 0
-        self.bytes_published = 0
-        """Of datagram and stream bodies, each counted for every receiver."""
         self._me = me
         self._outbox = outbox
         self._resending = Resending(replica, outbox, now_s)
