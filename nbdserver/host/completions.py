@@ -31,6 +31,8 @@ class Completions:
         self._loop = loop
         self._finished: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake_pending = False
+        self.under_way = 0
+        """Calls that workers were given and that are not delivered yet."""
 
     def post(self, done: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """Call `done(*arguments)` on the loop's thread, soon. From any thread; lost if the loop is closed."""
@@ -49,6 +51,7 @@ class Completions:
         finished = self._finished
         for _ in range(len(finished)):  # what arrives meanwhile has its own wake, so nobody is starved
             done, arguments = finished.popleft()
+            self.under_way -= 1
             try:
                 done(*arguments)
             except Exception as error:
@@ -71,6 +74,7 @@ class Workers:
             thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
+        self._completions.under_way += 1
         self._jobs.put((done, work, arguments))
 
     def close(self) -> None:

@@ -9,7 +9,8 @@ Rules
 - Each ready connection gets one `received` a round; nobody is served twice while another one waits.
 - The loop gets its turn after the round in which a callback became ready to run there (a completion of another
   thread, say), and after `WAKE_S` at the latest, however busy the sockets are: its timers do not show.
-- It spins only while that pays: `Spinning` decides.
+- It spins only while that pays: `Spinning` decides. Nor does it while threads have work: they need the interpreter to
+  begin it and to hand it over, and the client that waits for them sends nothing.
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
 - A receiver that raises loses its own connection, nobody else's. What it wants at the end of the round must not raise.
 - Sockets that another process opened are taken as they are: `inherit` says at which address a listening one is used
@@ -30,6 +31,7 @@ from typing import Any
 
 from metadata.seams import CONNECT_TIMEOUT_S, Buffer, Connection, Receiver
 from nbdserver.host.addresses import address_name
+from nbdserver.host.completions import Completions
 from nbdserver.host.connecting import Connecting
 from nbdserver.host.datagrams import SocketDatagrams
 from nbdserver.host.listening import close_listening, listening_sockets, socket_cookie
@@ -59,8 +61,12 @@ _log = logging.getLogger(__name__)
 class SocketNetwork:
     """Connections over the host's sockets, on a running asyncio loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, threads: Completions | None = None) -> None:
+        """`threads`: those that it does not spin beside."""
         self.loop = loop
+        self._threads = threads
+        self.is_serving = False
+        self._spin_asked = False
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self.round_end: list[Callable[[], None]] | None = None  # while a round of several connections is served
@@ -159,13 +165,28 @@ class SocketNetwork:
 
     # --- the wake ---
 
+    def replied_later(self) -> None:
+        """A reply left that had to wait for something: its client's next request may be about to come."""
+        if not self._spin_asked:
+            self._spin_asked = True
+            self.loop.call_soon(self._spin_after_reply)
+
     def _wake(self) -> None:
         """Serve what is ready, round by round, and spin for what is about to come."""
-        poll, handlers, callbacks, spinning = self._epoll.poll, self._handlers, self._loop_callbacks, self._spinning
         now_s = monotonic()
-        spinning.woken(now_s)
+        self._spinning.woken(now_s)
+        self._serve(self._epoll.poll(0, EVENTS_A_ROUND), now_s)
+
+    def _spin_after_reply(self) -> None:
+        self._spin_asked = False
+        now_s = monotonic()
+        self._spinning.batch_ended(now_s)
+        self._serve(self._spin(now_s), now_s)
+
+    def _serve(self, events: list[tuple[int, int]], now_s: float) -> None:
+        poll, handlers, callbacks, spinning = self._epoll.poll, self._handlers, self._loop_callbacks, self._spinning
         stop_s = now_s + WAKE_S
-        events = poll(0, EVENTS_A_ROUND)
+        self.is_serving = True
         while events:
             if len(events) == 1:
                 ((descriptor, mask),) = events
@@ -178,14 +199,21 @@ class SocketNetwork:
             spinning.batch_ended(now_s)
             if now_s >= stop_s or callbacks:
                 break
-            events = poll(0, EVENTS_A_ROUND)
-            if not events and spinning.wanted:
-                spin_until_s = now_s + SPIN_S
-                while not (events or callbacks) and now_s < spin_until_s:
-                    events = poll(0, EVENTS_A_ROUND)
-                    now_s = monotonic()
-                if not callbacks:
-                    spinning.spun(now_s, bool(events))
+            events = poll(0, EVENTS_A_ROUND) or self._spin(now_s)
+        self.is_serving = False
+
+    def _spin(self, now_s: float) -> list[tuple[int, int]]:
+        """Ask for events until there are some, as long as that is worth it."""
+        events: list[tuple[int, int]] = []
+        if self._spinning.wanted and not (self._threads is not None and self._threads.under_way):
+            poll, callbacks = self._epoll.poll, self._loop_callbacks
+            spin_until_s = now_s + SPIN_S
+            while not (events or callbacks) and now_s < spin_until_s:
+                events = poll(0, EVENTS_A_ROUND)
+                now_s = monotonic()
+            if not callbacks:
+                self._spinning.spun(now_s, bool(events))
+        return events
 
     def _serve_round(self, events: list[tuple[int, int]]) -> None:
         """Serve several, then end the round for those who asked for it."""
@@ -314,6 +342,8 @@ class SocketConnection:
         if sent_bytes != sum(map(len, buffers)):
             self._enqueue(buffers, sent_bytes)
             self._watch()
+        elif not self._network.is_serving:
+            self._network.replied_later()
 
     def at_round_end(self, callback: Callable[[], None]) -> None:
         round_end = self._network.round_end

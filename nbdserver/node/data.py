@@ -80,9 +80,10 @@ class Worker:
         watch.report = self._report
         self._descriptors = descriptors
         self._clock = HostClock(loop)
-        self._network = SocketNetwork(loop)
+        threads = StoreThreads(loop)
+        self._network = SocketNetwork(loop, threads.completions)
         self._exports = Exports()
-        self._families = FamilyRequests(self._exports, StoreThreads(loop), self._clock, self._report)
+        self._families = FamilyRequests(self._exports, threads, self._clock, self._report)
         self._tls = Tls(self._clock.call_soon)
         self._clients_gone = 0
         self._server: Server | None = None

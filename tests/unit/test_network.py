@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from metadata.seams import Connection, Receiver
+from nbdserver.host.completions import Completions
 from nbdserver.host.listening import socket_cookie
 from nbdserver.host.network import SocketNetwork
 
@@ -50,7 +51,8 @@ class Loop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.network = SocketNetwork(self.loop)
+        self.threads = Completions(self.loop)
+        self.network = SocketNetwork(self.loop, self.threads)
         self.echoes: list[Echo] = []
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
@@ -251,6 +253,44 @@ def test_a_spin_ends_when_another_thread_has_something_for_the_loop(
             time.sleep(0.001)
             loop.call(lambda: None)
         assert time.monotonic() - started_s < 2.0
+
+
+class AlwaysSpinning:
+    """A policy that always wants to spin, and counts how often it was done."""
+
+    wanted = True
+
+    def __init__(self) -> None:
+        self.spins = 0
+
+    def woken(self, now_s: float) -> None:
+        pass
+
+    def batch_ended(self, now_s: float) -> None:
+        pass
+
+    def spun(self, now_s: float, found: bool) -> None:
+        self.spins += 1
+
+
+@pytest.mark.parametrize("threads_work", [False, True])
+def test_it_spins_after_a_reply_that_had_to_wait_but_not_beside_threads_that_have_work(
+    loop: Loop, path: str, threads_work: bool
+) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        spinning = AlwaysSpinning()
+        loop.call(lambda: setattr(loop.network, "_spinning", spinning))
+        loop.threads.under_way = int(threads_work)
+        for _ in range(10):
+            loop.loop.call_soon_threadsafe(lambda: loop.echoes[0].connection.send([b"later"]))
+            take(client, 5)
+        deadline_s = time.monotonic() + (0.2 if threads_work else 10.0)
+        while not spinning.spins and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert bool(spinning.spins) != threads_work
 
 
 def test_a_paused_connection_is_not_read_until_it_is_resumed(loop: Loop, path: str) -> None:
