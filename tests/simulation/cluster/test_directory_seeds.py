@@ -6,6 +6,7 @@ from tests.simulation.cluster.directory import directory_run
 from tests.simulation.cluster.faults import Mix
 
 FOUND = {
+    3: "a second-kind node joined over a stream whose other end was gone, for ever",
     8: "a joiner kept asking a dead master of the epoch that it had heard",
     23: "a second-kind node gave its stream up again and again, for a suspicion older than it",
     95: "a report was answered as confirmed in another history",
