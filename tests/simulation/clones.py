@@ -211,9 +211,8 @@ class Clones:
         run, clone = self._run, self._certain[number]
         (old_bytes,) = clone.sizes_bytes
         first, blocks = run.random.choice(run.sizes.areas)
-        size_bytes = run.random.choice(
-            [run.sizes.size_bytes, 2 * run.sizes.size_bytes, (first + blocks) * BLOCK_BYTES - BLOCK_BYTES // 2]
-        )
+        cut_bytes = (first + run.random.randrange(blocks)) * BLOCK_BYTES + BLOCK_BYTES // 2
+        size_bytes = run.random.choice([run.sizes.size_bytes, 2 * run.sizes.size_bytes, cut_bytes])
         changes = []
         if size_bytes < old_bytes:
             end = -(-old_bytes // BLOCK_BYTES) * BLOCK_BYTES
