@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 
 from . import machine, measuring, profiler
 from .load import Sample, fio_command, fio_version
-from .processes import BenchmarkError
+from .processes import BenchmarkError, end_in_order_when_told
 from .ratios import ratio_to_best_peer
 from .report import noise_cores, rich_table
 from .rows import ROWS, ROWS_BY_NAME, Row
@@ -94,7 +93,7 @@ def benchmark(
     profile: Annotated[str | None, typer.Option(metavar="ROW", help="Profile this server in one row instead.")] = None,
 ) -> None:
     """Measure this server beside nbdkit, qemu-nbd and nbd-server by fio, in turn, on one disk."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+    end_in_order_when_told()
     try:
         refuse_a_slow_checksum()
         size_bytes = QUICK_SIZE_BYTES if quick else size_bytes_of(size)

@@ -22,7 +22,7 @@ from rich.table import Table
 from . import machine
 from .__main__ import chosen_targets, size_bytes_of
 from .measuring import PeerSettings
-from .processes import BenchmarkError
+from .processes import BenchmarkError, end_in_order_when_told
 from .ratios import ratio_to_best_peer
 from .rows import ROWS_BY_NAME
 from .targets import SUBJECT, Target
@@ -96,6 +96,7 @@ def run(
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
 ) -> None:
     """Copy an image into this server and its peers, and out of them."""
+    end_in_order_when_told()
     try:
         results.mkdir(parents=True, exist_ok=True)
         size_bytes = size_bytes_of(size)

@@ -37,7 +37,7 @@ from nbdserver.cli.client import NodeClient
 from . import machine
 from .__main__ import size_bytes_of
 from .load import prefill, run_fio, scatter
-from .processes import BenchmarkError, Server
+from .processes import BenchmarkError, Server, end_in_order_when_told
 from .targets import Nbdserver
 
 CHECKPOINT_EVERY_S = 1.0
@@ -218,6 +218,7 @@ def run(
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
 ) -> None:
     """Measure latencies at depth 1 under disturbances."""
+    end_in_order_when_told()
     try:
         results.mkdir(parents=True, exist_ok=True)
         size_bytes = size_bytes_of(size)

@@ -9,12 +9,18 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 START_TIMEOUT_S = 60.0  # our own server may have a log to replay
 STOP_TIMEOUT_S = 30.0
+
+
+def end_in_order_when_told() -> None:
+    """SIGTERM ends this program as Ctrl-C does, so that the servers which it started are stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 class BenchmarkError(Exception):

@@ -31,7 +31,7 @@ from tests.nbd_client import Client
 from . import machine
 from .__main__ import size_bytes_of
 from .load import run_fio
-from .processes import BenchmarkError, Server
+from .processes import BenchmarkError, Server, end_in_order_when_told
 from .targets import EXPORT, Nbdserver
 
 BLOCK_BYTES = 4096
@@ -111,6 +111,7 @@ def run(
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
 ) -> None:
     """Measure how long the server takes to start after kill -9."""
+    end_in_order_when_told()
     try:
         results.mkdir(parents=True, exist_ok=True)
         steps = [size_bytes_of(size) for size in sizes.split(",")]

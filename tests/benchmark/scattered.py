@@ -41,7 +41,7 @@ from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 
 from . import machine
-from .processes import BenchmarkError, descendants
+from .processes import BenchmarkError, descendants, end_in_order_when_told
 from .targets import Nbdserver
 
 VOLUME_BYTES = 1 << 40
@@ -106,6 +106,7 @@ def memory(
     results: ResultsOption = Path("bench-results"),
 ) -> None:
     """Watch the memory of a server under random writes."""
+    end_in_order_when_told()
     samples: list[dict[str, float]] = []
     with place_in(directory, results) as place:
         target = Nbdserver(place, VOLUME_BYTES)

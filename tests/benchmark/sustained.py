@@ -29,7 +29,7 @@ from . import machine
 from .__main__ import size_bytes_of
 from .disturbance import Node
 from .load import prefill
-from .processes import BenchmarkError
+from .processes import BenchmarkError, end_in_order_when_told
 from .targets import EXPORT, Nbdserver, Setting
 
 LIVE_SHARE = 0.9
@@ -146,6 +146,7 @@ def run(
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
 ) -> None:
     """Overwrite a nearly full store at random."""
+    end_in_order_when_told()
     try:
         results.mkdir(parents=True, exist_ok=True)
         store_bytes = size_bytes_of(size)
