@@ -102,10 +102,13 @@ class SegmentPool:
         return True
 
     def drop_short(self) -> None:
-        """Replay knows by now which files are in use: unlink the spare ones that are not whole."""
+        """Replay knows by now which files are in use: unlink the spare ones that are not whole, at once, because the
+        log may begin in a new file of the same name. OSError if that fails."""
         for segment in [each for each in self.spare if each in self._short]:
             self.spare.remove(segment)
-            self._drop(segment)
+            self._forget(segment)
+            self._files.unlink(segment_path(segment))
+            self._number_free(segment)
 
     def keep(self, segment: int) -> None:
         """Replay found the segment in use."""
@@ -317,11 +320,14 @@ class SegmentPool:
         self.handles[segment] = handle
 
     def _drop(self, segment: int) -> None:
+        self._forget(segment)
+        self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
+
+    def _forget(self, segment: int) -> None:
         self._short.discard(segment)
         self._use(-self.segment_bytes)
         self._files.close(self.handles[segment])
         self.handles[segment] = -2  # taken, until the file is gone
-        self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
         self.unlinked += 1
 
     def _unlinked(self, segment: int, errno: int) -> None:

@@ -1,5 +1,6 @@
 """Recovery: what a crash leaves comes back, damage is refused, nothing of a former life joins the chain."""
 
+import errno
 import random
 from array import array
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from protocol.disk import (
     pack_record_header,
     pack_segment_header,
 )
+from tests.simulation.simulated_files import SimulatedFiles
 from tests.simulation.simulated_store import SimulatedBatch
 from tests.unit.families import BLOCK_BYTES, CALM, SETTINGS, SimulatedFamily, block
 
@@ -323,6 +325,33 @@ def test_a_spare_file_that_is_not_whole_is_unlinked() -> None:
     family.run(1.0)
     whole = [len(file.content) for path, file in family.drive.files.items() if path.endswith(".seg")]
     assert set(whole) == {64 << 10}
+
+
+def test_the_log_does_not_begin_in_a_file_that_is_being_unlinked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut took the length of a family's first file, and no other one can be made at once."""
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    family.put(0, 1)
+    first = segment_path(family.disk.log.segment)
+    family.crash()
+    family.drive.files[first].content.clear()
+    tries = 0
+    real = SimulatedFiles.create
+
+    def create(files: SimulatedFiles, path: str, size_bytes: int) -> int:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise OSError(errno.ENOSPC, "no room for the first two")
+        return real(files, path, size_bytes)
+
+    monkeypatch.setattr(SimulatedFiles, "create", create)
+    family.open()
+    family.run(1.0)
+    assert family.disk.log.segment not in family.disk.pool.spare
+    family.put(3, 33)
+    assert family.flush() == 0
+    assert family.number_at(3) == 33
+    assert len(family.drive.files[first].content) == 64 << 10
 
 
 def test_a_full_disk_does_not_lose_a_segment_of_its_reserve_to_each_crash() -> None:
