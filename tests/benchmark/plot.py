@@ -29,7 +29,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     names = result["targets_in_order"]
     bands = -(-len(rows) // COLUMNS)
     with_ratios = any(row["ratio"] for row in rows)
-    heights = ([0.42 * len(rows) + 1.0] if with_ratios else []) + [2.3] * bands
+    heights = ([0.5 * len(rows) + 1.0] if with_ratios else []) + [2.3] * bands
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     canvas = pyplot.figure(figsize=(13, sum(heights) + 0.8), layout="constrained")
     grid = canvas.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
@@ -63,7 +63,7 @@ def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.plot([row["goal"]] * 2, [position - 0.4, position + 0.4], color="#222222", linewidth=2.5)
         end = max(ratio["value"], ratio["high"], row["goal"])
         axes.text(end + 0.03, position, f"{ratio['value']:.2f}", va="center", fontweight="bold")
-    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.set_yticks(range(len(rows)), [fill(row["title"], 34) for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_title("nbdserver / best peer of the row   (line: 95 % interval, bar: goal)", loc="left", fontweight="bold")

@@ -1,0 +1,142 @@
+"""`python -m tests.benchmark.snapshot_cost`: what ten snapshots cost a volume, in every row of the benchmark.
+
+Two servers of ours hold one disk each, written alike. One of them takes SNAPSHOTS snapshots, with random writes before
+each, so that its layers share blocks with the head in every mixture; the other takes the same writes and no snapshot.
+Then every row is measured on both, in turn, round by round. The ratio is with over without; its interval is the
+bootstrap over rounds of `ratios.py`.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import machine, measuring
+from .__main__ import chosen_rows, size_bytes_of
+from .load import Sample, measure
+from .processes import BenchmarkError, end_in_order_when_told
+from .ratios import Ratio, ratio_to_best_peer
+from .rows import ROWS_BY_NAME, Row
+from .targets import EXPORT, Nbdserver, Setting
+
+SNAPSHOTS = 10
+BETWEEN = ROWS_BY_NAME["randwrite-4k-d16"]
+BETWEEN_S = 0.5  # some tens of thousands of blocks before each snapshot
+LEAST = 0.9  # no row may have its whole interval below
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+class Without(Nbdserver):
+    """The disk that has no snapshots."""
+
+    name = title = "without"
+
+    def take_snapshot(self, name: str) -> None:
+        """Nothing is taken here."""
+
+
+class With(Nbdserver):
+    """The disk that has them."""
+
+    name = title = "with"
+
+    def take_snapshot(self, name: str) -> None:
+        command = [sys.executable, "-m", "nbdserver", "--data", str(self.directory)]
+        done = subprocess.run(
+            [*command, "snapshot", "create", f"{EXPORT}@{name}"], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BenchmarkError(f"the snapshot was not taken: {done.stderr.strip()}")
+
+
+def make_layers(servers: tuple[With, Without]) -> None:
+    """Write to both alike; take snapshots of one."""
+    for number in range(SNAPSHOTS):
+        for server in servers:
+            measure(server, BETWEEN, BETWEEN_S, seed=1000 + number)
+            server.take_snapshot(f"s{number}")
+
+
+def ratio_of(samples: dict[str, list[Sample]]) -> Ratio:
+    rates = {name: [sample.operations_per_s for sample in taken] for name, taken in samples.items()}
+    ratio = ratio_to_best_peer(rates, With.name)
+    if ratio is None:
+        raise BenchmarkError("both disks are needed for a ratio")
+    return ratio
+
+
+def show(rows: list[Row], samples: dict[str, dict[str, list[Sample]]]) -> Table:
+    table = Table(title=f"a volume with {SNAPSHOTS} snapshots beside one without")
+    for heading in ("", "ratio", "95 % interval", "with", "without", "CPU µs an operation, with / without"):
+        table.add_column(heading)
+    for row in rows:
+        ratio, taken = ratio_of(samples[row.name]), samples[row.name]
+        rates = [f"{median(sample.operations_per_s for sample in taken[name]):,.0f}/s" for name in ("with", "without")]
+        cpu = [f"{median(sample.server_cpu_s_per_1000 for sample in taken[name]) * 1000:.1f}" for name in taken]
+        verdict = " (too slow)" if ratio.high < LEAST else ""
+        interval = f"{ratio.low:.2f} – {ratio.high:.2f}{verdict}"
+        table.add_row(row.title, f"{ratio.value:.2f}", interval, *rates, " / ".join(cpu))
+    return table
+
+
+@application.command()
+def run(
+    rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each disk in each row.")] = 15,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 1.0,
+    size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    directory: Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results]")] = None,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+) -> None:
+    """Measure every row on a volume with snapshots and on one without; ends with 1 if one is too slow."""
+    end_in_order_when_told()
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        wanted, size_bytes = chosen_rows(rows), size_bytes_of(size)
+        with tempfile.TemporaryDirectory(prefix="snapshots-", dir=directory or results) as scratch:
+            place = Path(scratch).resolve()
+            machine.check_room(place, size_bytes * 12)
+            servers = (With(place, size_bytes), Without(place, size_bytes))
+            try:
+                measuring.prepare(list(servers), lambda worked_off_s, what: None)
+                make_layers(servers)
+                samples = measuring.measure_rows(
+                    wanted, list(servers), rounds, seconds, lambda target, row: Setting("default"), _progress
+                )
+            finally:
+                for server in servers:
+                    server.stop()
+        told = {
+            row.name: {
+                "ratio": vars(ratio_of(samples[row.name])),
+                "samples": {name: measuring.as_json(taken) for name, taken in samples[row.name].items()},
+            }
+            for row in wanted
+        }
+        path = results / time.strftime("snapshot-cost-%Y%m%d-%H%M%S.json")
+        path.write_text(json.dumps(told, indent=1) + "\n")
+        console.print(show(wanted, samples))
+        if any(ratio_of(samples[row.name]).high < LEAST for row in wanted):
+            raise SystemExit(1)
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def _progress(worked_off_s: float, what: str) -> None:
+    if what and not worked_off_s:
+        print(what, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    application()
