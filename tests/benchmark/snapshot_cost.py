@@ -1,6 +1,6 @@
 """`python -m tests.benchmark.snapshot_cost`: what ten snapshots cost a volume, in every row of the benchmark.
 
-Two servers of ours hold one disk each, written alike. One of them takes SNAPSHOTS snapshots, with random writes before
+Two servers of ours hold one disk each, written alike. One of them takes ten snapshots, with random writes before
 each, so that its layers share blocks with the head in every mixture; the other takes the same writes and no snapshot.
 Then every row is measured on both, in turn, round by round. The ratio is with over without; its interval is the
 bootstrap over rounds of `ratios.py`.
@@ -27,7 +27,6 @@ from .ratios import Ratio, ratio_to_best_peer
 from .rows import ROWS_BY_NAME, Row
 from .targets import EXPORT, Nbdserver, Setting
 
-SNAPSHOTS = 10
 BETWEEN = ROWS_BY_NAME["randwrite-4k-d16"]
 BETWEEN_S = 0.5  # some tens of thousands of blocks before each snapshot
 LEAST = 0.9  # no row may have its whole interval below
@@ -59,9 +58,9 @@ class With(Nbdserver):
             raise BenchmarkError(f"the snapshot was not taken: {done.stderr.strip()}")
 
 
-def make_layers(servers: tuple[With, Without]) -> None:
+def make_layers(servers: tuple[With, Without], snapshots: int) -> None:
     """Write to both alike; take snapshots of one."""
-    for number in range(SNAPSHOTS):
+    for number in range(snapshots):
         for server in servers:
             measure(server, BETWEEN, BETWEEN_S, seed=1000 + number)
             server.take_snapshot(f"s{number}")
@@ -75,8 +74,8 @@ def ratio_of(samples: dict[str, list[Sample]]) -> Ratio:
     return ratio
 
 
-def show(rows: list[Row], samples: dict[str, dict[str, list[Sample]]]) -> Table:
-    table = Table(title=f"a volume with {SNAPSHOTS} snapshots beside one without")
+def show(rows: list[Row], samples: dict[str, dict[str, list[Sample]]], snapshots: int) -> Table:
+    table = Table(title=f"a volume with {snapshots} snapshots beside one without")
     for heading in ("", "ratio", "95 % interval", "with", "without", "CPU µs an operation, with / without"):
         table.add_column(heading)
     for row in rows:
@@ -94,6 +93,7 @@ def run(
     rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each disk in each row.")] = 15,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 1.0,
+    snapshots: Annotated[int, typer.Option(min=1, help="Snapshots of the one disk.")] = 10,
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
     directory: Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results]")] = None,
     results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
@@ -109,7 +109,7 @@ def run(
             servers = (With(place, size_bytes), Without(place, size_bytes))
             try:
                 measuring.prepare(list(servers), lambda worked_off_s, what: None)
-                make_layers(servers)
+                make_layers(servers, snapshots)
                 samples = measuring.measure_rows(
                     wanted, list(servers), rounds, seconds, lambda target, row: Setting("default"), _progress
                 )
@@ -125,7 +125,7 @@ def run(
         }
         path = results / time.strftime("snapshot-cost-%Y%m%d-%H%M%S.json")
         path.write_text(json.dumps(told, indent=1) + "\n")
-        console.print(show(wanted, samples))
+        console.print(show(wanted, samples, snapshots))
         if any(ratio_of(samples[row.name]).high < LEAST for row in wanted):
             raise SystemExit(1)
     except BenchmarkError as error:

@@ -114,7 +114,11 @@ class Nbdserver(Target):
 
     def __init__(self, directory: Path, size_bytes: int) -> None:
         super().__init__(directory, size_bytes)
-        self.port = free_port()  # it is not used, but the default one may be taken
+        self.port = 0  # of no use here, but the default one may be taken: drawn at each start
+
+    def _start(self, setting: Setting) -> Server:
+        self.port = free_port()
+        return super()._start(setting)
 
     @classmethod
     def version(cls) -> str:

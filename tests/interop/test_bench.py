@@ -197,7 +197,7 @@ def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path) -> None:
 def test_what_snapshots_cost_is_measured_beside_a_volume_without(tmp_path: Path) -> None:
     need("fio")
     done = bench("--size", "32M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16",
-                 "--results", str(tmp_path), module="tests.benchmark.snapshot_cost")  # fmt: skip
+                 "--snapshots", "2", "--results", str(tmp_path), module="tests.benchmark.snapshot_cost")  # fmt: skip
     assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: too slow, which a busy machine may make of it
     (path,) = tmp_path.glob("snapshot-cost-*.json")
     row = json.loads(path.read_text())["randread-4k-d16"]
