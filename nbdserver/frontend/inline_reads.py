@@ -157,13 +157,7 @@ class InlineReads:
         slot = self._slots_used
         if slot == SLOTS or not self._device.read_blocks((offset,), self._rooms.blocks, slot):
             return False
-        at = slot * self._rooms.stride_bytes
-        if self._style is ReplyStyle.SIMPLE:
-            self._pack_into(self._rooms.slots, at, self._head, cookie)
-        elif self._style is ReplyStyle.STRUCTURED:
-            self._pack_into(self._rooms.slots, at, self._head, cookie, BLOCK_BYTES + 8, offset)
-        else:
-            self._pack_into(self._rooms.slots, at, self._head, cookie, offset, BLOCK_BYTES + 8, offset)
+        self._pack_header(self._rooms.slots, slot * self._rooms.stride_bytes, cookie, offset, BLOCK_BYTES)
         self._slots_used = slot + 1
         self.count += 1
         self.size_bytes += BLOCK_BYTES
@@ -211,13 +205,15 @@ class InlineReads:
         if not self._device.read_run(offset, blocks, self._rooms.run, first):
             return False
         start = first * BLOCK_BYTES - self._header_bytes
-        memory, head = self._rooms.runs, self._head
-        if self._style is ReplyStyle.SIMPLE:
-            self._pack_into(memory, start, head, cookie)
-        elif self._style is ReplyStyle.STRUCTURED:
-            self._pack_into(memory, start, head, cookie, length + 8, offset)
-        else:
-            self._pack_into(memory, start, head, cookie, offset, length + 8, offset)
+        self._pack_header(self._rooms.runs, start, cookie, offset, length)
         self._run_blocks_used = first + blocks
         self._replies.append(self._rooms.run.view[start : self._run_blocks_used * BLOCK_BYTES])
         return True
+
+    def _pack_header(self, memory: bytearray, at: int, cookie: int, offset: int, length: int) -> None:
+        if self._style is ReplyStyle.SIMPLE:
+            self._pack_into(memory, at, self._head, cookie)
+        elif self._style is ReplyStyle.STRUCTURED:
+            self._pack_into(memory, at, self._head, cookie, length + 8, offset)
+        else:
+            self._pack_into(memory, at, self._head, cookie, offset, length + 8, offset)
