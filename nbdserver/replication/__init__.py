@@ -1,0 +1,1 @@
+"""Replicated volumes: the owner orders, replicas follow (docs/replication.md)."""

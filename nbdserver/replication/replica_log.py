@@ -1,0 +1,160 @@
+"""What replication asks of the log that holds a replica, and how two logs are compared.
+
+Theory. A log is a line of modifications, each named (epoch, txid) for ever. Two logs of a family are alike up to some
+position and then, perhaps, different for ever: an owner that died may have appended what nobody else has. Where that is
+follows from their *histories* alone: for each epoch the last txid that the log has of it. Two logs that both have
+modifications of an epoch have the same ones, up to the shorter's end, because one owner ordered them.
+
+Beside modifications a log takes *copies*: a region as another replica had it. They lie in the local log between the
+modifications, and a cut takes those behind it away too.
+
+Rules
+- `done` callbacks come from the loop, never from inside the call, in the order of the calls, with 0 or an errno. After
+  an errno that is not ENOSPC the log has failed: everything else is answered with one too.
+- Whoever calls keeps to the order; the log refuses what does not follow its `last`.
+- What is persisted by a call is durable when its `done` comes; after a crash before that, it happened or it did not.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from metadata.seams import Done
+from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
+
+Tap = Callable[[Modification], None]
+
+
+class ReplicaLog(Protocol):
+    """One replica's log and maps, open. All methods are for the loop's thread."""
+
+    incarnation: int
+    """Raised and persisted whenever it is opened."""
+    intact_since: int
+    """Incarnation since which nothing appended can have been lost: that of the last opening after the host rebooted
+    while the log was open, or of an empty disk. Persisted."""
+    promised_epoch: int
+    """The highest epoch that was promised; persisted."""
+
+    @property
+    def last(self) -> Position:
+        """The newest modification appended."""
+
+    @property
+    def durable(self) -> Position:
+        """The newest one that is synced, with every copy before it."""
+
+    @property
+    def committed_txid(self) -> int:
+        """Of the newest that is known to be on every member: neither a checkpoint nor freeing passes it."""
+
+    @property
+    def room_bytes(self) -> int:
+        """That may be appended before the reserve."""
+
+    @property
+    def epochs(self) -> Epochs:
+        """The history up to `last`, at most EPOCHS_LIMIT of the newest."""
+
+    # --- an owner's ---
+
+    def begin_epoch(self, epoch: int) -> None:
+        """What is ordered here from now on belongs to this epoch, which has been promised."""
+
+    def tap(self, tap: Tap | None) -> None:
+        """Have each modification that is *ordered* here, in order, in the same wake, as soon as it is appended. Its
+        buffers stay as they are until the loop's next turn."""
+
+    # --- a replica's ---
+
+    def promise(self, epoch: int, done: Done) -> None:
+        """Persist that no lower epoch is obeyed any more."""
+
+    def append(self, modifications: Sequence[Modification], done: Done) -> None:
+        """Append what another node has ordered: ESTALE unless it follows `last`, ENOSPC if there is no room; `last` has
+        moved when `done(0)` comes. Calls may follow each other without waiting."""
+
+    def set_committed(self, txid: int) -> None:
+        """It only rises."""
+
+    def sync(self, done: Done) -> None:
+        """`done(0)` when `durable` has reached what `last` was at the call."""
+
+    # --- logs that differ ---
+
+    def modifications(
+        self, after: Position, limit_bytes: int, done: Callable[[int, Sequence[Modification] | None], None]
+    ) -> None:
+        """What follows `after`, which the log has: at least one unless there is none, and not many more than
+        `limit_bytes`; None if the log does not go back that far."""
+
+    def cut(self, at: Position, done: Done) -> None:
+        """Take away everything behind `at`, durably, copies too. EINVAL if it is behind `last`, ENOENT below the last
+        checkpoint. The log is opened anew for it: nothing else may be under way; taps end."""
+
+    def skip(self, to: Position, epochs: Epochs, regions: Runs, done: Done) -> None:
+        """In one durable step: the log goes on after `to` with this history, and these regions are to be fetched, with
+        those that were already. What was in the log before cannot be cut any more."""
+
+    # --- regions ---
+
+    def regions_after(self, txid: int) -> Runs:
+        """Regions modified later."""
+
+    @property
+    def resync(self) -> Runs:
+        """Regions that are still to be fetched; persisted."""
+
+    @property
+    def resync_count(self) -> int:
+        """How many they are."""
+
+    def resync_add(self, regions: Runs, done: Done) -> None:
+        """More of them."""
+
+    def resync_done(self, regions: Runs, done: Done) -> None:
+        """They are fetched: the copies are durable and cannot be cut away any more."""
+
+    def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
+        """A region as it is at one txid: that of the call, or a later one."""
+
+    def apply_copy(self, copy: Copy, done: Done) -> None:
+        """*Replace* the region, in the order of the calls of `append`: what the source lacks goes. A block whose txid
+        is higher than the copy's stays. The region has the source's txid then, or its own if that is higher."""
+
+
+def common_position(one: Epochs, other: Epochs) -> Position:
+    """The last position that both logs have; BEGINNING if the histories show none."""
+    ends = dict(other)
+    for epoch, txid in reversed(one):
+        if epoch in ends:
+            return Position(epoch, min(txid, ends[epoch]))
+    return BEGINNING
+
+
+def history_up_to(epochs: Epochs, at: Position) -> Epochs:
+    """The history of a log that was cut at `at`, which it has."""
+    kept = [each for each in epochs if each.epoch < at.epoch]
+    return (*kept, at) if at.txid else ()
+
+
+def has_position(epochs: Epochs, position: Position) -> bool:
+    """Whether a log with this history has the modification; every log has BEGINNING."""
+    if position == BEGINNING:
+        return True
+    first_of_epoch = 0
+    for epoch, last_txid in epochs:
+        if epoch == position.epoch:
+            return first_of_epoch < position.txid <= last_txid
+        first_of_epoch = last_txid
+    return False
+
+
+def runs_of(regions: Sequence[int]) -> Runs:
+    """Regions in order, as runs."""
+    runs: list[tuple[int, int]] = []
+    for region in regions:
+        if runs and runs[-1][0] + runs[-1][1] == region:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((region, 1))
+    return tuple(runs)

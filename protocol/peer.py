@@ -1,0 +1,317 @@
+"""What an owner and the replicas of its family say to each other: frames on one stream a replica.
+
+    PeerHeader (20 bytes)   meta (meta_bytes)   blocks (body_bytes - meta_bytes)
+
+Theory. The stream carries the family's modifications in their order, as many as there are in one frame a wake; replies
+carry where the replica's log stands. A modification travels as the body of its record on the disk, so that nobody packs
+it twice. The header's CRC covers the header and the meta; each block is covered by the CRC-32C that its record has for
+it anyway. So every byte is checked, and once.
+
+    owner ─► OPEN, then CUT, SKIP, APPEND (a beat is one without modifications), COPY, FETCH
+    replica ─► OPENED, then APPENDED, COPIED, FETCHED; or REFUSED, which ends the stream
+
+Rules
+- The header, OPEN and OPENED begin alike in every version; what follows what is known in them is skipped. OPEN offers
+  the versions from OLDEST_VERSION to VERSION, OPENED chooses the highest that both know: each version talks to the one
+  before it.
+- What is refused is a PeerFrameError with a sentence for people: close the stream, nothing of the frame counts.
+- Bounds: FRAME_LIMIT_BYTES a frame, MODIFICATIONS_LIMIT a frame, EPOCHS_LIMIT epochs of a history, RUNS_LIMIT runs of
+  regions; whoever sends has to cut before.
+
+`protocol/peer_frames.py` packs and takes apart what is declared here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
+
+from protocol.disk import BLOCK_BYTES
+from protocol.layout import derive
+
+MAGIC = 0x3150444E  # "NDP1"
+VERSION = 1
+OLDEST_VERSION = 1  # the one before it, from version 2 on
+FRAME_LIMIT_BYTES = 128 << 20  # the largest record is a segment's, of 64 MiB
+MODIFICATIONS_LIMIT = 4096
+EPOCHS_LIMIT = 1024
+RUNS_LIMIT = 1 << 20
+NAME_BYTES = 64
+
+PeerHeader = Struct(
+    "magic" / Const(MAGIC, Int32ul),
+    "version" / Int8ul,
+    "kind" / Int8ul,
+    "flags" / Int16ul,
+    "body_bytes" / Int32ul,
+    "meta_bytes" / Int32ul,
+    "crc" / Int32ul,  # of the fields above and the meta
+)
+OpenBody = Struct(
+    "oldest_version" / Int8ul,
+    "newest_version" / Int8ul,
+    "reserved" / Int16ul,
+    "epoch" / Int32ul,
+    "family" / Bytes(16),
+    "owner" / Bytes(NAME_BYTES),
+)
+OpenedBody = Struct(
+    "version" / Int8ul,
+    "reserved" / Int8ul,
+    "epochs" / Int16ul,  # that follow: the history of the log
+    "runs" / Int32ul,  # that follow: regions that are still to be fetched
+    "incarnation" / Int64ul,
+    "intact_since" / Int64ul,  # the incarnation since which nothing that was appended can have been lost
+    "room_bytes" / Int64ul,
+    "last_epoch" / Int32ul,
+    "durable_epoch" / Int32ul,
+    "last_txid" / Int64ul,
+    "durable_txid" / Int64ul,
+    "committed_txid" / Int64ul,
+)
+AppendBody = Struct(
+    "number" / Int64ul,  # of this frame on its stream, from 1 on
+    "committed_txid" / Int64ul,
+    "durable_txid" / Int64ul,  # durable on every member
+    "sync_txid" / Int64ul,  # is to be made durable now
+    "epoch" / Int32ul,
+    "count" / Int32ul,  # modifications that follow
+)
+ModificationHeader = Struct(
+    "epoch" / Int32ul,
+    "layer" / Int32ul,
+    "txid" / Int64ul,
+    "blocks" / Int32ul,
+    "extents" / Int16ul,  # of a TREE: rows
+    "kind" / Int8ul,
+    "reserved" / Int8ul,
+)
+AppendedBody = Struct(
+    "number" / Int64ul,  # of the last frame that is answered by this
+    "last_txid" / Int64ul,
+    "durable_txid" / Int64ul,
+    "room_bytes" / Int64ul,
+    "last_epoch" / Int32ul,
+    "durable_epoch" / Int32ul,
+)
+PositionBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul)
+SkipBody = Struct("epoch" / Int32ul, "epochs" / Int32ul, "txid" / Int64ul, "runs" / Int64ul)
+EpochEnd = Struct("epoch" / Int32ul, "reserved" / Int32ul, "last_txid" / Int64ul)
+RegionRun = Struct("first" / Int64ul, "count" / Int64ul)
+CopyBody = Struct(
+    "region" / Int64ul,
+    "txid" / Int64ul,  # at which it was read
+    "region_txid" / Int64ul,  # of its last modification
+    "blocks" / Int32ul,
+    "entries_bytes" / Int32ul,
+)
+CopiedBody = Struct("region" / Int64ul, "errno" / Int32ul, "reserved" / Int32ul)
+FetchBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul, "limit_bytes" / Int64ul)
+FetchedBody = Struct("is_gone" / Int32ul, "count" / Int32ul)
+RefusedBody = Struct("epoch" / Int32ul, "reason" / Int32ul)
+
+PEER_HEADER = derive(PeerHeader)
+OPEN_BODY = derive(OpenBody)
+OPENED_BODY = derive(OpenedBody)
+APPEND_BODY = derive(AppendBody)
+MODIFICATION_HEADER = derive(ModificationHeader)
+APPENDED_BODY = derive(AppendedBody)
+POSITION_BODY = derive(PositionBody)
+SKIP_BODY = derive(SkipBody)
+EPOCH_END = derive(EpochEnd)
+REGION_RUN = derive(RegionRun)
+COPY_BODY = derive(CopyBody)
+COPIED_BODY = derive(CopiedBody)
+FETCH_BODY = derive(FetchBody)
+FETCHED_BODY = derive(FetchedBody)
+REFUSED_BODY = derive(RefusedBody)
+
+PEER_HEADER_BYTES = PEER_HEADER.size
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    OPEN = 1
+    OPENED = 2
+    CUT = 3
+    SKIP = 4
+    APPEND = 5
+    APPENDED = 6
+    COPY = 7
+    COPIED = 8
+    FETCH = 9
+    FETCHED = 10
+    REFUSED = 11
+
+
+class Refusal(IntEnum):
+    """Why a replica refuses."""
+
+    EPOCH = 1  # it has promised a higher one, or is about to take over
+    NOT_HERE = 2  # it has no replica of this family
+    VERSION = 3
+    NOT_NEXT = 4  # it does not follow its last position
+    NO_ROOM = 5
+    FAILED = 6  # its disk
+
+
+class PeerFrameError(Exception):
+    """A frame that is not taken: one line."""
+
+
+class Position(NamedTuple):
+    """One modification of a family, for ever; ordered as logs are compared."""
+
+    epoch: int
+    txid: int
+
+
+BEGINNING = Position(0, 0)
+Epochs = tuple[Position, ...]
+"""The history of a log: each epoch that has modifications in it, with the last of them; the oldest first."""
+Runs = tuple[tuple[int, int], ...]
+"""Regions: (first, count), in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modification:
+    """A WRITE or TREE record without what belongs to the log that it was read from."""
+
+    epoch: int
+    txid: int
+    kind: int
+    layer: int
+    extents: int  # of a TREE: rows
+    blocks: int
+    body: bytes
+    """As on the disk: extents, MBAs, checksums; or rows."""
+    data: Sequence[bytes | memoryview]
+    """Blocks, one after the other, in buffers of whole blocks."""
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.txid)
+
+    @property
+    def size_bytes(self) -> int:
+        """On the wire."""
+        return MODIFICATION_HEADER.size + len(self.body) + self.blocks * BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """An owner, or a candidate, opens a replica under its epoch."""
+
+    family: bytes
+    epoch: int
+    owner: str
+    oldest_version: int = OLDEST_VERSION
+    newest_version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """How a replica stands."""
+
+    incarnation: int
+    intact_since: int
+    last: Position
+    durable: Position
+    committed_txid: int
+    room_bytes: int
+    epochs: Epochs
+    resync: Runs
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Cut the log behind `at`; answered by OPENED."""
+
+    at: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Go on after `to`, which is committed, and note the regions as to be fetched; answered by OPENED."""
+
+    to: Position
+    epochs: Epochs
+    regions: Runs
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Modifications in order; none: a beat."""
+
+    epoch: int
+    number: int
+    committed_txid: int
+    durable_txid: int
+    sync_txid: int
+    modifications: Sequence[Modification] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """All frames up to `number` are appended."""
+
+    number: int
+    last: Position
+    durable: Position
+    room_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A region as it was at `txid`. `entries` is the log's affair."""
+
+    region: int
+    txid: int
+    region_txid: int
+    entries: bytes
+    checksums: bytes
+    data: Sequence[bytes | memoryview]
+
+    @property
+    def size_bytes(self) -> int:
+        """On the wire."""
+        return COPY_BODY.size + len(self.entries) + len(self.checksums) // 4 * (BLOCK_BYTES + 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A copy was applied and what it needed is done (errno 0), or it could not be."""
+
+    region: int
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Send what the log has after a position."""
+
+    after: Position
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What follows; `is_gone`: the log does not go back that far."""
+
+    modifications: Sequence[Modification]
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The stream ends; `epoch` is the highest that the replica has promised."""
+
+    epoch: int
+    reason: Refusal
+
+
+Frame = Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused

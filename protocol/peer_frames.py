@@ -1,0 +1,346 @@
+"""Frames between peers as bytes: what `protocol/peer.py` declares, packed and taken apart.
+
+Rules
+- Blocks are neither copied nor joined when a frame is packed: its buffers go to the socket as they are.
+- Nothing of a frame is given out before all of it was checked.
+- The buffer doubles while one frame is larger than it, and goes back to its first size when it is empty.
+
+Known weakness: a frame is copied once when it is complete.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, TREE, WRITE, block_splitter, body_bytes
+from protocol.invariant import invariant
+from protocol.peer import (
+    APPEND_BODY,
+    APPENDED_BODY,
+    COPIED_BODY,
+    COPY_BODY,
+    EPOCH_END,
+    EPOCHS_LIMIT,
+    FETCH_BODY,
+    FETCHED_BODY,
+    FRAME_LIMIT_BYTES,
+    MAGIC,
+    MODIFICATION_HEADER,
+    MODIFICATIONS_LIMIT,
+    NAME_BYTES,
+    OLDEST_VERSION,
+    OPEN_BODY,
+    OPENED_BODY,
+    PEER_HEADER,
+    PEER_HEADER_BYTES,
+    POSITION_BODY,
+    REFUSED_BODY,
+    REGION_RUN,
+    RUNS_LIMIT,
+    SKIP_BODY,
+    VERSION,
+    Append,
+    Appended,
+    Copied,
+    Copy,
+    Cut,
+    Epochs,
+    Fetch,
+    Fetched,
+    Frame,
+    Kind,
+    Modification,
+    Open,
+    Opened,
+    PeerFrameError,
+    Position,
+    Refusal,
+    Refused,
+    Runs,
+    Skip,
+)
+
+Buffer = bytes | memoryview
+_SPLIT_BLOCKS = 256
+
+
+def encode(frame: Frame, version: int = VERSION) -> list[Buffer]:
+    """The frame as buffers to send one after the other; blocks are not copied."""
+    kind, meta, data = _parts(frame)
+    data_bytes = sum(len(each) for each in data)
+    size_bytes = len(meta) + data_bytes
+    invariant(size_bytes <= FRAME_LIMIT_BYTES, f"a frame of {size_bytes} bytes is too large")
+    unsigned = PEER_HEADER.pack(MAGIC, version, kind, 0, size_bytes, len(meta), 0)[:-4]
+    return [unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta, *data]
+
+
+def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
+    """(kind, meta, blocks)."""
+    match frame:
+        case Append():
+            modifications = frame.modifications
+            head = APPEND_BODY.pack(
+                frame.number, frame.committed_txid, frame.durable_txid, frame.sync_txid, frame.epoch, len(modifications)
+            )
+            return Kind.APPEND, head + _pack_modifications(modifications), _blocks(modifications)
+        case Appended():
+            last, durable = frame.last, frame.durable
+            meta = APPENDED_BODY.pack(
+                frame.number, last.txid, durable.txid, frame.room_bytes, last.epoch, durable.epoch
+            )
+            return Kind.APPENDED, meta, ()
+        case Fetched():
+            head = FETCHED_BODY.pack(frame.is_gone, len(frame.modifications))
+            return Kind.FETCHED, head + _pack_modifications(frame.modifications), _blocks(frame.modifications)
+        case Copy():
+            head = COPY_BODY.pack(
+                frame.region, frame.txid, frame.region_txid, len(frame.checksums) // 4, len(frame.entries)
+            )
+            return Kind.COPY, head + frame.entries + frame.checksums, frame.data
+        case Copied():
+            return Kind.COPIED, COPIED_BODY.pack(frame.region, frame.errno, 0), ()
+        case Open():
+            owner = frame.owner.encode()
+            invariant(len(owner) <= NAME_BYTES, "a node's name is too long")
+            return (
+                Kind.OPEN,
+                OPEN_BODY.pack(frame.oldest_version, frame.newest_version, 0, frame.epoch, frame.family, owner),
+                (),
+            )
+        case Opened():
+            return Kind.OPENED, _pack_opened(frame), ()
+        case Cut():
+            return Kind.CUT, POSITION_BODY.pack(frame.at.epoch, 0, frame.at.txid), ()
+        case Skip():
+            head = SKIP_BODY.pack(frame.to.epoch, len(frame.epochs), frame.to.txid, len(frame.regions))
+            return Kind.SKIP, head + _pack_epochs(frame.epochs) + _pack_runs(frame.regions), ()
+        case Fetch():
+            return Kind.FETCH, FETCH_BODY.pack(frame.after.epoch, 0, frame.after.txid, frame.limit_bytes), ()
+        case Refused():
+            return Kind.REFUSED, REFUSED_BODY.pack(frame.epoch, frame.reason), ()
+
+
+def _pack_modifications(modifications: Sequence[Modification]) -> bytes:
+    invariant(len(modifications) <= MODIFICATIONS_LIMIT, "a frame has too many modifications")
+    pieces: list[bytes] = []
+    for each in modifications:
+        pieces.append(
+            MODIFICATION_HEADER.pack(each.epoch, each.layer, each.txid, each.blocks, each.extents, each.kind, 0)
+        )
+        pieces.append(each.body)
+    return b"".join(pieces)
+
+
+def _blocks(modifications: Sequence[Modification]) -> list[Buffer]:
+    return [buffer for each in modifications for buffer in each.data]
+
+
+def _pack_opened(frame: Opened) -> bytes:
+    head = OPENED_BODY.pack(
+        frame.version, 0, len(frame.epochs), len(frame.resync), frame.incarnation, frame.intact_since,
+        frame.room_bytes, frame.last.epoch, frame.durable.epoch, frame.last.txid,
+        frame.durable.txid, frame.committed_txid,
+    )  # fmt: skip
+    return head + _pack_epochs(frame.epochs) + _pack_runs(frame.resync)
+
+
+def _pack_epochs(epochs: Epochs) -> bytes:
+    invariant(len(epochs) <= EPOCHS_LIMIT, "a history has too many epochs")
+    return b"".join(EPOCH_END.pack(epoch, 0, txid) for epoch, txid in epochs)
+
+
+def _pack_runs(runs: Runs) -> bytes:
+    invariant(len(runs) <= RUNS_LIMIT, "there are too many runs of regions")
+    return b"".join(REGION_RUN.pack(first, count) for first, count in runs)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def frame_bytes(data: Buffer | bytearray) -> int:
+    """How long the frame is that begins with these bytes; 0 if there are too few of them. PeerFrameError."""
+    if len(data) < PEER_HEADER_BYTES:
+        return 0
+    magic, version, kind, _, size_bytes, meta_bytes, _ = PEER_HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise PeerFrameError("it is no frame of ours")
+    if not OLDEST_VERSION <= version <= VERSION and kind not in (Kind.OPEN, Kind.OPENED, Kind.REFUSED):
+        raise PeerFrameError(f"it has version {version}, this program knows {OLDEST_VERSION} to {VERSION}")
+    if size_bytes > FRAME_LIMIT_BYTES or meta_bytes > size_bytes:
+        raise PeerFrameError("its length is wrong")
+    return PEER_HEADER_BYTES + int(size_bytes)
+
+
+def decode(data: bytes) -> Frame:
+    """One whole frame; every byte of it is checked. PeerFrameError."""
+    if not data or frame_bytes(data) != len(data):
+        raise PeerFrameError("its length is wrong")
+    _, _, kind, _, _, meta_bytes, crc = PEER_HEADER.unpack_from(data)
+    end = PEER_HEADER_BYTES + meta_bytes
+    if crc32c(data[: PEER_HEADER_BYTES - 4] + data[PEER_HEADER_BYTES:end]) != crc:
+        raise PeerFrameError("its checksum is wrong: it was damaged on its way")
+    reader = _Reader(data, end)
+    try:
+        frame = _decode(kind, reader)
+    except UnicodeDecodeError as error:
+        raise PeerFrameError("a name in it is no UTF-8") from error
+    if kind not in (Kind.OPEN, Kind.OPENED) and not reader.is_at_end:
+        raise PeerFrameError("its length is wrong")
+    return frame
+
+
+class _Reader:
+    """Takes a frame apart, from its front: the meta, and the blocks behind it."""
+
+    def __init__(self, data: bytes, meta_end: int) -> None:
+        self._data = data
+        self._view = memoryview(data)
+        self._at = PEER_HEADER_BYTES
+        self._meta_end = meta_end
+        self._blocks_at = meta_end
+
+    def take(self, size_bytes: int) -> bytes:
+        """The next bytes of the meta."""
+        begin, end = self._at, self._at + size_bytes
+        if end > self._meta_end:
+            raise PeerFrameError("it ends too early")
+        self._at = end
+        return self._data[begin:end]
+
+    def blocks(self, count: int, checksums: bytes) -> Sequence[memoryview]:
+        """The next blocks, as one buffer, if they have these checksums."""
+        begin, end = self._blocks_at, self._blocks_at + count * BLOCK_BYTES
+        if end > len(self._data) or len(checksums) != 4 * count:
+            raise PeerFrameError("it ends too early")
+        self._blocks_at = end
+        if not count:
+            return ()
+        data = self._view[begin:end]
+        wanted = memoryview(checksums).cast("I")
+        for first in range(0, count, _SPLIT_BLOCKS):
+            some = min(_SPLIT_BLOCKS, count - first)
+            found = map(crc32c, block_splitter(some).unpack_from(data, first * BLOCK_BYTES))
+            if list(found) != wanted[first : first + some].tolist():
+                raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
+        return (data,)
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._at == self._meta_end and self._blocks_at == len(self._data)
+
+
+def _decode(kind: int, reader: _Reader) -> Frame:
+    match kind:
+        case Kind.APPEND:
+            number, committed, durable, sync, epoch, count = APPEND_BODY.unpack(reader.take(APPEND_BODY.size))
+            return Append(epoch, number, committed, durable, sync, _modifications(reader, count))
+        case Kind.APPENDED:
+            number, txid, durable_txid, room, epoch, durable_epoch = APPENDED_BODY.unpack(
+                reader.take(APPENDED_BODY.size)
+            )
+            return Appended(number, Position(epoch, txid), Position(durable_epoch, durable_txid), room)
+        case Kind.FETCHED:
+            is_gone, count = FETCHED_BODY.unpack(reader.take(FETCHED_BODY.size))
+            return Fetched(_modifications(reader, count), bool(is_gone))
+        case Kind.COPY:
+            region, txid, region_txid, blocks, entries_bytes = COPY_BODY.unpack(reader.take(COPY_BODY.size))
+            entries = reader.take(entries_bytes)
+            checksums = reader.take(4 * blocks)
+            return Copy(region, txid, region_txid, entries, checksums, reader.blocks(blocks, checksums))
+        case Kind.COPIED:
+            region, errno, _ = COPIED_BODY.unpack(reader.take(COPIED_BODY.size))
+            return Copied(region, errno)
+        case Kind.OPEN:
+            oldest, newest, _, epoch, family, owner = OPEN_BODY.unpack(reader.take(OPEN_BODY.size))
+            return Open(family, epoch, owner.rstrip(b"\0").decode(), oldest, newest)
+        case Kind.OPENED:
+            return _opened(reader)
+        case Kind.CUT:
+            epoch, _, txid = POSITION_BODY.unpack(reader.take(POSITION_BODY.size))
+            return Cut(Position(epoch, txid))
+        case Kind.SKIP:
+            epoch, epochs, txid, runs = SKIP_BODY.unpack(reader.take(SKIP_BODY.size))
+            return Skip(Position(epoch, txid), _epochs(reader, epochs), _runs(reader, runs))
+        case Kind.FETCH:
+            epoch, _, txid, limit_bytes = FETCH_BODY.unpack(reader.take(FETCH_BODY.size))
+            return Fetch(Position(epoch, txid), limit_bytes)
+        case Kind.REFUSED:
+            epoch, reason = REFUSED_BODY.unpack(reader.take(REFUSED_BODY.size))
+            return Refused(epoch, Refusal(reason) if reason in Refusal.__members__.values() else Refusal.FAILED)
+    raise PeerFrameError(f"it is of kind {kind}, which this program does not know")
+
+
+def _modifications(reader: _Reader, count: int) -> Sequence[Modification]:
+    if count > MODIFICATIONS_LIMIT:
+        raise PeerFrameError("it has too many modifications")
+    found: list[Modification] = []
+    for _ in range(count):
+        epoch, layer, txid, blocks, extents, kind, _ = MODIFICATION_HEADER.unpack(reader.take(MODIFICATION_HEADER.size))
+        if kind not in (WRITE, TREE) or (kind == TREE and blocks):
+            raise PeerFrameError(f"a record of kind {kind} with {blocks} blocks is no modification")
+        body = reader.take(body_bytes(kind, extents, blocks))
+        data = reader.blocks(blocks, body[len(body) - 4 * blocks :])
+        found.append(Modification(epoch, txid, kind, layer, extents, blocks, body, data))
+    return found
+
+
+def _opened(reader: _Reader) -> Opened:
+    (
+        version, _, epochs, runs, incarnation, intact_since, room_bytes,
+        last_epoch, durable_epoch, last_txid, durable_txid, committed_txid,
+    ) = OPENED_BODY.unpack(reader.take(OPENED_BODY.size))  # fmt: skip
+    return Opened(
+        incarnation, intact_since, Position(last_epoch, last_txid), Position(durable_epoch, durable_txid),
+        committed_txid, room_bytes, _epochs(reader, epochs), _runs(reader, runs), version,
+    )  # fmt: skip
+
+
+def _epochs(reader: _Reader, count: int) -> Epochs:
+    if count > EPOCHS_LIMIT:
+        raise PeerFrameError("a history in it has too many epochs")
+    return tuple(Position(epoch, txid) for epoch, _, txid in EPOCH_END.iter_unpack(reader.take(count * EPOCH_END.size)))
+
+
+def _runs(reader: _Reader, count: int) -> Runs:
+    if count > RUNS_LIMIT:
+        raise PeerFrameError("it has too many runs of regions")
+    return tuple((first, many) for first, many in REGION_RUN.iter_unpack(reader.take(count * REGION_RUN.size)))
+
+
+class FrameBuffer:
+    """Where the bytes of a stream gather until frames are complete."""
+
+    FIRST_BYTES = 256 << 10
+
+    def __init__(self) -> None:
+        self._room = bytearray(self.FIRST_BYTES)
+        self._begin = 0  # of what is not used yet
+        self._end = 0
+
+    def writable(self) -> memoryview:
+        """Room for the next bytes, at least one."""
+        if self._end == len(self._room):
+            self._make_room()
+        return memoryview(self._room)[self._end :]
+
+    def _make_room(self) -> None:
+        """Begin at the front again, in twice the room if that was full; a frame's limit bounds it."""
+        held = bytes(memoryview(self._room)[self._begin : self._end])
+        size_bytes = len(self._room) * 2 if self._begin == 0 else len(self._room)
+        self._room = bytearray(size_bytes)
+        self._room[: len(held)] = held
+        self._begin, self._end = 0, len(held)
+
+    def received(self, size_bytes: int) -> Iterator[Frame]:
+        """So many bytes were put there: the frames that are complete now. PeerFrameError."""
+        self._end += size_bytes
+        while True:
+            begin = self._begin
+            length = frame_bytes(memoryview(self._room)[begin : min(self._end, begin + PEER_HEADER_BYTES)])
+            if not length or begin + length > self._end:
+                break
+            self._begin = begin + length
+            yield decode(bytes(memoryview(self._room)[begin : begin + length]))
+        if self._begin == self._end:
+            self._begin = self._end = 0
+            if len(self._room) > self.FIRST_BYTES:
+                self._room = bytearray(self.FIRST_BYTES)

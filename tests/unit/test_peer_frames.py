@@ -1,0 +1,170 @@
+"""Frames between peers: what is packed comes out again, in any pieces, and nothing damaged does."""
+
+import contextlib
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE
+from protocol.peer import (
+    MAGIC,
+    PEER_HEADER,
+    PEER_HEADER_BYTES,
+    VERSION,
+    Append,
+    Appended,
+    Copied,
+    Copy,
+    Cut,
+    Fetch,
+    Fetched,
+    Frame,
+    Kind,
+    Modification,
+    Open,
+    Opened,
+    PeerFrameError,
+    Position,
+    Refusal,
+    Refused,
+    Skip,
+)
+from protocol.peer_frames import FrameBuffer, decode, encode, frame_bytes
+
+u32 = st.integers(0, (1 << 32) - 1)
+u64 = st.integers(0, (1 << 64) - 1)
+positions = st.builds(Position, u32, u64)
+histories = st.lists(positions, max_size=4).map(tuple)
+runs = st.lists(st.tuples(u64, u64), max_size=4).map(tuple)
+blocks = st.lists(st.binary(min_size=1, max_size=8).map(lambda seed: (seed * BLOCK_BYTES)[:BLOCK_BYTES]), max_size=3)
+
+
+def checksums_of(data: list[bytes]) -> bytes:
+    return array("I", map(crc32c, data)).tobytes()
+
+
+@st.composite
+def modifications(draw: st.DrawFn) -> Modification:
+    epoch, txid, layer = draw(u32), draw(u64), draw(u32)
+    if draw(st.booleans()):
+        rows = draw(st.integers(1, 3))
+        return Modification(epoch, txid, TREE, layer, rows, 0, bytes(rows * LAYER_ROW.size), ())
+    data = draw(blocks)
+    extents = draw(st.lists(st.tuples(u64, u64), max_size=3))
+    body = array("Q", [value for extent in extents for value in extent]).tobytes()
+    body += array("Q", draw(st.lists(u64, min_size=len(data), max_size=len(data)))).tobytes() + checksums_of(data)
+    return Modification(epoch, txid, WRITE, layer, len(extents), len(data), body, data)
+
+
+@st.composite
+def copies(draw: st.DrawFn) -> Copy:
+    data = draw(blocks)
+    return Copy(draw(u64), draw(u64), draw(u64), draw(st.binary(max_size=40)), checksums_of(data), data)
+
+
+batches = st.lists(modifications(), max_size=3)
+frames: st.SearchStrategy[Frame] = st.one_of(
+    st.builds(Open, st.binary(min_size=16, max_size=16), u32, st.text("abcé-1", max_size=20)),
+    st.builds(Opened, u64, u64, positions, positions, u64, u64, histories, runs),
+    st.builds(Cut, positions),
+    st.builds(Skip, positions, histories, runs),
+    st.builds(Append, u32, u64, u64, u64, u64, batches),
+    st.builds(Appended, u64, positions, positions, u64),
+    copies(),
+    st.builds(Copied, u64, u32),
+    st.builds(Fetch, positions, u64),
+    st.builds(Fetched, batches, st.booleans()),
+    st.builds(Refused, u32, st.sampled_from(Refusal)),
+)
+
+
+def packed(frame: Frame) -> bytes:
+    return b"".join(encode(frame))
+
+
+def feed(data: bytes, piece_bytes: int, buffer: FrameBuffer | None = None) -> list[Frame]:
+    """What comes out of a stream of these bytes, in pieces."""
+    buffer = buffer or FrameBuffer()
+    found: list[Frame] = []
+    at = 0
+    while at < len(data):
+        room = buffer.writable()
+        piece = data[at : at + min(piece_bytes, len(room))]
+        room[: len(piece)] = piece
+        at += len(piece)
+        found += buffer.received(len(piece))
+    return found
+
+
+@pytest.mark.fuzz
+@given(frames)
+def test_what_is_packed_comes_out_again(frame: Frame) -> None:
+    data = packed(frame)
+    assert frame_bytes(data) == len(data)
+    again = decode(data)
+    assert type(again) is type(frame)
+    assert packed(again) == data
+
+
+@pytest.mark.fuzz
+@given(st.lists(frames, min_size=1, max_size=4), st.integers(1, 5000))
+def test_a_stream_may_come_in_any_pieces(sent: list[Frame], piece_bytes: int) -> None:
+    data = b"".join(map(packed, sent))
+    assert b"".join(map(packed, feed(data, piece_bytes))) == data
+
+
+@pytest.mark.fuzz
+@given(frames, st.data())
+def test_a_damaged_frame_is_refused(frame: Frame, data: st.DataObject) -> None:
+    whole = bytearray(packed(frame))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(PeerFrameError):
+        decode(bytes(whole))
+
+
+@pytest.mark.fuzz
+@given(st.binary(max_size=200), st.integers(0, 255), st.integers(0, 1 << 20))
+def test_whatever_has_the_right_checksum_is_taken_apart_or_refused(meta: bytes, kind: int, more: int) -> None:
+    data = bytes(more % 3 * BLOCK_BYTES)
+    unsigned = PEER_HEADER.pack(MAGIC, VERSION, kind, 0, len(meta) + len(data), len(meta), 0)[:-4]
+    whole = unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta + data
+    with contextlib.suppress(PeerFrameError):
+        assert packed(decode(whole))
+
+
+@pytest.mark.fuzz
+@given(st.binary(max_size=100))
+def test_a_strangers_bytes_are_refused_or_waited_for(data: bytes) -> None:
+    with pytest.raises(PeerFrameError):
+        feed(data + bytes(PEER_HEADER_BYTES), 7)
+
+
+def test_a_frame_larger_than_the_first_room_comes_out_and_the_room_is_given_back() -> None:
+    data = [bytes([number]) * BLOCK_BYTES for number in range(200)]
+    body = bytes(16) + bytes(8 * len(data)) + checksums_of(data)
+    frame = Append(3, 1, 0, 0, 0, [Modification(3, 9, WRITE, 1, 1, len(data), body, data)])
+    buffer = FrameBuffer()
+    (found,) = feed(packed(frame), 100_000, buffer)
+    assert isinstance(found, Append)
+    assert b"".join(found.modifications[0].data) == b"".join(data)
+    assert len(buffer.writable()) == FrameBuffer.FIRST_BYTES
+
+
+def test_the_length_that_a_header_claims_is_bounded() -> None:
+    header = PEER_HEADER.pack(MAGIC, VERSION, Kind.APPEND, 0, 0xFFFFFFFF, 0, 0)
+    with pytest.raises(PeerFrameError, match="length"):
+        frame_bytes(header)
+
+
+def test_a_later_version_can_open_and_be_opened() -> None:
+    later = bytearray(packed(Open(bytes(16), 7, "node-1", VERSION, VERSION + 1)))
+    meta = bytes(later[PEER_HEADER_BYTES:]) + b"what version 2 knows"
+    unsigned = PEER_HEADER.pack(MAGIC, VERSION + 1, Kind.OPEN, 0, len(meta), len(meta), 0)[:-4]
+    opened = decode(unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta)
+    assert opened == Open(bytes(16), 7, "node-1", VERSION, VERSION + 1)
+    with pytest.raises(PeerFrameError, match="version"):
+        frame_bytes(PEER_HEADER.pack(MAGIC, VERSION + 1, Kind.APPEND, 0, 0, 0, 0))
