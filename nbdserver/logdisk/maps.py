@@ -40,6 +40,7 @@ from metadata.region_table import RegionTable
 from metadata.seams import Store
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.lookup import Lookup
+from nbdserver.logdisk.neighbours import Neighbours
 from protocol.disk import DamagedValueError
 from protocol.invariant import InvariantError, invariant
 
@@ -64,6 +65,7 @@ class Maps:
         self.segments = SegmentTable()
         self.regions = RegionTable()
         self.next_mba = 0
+        self.neighbours = Neighbours(self.middle)
         self.next_hole = 1
         self.holes: list[PendingHole] = []  # oldest first
         self.moved_keys: list[bytes] = []  # that the next checkpoint deletes: what they held is elsewhere or freed

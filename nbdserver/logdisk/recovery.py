@@ -8,8 +8,8 @@ damage, not an end, and recovery refuses to go on.
 
 Records are applied in groups. The map pages that a group needs are read before it, in the order of their keys: at
 random each costs LevelDB a search of its own, and there are as many as blocks. Two kinds need not be read. A block
-that was written under an MBA older than the checkpoint was an overwrite: the logical map, then and now, says what it
-said in the checkpoint. And of pages of MBAs that the checkpoint had not given out LevelDB has nothing.
+that was written under an MBA that the middle map has already was an overwrite: the logical map says where it said it
+before. And of pages of MBAs that the checkpoint had not given out LevelDB has nothing.
 
 Rules
 - Data is verified too (Rule.REPLAY_VERIFIES_DATA): a header can reach the disk without its data.
@@ -249,17 +249,11 @@ class Replay:
     def _bring(self, group: list[Record]) -> None:
         """Have the map pages in memory that the records need, as far as that can be told before they are applied."""
         maps = self._maps
-        middle: set[int] = set()
-        logical: set[int] = set()
-        for record in group:
-            middle.update(mba >> PAGE_SHIFT for mba in record.mbas)
-            if record.kind == WRITE and record.layer in maps.tree.layers:
-                logical.update(self._logical_pages(record))
+        self._bring_middle({mba >> PAGE_SHIFT for record in group for mba in record.mbas})
+        writes = [record for record in group if record.kind == WRITE and record.layer in maps.tree.layers]
+        logical = {number for record in writes for number in self._logical_pages(record)}
         self._bring_logical(number for number in logical if maps.page(number) is None and number not in maps.stale)
-        for record in group:
-            if record.kind == WRITE and record.layer in maps.tree.layers:
-                middle.update(self._middle_pages_under_holes(record))
-        self._bring_middle(number for number in middle if maps.middle.get(number) is None)
+        self._bring_middle({number for record in writes for number in self._middle_pages_under_holes(record)})
 
     def _logical_pages(self, record: Record) -> Iterator[int]:
         first_address = record.layer << ADDRESS_SHIFT
@@ -268,7 +262,7 @@ class Replay:
             address = first_address + lba
             if kind != EXTENT_HOLE:
                 block += count
-                if max(record.mbas[block - count : block]) < self._first_new_mba:
+                if all(map(self._has, record.mbas[block - count : block])):
                     continue
             elif count > SMALL_HOLE_BLOCKS:
                 continue
@@ -297,17 +291,23 @@ class Replay:
         for lookup in lookups:
             self._maps.admit(lookup)
 
+    def _has(self, mba: int) -> bool:
+        """Whether the middle map knows where the block is; its page is in memory."""
+        page = self._maps.middle.get(mba >> PAGE_SHIFT)
+        return page is not None and page[mba & PAGE_MASK] != 0
+
     def _bring_middle(self, numbers: Iterable[int]) -> None:
         middle = self._maps.middle
         stored: list[int] = []
-        for number in sorted(numbers):
+        for number in sorted(number for number in numbers if middle.get(number) is None):
             if number << PAGE_SHIFT < self._first_new_mba:
                 stored.append(number)
             else:
                 middle.create(number)
-        found = self._store.ranges([middle.key_range(number) for number in stored])
-        for number, items in zip(stored, found, strict=True):
-            middle.install(number, items)
+        if stored:
+            found = self._store.ranges([middle.key_range(number) for number in stored])
+            for number, items in zip(stored, found, strict=True):
+                middle.install(number, items)
 
     # -- doing it again
 
@@ -332,10 +332,10 @@ class Replay:
                 continue
             for current in range(first_address + lba, first_address + lba + count):
                 mba = record.mbas[block]
-                self._middle(mba)
-                # An older MBA is where it was: this was an overwrite.
-                if mba >= self._first_new_mba and self._logical(current)[current & PAGE_MASK] != mba:
+                # A block that has a place is an overwrite: the logical map knows its MBA.
+                if not self._middle(mba)[mba & PAGE_MASK] and self._logical(current)[current & PAGE_MASK] != mba:
                     maps.set_logical(current, 1, mba)
+                    self._middle(mba)
                 maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
                 maps.next_mba = max(maps.next_mba, mba + 1)
                 block += 1

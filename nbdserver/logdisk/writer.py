@@ -252,18 +252,19 @@ class Writer:
                 assert page is not None
                 mba = page[lba & PAGE_MASK]
                 if mba < first_mba:
-                    mba = fresh.get(lba, 0)
-                    if not mba:
-                        mba = fresh[lba] = next_mba
-                        runs.append((lba, 1, mba))
-                        next_mba += 1
+                    mba, next_mba = self._fresh_mba(lba, mba, fresh, runs, next_mba)
                 mbas.append(mba)
                 recent[lba >> REGION_SHIFT] = txid
             else:
                 maps.regions.mark(lba, count, txid)
                 next_mba = self._mbas_of_run(lba, count, mbas, fresh, runs, next_mba)
-        offset = log.append_write(self._layer, extents, mbas, checksums, data)
+        try:
+            offset = log.append_write(self._layer, extents, mbas, checksums, data)
+        except OSError:
+            maps.neighbours.forget()
+            raise
         maps.take_mbas(next_mba)
+        maps.neighbours.keep()
         for lba, count, mba in runs:
             maps.set_logical(self._address(lba), count, mba)
         self._point(mbas, checksums, offset)
@@ -352,7 +353,11 @@ class Writer:
             held = page[index : index + blocks]
             if min(held) >= first_mba:
                 mbas.extend(held)
-            elif max(held) < first_mba and fresh.keys().isdisjoint(range(lba, lba + blocks)):
+            elif (
+                max(held) < first_mba
+                and fresh.keys().isdisjoint(range(lba, lba + blocks))
+                and not self._maps.neighbours.has_any(self._address(lba), blocks)
+            ):
                 # All new: one run of MBAs, noted as one.
                 runs.append((lba, blocks, next_mba))
                 given = range(next_mba, next_mba + blocks)
@@ -362,14 +367,24 @@ class Writer:
             else:
                 for number, mba in enumerate(held, lba):
                     if mba < first_mba:
-                        mba = fresh.get(number, 0)
-                        if not mba:
-                            mba = fresh[number] = next_mba
-                            runs.append((number, 1, mba))
-                            next_mba += 1
+                        mba, next_mba = self._fresh_mba(number, mba, fresh, runs, next_mba)
                     mbas.append(mba)
             lba += blocks
         return next_mba
+
+    def _fresh_mba(
+        self, lba: int, shared: int, fresh: dict[int, int], runs: list[tuple[int, int, int]], next_mba: int
+    ) -> tuple[int, int]:
+        """(MBA of a block that the layer does not have yet, the next free one); `shared`: what a layer below shows."""
+        mba = fresh.get(lba, 0)
+        if not mba:
+            if shared:
+                mba, next_mba = self._maps.neighbours.take(self._address(lba), next_mba)
+            else:
+                mba, next_mba = next_mba, next_mba + 1
+            fresh[lba] = mba
+            runs.append((lba, 1, mba))
+        return mba, next_mba
 
     def _append_in_parts(self, lbas: list[int], counts: list[int], data: list[Buffer], checksums: array[int]) -> int:
         """Cut a batch that does not fit into the open segment, and go on in the next one."""

@@ -388,7 +388,7 @@ def test_replay_reads_the_map_pages_of_a_group_in_the_order_of_their_keys_and_no
 
     family.store.ranges = ranges  # type: ignore[method-assign]
     family._open_disk()
-    logical, middle = [[start for start, _ in wanted] for wanted in asked]
+    middle, logical = [[start for start, _ in wanted] for wanted in asked]
     assert [key[:1] for key in logical] == [b"L"] * 2
     assert [key[:1] for key in middle] == [b"M"] * 2
     assert logical == sorted(logical)
