@@ -1,5 +1,4 @@
-"""The HTTP API: one FastAPI application over the control process. `/openapi.json` documents it; there is no page
-that would load anything from another host.
+"""The HTTP API: one FastAPI application over the control process. `/openapi.json` documents it.
 
 Rules: handlers are coroutines and call the node; nothing is decided here. A refusal is `{"error": "one line"}` with
 400 (cannot be meant), 404, 409 (does not go with what is there), 401 (token) or 500.
@@ -14,198 +13,29 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from metadata.registry import RegistryError
+from nbdserver.api import page
 from nbdserver.api.metrics import Figures, exposition
+from nbdserver.api.models import (
+    CloneRequest,
+    Names,
+    RenameRequest,
+    ResizeRequest,
+    Scrub,
+    ScrubRequest,
+    Snapshot,
+    SnapshotRequest,
+    Status,
+    Volume,
+    VolumeRequest,
+)
 from nbdserver.node.control import Node
 from nbdserver.node.errors import NodeError, WrongInputError
 
 MAX_WAIT_S = 30.0
 """Longest that a request for events is held open."""
-
-
-class VolumeRequest(BaseModel):
-    """What POST /v1/volumes takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(description="the volume's name, which clients attach by")
-    size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
-
-
-class Settings(BaseModel):
-    """What a volume says about its export."""
-
-    read_only: bool
-    description: str
-    shared: bool
-    allowed_clients: list[str] = Field(description="networks, and names in certificates as cert:NAME; empty: everybody")
-    tls: str = Field(description="off, allowed, required, or inherit: as the node says")
-    iops: int = Field(description="operations a second that clients may do together; 0: without limit")
-    iops_burst: int = Field(description="operations at once after a pause; 0: one second's worth")
-    bandwidth: int = Field(description="bytes a second, read and written; 0: without limit")
-    bandwidth_burst: int = Field(description="bytes at once after a pause; 0: one second's worth")
-    max_data: int = Field(description="bytes that the segment files of its family may take; 0: without limit")
-
-
-class Volume(BaseModel):
-    """A volume and how it is doing."""
-
-    name: str
-    size_bytes: int
-    state: str = Field(description="serving, or failed")
-    reason: str = Field(description="why it failed")
-    base: str = Field(description="the newest snapshot of another volume that it stands on; empty for none")
-    snapshots: int = Field(description="how many it has")
-    generation: int = Field(description="raised when acknowledged writes may have been lost")
-    epoch: int
-    family: str = Field(description="a volume and its clones are one family, with one log")
-    settings: Settings
-    clients: int = Field(description="client connections")
-    disk: dict[str, Any] = Field(description="what the family's log-structured disk says of itself")
-
-
-class SnapshotRequest(BaseModel):
-    """What POST /v1/snapshots takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    volume: str
-    name: str = Field(description="the snapshot's name, without the volume's")
-
-
-class Snapshot(BaseModel):
-    """What a volume held at a moment."""
-
-    volume: str
-    name: str
-    export: str = Field(description="the name that clients attach by, read-only")
-    size_bytes: int
-    created: str = Field(description="ISO 8601, UTC")
-    clients: int = Field(description="client connections")
-    clones: list[str] = Field(description="volumes that were made from it")
-
-
-class CloneRequest(BaseModel):
-    """What POST /v1/clones takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    volume: str
-    snapshot: str = Field(description="the snapshot's name, without the volume's")
-    name: str = Field(description="the new volume's name")
-
-
-class RenameRequest(BaseModel):
-    """What POST /v1/volumes/NAME/rename takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(description="the new name")
-
-
-class ResizeRequest(BaseModel):
-    """What POST /v1/volumes/NAME/resize takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
-    force: bool = Field(default=False, description="make it smaller too: what is cut off is gone")
-
-
-class Handover(BaseModel):
-    """How clients came over from the program before."""
-
-    id: str
-    failure: str = Field(description="why the program before goes on; empty when this one has taken over")
-    clients: int = Field(description="that were taken over")
-    dropped: int = Field(description="that have to connect again")
-    pause_s: float = Field(description="how long clients waited")
-
-
-class Fill(BaseModel):
-    """Something that has a limit."""
-
-    subject: str = Field(description="file system, max_data (of the node), or volume NAME")
-    used_bytes: int = Field(description="of a limit: live data and the reserve, which cannot be cleaned away")
-    size_bytes: int
-    percent: float
-    alarm: int = Field(description="the threshold that was crossed: 80, 90 or 95; 0: none")
-
-
-class Capacity(BaseModel):
-    """What there is and what is promised, in bytes."""
-
-    size_bytes: int = Field(description="of the file system")
-    free_bytes: int
-    allocated_bytes: int = Field(description="segment files of all volumes")
-    max_data_bytes: int = Field(description="most that they may take; 0: the whole disk")
-    room_bytes: int = Field(description="what is free and what they take, at most max_data")
-    provisioned_bytes: int = Field(description="sizes of all volumes together")
-    overcommit: float = Field(description="most that volumes may have, as a multiple of the room; 0: any")
-
-
-class Tls(BaseModel):
-    """TLS for NBD clients."""
-
-    mode: str = Field(description="off, allowed or required, for volumes that say nothing themselves")
-    verify_clients: bool
-    certificate: str = Field(description="the file")
-    names: list[str] = Field(description="host names and addresses that the certificate is for")
-    expires: str = Field(description="ISO 8601, UTC")
-
-
-class Names(BaseModel):
-    """What can be named in commands."""
-
-    volumes: list[str]
-    snapshots: list[str] = Field(description="as VOLUME@NAME")
-
-
-class Scrub(BaseModel):
-    """How far the reading of a family's data is."""
-
-    volume: str = Field(description="the family's oldest volume")
-    volumes: list[str] = Field(description="all of the family: they share one log")
-    state: str = Field(description="never, waiting, running, done, stopped or failed")
-    reason: str = Field(description="why it failed")
-    done_bytes: int
-    total_bytes: int
-    damaged_blocks: int = Field(description="that it found")
-    rate_bytes_per_s: int = Field(description="lately; 0: not known")
-    left_s: int | None = Field(description="estimate; null: not known")
-    completed: str = Field(description="when the last whole one ended: ISO 8601, UTC")
-    next: str = Field(description="when the next one is due; empty: it is not, or one is active")
-
-
-class ScrubRequest(BaseModel):
-    """What POST /v1/scrubs takes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    volume: str = Field(default="", description="any volume of the family; empty: all")
-
-
-class Status(BaseModel):
-    """The node."""
-
-    version: str
-    pid: int
-    data_pid: int | None
-    uptime_s: float
-    data: str
-    listen: list[str]
-    free_bytes: int
-    checksum: str
-    warnings: list[str]
-    capacity: Capacity
-    fills: list[Fill] = Field(description="how full what has a limit is")
-    tls: Tls | None = Field(description="null without a certificate")
-    scrubs: list[Scrub] = Field(description="how far the reading of all data is")
-    handover: Handover | None = Field(description="the last one; null if this program was started afresh")
-    volumes: list[Volume]
 
 
 def program_version() -> str:
@@ -232,6 +62,7 @@ def make_app(node: Node) -> FastAPI:
     _add_scrubs(app, node)
     _add_names(app, node)
     _add_clients(app, node)
+    page.add_to(app, node)
     return app
 
 

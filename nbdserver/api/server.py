@@ -50,10 +50,11 @@ class _TokenGuard:
         host = (scope.get("client") or ("", 0))[0]
         headers = dict(scope.get("headers", ()))
         authorization = headers.get(b"authorization", b"").decode("latin-1")
+        name = headers.get(b"host", b"").decode("latin-1")
         http = self._node.settings.http
         token = read_token(token_path(self._node))
         if scope["type"] == "http" and allowed(
-            scope["method"], scope["path"], is_loopback(host), authorization, token, http.public_read
+            scope["method"], scope["path"], is_loopback(host), authorization, token, http.public_read, name
         ):
             await self._app(scope, receive, send)
             return

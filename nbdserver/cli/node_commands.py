@@ -12,17 +12,14 @@ from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, p
 from nbdserver.cli.scrub_commands import scrub_sentence
 from nbdserver.cli.volume_commands import print_volumes
 from nbdserver.node.errors import WrongInputError
+from nbdserver.node.findings import NOTE, NOW, SOON, Finding, need_attention
 from nbdserver.node.sizes import round_size
 
 WAIT_S = 25
 
 EXIT_ATTENTION = 1
 
-FULL_REASONS = {
-    "disk": "the file system has no more room",
-    "max-data": "it takes all that its max-data allows",
-    "node-max-data": "all volumes together take all that max_data in node.yaml allows",
-}
+_URGENCY = {NOW: ("WARNING", "red"), SOON: ("WARNING", "yellow"), NOTE: ("NOTE", "cyan")}
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at settings files.")
 
@@ -41,10 +38,10 @@ def status(
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> int:
-    """Show the running node and its volumes.
+    """Show the running node, what is wrong and what to do about it, and its volumes.
 
-    With --check the exit code is 1 if a fill alarm stands (80, 90 or 95 %), a volume is full or failed, a block is
-    damaged, or there is a warning.
+    With --check the exit code is 1 if there is a WARNING: a fill alarm stands (80, 90 or 95 %), a volume is full or
+    failed, a block is damaged, the data process does not answer. A NOTE tells what is over.
 
     Examples:
 
@@ -53,38 +50,15 @@ def status(
       nbdserver status --check >/dev/null || mail -s 'nbdserver needs attention' root
     """
     node = NodeClient(data_path(context, data)).get("/v1/status")
-    attention = _attention(node)
+    found = [Finding(**finding) for finding in node["findings"]]
     if wants_json(context, json_output):
         print_json(node)
     else:
-        _print_status(node, attention)
-    return EXIT_ATTENTION if check and attention else 0
+        _print_status(node, found)
+    return EXIT_ATTENTION if check and need_attention(found) else 0
 
 
-def _attention(node: dict[str, Any]) -> list[tuple[int, str]]:
-    """(how urgent: 1 or 2, sentence) of what somebody should look at."""
-    found = [(2, warning) for warning in node["warnings"]]
-    for fill in node["fills"]:
-        if fill["alarm"]:
-            used, size = round_size(fill["used_bytes"]), round_size(fill["size_bytes"])
-            sentence = f"{fill['subject']} is {fill['percent']:.1f} % full: {used} of {size}"
-            found.append((1 if fill["alarm"] < 90 else 2, sentence))
-    for scrub in node["scrubs"]:
-        if scrub["state"] == "failed":
-            found.append((1, f"the scrub of {scrub['volume']} failed: {scrub['reason']}"))
-    for volume in node["volumes"]:
-        name = volume["name"]
-        if volume["reason"]:
-            found.append((2, f"{name}: {volume['reason']}"))
-        elif volume["state"] == "full":
-            found.append((2, f"{name} is full: writes get ENOSPC ({FULL_REASONS[volume['disk']['full']]})"))
-        if damaged := [block for block in volume["disk"].get("damaged", []) if block["volume"] == name]:
-            exports = ", ".join(sorted({block["export"] for block in damaged})[:5])
-            found.append((2, f"{name}: {len(damaged)} damaged blocks in {exports}; nbdserver volume show {name}"))
-    return found
-
-
-def _print_status(node: dict[str, Any], attention: list[tuple[int, str]]) -> None:
+def _print_status(node: dict[str, Any], found: list[Finding]) -> None:
     capacity = node["capacity"]
     print(f"nbdserver {node['version']}, pid {node['pid']}, up {node['uptime_s']:.0f} s")
     print(f"data {node['data']}, {round_size(node['free_bytes'])} free of {round_size(capacity['size_bytes'])}")
@@ -97,8 +71,11 @@ def _print_status(node: dict[str, Any], attention: list[tuple[int, str]]) -> Non
     for scrub in node["scrubs"]:
         if scrub["state"] == "running":
             print(f"scrubbing {scrub_sentence(scrub)}")
-    for urgency, sentence in attention:
-        print(coloured(f"WARNING: {sentence}", "yellow" if urgency == 1 else "red"))
+    for finding in found:
+        word, colour = _URGENCY[finding.urgency]
+        print(coloured(f"{word}: {finding.sentence}", colour))
+        if finding.remedy:
+            print(f"    to do: {finding.remedy}")
     print()
     print_volumes(node["volumes"])
 

@@ -26,7 +26,7 @@ from nbdserver.node.sizes import round_size
 LOOK_S = 5.0
 
 Call = Callable[..., Any]
-"""`Channel.call` of the running data process."""
+"""`Asking.ask` of the running data process."""
 
 
 class Capacity:

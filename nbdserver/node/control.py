@@ -19,9 +19,12 @@ import asyncio
 import os
 import secrets
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -31,6 +34,7 @@ from metadata.registry_table import RegistryTable
 from metadata.seams import Batch
 from nbdserver.node import program, systemd_notify
 from nbdserver.node.addresses import port_holder, split_address
+from nbdserver.node.asking import Asking
 from nbdserver.node.ballast import Ballast
 from nbdserver.node.capacity import Capacity
 from nbdserver.node.certificates import NodeTls
@@ -40,7 +44,9 @@ from nbdserver.node.descriptors import LOCK, close_all
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
+from nbdserver.node.findings import findings
 from nbdserver.node.inherited import Inherited
+from nbdserver.node.overview import Overview
 from nbdserver.node.scrubs import Scrubs
 from nbdserver.node.sizes import round_size
 from nbdserver.node.snapshots import Snapshots
@@ -91,14 +97,17 @@ class Node:
         self.events = EventLog(directory.events, time.monotonic)
         self._registry = open_registry(directory)
         self._families = Families(self._registry, owner="local")
-        self.capacity = Capacity(directory.path, lambda: self.settings, self._families.all, self.call, self.events.add)
+        self._asking = Asking(self.call, time.monotonic)
+        ask, event = self._asking.ask, self.events.add
+        self.capacity = Capacity(directory.path, lambda: self.settings, self._families.all, ask, event)
         admit = self.capacity.admit
-        self.volumes = Volumes(directory, self._families, self.call, self.events.add, settings.segment, admit)
+        self.volumes = Volumes(directory, self._families, self.call, ask, event, settings.segment, admit)
         self.snapshots = Snapshots(self.volumes)
         self.tls = NodeTls(settings.tls, self.call)
         self.scrubs = Scrubs(
             directory.scrub, lambda: self.settings.scrub, self._families.all, self.call, self.events.add
         )
+        self.overview = Overview(self.status, self.events)
         self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
@@ -131,7 +140,7 @@ class Node:
             await self._stop_data()
             raise
         supervisor = loop.create_task(self._supervise())
-        watching = [loop.create_task(self.capacity.watch()), loop.create_task(self.scrubs.watch())]
+        watching = [loop.create_task(each.watch()) for each in (self.capacity, self.scrubs, self.overview)]
         try:
             stop_api = await serve_api(self)
         except BaseException:
@@ -167,11 +176,14 @@ class Node:
         return await self._data.call(name, **arguments)
 
     async def status(self) -> dict[str, Any]:
-        """Return what `nbdserver status` shows."""
+        """Return what `nbdserver status` shows, also while the data process does not answer."""
         await self.capacity.look()
-        return {
+        volumes = await self.volumes.list()
+        status = {
+            "host": socket.gethostname(),
             "pid": os.getpid(),
             "data_pid": self._data.pid if self._data else None,
+            "data_silent_s": round(self._asking.silent_s, 1),
             "uptime_s": round(time.monotonic() - self.started_s, 1),
             "data": str(self.directory.path),
             "listen": self.addresses(),
@@ -183,8 +195,10 @@ class Node:
             "tls": self.tls.status(),
             "scrubs": self.scrubs.status(),
             "handover": self.handover,
-            "volumes": await self.volumes.list(),
+            "volumes": volumes,
         }
+        found = findings(status, self.events.since(0), datetime.now(UTC))
+        return status | {"findings": [asdict(finding) for finding in found]}
 
     def free_bytes(self) -> int:
         """Return the room on the file system of the data directory."""
@@ -424,7 +438,7 @@ class Node:
         if self._hello and not self._hello.get("checksum_is_fast", True):
             library = self._hello.get("checksum", "")
             warnings.append(
-                f"checksums are computed by {library}, far too slowly: install google-crc32c with its C extension"
+                f"checksums are computed by {library}, far too slowly; install google-crc32c with its C extension"
             )
         return warnings
 

@@ -135,7 +135,7 @@ class FamilyRequests:
         families, last = self._page(after)
         for family_id in families:
             if family_id in self._families:
-                found[family_id] = self._families[family_id].status()
+                found[family_id] = await self._families[family_id].whole_status()
             await asyncio.sleep(0)
         return {"families": found, "last": last}
 
@@ -187,7 +187,7 @@ class FamilyRequests:
     # -- volumes
 
     async def do_volume(self, family: str, number: int) -> dict[str, Any]:
-        """The same of one volume."""
+        """What is live of a volume's family, and of the volume."""
         return self._family(family).status(number)
 
     async def do_set(self, family: str, number: int, settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ Rules
 
 import asyncio
 import errno
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +22,9 @@ from nbdserver.node.snapshot_exports import SnapshotExports, answered
 from nbdserver.volume.admission import TlsMode, is_name_of_certificate
 from nbdserver.volume.export import Export, ExportError, Exports
 from nbdserver.volume.limits import Limits
+
+VOLUMES_A_TURN = 50
+"""So many are looked at before the loop serves clients again: well under 0.5 ms."""
 
 
 @dataclass
@@ -152,11 +156,21 @@ class ServedFamily:
         served = self.volume(number)
         return errno.EBUSY if served.export.sessions else await served.snapshots.rollback(snapshot)
 
-    def status(self, number: int = 0) -> dict[str, Any]:
-        """What is live, of the disk and of all volumes, or of one if it is served."""
-        numbers = sorted(self._volumes) if not number else [number] if number in self._volumes else []
-        disk = self.disk.status() | {"damaged": self._damaged()}
-        return {"disk": disk, "volumes": {str(each): self._volume_status(each) for each in numbers}}
+    def status(self, number: int) -> dict[str, Any]:
+        """What is live, of the disk and of one volume if it is served."""
+        return {"disk": self._disk_status(), "volumes": self._volume_statuses([number])}
+
+    async def whole_status(self) -> dict[str, Any]:
+        """The same with all volumes. A thousand clones are not looked at in one turn of the loop."""
+        volumes: dict[str, Any] = {}
+        numbers = sorted(self._volumes)
+        for first in range(0, len(numbers), VOLUMES_A_TURN):
+            volumes |= self._volume_statuses(numbers[first : first + VOLUMES_A_TURN])
+            await asyncio.sleep(0)
+        return {"disk": self._disk_status(), "volumes": volumes}
+
+    def _disk_status(self) -> dict[str, Any]:
+        return self.disk.status() | {"damaged": self._damaged()}
 
     def _damaged(self) -> list[dict[str, Any]]:
         """{export: what shows it, lba} of each damaged block that is known."""
@@ -201,12 +215,17 @@ class ServedFamily:
             self.withdraw(number, force=True)
         await self.family.close()
 
-    def _volume_status(self, number: int) -> dict[str, Any]:
-        served = self._volumes[number]
+    def _volume_statuses(self, numbers: Iterable[int]) -> dict[str, Any]:
+        """Of those that are served, by number."""
         return {
-            "clients": len(served.export.sessions),
-            "snapshots": len(served.snapshots),
-            "base": self._base(number),
+            str(number): {
+                "clients": len(served.export.sessions),
+                "snapshots": len(served.snapshots),
+                "base": self._base(number),
+                "traffic": served.export.traffic,
+            }
+            for number in numbers
+            if (served := self._volumes.get(number)) is not None
         }
 
     def _base(self, number: int) -> str:

@@ -12,7 +12,6 @@ is one line that names what is in the way.
 """
 
 import asyncio
-import contextlib
 import errno as errnos
 import os
 import secrets
@@ -29,6 +28,7 @@ from metadata.registry import (
     Volume,
     VolumeState,
 )
+from nbdserver.node.asking import SILENT
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
 from nbdserver.node.opening import Call, Opening
@@ -38,6 +38,9 @@ from protocol.invariant import invariant
 
 MAX_FAMILIES = 1024
 """Each open one costs an open LevelDB, its share of the cache and a segment of ballast. Clones are of their base's."""
+
+STARTING, UNKNOWN = "starting", "unknown"
+"""States of a volume of which nothing is known: the data process is being started, or does not answer."""
 
 Found = tuple[Family, Volume]
 
@@ -50,14 +53,17 @@ class Volumes:
         directory: DataDirectory,
         families: Families,
         call: Call,
+        ask: Call,
         event: Callable[[str, dict[str, Any]], None],
         segment_bytes: int,
         admit: Callable[[str, int], Awaitable[None]],
     ) -> None:
-        """`admit(what, more_bytes)` raises ConflictError if so much more may not be promised."""
+        """`ask` is a `call` that is answered soon or not at all (asking.py). `admit(what, more_bytes)` raises
+        ConflictError if so much more may not be promised."""
         self._directory = directory
         self._families = families
         self.call = call
+        self._ask_soon = ask
         self.event = event
         self._segment_bytes = segment_bytes
         self.admit = admit
@@ -91,7 +97,7 @@ class Volumes:
         async with self.lock:
             there = self._families.find(name)
             if there is not None and exist_ok and there[1].state == VolumeState.THERE:
-                return self._describe(*there, {})
+                return self._describe(*there, {}, STARTING)
             self._refuse_taken(name)
             if len(self._families.all()) >= MAX_FAMILIES:
                 raise ConflictError(
@@ -152,9 +158,9 @@ class Volumes:
 
     async def list(self) -> list[dict[str, Any]]:
         """Return every volume with what the data process says of it, by name."""
-        live = await self._live()
+        live, otherwise = await self._live()
         found = [
-            self._describe(family, volume, live.get(family.id, {}))
+            self._describe(family, volume, live.get(family.id, {}), otherwise)
             for family in self._families.all()
             for volume in family.volumes
             if volume.state == VolumeState.THERE
@@ -288,16 +294,19 @@ class Volumes:
                 f"(nbdserver snapshot delete {name}@{snapshots[0]['name']}), or add --force to delete them too"
             )
 
-    async def _live(self) -> dict[str, dict[str, Any]]:
+    async def _live(self) -> tuple[dict[str, dict[str, Any]], str]:
+        """What the data process says of each family, and the state of a volume of which it says nothing."""
+        live: dict[str, dict[str, Any]] = {}
+        last = ""
         try:
-            page = await self.call("volumes")
-            live: dict[str, dict[str, Any]] = page["families"]
-            while page["last"]:
-                page = await self.call("volumes", after=page["last"])
+            while True:
+                page = await self._ask_soon("volumes", after=last)
                 live |= page["families"]
-        except NodeError:
-            return {}
-        return live
+                last = page["last"]
+                if not last:
+                    return live, STARTING
+        except NodeError as error:
+            return live, UNKNOWN if getattr(error, "kind", "") == SILENT else STARTING
 
     def _find(self, name: str) -> Found:
         found = self._families.find(name)
@@ -309,23 +318,28 @@ class Volumes:
     async def _shown(self, name: str) -> dict[str, Any]:
         family, volume = self._find(name)
         live: dict[str, Any] = {}
+        otherwise = STARTING
         if family.id not in self._opening.failed:
-            with contextlib.suppress(NodeError):
-                live = await self.call("volume", family=family.id, number=volume.number)
-        return self._describe(family, volume, live)
+            try:
+                live = await self._ask_soon("volume", family=family.id, number=volume.number)
+            except NodeError as error:
+                otherwise = UNKNOWN if getattr(error, "kind", "") == SILENT else STARTING
+        return self._describe(family, volume, live, otherwise)
 
-    def _describe(self, family: Family, volume: Volume, live: dict[str, Any]) -> dict[str, Any]:
+    def _describe(self, family: Family, volume: Volume, live: dict[str, Any], otherwise: str) -> dict[str, Any]:
+        """`otherwise` is its state if nothing is live of it."""
         disk = live.get("disk", {})
         own = live.get("volumes", {}).get(str(volume.number), {})
         reason = self._opening.why_not(family, volume) or disk.get("failure", "")
         if reason:
             state = "failed"
         elif not own:
-            state = "starting"
+            state = otherwise
         else:
             state = "full" if disk["state"] == "full" else "serving"
         return {
             "name": volume.name,
+            "number": volume.number,
             "size_bytes": volume.size_bytes,
             "state": state,
             "reason": reason,
@@ -336,6 +350,7 @@ class Volumes:
             "family": family.id,
             "settings": {**asdict(volume.settings), "max_data": family.max_data},
             "clients": own.get("clients", 0),
+            "traffic": own.get("traffic"),
             "disk": disk,
         }
 

@@ -90,6 +90,18 @@ class Export:
             total.include(session.counters)
         return total
 
+    @property
+    def traffic(self) -> dict[str, int]:
+        """The few of the counters that tell how much is done, without the cost of adding up histograms."""
+        every = [self._past, *(session.counters for session in self.sessions)]
+        return {
+            "requests": sum(counters.requests for counters in every),
+            "read_bytes": sum(counters.read_bytes for counters in every),
+            "write_bytes": sum(counters.write_bytes for counters in every),
+            "answers": sum(counters.latency_us.count for counters in every),
+            "latency_us": sum(counters.latency_us.total for counters in every),
+        }
+
     def limit(self, limits: Limits, clock: Clock) -> None:
         """Set how fast clients may use it, at once; those who wait for old limits go on under the new ones."""
         old = self.throttle

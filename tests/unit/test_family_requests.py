@@ -1,11 +1,14 @@
 """What is told of many families comes in pages, and the loop serves clients between two families."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
+
+import pytest
 
 from nbdserver.host.clock import HostClock
 from nbdserver.node.family_requests import FAMILIES_A_PAGE, FamilyRequests
-from nbdserver.node.open_family import StoreThreads
+from nbdserver.node.open_family import OpenFamily, StoreThreads
+from nbdserver.node.served_family import VOLUMES_A_TURN, ServedFamily, ServedVolume
 from nbdserver.volume.export import Exports
 
 FAMILIES = 2 * FAMILIES_A_PAGE + 3
@@ -23,6 +26,9 @@ class TurnsBetween:
     def status(self) -> dict[str, Any]:
         self.asked.append(TurnsBetween.turn)
         return {"name": self.name}
+
+    async def whole_status(self) -> dict[str, Any]:
+        return self.status()
 
     def figures(self) -> dict[str, Any]:
         return {self.name: self.status()}
@@ -56,5 +62,35 @@ def test_families_are_told_in_pages_and_one_a_turn() -> None:
             figures, after = await requests.figures(after)
             told |= figures
         assert (len(told), after) == (FAMILIES, "")
+
+    asyncio.run(ask())
+
+
+def test_a_thousand_clones_are_told_over_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = range(1, 1001)
+    told: list[int] = []
+    monkeypatch.setattr(ServedFamily, "_disk_status", lambda self: {})
+
+    def statuses(_: ServedFamily, some: list[int]) -> dict[int, None]:
+        told.append(len(some))
+        return dict.fromkeys(some)
+
+    monkeypatch.setattr(ServedFamily, "_volume_statuses", statuses)
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        family = ServedFamily(cast(OpenFamily, None), Exports(), HostClock(loop))
+        family._volumes = cast(dict[int, ServedVolume], dict.fromkeys(numbers))
+        turns = 0
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            loop.call_soon(turn)
+
+        turn()
+        assert (await family.whole_status())["volumes"].keys() == set(numbers)
+        assert turns >= len(told)
+        assert max(told) == VOLUMES_A_TURN
 
     asyncio.run(ask())

@@ -143,7 +143,13 @@ class Node:
         self.data.fuse.left = 1 << 30
         self.families = Families(BurningRegistry(self.registry, self.data.fuse), "here")
         self.volumes = Volumes(
-            self.directory, self.families, self.data.call, lambda kind, fields: self.events.append(kind), 1 << 20, admit
+            self.directory,
+            self.families,
+            self.data.call,
+            self.data.call,
+            lambda kind, fields: self.events.append(kind),
+            1 << 20,
+            admit,
         )
         asyncio.run(self.volumes.remove_scraps())
         asyncio.run(self.volumes.open_all())
@@ -156,7 +162,9 @@ def node(tmp_path: Path) -> Iterator[Node]:
     registry = open_registry(directory)
     data = FakeData()
     families, events = Families(BurningRegistry(registry, data.fuse), "here"), list[str]()
-    volumes = Volumes(directory, families, data.call, lambda kind, fields: events.append(kind), 1 << 20, admit)
+    volumes = Volumes(
+        directory, families, data.call, data.call, lambda kind, fields: events.append(kind), 1 << 20, admit
+    )
     yield Node(directory, registry, families, data, volumes, events)
     registry.close()
     directory.release()

@@ -1,0 +1,193 @@
+"""What the status page shows: the node's status, what was done lately, and the rows that were asked for.
+
+Theory. Many may look, each every two seconds, also at a node with a thousand volumes. So there is one look at the data
+process for all of them, at most one in SHORTEST_S, and never so often that looking takes more than a part in
+LOOKS_COST of the time; and everybody gets the rows that they asked for, not all. History is taken all the time: who
+opens the page because something is slow sees what the last minutes were like.
+
+Rules
+- Filtering, sorting and cutting are pure (`select`).
+- A look that fails leaves what was seen before; `seen_s` says how old that is.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from metadata.registry import RegistryError
+from nbdserver.node.activity import IDLE, SLOT_S, Activity, Rates
+from nbdserver.node.errors import NodeError
+from nbdserver.node.events import EventLog
+
+SHORTEST_S = 1.0
+LOOKS_COST = 20
+MOST_EVENTS = 40
+MOST_SHOWN = 10
+"""Of scrubs that are under way or failed, and of volumes with a limit."""
+
+TROUBLED = ("failed", "full", "unknown", "starting")
+"""States of a volume that somebody should look at first, the worst first."""
+
+COPIED = ("name", "state", "reason", "size_bytes", "base", "snapshots", "clients")
+
+Row = dict[str, Any]
+
+SORTS: dict[str, Callable[[Row], Any]] = {
+    "trouble": lambda row: (*_trouble(row), row["name"]),
+    "name": lambda row: row["name"],
+    "size": lambda row: (-row["size_bytes"], row["name"]),
+    "data": lambda row: (-(row["live_bytes"] or 0), row["name"]),
+    "clients": lambda row: (-row["clients"], row["name"]),
+    "requests": lambda row: (-row["requests_per_s"], row["name"]),
+    "bytes": lambda row: (-row["bytes_per_s"], row["name"]),
+    "latency": lambda row: (-row["latency_us"], row["name"]),
+}
+"""How volumes can be ordered: names from a to z, numbers from the largest."""
+
+
+class Overview:
+    """Of one node, for all who look."""
+
+    def __init__(
+        self,
+        status: Callable[[], Awaitable[dict[str, Any]]],
+        events: EventLog,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`status` is `Node.status`."""
+        self._status = status
+        self._events = events
+        self._now_s = now_s
+        self._activity = Activity()
+        self._seen: dict[str, Any] = {}
+        self._rows: list[Row] | None = None  # of `_seen`, once they are asked for
+        self._seen_s = 0.0
+        self._next_s = 0.0
+        self._looking: asyncio.Task[None] | None = None
+
+    async def watch(self) -> None:
+        """Take the history, for ever."""
+        while True:
+            with contextlib.suppress(NodeError, RegistryError, OSError):  # who looks is told of it
+                await self._look()
+                self._take()
+            await asyncio.sleep(SLOT_S)
+
+    async def show(self, match: str = "", sort: str = "trouble", limit: int = 50) -> dict[str, Any]:
+        """What the page shows: of the volumes whose name or description has `match`, the first `limit` by one of
+        SORTS."""
+        if self._now_s() >= self._next_s:
+            await self._look()
+        seen = self._seen
+        if self._rows is None:
+            self._rows = [self._row(volume) for volume in seen["volumes"]]
+        volumes = self._rows
+        chosen = select(volumes, match, sort)
+        rows = [row | _history(self._activity.history(row["key"])) for row in chosen[:limit]]
+        together = self._activity.together()
+        return {
+            **seen,
+            **_of_scrubs(seen["scrubs"]),
+            "fills": _fullest(seen["fills"]),
+            "seen_s": round(self._now_s() - self._seen_s, 1),
+            "slot_s": SLOT_S,
+            "states": _counted([volume["state"] for volume in volumes]),
+            "clients": sum(volume["clients"] for volume in volumes),
+            "traffic": _shown(together[-1] if together else IDLE) | _history(together),
+            "volumes": {"total": len(volumes), "matching": len(chosen), "rows": rows},
+            "events": self._events.since(0, MOST_EVENTS),
+        }
+
+    def _take(self) -> None:
+        """A slot of the history ends; nothing does while nothing is known."""
+        if self._seen["data_pid"] is None or self._seen["data_silent_s"]:
+            return
+        totals = {_key(volume): volume["traffic"] for volume in self._seen["volumes"] if volume["traffic"]}
+        self._activity.take(self._now_s(), totals)
+        self._rows = None
+
+    async def _look(self) -> None:
+        """Look, or wait for the look that is under way."""
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self._look_now())
+        await asyncio.shield(self._looking)
+
+    async def _look_now(self) -> None:
+        began_s = self._now_s()
+        try:
+            self._seen, self._rows = await self._status(), None
+            self._seen_s = self._now_s()
+        finally:
+            self._looking = None
+            self._next_s = began_s + max(SHORTEST_S, LOOKS_COST * (self._now_s() - began_s))
+
+    def _row(self, volume: Mapping[str, Any]) -> Row:
+        key = _key(volume)
+        settings, disk = volume["settings"], volume["disk"]
+        return {
+            "key": key,
+            **{name: volume[name] for name in COPIED},
+            "description": settings["description"],
+            "read_only": settings["read_only"],
+            "live_bytes": disk.get("live_bytes"),
+            "shares_data": disk.get("volumes", 1) > 1,
+            "damaged_blocks": sum(block["volume"] == volume["name"] for block in disk.get("damaged", ())),
+            **_shown(self._activity.now(key)),
+        }
+
+
+def select(rows: Sequence[Row], match: str, sort: str) -> list[Row]:
+    """The rows whose name or description has every word of `match`, whatever its case, in the order of `sort`."""
+    words = match.casefold().split()
+    found = [row for row in rows if all(word in f"{row['name']} {row['description']}".casefold() for word in words)]
+    return sorted(found, key=SORTS[sort])
+
+
+def _trouble(row: Row) -> tuple[int, int]:
+    state = row["state"]
+    return TROUBLED.index(state) if state in TROUBLED else len(TROUBLED), -(row["damaged_blocks"] > 0)
+
+
+def _key(volume: Mapping[str, Any]) -> str:
+    """What a volume is called for as long as it lives; its name may change."""
+    return f"{volume['family']}/{volume['number']}"
+
+
+def _shown(rates: Rates) -> Row:
+    return {
+        "requests_per_s": round(rates.requests_per_s, 1),
+        "bytes_per_s": round(rates.bytes_per_s),
+        "read_bytes_per_s": round(rates.read_bytes_per_s),
+        "write_bytes_per_s": round(rates.write_bytes_per_s),
+        "latency_us": round(rates.latency_us),
+    }
+
+
+def _history(slots: Sequence[Rates]) -> Row:
+    return {
+        "requests_history": [round(slot.requests_per_s) for slot in slots],
+        "bytes_history": [round(slot.bytes_per_s) for slot in slots],
+    }
+
+
+def _of_scrubs(scrubs: Sequence[Row]) -> Row:
+    """Those that are under way or failed; how many are in each state; when the next one is due."""
+    due = [scrub["next"] for scrub in scrubs if scrub["next"]]
+    return {
+        "scrubs": [scrub for scrub in scrubs if scrub["state"] in ("running", "failed")][:MOST_SHOWN],
+        "scrub_states": _counted([scrub["state"] for scrub in scrubs]),
+        "scrub_next": min(due, default=""),
+    }
+
+
+def _fullest(fills: Sequence[Row]) -> list[Row]:
+    """The node's, and the volumes' that are the fullest."""
+    volumes = [fill for fill in fills if fill["subject"].startswith("volume ")]
+    node = [fill for fill in fills if not fill["subject"].startswith("volume ")]
+    return node + sorted(volumes, key=lambda fill: -float(fill["percent"]))[:MOST_SHOWN]
+
+
+def _counted(states: Sequence[str]) -> dict[str, int]:
+    return {state: states.count(state) for state in sorted(set(states))}

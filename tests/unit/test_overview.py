@@ -1,0 +1,190 @@
+"""What the status page gets: one look for all who look, and the rows that were asked for."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from nbdserver.api.page import Sort
+from nbdserver.node.errors import NodeError
+from nbdserver.node.events import EventLog
+from nbdserver.node.overview import LOOKS_COST, MOST_SHOWN, SORTS, Overview, select
+
+
+def volume(number: int, **more: Any) -> dict[str, Any]:
+    shown = {
+        "name": f"v{number}",
+        "number": 1,
+        "family": f"f{number}",
+        "state": "serving",
+        "reason": "",
+        "size_bytes": 1 << 30,
+        "base": "",
+        "snapshots": 0,
+        "clients": 1,
+        "traffic": {"requests": 0, "read_bytes": 0, "write_bytes": 0, "answers": 0, "latency_us": 0},
+        "settings": {"description": "", "read_only": False},
+        "disk": {"live_bytes": number, "volumes": 1, "damaged": []},
+    }
+    return shown | more
+
+
+class Rig:
+    """An overview of a node that is as slow as is wanted."""
+
+    def __init__(self, path: Path, volumes: int = 3) -> None:
+        self.looks = 0
+        self.took_s = 0.0
+        self.now_s = 1000.0
+        self.fails = False
+        self.volumes = [volume(number) for number in range(volumes)]
+        self.silent_s = 0.0
+        self.scrubs: list[dict[str, Any]] = []
+        self.fills: list[dict[str, Any]] = []
+        self.events = EventLog(path / "events.jsonl", lambda: self.now_s)
+        self.overview = Overview(self.status, self.events, lambda: self.now_s)
+
+    async def status(self) -> dict[str, Any]:
+        self.looks += 1
+        await asyncio.sleep(0)
+        self.now_s += self.took_s
+        if self.fails:
+            raise NodeError("no")
+        return {
+            "data_pid": 1,
+            "data_silent_s": self.silent_s,
+            "host": "one",
+            "volumes": self.volumes,
+            "scrubs": self.scrubs,
+            "fills": self.fills,
+        }
+
+    async def slot(self, requests: int) -> None:
+        """A slot of the history in which the first volume did so much."""
+        self.now_s += 5
+        self.volumes[0]["traffic"] = dict(self.volumes[0]["traffic"], requests=requests, answers=requests)
+        watching = asyncio.create_task(self.overview.watch())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        watching.cancel()
+
+
+def test_who_looks_at_the_same_time_is_shown_one_look(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+
+    async def look() -> None:
+        shown = await asyncio.gather(*(rig.overview.show() for _ in range(100)))
+        assert {one["host"] for one in shown} == {"one"}
+        await rig.overview.show()
+        assert rig.looks == 1
+        rig.now_s += 1
+        await rig.overview.show()
+        assert rig.looks == 2
+
+    asyncio.run(look())
+
+
+def test_a_node_that_is_slow_to_look_at_is_looked_at_less_often(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.took_s = 0.5
+
+    async def look() -> None:
+        await rig.overview.show()
+        rig.now_s += LOOKS_COST * rig.took_s - rig.took_s - 0.1
+        assert (await rig.overview.show())["seen_s"] == pytest.approx(9.4)
+        assert rig.looks == 1
+        rig.now_s += 0.2
+        await rig.overview.show()
+        assert rig.looks == 2
+
+    asyncio.run(look())
+
+
+def test_a_look_that_fails_is_told_and_done_again(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+
+    async def look() -> None:
+        rig.fails = True
+        with pytest.raises(NodeError):
+            await rig.overview.show()
+        rig.fails, rig.now_s = False, rig.now_s + 1
+        assert (await rig.overview.show())["volumes"]["total"] == 3
+
+    asyncio.run(look())
+
+
+def test_the_history_is_there_for_who_comes_late(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+
+    async def look() -> None:
+        for requests in (0, 50, 60):
+            await rig.slot(requests)
+        shown = await rig.overview.show(sort="requests")
+        first, second, _ = shown["volumes"]["rows"]
+        assert (first["name"], first["requests_per_s"], first["requests_history"]) == ("v0", 2.0, [10, 2])
+        assert (second["requests_per_s"], second["requests_history"]) == (0, [])
+        assert shown["traffic"]["requests_history"] == [10, 2]
+        rig.silent_s = 9.0
+        await rig.slot(0)
+        assert (await rig.overview.show())["traffic"]["requests_history"] == [10, 2], "nothing is known: no slot"
+
+    asyncio.run(look())
+
+
+def test_so_many_rows_as_are_asked_for(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, volumes=1000)
+    shown = asyncio.run(rig.overview.show(match="V99", limit=5))
+    assert (shown["volumes"]["total"], shown["volumes"]["matching"]) == (1000, 11)
+    assert [row["name"] for row in shown["volumes"]["rows"]] == ["v99", "v990", "v991", "v992", "v993"]
+    assert shown["states"] == {"serving": 1000}
+    assert shown["clients"] == 1000
+
+
+def test_of_a_thousand_scrubs_and_limits_the_ones_that_matter_are_shown(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.scrubs = [
+        {"volume": f"v{number}", "state": "done", "next": f"2026-04-{1 + number % 9:02}"} for number in range(999)
+    ]
+    rig.scrubs.append({"volume": "last", "state": "running", "next": ""})
+    rig.fills = [{"subject": f"volume v{number}", "percent": number / 10} for number in range(999)]
+    rig.fills += [{"subject": "file system", "percent": 1.0}, {"subject": "max_data", "percent": 0.0}]
+    shown = asyncio.run(rig.overview.show())
+    assert [scrub["volume"] for scrub in shown["scrubs"]] == ["last"]
+    assert (shown["scrub_states"], shown["scrub_next"]) == ({"done": 999, "running": 1}, "2026-04-01")
+    subjects = [fill["subject"] for fill in shown["fills"]]
+    assert subjects[:4] == ["file system", "max_data", "volume v998", "volume v997"]
+    assert len(subjects) == 2 + MOST_SHOWN
+
+
+ROWS = [
+    {"name": "b", "description": "Mail of the office", "state": "serving", "damaged_blocks": 0},
+    {"name": "a", "description": "", "state": "serving", "damaged_blocks": 0},
+    {"name": "z", "description": "mail, old", "state": "full", "damaged_blocks": 0},
+    {"name": "y", "description": "", "state": "failed", "damaged_blocks": 0},
+    {"name": "x", "description": "", "state": "serving", "damaged_blocks": 3},
+]
+
+
+@pytest.mark.parametrize(
+    ("match", "names"),
+    [
+        ("", "yzxab"),
+        ("mail", "zb"),
+        ("OFFICE mail", "b"),
+        ("a", "zab"),
+        ("nobody", ""),
+        ("   ", "yzxab"),
+    ],
+)
+def test_what_is_troubled_comes_first_of_what_matches(match: str, names: str) -> None:
+    assert "".join(row["name"] for row in select(ROWS, match, "trouble")) == names
+
+
+def test_the_api_offers_every_order_there_is() -> None:
+    assert set(get_args(Sort)) == set(SORTS)
+    numbers = dict.fromkeys(("size_bytes", "live_bytes", "clients", "requests_per_s", "bytes_per_s", "latency_us"), 1)
+    rows = [row | {key: value * place for key, value in numbers.items()} for place, row in enumerate(ROWS)]
+    for sort in set(SORTS) - {"trouble", "name"}:
+        assert select(rows, "", sort) == rows[::-1]
+    assert [row["name"] for row in select(rows, "", "name")] == ["a", "b", "x", "y", "z"]
