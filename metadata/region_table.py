@@ -5,6 +5,10 @@ The hot path does `recent[lba >> REGION_SHIFT] = txid`; a checkpoint swaps `rece
 it into pages of 512 regions (2 GiB) in slices. The pages stay in memory: 8 bytes for each 4 MiB of volume that was
 ever written, 32 MiB for 16 TiB.
 
+Writes all over a terabyte change nearly every page between two checkpoints, so the size of a stored page matters: it is
+the highest txid and, for each region, how far below it lies, half of what plain txids take. A page whose txids lie too
+far apart for that is stored as plain txids; so are all pages of older directories.
+
 Known weakness: a region is marked by any write in it, so scattered small writes mark much.
 """
 
@@ -14,11 +18,13 @@ from collections.abc import Iterator
 from metadata.pages import KeyRange
 from metadata.seams import Batch
 from protocol.disk import pack_value, unpack_value
+from protocol.invariant import invariant
 
 REGION_SHIFT = 10  # of an LBA
 _PAGE_SHIFT = 9
 _PAGE_REGIONS = 1 << _PAGE_SHIFT
 _PREFIX = b"R"
+_NEVER = 0xFFFFFFFF  # instead of a distance: the region was never modified
 _MOST_RUNS = 16  # each costs the next checkpoint a walk over the pages that it covers
 _MOST_SINGLE_REGIONS = 64  # a longer run is kept as a run: a terabyte discarded is one entry
 
@@ -94,7 +100,7 @@ class RegionTable:
         self._frozen, self._frozen_runs = {}, []
         for number in sorted(changed):
             key = _PREFIX + number.to_bytes(4, "big")
-            batch.put(key, pack_value(key, self._pages[number].tobytes()))
+            batch.put(key, pack_value(key, _pack_page(self._pages[number])))
             yield 1
 
     @staticmethod
@@ -103,12 +109,29 @@ class RegionTable:
         return _PREFIX, bytes((_PREFIX[0] + 1,))
 
     def load(self, items: Iterator[tuple[bytes, bytes]]) -> None:
-        """Take the pages of the last checkpoint; raises DamagedValueError."""
+        """Take the pages of the last checkpoint; raises DamagedValueError or InvariantError."""
         for key, value in items:
-            self._pages[int.from_bytes(key[1:], "big")] = array("Q", unpack_value(key, value))
+            self._pages[int.from_bytes(key[1:], "big")] = _unpack_page(unpack_value(key, value))
 
     def _page(self, number: int) -> "array[int]":
         page = self._pages.get(number)
         if page is None:
             page = self._pages[number] = array("Q", [0]) * _PAGE_REGIONS
         return page
+
+
+def _pack_page(page: "array[int]") -> bytes:
+    highest = max(page)
+    lowest = min((txid for txid in page if txid), default=highest)
+    if highest - lowest >= _NEVER:
+        return page.tobytes()
+    return array("Q", [highest]).tobytes() + array("I", [highest - txid if txid else _NEVER for txid in page]).tobytes()
+
+
+def _unpack_page(payload: bytes) -> "array[int]":
+    """Raises InvariantError for a payload of another length."""
+    if len(payload) == 8 * _PAGE_REGIONS:
+        return array("Q", payload)
+    invariant(len(payload) == 8 + 4 * _PAGE_REGIONS, "a page of regions has one of two lengths")
+    (highest,) = array("Q", payload[:8])
+    return array("Q", [0 if distance == _NEVER else highest - distance for distance in array("I", payload[8:])])

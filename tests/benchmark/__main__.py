@@ -5,6 +5,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,15 +20,18 @@ from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 
 from . import machine, measuring, profiler
 from .load import Sample, fio_command, fio_version
+from .memory_group import LEAST_BYTES, MemoryGroup
 from .processes import BenchmarkError, end_in_order_when_told
 from .ratios import ratio_to_best_peer
 from .report import noise_cores, rich_table
-from .rows import ROWS, ROWS_BY_NAME, Row
+from .rows import ROWS_BY_NAME, Row
 from .targets import SUBJECT, TARGETS, Setting, Target
 
 RESULT_FORMAT = 1
 QUICK_SIZE_BYTES = 32 << 20
-ROOM_FACTOR = 3  # a log-structured disk needs room beside the working set, and qcow2 some for its tables
+ROOM_FACTOR = 2.5  # of the working set, for a log-structured disk: garbage and what is written ahead
+LEAST_ROOM_BYTES = 1 << 30
+GOAL_WITH_LIMITED_MEMORY = 1.0  # then the device decides, and a copy of its queue is the best there is
 BUSY_LOAD = 0.7
 
 # A pipe has no width of its own: the table would be folded to 80 columns.
@@ -44,13 +50,13 @@ def size_bytes_of(text: str) -> int:
     return size_bytes
 
 
-def chosen_rows(names: str | None) -> list[Row]:
-    if names is None:
-        return list(ROWS)
-    unknown = [name for name in names.split(",") if name not in ROWS_BY_NAME]
+def chosen_rows(names: str | None, memory_is_limited: bool = False) -> list[Row]:
+    wanted = list(ROWS_BY_NAME) if names is None else names.split(",")
+    unknown = [name for name in wanted if name not in ROWS_BY_NAME]
     if unknown:
         raise BenchmarkError(f"no row is called {unknown[0]}; rows are {', '.join(ROWS_BY_NAME)}")
-    return [ROWS_BY_NAME[name] for name in names.split(",")]
+    rows = [ROWS_BY_NAME[name] for name in wanted]
+    return [replace(row, goal=GOAL_WITH_LIMITED_MEMORY) for row in rows] if memory_is_limited else rows
 
 
 def chosen_targets(names: str | None, directory: Path, size_bytes: int) -> list[Target]:
@@ -68,6 +74,36 @@ def chosen_targets(names: str | None, directory: Path, size_bytes: int) -> list[
     return [TARGETS[name](directory, size_bytes) for name in wanted]
 
 
+def limit_bytes_of(text: str | None) -> int:
+    """0 is no limit."""
+    if text is None:
+        return 0
+    limit_bytes = size_bytes_of(text)
+    if limit_bytes < LEAST_BYTES:
+        raise BenchmarkError(f"a server needs a --memory of at least {LEAST_BYTES >> 20}M")
+    return limit_bytes
+
+
+def room_bytes(servers: list[Target]) -> int:
+    """A disk for each."""
+    return LEAST_ROOM_BYTES + sum(
+        int(server.size_bytes * (ROOM_FACTOR if server.name == SUBJECT else 1)) for server in servers
+    )
+
+
+@contextmanager
+def memory_limited(servers: list[Target], limit_bytes: int) -> Iterator[None]:
+    """Have each server start in a control group of its own; nothing for a limit of 0."""
+    try:
+        for server in servers if limit_bytes else ():
+            server.memory = MemoryGroup(server.name, limit_bytes)
+        yield
+    finally:
+        for server in servers:
+            if server.memory:
+                server.memory.remove()
+
+
 def refuse_a_slow_checksum() -> None:
     if not CHECKSUM_IS_FAST:
         raise BenchmarkError(
@@ -83,6 +119,9 @@ def benchmark(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each target in each row.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 2.0,
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    memory: Annotated[
+        str | None, typer.Option(help="Limit of each server's memory, page cache included: 2G.  [default: none]")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A smoke run: 32M, 2 rounds of 0.3 s, no search for settings.")] = False,
     search: Annotated[bool, typer.Option(help="Search the peers' settings again.")] = False,
     directory: Annotated[
@@ -106,10 +145,12 @@ def benchmark(
                 run_profile(subject, row, max(seconds, 5.0), results)
                 return
             servers = chosen_targets(targets, place, size_bytes)
-            machine.check_room(place, size_bytes * ROOM_FACTOR * len(servers))
-            wanted = chosen_rows(rows)
+            machine.check_room(place, room_bytes(servers))
+            memory_bytes = limit_bytes_of(memory)
+            wanted = chosen_rows(rows, memory_is_limited=memory_bytes > 0)
             counts = (2, 0.3) if quick else (rounds, seconds)
-            result = run(servers, wanted, counts[0], counts[1], None if quick else results, search)
+            with memory_limited(servers, memory_bytes):
+                result = run(servers, wanted, counts[0], counts[1], None if quick else results, search)
         write(result, results, as_json)
     except BenchmarkError as error:
         Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
@@ -125,8 +166,10 @@ def run(
     if float(where["load_before"]) > BUSY_LOAD:
         warning = f"the machine is busy (load {where['load_before']}): expect noise, and wrong settings from a search"
         Console(stderr=True).print(warning, style="yellow", highlight=False, soft_wrap=True)
-    path = settings_in / "peer-settings.json" if settings_in else Path("/nonexistent")
-    kept = measuring.PeerSettings(path, servers, size_bytes)
+    name = "peer-settings-limited.json" if servers[0].memory else "peer-settings.json"
+    path = settings_in / name if settings_in else Path("/nonexistent")
+    memory_bytes = servers[0].memory.limit_bytes if servers[0].memory else 0
+    kept = measuring.PeerSettings(path, servers, size_bytes, memory_bytes)
     if search:
         kept.found = {}
     to_search = kept.missing_rows(rows, servers) if settings_in else []
@@ -154,7 +197,7 @@ def run(
         finally:
             for server in servers:
                 server.stop()
-    options = {"size_bytes": size_bytes, "rounds": rounds, "seconds": seconds}
+    options = {"size_bytes": size_bytes, "memory_bytes": memory_bytes, "rounds": rounds, "seconds": seconds}
     return assemble(servers, rows, samples, kept, options, where)
 
 

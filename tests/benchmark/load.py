@@ -87,6 +87,24 @@ def prefill(target: Target) -> None:
     run_fio(prefill_command(target.uri, target.size_bytes), timeout_s=600)
 
 
+def warm(target: Target) -> None:
+    """Bring the disk into the page cache: a setting that bypasses it (cache=none) drops what it writes over.
+
+    With limited memory the server has to do that itself, as far as there is room: what others read is charged to them.
+    """
+    if target.memory:
+        command = ["fio", "--name=warm", "--ioengine=nbd", f"--uri={target.uri}", "--thread"]
+        command += [f"--size={target.size_bytes}", "--rw=read", "--bs=1m", "--iodepth=4", "--output-format=json"]
+        run_fio(command, timeout_s=600)
+        return
+    piece = memoryview(bytearray(1 << 20))
+    for path in target.directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
+
+
 def measure(target: Target, row: Row, duration_s: float, seed: int) -> Sample:
     """Run the row once against a started target.
 

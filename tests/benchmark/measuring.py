@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .load import START_UP_S, Sample, fio_version, measure, prefill, scatter
+from .load import START_UP_S, Sample, fio_version, measure, prefill, scatter, warm
 from .processes import BenchmarkError
 from .rows import Row
 from .targets import SUBJECT, Setting, Target
@@ -56,18 +56,20 @@ def prepare(targets: list[Target], advance: Advance) -> None:
 class PeerSettings:
     """The best setting of each peer in each row, kept in one JSON file and used again by later runs.
 
-    The file holds for one set of versions and one size; anything else makes it void.
+    The file holds for one set of versions, one size and one limit of memory; anything else makes it void.
     """
 
-    def __init__(self, path: Path, targets: list[Target], size_bytes: int) -> None:
+    def __init__(self, path: Path, targets: list[Target], size_bytes: int, memory_bytes: int = 0) -> None:
         self._path = path
+        self._memory_bytes = memory_bytes
         self._valid_for = {target.name: target.version() for target in targets if target.name != SUBJECT}
         self._size_bytes = size_bytes
         self.found: dict[str, dict[str, dict[str, Any]]] = {}
         try:
             stored = json.loads(path.read_text())
             same = all(stored["versions"].get(name) == version for name, version in self._valid_for.items())
-            if same and stored["fio"] == fio_version() and stored["size_bytes"] == size_bytes:
+            same = same and stored["fio"] == fio_version() and stored["size_bytes"] == size_bytes
+            if same and stored.get("memory_bytes", 0) == memory_bytes:
                 self.found = stored["best"]
         except (OSError, ValueError, KeyError, AttributeError):
             pass
@@ -89,6 +91,7 @@ class PeerSettings:
             "versions": self._valid_for,
             "fio": fio_version(),
             "size_bytes": self._size_bytes,
+            "memory_bytes": self._memory_bytes,
             "searched": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "best": self.found,
         }
@@ -126,7 +129,7 @@ def _try_setting(
     try:
         advance(0, f"{target.title}: trying {setting.name}")
         target.start(setting)
-        target.warm()
+        warm(target)
         for row in rows:
             rate = measure(target, row, SEARCH_S, seed=1).operations_per_s
             rates[row.name][setting.name] = max(rate, rates[row.name].get(setting.name, 0.0))
@@ -160,7 +163,7 @@ def measure_rows(
             if row.scattered:
                 advance(0, f"overwriting {target.title} at random")
                 scatter(target)
-            target.warm()
+            warm(target)
         for number in range(rounds):
             first = number % len(targets)
             for target in targets[first:] + targets[:first]:

@@ -39,9 +39,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         band = index // COLUMNS + (1 if with_ratios else 0)
         _draw_rates(canvas.add_subplot(grid[band, index % COLUMNS]), row, names, result)
     machine, options = result["machine"], result["options"]
+    limit_gib = options.get("memory_bytes", 0) / 2**30
+    memory = f" in {limit_gib:g} GiB of memory" if limit_gib else ""
     canvas.suptitle(
         f"{result['date']}   {machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, "
-        f"{machine['file_system']}   {options['size_bytes'] / 2**30:g} GiB working set, "
+        f"{machine['file_system']}   {options['size_bytes'] / 2**30:g} GiB working set{memory}, "
         f"median of {options['rounds']} rounds of {options['seconds']:g} s",
         fontsize=9,
         color="#555555",

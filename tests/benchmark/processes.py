@@ -84,12 +84,12 @@ class Server:
             )
         self.pid = self._child.pid
         try:
-            self._wait_until_it_greets(command, socket_path)
+            self._wait_until_it_greets(socket_path)
         except BaseException:
             self.stop()
             raise
 
-    def _wait_until_it_greets(self, command: list[str], socket_path: Path) -> None:
+    def _wait_until_it_greets(self, socket_path: Path) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             ended = self._child.poll()
@@ -101,7 +101,7 @@ class Server:
                 return
             time.sleep(0.02)
         said = self.log_path.read_text(errors="replace").strip().splitlines()
-        raise BenchmarkError(f"{command[0]} did not start: {said[-1] if said else 'it said nothing'}")
+        raise BenchmarkError(f"{self.log_path.stem} did not start: {said[-1] if said else 'it said nothing'}")
 
     def cpu_s(self) -> float:
         return cpu_s(self.pid)

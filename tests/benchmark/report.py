@@ -77,10 +77,13 @@ def noise_cores(result: Result) -> float:
 def _conditions(result: Result) -> str:
     machine, options = result["machine"], result["options"]
     versions = "; ".join(result["targets"][name]["version"] for name in result["targets_in_order"])
+    limit_bytes = options.get("memory_bytes", 0)
+    memory = f", {limit_bytes >> 20} MiB of memory for each server and its page cache" if limit_bytes else ""
     return (
         f"Measured {result['date']} on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, Linux {machine['kernel']}, {machine['file_system']}; "
-        f"{noise_cores(result):.2f} cores were busy with other things. Working set {options['size_bytes'] >> 20} MiB, "
+        f"{noise_cores(result):.2f} cores were busy with other things. "
+        f"Working set {options['size_bytes'] >> 20} MiB{memory}, "
         f"{options['rounds']} rounds of {options['seconds']:g} s. {versions}; {result['fio_version']}."
     )
 

@@ -5,23 +5,26 @@
 * `metadata` needs more writes than most disks have room for. So it drives the log disk itself, over a Files that takes
   appends without keeping them; LevelDB and everything else are real. Whatever the process still gives to the disk
   (write_bytes of /proc/self/io, compactions included) is metadata; the headers of the log's records are added. With a
-  --directory it goes on where it was, so that fifty million writes can be made in pieces.
+  --directory it goes on where it was, so that fifty million writes can be made in pieces; SIGTERM ends one in order.
 
-Known weakness: `metadata` reads nothing back, and stops making sense where the cleaner would begin, at some 10 % of the
-volume's blocks written.
+Known weakness: `metadata` reads nothing back, and stops making sense where the cleaner would find a victim, after some
+55 million writes.
 """
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +50,7 @@ from .targets import Nbdserver
 VOLUME_BYTES = 1 << 40
 SEGMENT_BYTES = 64 << 20
 DEPTH = 16
+WINDOW = 1024  # writes whose map pages are read together
 CACHE_BYTES = DiskSettings().cache_bytes
 MARGIN_BYTES = 200 << 20
 MOST_BYTES_A_WRITE = 512
@@ -102,6 +106,7 @@ def own_bytes(found: Mapping[str, float]) -> int:
 @application.command()
 def memory(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
+    rate: Annotated[int, typer.Option(min=0, help="Writes a second at most (0: no limit).")] = 0,
     directory: DirectoryOption = None,
     results: ResultsOption = Path("bench-results"),
 ) -> None:
@@ -116,6 +121,7 @@ def memory(
         command = ["fio", "--name=scattered", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite"]
         command += ["--bs=4k", f"--size={VOLUME_BYTES}", f"--iodepth={DEPTH}", "--time_based", "--norandommap"]
         command += [f"--runtime={round(minutes * 60)}", "--output-format=json"]
+        command += [f"--rate_iops={rate}"] if rate else []
         started = time.monotonic()
         try:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as fio:
@@ -186,38 +192,87 @@ def answer(waiting: asyncio.Future[int], failed: int, _: object) -> None:
     waiting.set_result(failed)
 
 
-async def write_at_random(head: Head, writes: int, progress: Progress) -> None:
-    """DEPTH writes at a time, as one batch; those whose map pages are not in memory wait for them together."""
+async def bring_in(disk: LogDisk, head: Head, lbas: Sequence[int]) -> None:
+    """Have the map pages of these blocks read, all in one go as far as that goes."""
     loop = asyncio.get_running_loop()
-    draw = random.Random()
+    for _ in ("logical", "middle"):  # the second page is known when the first one is there
+        need = list({page for lba in lbas for page in disk.maps.needed(head.first_address + lba, 1)})
+        if need:
+            there = loop.create_future()
+            disk.maps.load(need, partial(there.set_result, None))
+            await there
+
+
+async def write_at_random(disk: LogDisk, draw: random.Random, writes: int, depth: int, stop: asyncio.Event) -> int:
+    """Write, `depth` blocks a record, until it is enough; how many were written.
+
+    The map pages of the next WINDOW writes are read while these are made: a client would wait for each by itself.
+    """
+    loop = asyncio.get_running_loop()
+    head = disk.head(1)
     data = draw.randbytes(BLOCK_BYTES)
     view = memoryview(data)
-    task = progress.add_task("writing", total=writes)
-    for _ in range(writes // DEPTH):
-        offsets = [draw.randrange(VOLUME_BYTES // BLOCK_BYTES) * BLOCK_BYTES for _ in range(DEPTH)]
-        missing = [offset for offset in offsets if not head.write(offset, view)]
-        if head.commit():
-            raise BenchmarkError("a batch was refused")
+    made = 0
+    following: list[int] = []
+    while made < writes and not stop.is_set():
+        lbas = following
+        count = min(WINDOW, writes - made - len(lbas))
+        following = [draw.randrange(VOLUME_BYTES // BLOCK_BYTES) for _ in range(count)]
+        bringing = asyncio.create_task(bring_in(disk, head, following))
         waiting: list[asyncio.Future[int]] = []
-        for offset in missing:
-            waiting.append(loop.create_future())
-            head.later(Operation.WRITE, offset, BLOCK_BYTES, data, partial(answer, waiting[-1]))
+        for number, lba in enumerate(lbas):
+            if not head.write(lba * BLOCK_BYTES, view):
+                waiting.append(loop.create_future())
+                head.later(Operation.WRITE, lba * BLOCK_BYTES, BLOCK_BYTES, data, partial(answer, waiting[-1]))
+            if number % depth == depth - 1 or number == len(lbas) - 1:
+                if head.commit():
+                    raise BenchmarkError("a batch was refused")
+                await asyncio.sleep(0)
+        await bringing
         if any(await asyncio.gather(*waiting)):
             raise BenchmarkError("a write was refused")
-        await asyncio.sleep(0)
-        progress.advance(task, DEPTH)
+        made += len(lbas)
+    return made
 
 
-async def scatter(place: Path, writes: int, rest_s: float) -> dict[str, int]:
-    """Make the writes, rest, close; what that cost."""
+@dataclass
+class Tally:
+    """What was counted so far, in all runs in this directory, and how it grew."""
+
+    writes: int = 0
+    to_disk_bytes: int = 0
+    batches_bytes: int = 0
+    headers_bytes: int = 0
+    checkpoints: int = 0
+    steps: list[dict[str, int]] = field(default_factory=list)
+
+    def bytes_a_write(self, *names: str) -> float:
+        return sum(getattr(self, name) for name in names) / max(1, self.writes)
+
+    def __str__(self) -> str:
+        together = self.bytes_a_write("to_disk_bytes", "headers_bytes")
+        return (
+            f"{self.writes:,} writes: {together:.0f} bytes of metadata each "
+            f"(of at most {MOST_BYTES_A_WRITE}): {self.bytes_a_write('headers_bytes'):.0f} in headers of records, "
+            f"{self.bytes_a_write('to_disk_bytes'):.0f} by LevelDB, compactions included, for "
+            f"{self.bytes_a_write('batches_bytes'):.0f} given to it"
+        )
+
+
+async def scatter(place: Path, tally: Tally, writes: int, depth: int, every: int, rest_s: float) -> None:
+    """Make the writes, rest, close; what that cost goes into the tally. SIGTERM ends it early and in order."""
     loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     is_new = not (place / "maps").exists()
     (place / "maps").mkdir(exist_ok=True)
     completions = Completions(loop)
     readers, writer = Workers(completions, 4, "scattered-read"), Workers(completions, 1, "scattered-write")
     store = LevelStore(str(place / "maps"), readers, writer)
     files = HollowFiles(str(place), completions)
-    before = given_to_the_disk_bytes()
+    before = replace(tally)
+    on_disk_before = given_to_the_disk_bytes()
     if is_new:
         LogDisk.format(files, store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -225,30 +280,40 @@ async def scatter(place: Path, writes: int, rest_s: float) -> dict[str, int]:
     disk = LogDisk.open(
         files, store, HostClock(loop), random.Random(), DiskSettings(), epoch, boot_id, lambda kind, fields: None
     )
+
+    def count(made: int) -> None:
+        tally.writes = before.writes + made
+        tally.to_disk_bytes = before.to_disk_bytes + given_to_the_disk_bytes() - on_disk_before
+        tally.batches_bytes = before.batches_bytes + store.bytes_written
+        tally.headers_bytes = before.headers_bytes + files.appended_bytes - made * BLOCK_BYTES
+        tally.checkpoints = before.checkpoints + disk.checkpointer.count
+
+    draw = random.Random()
+    made = 0
     with Progress(console=Console(stderr=True)) as progress:
-        await write_at_random(disk.head(1), writes, progress)
+        task = progress.add_task("writing", total=writes)
+        while made < writes and not stop.is_set():
+            made += await write_at_random(disk, draw, min(every, writes - made), depth, stop)
+            count(made)
+            tally.steps.append({name: value for name, value in asdict(tally).items() if name != "steps"})
+            progress.update(task, completed=made)
+            progress.console.print(str(tally), highlight=False, soft_wrap=True)
     await asyncio.sleep(rest_s)
-    checkpoints = disk.checkpointer.count
     closed = asyncio.Event()
     disk.close(closed.set)
     await closed.wait()
-    cost = {
-        "writes": writes // DEPTH * DEPTH,
-        "to_disk_bytes": given_to_the_disk_bytes() - before,
-        "batches_bytes": store.bytes_written,
-        "headers_bytes": files.appended_bytes - writes // DEPTH * DEPTH * BLOCK_BYTES,
-        "checkpoints": checkpoints,
-    }
+    count(made)
     store.close()
     files.shut_down()
     readers.close()
     writer.close()
-    return cost
 
 
 @application.command()
 def metadata(
-    writes: Annotated[int, typer.Option(min=DEPTH, help="Random writes to make now.")] = 50_000_000,
+    writes: Annotated[int, typer.Option(min=1, help="Random writes to make now.")] = 50_000_000,
+    depth: Annotated[int, typer.Option(min=1, help="Writes that share a record.")] = DEPTH,
+    every: Annotated[int, typer.Option(min=1, help="Writes between two intermediate figures.")] = 1_000_000,
     rest_s: Annotated[float, typer.Option(min=0, help="Rest after them.")] = 60.0,
     directory: DirectoryOption = None,
     results: ResultsOption = Path("bench-results"),
@@ -257,21 +322,17 @@ def metadata(
     try:
         with place_in(directory, results) as place:
             machine.check_room(place, 8 << 30)
-            tally = place / "tally.json"
-            total: dict[str, int] = json.loads(tally.read_text()) if tally.exists() else {}
-            for key, value in asyncio.run(scatter(place, writes, rest_s)).items():
-                total[key] = total.get(key, 0) + value
-            tally.write_text(json.dumps(total) + "\n")
+            kept = place / "tally.json"
+            gc.disable()  # as in a data process
+            tally = Tally(**json.loads(kept.read_text())) if kept.exists() else Tally()
+            asyncio.run(scatter(place, tally, writes, depth, every, rest_s))
+            kept.write_text(json.dumps(asdict(tally)) + "\n")
             stored = sum(file.stat().st_size for file in (place / "maps").iterdir())
-            a_write = (total["to_disk_bytes"] + total["headers_bytes"]) / total["writes"]
-            console.print(
-                f"{total['writes']:,} writes: {a_write:.0f} bytes of metadata each (of at most {MOST_BYTES_A_WRITE}): "
-                f"{total['headers_bytes'] / total['writes']:.0f} in headers of records, "
-                f"{total['to_disk_bytes'] / total['writes']:.0f} by LevelDB, compactions included, for "
-                f"{total['batches_bytes'] / total['writes']:.0f} given to it; it holds {stored >> 20} MiB",
-                highlight=False,
+            console.print(f"{tally}; it holds {stored >> 20} MiB", highlight=False)
+            a_write = tally.bytes_a_write("to_disk_bytes", "headers_bytes")
+            write_result(
+                results, "metadata", place, {**asdict(tally), "stored_bytes": stored, "bytes_a_write": a_write}
             )
-            write_result(results, "metadata", place, {**total, "stored_bytes": stored, "bytes_a_write": a_write})
     except BenchmarkError as error:
         Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

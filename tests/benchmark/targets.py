@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine
+from .memory_group import MemoryGroup
 from .processes import BenchmarkError, Server
 
 EXPORT = "bench"
@@ -46,6 +47,7 @@ class Target:
         self.file = self.directory / "disk"
         self.server: Server | None = None
         self.setting = self.settings[0]
+        self.memory: MemoryGroup | None = None
 
     @property
     def uri(self) -> str:
@@ -84,20 +86,15 @@ class Target:
         self.setting = setting
 
     def _start(self, setting: Setting) -> Server:
-        return Server(self.command(setting), self.socket_path, self.log_path)
+        return self._run(self.command(setting))
+
+    def _run(self, command: list[str], pid_file: Path | None = None) -> Server:
+        entered = self.memory.entering(command) if self.memory else command
+        return Server(entered, self.socket_path, self.log_path, pid_file)
 
     @property
     def log_path(self) -> Path:
         return self.directory.parent / f"{self.name}.log"
-
-    def warm(self) -> None:
-        """Bring the disk into the page cache: a setting that bypasses it (cache=none) drops what it writes over."""
-        piece = memoryview(bytearray(1 << 20))
-        for path in self.directory.rglob("*"):
-            if path.is_file():
-                with path.open("rb", buffering=0) as file:
-                    while file.readinto(piece):
-                        pass
 
     def stop(self) -> None:
         if self.server is not None:
@@ -241,7 +238,7 @@ class NbdServer(Target):
 
     def _start(self, setting: Setting) -> Server:
         (self.directory / "config").write_text("\n".join(self._configuration(setting)) + "\n")
-        return Server(self.command(setting), self.socket_path, self.log_path, self.directory / "pid")
+        return self._run(self.command(setting), self.directory / "pid")
 
 
 def free_port() -> int:

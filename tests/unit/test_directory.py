@@ -19,12 +19,12 @@ HOLD = "import sys; from pathlib import Path; from nbdserver.node.directory impo
 def test_a_first_start_writes_the_version_and_later_ones_read_it(tmp_path: Path) -> None:
     first = DataDirectory(tmp_path / "a" / "b")
     first.open()
-    assert (first.path / "format").read_text() == "nbdserver data directory, version 2\n"
+    assert (first.path / "format").read_text() == "nbdserver data directory, version 3\n"
     assert first.path.stat().st_mode & 0o777 == 0o700
     first.release()
     second = DataDirectory(first.path)
     second.open()
-    assert second.version() == 2
+    assert second.version() == 3
     second.release()
 
 
@@ -34,7 +34,7 @@ def test_a_directory_from_before_layers_is_taken_and_marked(tmp_path: Path) -> N
     directory.require()
     assert directory.version() == 1, "looking changes nothing"
     directory.open()
-    assert directory.version() == 2
+    assert directory.version() == 3
     directory.release()
 
 
@@ -51,7 +51,7 @@ def test_what_a_first_start_left_when_it_was_killed_is_no_stranger(tmp_path: Pat
     (tmp_path / "format.new").write_text("nbdser")
     directory = DataDirectory(tmp_path)
     directory.open()
-    assert directory.version() == 2
+    assert directory.version() == 3
     directory.release()
 
 

@@ -1,9 +1,13 @@
 """The region table against a dictionary, through checkpoints."""
 
+from array import array
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from metadata.region_table import REGION_SHIFT, RegionTable
+from protocol.disk import pack_value
 from tests.simulation.simulated_store import SimulatedBatch, SimulatedTable
 from tests.simulation.world import World
 
@@ -50,3 +54,33 @@ def test_a_terabyte_is_one_entry_in_memory() -> None:
     table.mark(0, 1 << 28, 5)
     assert not table.recent
     assert table.txid_of(200_000) == 5
+
+
+@pytest.mark.parametrize("first_txid", [1, 1 << 40])
+@pytest.mark.parametrize("apart", [1, (1 << 32) - 2, (1 << 32) - 1, 1 << 32])
+def test_txids_however_far_apart_come_back_as_they_were(first_txid: int, apart: int) -> None:
+    table, store = RegionTable(), SimulatedTable(World(1))
+    table.mark(0, 1, first_txid)
+    table.mark(1 << REGION_SHIFT, 1, first_txid + apart)
+    table.freeze()
+    encoded(table, store)
+    again = RegionTable()
+    again.load(iter(store.items(*table.key_range())))
+    assert [again.txid_of(region) for region in (0, 1, 2)] == [first_txid, first_txid + apart, 0]
+
+
+def test_pages_of_plain_txids_are_read() -> None:
+    table = RegionTable()
+    key = b"R" + bytes(4)
+    table.load(iter([(key, pack_value(key, array("Q", range(512)).tobytes()))]))
+    assert [table.txid_of(region) for region in (0, 1, 511)] == [0, 1, 511]
+
+
+def test_a_page_is_stored_in_half_the_bytes_of_its_txids() -> None:
+    table, store = RegionTable(), SimulatedTable(World(1))
+    for region in range(512):
+        table.mark(region << REGION_SHIFT, 1, region + 1)
+    table.freeze()
+    encoded(table, store)
+    ((_, value),) = store.items(*table.key_range())
+    assert len(value) < 512 * 8 / 1.9
