@@ -241,8 +241,23 @@ OpenState = Struct(
     "boot_id" / Bytes(36),
 )
 
+ReplicaState = Struct(
+    "incarnation" / Int64ul,  # raised at each opening
+    "intact_since" / Int64ul,  # incarnation
+    "promised_epoch" / Int32ul,
+    "reserved" / Int32ul,
+)
+Splice = Struct(
+    "segment" / Int32ul,  # where the log goes on
+    "reserved" / Int32ul,
+    "sequence" / Int64ul,  # of that segment's life
+    "salt" / Bytes(8),
+)
+
 CHECKPOINT_STATE = derive(CheckpointState)
 SEGMENT_USAGE = derive(SegmentUsage)
 PENDING_HOLE = derive(PendingHole)
 FAMILY_STATE = derive(FamilyState)
 OPEN_STATE = derive(OpenState)
+REPLICA_STATE = derive(ReplicaState)
+SPLICE = derive(Splice)

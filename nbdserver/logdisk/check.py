@@ -23,15 +23,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, pairwise
 
+from metadata.epochs import read_epochs
 from metadata.family_state import Checkpoint, read_checkpoint, read_family, read_open_state, read_pending_holes
 from metadata.layers import CUT_KEYS, ROW_KEYS, STATE_KEY
 from metadata.logical_map import LBA_OF_ADDRESS
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
+from metadata.replica_state import REPLICA_KEY, read_splices
 from metadata.seams import Files, Store
 from nbdserver.logdisk.check_layers import LayerCheck
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
+from nbdserver.logdisk.read_ahead import ReadAhead, read_record
 from nbdserver.logdisk.records import Record, parse_segment_header
-from nbdserver.logdisk.recovery import ReadAhead, RecoveryError, Replay, read_record
+from nbdserver.logdisk.recovery import RecoveryError, Replay
 from nbdserver.logdisk.segments import DIRECTORY, SegmentPool, segment_path
 from protocol.checksum import crc32c
 from protocol.disk import (
@@ -147,7 +150,7 @@ class _FamilyCheck:
     def _check_small_values(self) -> None:
         for start, stop in ((b"\x01", b"L"), (b"N", b"\xff" * 9)):
             for key, _ in self._items(start, stop):
-                if key[:1] not in b"FOCHRSTYG" or len(key) not in (1, 5, 9):
+                if key[:1] not in b"FOCHRSTYGEPJ" or len(key) not in (1, 5, 9):
                     self._find("value", f"key {key.hex()}", f"key {key.hex()} is none that this version writes")
 
     def _read_state(self) -> bool:
@@ -468,10 +471,12 @@ class _FamilyCheck:
         position = self._checkpoint
         if position.offset and (position.segment >= len(pool.handles) or pool.handles[position.segment] < 0):
             return  # its file is missing, and reported
-        walk = _TailWalk(self._files, self._store, pool, self._maps, self._family, lambda _: None)
+        epochs = read_epochs(self._store, position.epoch, position.txid)
+        splices = read_splices(self._store)
+        walk = _TailWalk(self._files, self._store, pool, self._maps, self._family, epochs, splices, lambda _: None)
         recovered = walk.run(position)
         self.result.records_to_replay, self.result.blocks_to_replay = recovered.records, recovered.blocks
-        if self._is_clean and recovered.records:
+        if self._is_clean and recovered.records and self._store.get(REPLICA_KEY) is None:
             self._find(
                 "log", "behind the checkpoint", f"the log was closed cleanly, yet {recovered.records} records follow"
             )

@@ -1,14 +1,16 @@
 """Checkpoints: the state at exactly one txid goes from memory to LevelDB in one atomic, synced batch.
 
     freeze ──► encode in slices of the loop ──┐
-       └─────► fdatasync of the log, off the loop ─┴─► synced batch ──► segments without live blocks are free
+       ├─────► fdatasync of the log, off the loop ┼─► synced batch ──► segments without live blocks are free
+       └─────► (replicas: committed) ─────────────┘
 
 Theory. `freeze` notes the position of the log and moves the sets of changes aside, in constant time; copy-on-write
 (metadata/pages) keeps the values. Meanwhile clients go on. The batch is written when it is built *and* the log is
 synced up to the frozen position, so the maps never name a block that a power cut can take back.
 
 Rules
-- The batch is written only behind an fdatasync that covers the frozen lsn (Rule.CHECKPOINT_BEHIND_SYNC).
+- The batch is written only behind an fdatasync that covers the frozen lsn (Rule.CHECKPOINT_BEHIND_SYNC), and when
+  every replica has what it holds (Rule.CHECKPOINT_BEHIND_COMMIT).
 - A segment becomes free only here: its last live block was gone in the frozen state and it holds no newer record
   (Rule.FREE_ONLY_IN_CHECKPOINT), and it is handed out only when the batch is synced (Rule.REUSE_AFTER_BATCH_SYNCED).
 - One checkpoint at a time. A batch that cannot be written is fatal for the family: memory and LevelDB have parted.
@@ -17,7 +19,9 @@ Rules
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from metadata.epochs import put_epochs
 from metadata.family_state import Checkpoint, PendingHole, put_checkpoint, put_pending_holes
+from metadata.replica_state import delete_splices
 from metadata.seams import Batch, Clock, Store
 from metadata.segment_table import FrozenRows
 from nbdserver.logdisk.log import Log
@@ -39,6 +43,8 @@ class _Frozen:
     stale: frozenset[int]
     moved: list[bytes]
     number: int
+    epochs: list[tuple[int, int]]
+    splices: list[int]
 
 
 class Checkpointer:
@@ -69,6 +75,7 @@ class Checkpointer:
         self._finished = finished
         self._failed = failed
         self._written_holes: set[int] = {hole.hole for hole in maps.holes}
+        self._written_epochs: list[tuple[int, int]] = []
         self._waiting: list[Callable[[], None]] = []
         self._waiting_for_running: list[Callable[[], None]] = []
         self._again = False
@@ -98,7 +105,7 @@ class Checkpointer:
         frozen = self._freeze()
         batch = self._store.batch()
         self._waiting_for_running, self._waiting = self._waiting, []
-        parts = 2
+        parts = 3
 
         def part_done() -> None:
             nonlocal parts
@@ -110,6 +117,12 @@ class Checkpointer:
         self._job = Job(self._clock, self._encode(batch, frozen), part_done, self._broken)
         if holds(Rule.CHECKPOINT_BEHIND_SYNC):
             self._log.sync(lambda errno: None if errno else part_done())
+        else:
+            part_done()
+        if self._log.committed.txid < frozen.position.txid:
+            crash_point("checkpoint-before-commit")
+        if holds(Rule.CHECKPOINT_BEHIND_COMMIT):
+            self._log.committed.when_reached(frozen.position.txid, guarded(self._failed, part_done))
         else:
             part_done()
 
@@ -156,6 +169,8 @@ class Checkpointer:
             frozenset(maps.stale),
             maps.moved_keys,
             maps.tree.next_checkpoint - 1,
+            log.history.up_to(log.txid),
+            [lsn for lsn in log.splices if lsn <= log.lsn],
         )
         maps.moved_keys = []
         self._written_holes = pending
@@ -165,6 +180,9 @@ class Checkpointer:
         maps = self._maps
         put_checkpoint(batch, frozen.position)
         put_pending_holes(batch, frozen.holes, frozen.holes_gone)
+        delete_splices(batch, frozen.splices)
+        if frozen.epochs != self._written_epochs:
+            put_epochs(batch, frozen.epochs)
         for steps in (
             maps.tree.encode(batch),
             _delete(batch, frozen.moved),
@@ -209,6 +227,8 @@ class Checkpointer:
     def _finish(self, frozen: _Frozen) -> None:
         crash_point("checkpoint-after-batch")
         self._maps.tree.synced_checkpoint = frozen.number
+        self._written_epochs = frozen.epochs
+        self._log.splices.difference_update(frozen.splices)
         if frozen.moved:
             self._maps.tree.moving = False
             self._maps.tree.version += 1

@@ -5,12 +5,10 @@ snapshot; what makes and removes them is in tree_changes.py.
 
 Theory. The parts know each other only through what is passed to them: maps (LBA → MBA → PBA), the log that appends
 and syncs, the pool of segment files, the read path and the write path that answer inline, the slow path for
-everything that has to wait, and the background work. This module opens a family (recovery), puts the parts together,
-and ends it.
+everything that has to wait, and the background work. This module puts the parts together when a family is opened
+(opening.py), and ends it.
 
 Rules
-- Before anything is served: the replayed tail is durable, a checkpoint stands at the recovered lsn, the epoch is
-  raised.
 - A failure (an fsync, a LevelDB write, damaged metadata) is for good: every operation is answered with EIO until the
   family is opened anew, and `failure` says why.
 - A head is the same object for as long as the family is open, whatever happens to its layers.
@@ -31,10 +29,8 @@ from metadata.family_state import (
     put_checkpoint,
     put_family,
     put_open_state,
-    read_checkpoint,
     read_family,
     read_open_state,
-    read_pending_holes,
 )
 from metadata.layers import Row
 from metadata.seams import Clock, Done, Files, Store
@@ -47,19 +43,17 @@ from nbdserver.logdisk.checkpoint import Checkpointer
 from nbdserver.logdisk.cleaner import Cleaner
 from nbdserver.logdisk.damage import Damage
 from nbdserver.logdisk.devices import Device, Head, View
-from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
-from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.recovery import RecoveryError, Replay
+from nbdserver.logdisk.opening import Opening, Replicated, Report
+from nbdserver.logdisk.ordering import Rule, holds
+from nbdserver.logdisk.recovery import RecoveryError
 from nbdserver.logdisk.scrub import Progress, Scrub
 from nbdserver.logdisk.segments import CLEANER_KEEPS, CLIENTS_KEEP, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
 from nbdserver.logdisk.tree_changes import TreeChanges
 from nbdserver.logdisk.tree_work import TreeWork
 from protocol.disk import BLOCK_BYTES, SNAPSHOT, DamagedValueError
-from protocol.invariant import InvariantError
-
-Report = Callable[[str, dict[str, object]], None]
+from protocol.invariant import InvariantError, invariant
 
 
 class DiskError(Exception):
@@ -102,14 +96,18 @@ class LogDisk:
         clock: Clock,
         rng: random.Random,
         settings: DiskSettings,
-        epoch: int,
+        epoch: int | None,
         boot_id: str,
         report: Report,
         progress: Callable[[int], None] = lambda _: None,
+        replicated: Replicated | None = None,
     ) -> LogDisk:
-        """Open for writing: replay the log, make the tail durable, begin `epoch`. Raises DiskError."""
+        """Open for writing: replay the log, make the tail durable, begin `epoch`. Raises DiskError.
+
+        Only a replicated family may be opened without an epoch: nothing is ordered here then (opening.py).
+        """
         try:
-            return cls(files, store, clock, rng, settings, epoch, boot_id, report, progress)
+            return cls(files, store, clock, rng, settings, epoch, boot_id, report, progress, replicated)
         except (DamagedValueError, RecoveryError) as error:
             raise DiskError(str(error)) from error
         except InvariantError as error:
@@ -124,16 +122,15 @@ class LogDisk:
         clock: Clock,
         rng: random.Random,
         settings: DiskSettings,
-        epoch: int,
+        epoch: int | None,
         boot_id: str,
         report: Report,
         progress: Callable[[int], None],
+        replicated: Replicated | None,
     ) -> None:
+        invariant(epoch is not None or replicated is not None, "on one node a family is opened under an epoch")
         self.settings = settings
         self.family = read_family(store)
-        self.opened = read_open_state(store)
-        if epoch <= self.opened.epoch:
-            raise DiskError(f"epoch {epoch} is not later than {self.opened.epoch}, under which it was last opened")
         self.failure = ""
         self._closed = False
         self.report = report
@@ -145,9 +142,14 @@ class LogDisk:
         self.damage = Damage(maps.tree, report)
         self.pool = pool = SegmentPool(files, self.family.segment_bytes, report)
         try:
-            self.log = log = self._recover(rng, epoch, boot_id, progress)
+            opening = Opening(files, store, pool, maps, self.family, report, progress, self.fail)
+            opened = opening.run(rng, read_open_state(store), epoch, boot_id, replicated)
+            self.log = log = opened.log
+            self.opened = opened.state
+            self.replica_state = opened.replica
             self.checkpointer = Checkpointer(clock, store, log, maps, pool, self._work_finished, self.fail)
-            self.checkpointer.make_now()
+            if opened.may_checkpoint:
+                self.checkpointer.make_now()
         except BaseException:
             pool.close()
             raise
@@ -170,39 +172,8 @@ class LogDisk:
         self.resize = changes.resize
         self.delete_snapshot = changes.delete_snapshot
         self.delete_volume = changes.delete_volume
-
-    def _recover(self, rng: random.Random, epoch: int, boot_id: str, progress: Callable[[int], None]) -> Log:
-        store, maps, pool = self._store, self.maps, self.pool
-        start = read_checkpoint(store)
-        maps.segments.load(store.range(*maps.segments.key_range()))
-        maps.regions.load(store.range(*maps.regions.key_range()))
-        maps.tree.load(store, self.family.size_bytes)
-        maps.take_holes(read_pending_holes(store))
-        maps.next_mba, maps.next_hole, maps.live_blocks = start.next_mba, start.next_hole, start.live_blocks
-        pool.adopt(maps.segments.in_use)
-        replay = Replay(self._files, store, pool, maps, self.family.family, progress)
-        recovered = replay.run(start)
-        pool.drop_short()
-        generation = self.opened.generation
-        # A clean end has no record behind its checkpoint.
-        clean = self.opened.clean and not recovered.records
-        if not clean and self.opened.boot_id != boot_id:
-            generation += 1
-            self.report("generation-raised", {"generation": generation, "reason": "power loss or reboot while open"})
-        if not clean:
-            if holds(Rule.TAIL_SYNCED_BEFORE_SERVING):
-                self._files.fdatasync(replay.rewrite_tail(recovered.tail))
-            crash_point("replay-after-tail")
-            self.report("recovered", {"records": recovered.records, "blocks": recovered.blocks})
-        log = Log(self._files, pool, maps.segments, rng, self.family.family, recovered.position, epoch, self.fail)
-        if not clean:
-            replay.begin_fresh_segment(log)
-        self.opened = OpenState(generation, epoch, False, boot_id)
-        batch = store.batch()
-        put_open_state(batch, self.opened)
-        store.write(batch)
-        maps.begin_epoch(epoch)
-        return log
+        if not opened.may_checkpoint:
+            self.checkpointer.start()  # it waits for the others
 
     # -- volumes and snapshots
 
@@ -382,6 +353,8 @@ class LogDisk:
                 done()
             elif self.cleaner.running or self.background.busy or self.tree_work.layer or self.slow_path.under_way:
                 self._clock.call_later(0.01, wait)
+            elif self.log.committed.txid < self.log.txid:
+                self.log.sync(lambda _: closed())  # a checkpoint may not be made; replay is part of the next opening
             else:
                 self.checkpointer.when_done(closed)
                 self.checkpointer.hurry()

@@ -28,9 +28,11 @@ import random
 from array import array
 from collections.abc import Callable, Sequence
 
+from metadata.epochs import EpochHistory
 from metadata.family_state import Checkpoint
 from metadata.seams import Buffer, Done, Files
 from metadata.segment_table import SegmentTable
+from nbdserver.logdisk.committed import Committed
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import (
@@ -52,6 +54,7 @@ from protocol.disk import (
     pack_segment_header,
 )
 from protocol.invariant import invariant
+from protocol.peer import Position
 
 MAX_BYTES_A_BLOCK = RECORD_HEADER_BYTES + EXTENT_BYTES + WRITE_BLOCK_BYTES + BLOCK_BYTES
 """Of the log, for a block that is a record of its own."""
@@ -72,6 +75,8 @@ class Log:
         family: bytes,
         position: Checkpoint,
         epoch: int,
+        history: EpochHistory,
+        committed: Committed,
         failed: Callable[[str], None],
     ) -> None:
         self.segment = position.segment
@@ -79,10 +84,14 @@ class Log:
         self.lsn = position.lsn  # of the last record
         self.txid = position.txid
         self.epoch = epoch
+        self.history = history
+        self.committed = committed
+        self.splices: set[int] = set()  # lsns of those that the next checkpoint makes superfluous
         self.previous_crc = position.previous_crc
         self.sequence = position.sequence
         self.salt = position.salt
         self.durable_lsn = position.lsn
+        self.durable_txid = position.txid
         self.appended_bytes = 0
         self.records = 0
         self.syncs = 0
@@ -152,9 +161,24 @@ class Log:
         self._enter(successor, self.sequence + 1, salt)
         return True
 
-    def start_over(self, segment: int) -> None:
+    def start_over(self, segment: int, sequence: int) -> None:
         """After recovery: go on in a fresh segment, whatever is in the last one behind its last good record."""
-        self._begin(segment, self.sequence + 1, self._random.randbytes(8))
+        self._begin(segment, sequence, self._random.randbytes(8))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Whatever is appended from now on is ordered here, under this epoch, the highest so far."""
+        self.epoch = epoch
+        self.history.begin(epoch, self.txid + 1)
+
+    @property
+    def last(self) -> Position:
+        """Of the newest modification."""
+        return self.history.position(self.txid)
+
+    @property
+    def durable(self) -> Position:
+        """Of the newest one that is durable."""
+        return self.history.position(self.durable_txid)
 
     # -- records
 
@@ -263,7 +287,7 @@ class Log:
             self._start_sync()
 
     def _start_sync(self) -> None:
-        covered = self.lsn
+        covered, txid = self.lsn, self.txid
         segments = list(self._unsynced)
         if not holds(Rule.FLUSH_OLDEST_FIRST):
             segments = segments[-1:]
@@ -272,18 +296,18 @@ class Log:
         crash_point("flush-before-sync")
         handles = [self._pool.handles[segment] for segment in segments]
         in_sync = set(self._unsynced)
-        self._files.fdatasync_later(handles, lambda errno: self._synced(errno, covered, in_sync))
+        self._files.fdatasync_later(handles, lambda errno: self._synced(errno, covered, txid, in_sync))
 
-    def _synced(self, errno: int, covered: int, segments: set[int]) -> None:
+    def _synced(self, errno: int, covered: int, txid: int, segments: set[int]) -> None:
         try:
-            ready = self._note_synced(errno, covered, segments)
+            ready = self._note_synced(errno, covered, txid, segments)
         except Exception as error:
             self._failed(f"an internal error: {error!r}")
             return
         for done in ready:
             done(0)
 
-    def _note_synced(self, errno: int, covered: int, segments: set[int]) -> list[Done]:
+    def _note_synced(self, errno: int, covered: int, txid: int, segments: set[int]) -> list[Done]:
         """Take a sync's outcome; returns those whom it satisfies."""
         crash_point("flush-after-sync")
         self._syncing = False
@@ -293,7 +317,7 @@ class Log:
             self._failed(f"fdatasync failed with errno {errno}")
             return []
         invariant(covered >= self.durable_lsn, "durable lsn only rises")
-        self.durable_lsn = covered
+        self.durable_lsn, self.durable_txid = covered, txid
         # What was appended to a segment while it was synced needs another sync.
         newest = self._table.lsn
         self._unsynced = [each for each in self._unsynced if each not in segments or newest[each] > covered]

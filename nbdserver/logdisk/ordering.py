@@ -45,6 +45,10 @@ class Rule(Enum):
     MERGE_FREES_WHAT_IS_HIDDEN = "A merge frees a block of a layer only if the layer's child does not show it."
     MERGED_ENTRIES_STAY = "The keys of a merged layer are deleted in the batch in which its child has their entries."
     TREE_SYNCED_BEFORE_REPORT = "A change of the tree of layers is durable before it is reported."
+    CHECKPOINT_BEHIND_COMMIT = (
+        "No checkpoint of a replica passes the committed txid, so that nothing is free that a cut may bring back."
+    )
+    CUT_IS_DURABLE_FIRST = "A log that was cut goes on elsewhere durably before anything is appended or told of it."
 
 
 CRASH_POINTS: dict[str, Rule] = {
@@ -67,8 +71,14 @@ CRASH_POINTS: dict[str, Rule] = {
     "tree-after-append": Rule.TREE_SYNCED_BEFORE_REPORT,
     "replay-before-tail": Rule.REPLAY_VERIFIES_DATA,
     "replay-after-tail": Rule.TAIL_SYNCED_BEFORE_SERVING,
+    "checkpoint-before-commit": Rule.CHECKPOINT_BEHIND_COMMIT,
+    "splice-before-store": Rule.CUT_IS_DURABLE_FIRST,
+    "splice-after-store": Rule.CUT_IS_DURABLE_FIRST,
 }
 """Name of each crash point and the rule whose two sides it stands between."""
+
+OF_REPLICAS = frozenset({Rule.CHECKPOINT_BEHIND_COMMIT, Rule.CUT_IS_DURABLE_FIRST})
+"""Rules whose moment comes in replicated families only."""
 
 _hook: Callable[[str], None] | None = None
 _disabled: set[Rule] = set()

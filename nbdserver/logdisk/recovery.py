@@ -19,28 +19,34 @@ Rules
 - Appending goes on in another segment, and a checkpoint at the recovered lsn is synced first, so what lies behind the
   last good record can never be reached again. On a full disk, where a segment for each crash would use up the reserve,
   it goes on behind the last good record: what lies there was no link of the chain, and its epoch is an older one.
+- A replica may not make that checkpoint before every replica has the tail. It notes in LevelDB where the log goes on
+  (a *splice*, metadata/replica_state.py). That is also how a log is cut: replay stops behind the last modification
+  that is to stay, and what followed it cannot be reached any more (Rule.CUT_IS_DURABLE_FIRST).
 - Everything here waits for the disk: it runs before the family serves anyone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from metadata.epochs import EpochHistory
 from metadata.family_state import Checkpoint
 from metadata.layers import unpack_rows
 from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page
+from metadata.replica_state import Splice
 from metadata.seams import Files, Store
+from nbdserver.logdisk.committed import WITHOUT_LIMIT
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.lookup import Lookup
 from nbdserver.logdisk.maps import OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.read_ahead import ReadAhead, read_record
 from nbdserver.logdisk.records import (
     Record,
     body_length,
     extents_of,
-    parse_record,
     parse_segment_header,
     wrong_blocks,
 )
@@ -59,9 +65,9 @@ from protocol.disk import (
     WRITE,
     chain_key,
 )
+from protocol.peer import Position
 
 _COPY_BYTES = 1 << 20
-_AHEAD_BYTES = 1 << 20
 _GROUP_BLOCKS = 1 << 14  # at most; a quarter of what the cache holds
 _DURABLE_LSN = 10  # place of the field in a record header
 
@@ -78,32 +84,54 @@ class Recovered:
     records: int
     blocks: int
     tail: list[tuple[int, int, int]]  # (segment, start, end) of what was replayed
+    is_cut: bool  # more follows, and does not count
 
 
 class Replay:
     """Replays one family's log into `maps`. `progress(bytes done)` is called now and then."""
 
     def __init__(
-        self, files: Files, store: Store, pool: SegmentPool, maps: Maps, family: bytes, progress: Callable[[int], None]
+        self,
+        files: Files,
+        store: Store,
+        pool: SegmentPool,
+        maps: Maps,
+        family: bytes,
+        history: EpochHistory,
+        splices: Mapping[int, Splice],
+        progress: Callable[[int], None],
     ) -> None:
         self._files = files
         self._store = store
         self._pool = pool
         self._maps = maps
         self._family = family
+        self._history = history
+        self._splices = splices
         self._progress = progress
+        self._last_txid = WITHOUT_LIMIT  # of what is replayed
+        self._is_cut = False
         self._first_new_mba = 0
         self._group_blocks = min(_GROUP_BLOCKS, maps.logical.limit_pages // 4, maps.middle.limit_pages // 4)
 
-    def run(self, start: Checkpoint) -> Recovered:
-        """Replay from `start`; raises RecoveryError, DamagedValueError or OSError."""
+    def run(self, start: Checkpoint, cut_at: Position | None = None) -> Recovered:
+        """Replay from `start`, not beyond `cut_at`; raises RecoveryError, DamagedValueError or OSError."""
         maps = self._maps
+        if cut_at is not None:
+            self._last_txid = cut_at.txid
+            if cut_at.txid < start.txid:
+                raise RecoveryError(f"the log cannot be cut at {cut_at}: its checkpoint is at txid {start.txid}")
         self._first_new_mba = start.next_mba
         segment, offset, sequence, salt = start.segment, start.offset, start.sequence, start.salt
         previous_crc, lsn, txid = start.previous_crc, start.lsn, start.txid
         tail: list[tuple[int, int, int]] = []
         records = blocks = 0
+        spliced = -1
         while True:
+            splice = self._splices.get(lsn) if lsn != spliced else None
+            if splice is not None:
+                spliced = lsn
+                segment, offset, sequence, salt = splice.segment, 0, splice.sequence, splice.salt
             if not self._begin(segment, offset, sequence, salt, previous_crc, lsn, txid):
                 self._refuse_if_durable(lsn, sequence, segment, 0)
                 break
@@ -121,15 +149,20 @@ class Replay:
                 records += len(group)
                 self._progress(offset - first)
             tail.append((segment, 0 if first == SEGMENT_HEADER_BYTES else first, offset))
+            if lsn in self._splices and lsn != spliced:
+                continue
             if record is None or record.kind != SEAL:
-                self._refuse_if_durable(lsn, sequence, segment, offset)
+                if not self._is_cut:
+                    self._refuse_if_durable(lsn, sequence, segment, offset)
                 break
             segment, offset, sequence, salt = record.successor, 0, sequence + 1, record.successor_salt
         position = Checkpoint(
             lsn, txid, start.epoch, segment, offset, previous_crc, sequence, salt, maps.next_mba, maps.next_hole,
             maps.live_blocks,
         )  # fmt: skip
-        return Recovered(position, records, blocks, tail)
+        if cut_at is not None and self._history.position(min(txid, cut_at.txid)).epoch != cut_at.epoch:
+            raise RecoveryError(f"the log cannot be cut at {cut_at}: it has {self._history.position(cut_at.txid)}")
+        return Recovered(position, records, blocks, tail, self._is_cut)
 
     def rewrite_tail(self, tail: list[tuple[int, int, int]]) -> list[int]:
         """Write what was replayed again, byte for byte in place; returns the handles to sync, oldest first."""
@@ -143,17 +176,27 @@ class Replay:
             handles.append(handle)
         return handles
 
-    def begin_fresh_segment(self, log: Log) -> None:
-        """Let the log go on in another segment than the one that it ended in, if that was ever written."""
-        if not log.lsn and not self._pool.open_if_present(log.segment):
-            return  # a family's first segment, not begun yet
+    def begin_fresh_segment(self, log: Log, splice: bool) -> bool:
+        """Let the log go on in another segment than the one that it ended in, if that was ever written. With `splice`
+        by all means, and as nothing that was left behind can be: it may hold valid records. Whether it does."""
+        if not log.lsn and not splice and not self._pool.open_if_present(log.segment):
+            return False  # a family's first segment, not begun yet
         segment = self._pool.take(CLIENTS_KEEP)
-        if not segment and not log.offset:
+        if not segment and (splice or not log.offset):
             segment = self._pool.take(DISCARDS_KEEP)
         if segment:
-            log.start_over(segment)
-        elif not log.begin_if_needed():
+            log.start_over(segment, self._highest_sequence(log.sequence) + 1 if splice else log.sequence + 1)
+        elif self._is_cut or not log.begin_if_needed():
             raise RecoveryError("there is no room for the log to go on: free some space on the file system")
+        return bool(segment)
+
+    def _highest_sequence(self, sequence: int) -> int:
+        """Of any life whose header is in a segment file, at least `sequence`."""
+        for number, handle in enumerate(self._pool.handles):
+            start = parse_segment_header(self._files.read(handle, SEGMENT_HEADER_BYTES, 0)) if handle >= 0 else None
+            if start is not None and (start.family, start.segment) == (self._family, number):
+                sequence = max(sequence, start.sequence)
+        return sequence
 
     # -- the chain
 
@@ -187,12 +230,15 @@ class Replay:
             record = read_record(ahead, key, offset)
             if record is None or record.previous_crc != previous_crc or record.lsn != lsn + 1:
                 return
+            if record.txid > self._last_txid:
+                self._is_cut = True
+                return
             if record.blocks and holds(Rule.REPLAY_VERIFIES_DATA):
                 data = ahead.read(record.data_offset, record.blocks * BLOCK_BYTES)
                 if wrong_blocks(data, record.checksums):
                     return
             yield record
-            if record.kind == SEAL:
+            if record.kind == SEAL or record.lsn in self._splices:
                 return
             offset, previous_crc, lsn = record.end, record.crc, record.lsn
 
@@ -312,6 +358,8 @@ class Replay:
     # -- doing it again
 
     def _apply(self, record: Record, segment: int) -> None:
+        if record.kind in (WRITE, TREE):
+            self._history.note(record.epoch, record.txid)
         if record.kind == WRITE:
             self._apply_write(record, segment)
         elif record.kind == MOVE:
@@ -382,36 +430,6 @@ class Replay:
             page = self._maps.middle.get(number)
         assert page is not None
         return page
-
-
-class ReadAhead:
-    """A segment's bytes, read in long pieces because most records are short; waits for the disk."""
-
-    def __init__(self, files: Files, handle: int) -> None:
-        self._files = files
-        self._handle = handle
-        self._start = 0
-        self._data = b""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Less at the end of the file."""
-        at = offset - self._start
-        if not 0 <= at <= len(self._data) - length:
-            if length > _AHEAD_BYTES:
-                return self._files.read(self._handle, length, offset)
-            self._data = self._files.read(self._handle, _AHEAD_BYTES, offset)
-            self._start = offset
-            at = 0
-        return self._data[at : at + length]
-
-
-def read_record(ahead: ReadAhead, key: bytes, offset: int) -> Record | None:
-    """The record at `offset` of a segment in the life that `key` names, or None."""
-    header = ahead.read(offset, RECORD_HEADER_BYTES)
-    length = body_length(key, header)
-    if length is None:
-        return None
-    return parse_record(key, header, ahead.read(offset + RECORD_HEADER_BYTES, length), offset)
 
 
 def _touched_blocks(record: Record) -> int:

@@ -1,6 +1,6 @@
 """The data directory: where everything of a node is, which version of it this is, and who has it open.
 
-    DATA/format               "nbdserver data directory, version 3": the first file made, the last one to change
+    DATA/format               "nbdserver data directory, version 4": the first file made, the last one to change
     DATA/lock                 flock, held by the control process and its data process; says who holds it
     DATA/registry/            LevelDB: the embedded registry
     DATA/families/<id>/       segments/ and maps/ (LevelDB) of one family
@@ -27,7 +27,7 @@ from nbdserver.node.addresses import MAX_SOCKET_PATH_BYTES
 from nbdserver.node.errors import NodeError, WrongInputError
 from protocol.invariant import invariant
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _FORMAT_LINE = "nbdserver data directory, version {}\n"
 _FORMAT_PATTERN = re.compile(r"nbdserver data directory, version ([0-9]+)\n")
 

@@ -20,7 +20,7 @@ from metadata.seams import Buffer
 from nbdserver.block import Operation
 from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskError, LogDisk
-from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
+from nbdserver.logdisk.ordering import CRASH_POINTS, OF_REPLICAS, hooked
 from nbdserver.logdisk.records import parse_segment_header
 from nbdserver.logdisk.scrub import Progress
 from protocol.disk import SEGMENT_HEADER_BYTES
@@ -44,6 +44,7 @@ FAILURES = {
     "value-damaged",
 }  # reports that need a fault
 REST_S = 90.0
+POINTS = sorted(name for name, rule in CRASH_POINTS.items() if rule not in OF_REPLICAS)
 MOST_SPARE = 8  # of volumes as small as these
 
 
@@ -165,7 +166,7 @@ class Run:
         elif rng.random() < self.mix.crash_in_io:
             self.files.operations_left = int(rng.expovariate(1 / 100))
         else:
-            self._plan_point = (rng.choice(sorted(CRASH_POINTS)), rng.choice([1, 1, 2, 5, 20]))
+            self._plan_point = (rng.choice(POINTS), rng.choice([1, 1, 2, 5, 20]))
 
     def _at_crash_point(self, name: str) -> None:
         if self.world.has_crashed:

@@ -12,7 +12,7 @@ import pytest
 
 from nbdserver.block import Operation
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
-from nbdserver.logdisk.ordering import CRASH_POINTS, Rule, disabled
+from nbdserver.logdisk.ordering import CRASH_POINTS, OF_REPLICAS, Rule, disabled
 from nbdserver.logdisk.recovery import Replay
 from tests.simulation.faults import FaultMix
 from tests.simulation.run import try_seed
@@ -118,7 +118,7 @@ def test_without_that_rule_flushed_data_is_lost_silently() -> None:
 
 
 def test_every_rule_has_its_test() -> None:
-    assert set(BENDS) | {Rule.LOG_ENDS_ONLY_ABOVE_DURABLE} == set(Rule)
+    assert set(BENDS) | {Rule.LOG_ENDS_ONLY_ABOVE_DURABLE} | set(OF_REPLICAS) == set(Rule)
     assert set(CRASH_POINTS.values()) <= set(Rule)
 
 

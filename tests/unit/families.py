@@ -20,6 +20,7 @@ from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.opening import Replicated
 from tests.simulation.faults import FaultMix
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
@@ -51,6 +52,8 @@ class FamilyUnderTest:
         self.segment_bytes = segment_bytes
         self.settings = settings
         self.epoch = 0
+        self.orders = True
+        self.replicated: Replicated | None = None
         self.boot_id = "boot-1"
         self.events: list[tuple[str, dict[str, object]]] = []
 
@@ -67,8 +70,9 @@ class FamilyUnderTest:
     def _open_disk(self) -> None:
         self.epoch += 1
         self.disk = LogDisk.open(
-            self.files, self.store, self.clock, self.rng, self.settings, self.epoch, self.boot_id, self.report
-        )
+            self.files, self.store, self.clock, self.rng, self.settings, self.epoch if self.orders else None,
+            self.boot_id, self.report, replicated=self.replicated,
+        )  # fmt: skip
         self.device = self.disk.head(1)
 
     rng: random.Random
@@ -141,8 +145,10 @@ class SimulatedFamily(FamilyUnderTest):
         settings: DiskSettings = SETTINGS,
         mix: FaultMix = CALM,
         seed: int = 1,
+        replicated: Replicated | None = None,
     ) -> None:
         super().__init__(size_bytes, segment_bytes, settings)
+        self.replicated = replicated
         self.world = World(seed)
         self.mix = mix
         self.rng = self.world.random

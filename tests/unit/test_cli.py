@@ -93,11 +93,11 @@ def test_a_directory_with_other_peoples_files_is_refused_and_left_alone(tmp_path
 
 
 def test_a_data_directory_of_a_newer_version_is_refused_and_not_changed(tmp_path: Path) -> None:
-    (tmp_path / "format").write_text("nbdserver data directory, version 4\n")
+    (tmp_path / "format").write_text("nbdserver data directory, version 5\n")
     before = os.stat(tmp_path).st_mtime_ns
     result = run("serve", "--data", str(tmp_path))
     assert result.returncode == 2
-    assert "has data format version 4, this program knows up to 3; use a newer nbdserver" in result.stderr
+    assert "has data format version 5, this program knows up to 4; use a newer nbdserver" in result.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["format"]
     assert os.stat(tmp_path).st_mtime_ns == before
 

@@ -19,22 +19,22 @@ HOLD = "import sys; from pathlib import Path; from nbdserver.node.directory impo
 def test_a_first_start_writes_the_version_and_later_ones_read_it(tmp_path: Path) -> None:
     first = DataDirectory(tmp_path / "a" / "b")
     first.open()
-    assert (first.path / "format").read_text() == "nbdserver data directory, version 3\n"
+    assert (first.path / "format").read_text() == "nbdserver data directory, version 4\n"
     assert first.path.stat().st_mode & 0o777 == 0o700
     first.release()
     second = DataDirectory(first.path)
     second.open()
-    assert second.version() == 3
+    assert second.version() == 4
     second.release()
 
 
-def test_a_directory_from_before_layers_is_taken_and_marked(tmp_path: Path) -> None:
+def test_a_directory_of_an_older_version_is_taken_and_marked(tmp_path: Path) -> None:
     (tmp_path / "format").write_text("nbdserver data directory, version 1\n")
     directory = DataDirectory(tmp_path)
     directory.require()
     assert directory.version() == 1, "looking changes nothing"
     directory.open()
-    assert directory.version() == 3
+    assert directory.version() == 4
     directory.release()
 
 
@@ -51,7 +51,7 @@ def test_what_a_first_start_left_when_it_was_killed_is_no_stranger(tmp_path: Pat
     (tmp_path / "format.new").write_text("nbdser")
     directory = DataDirectory(tmp_path)
     directory.open()
-    assert directory.version() == 3
+    assert directory.version() == 4
     directory.release()
 
 

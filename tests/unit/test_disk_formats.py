@@ -45,6 +45,8 @@ DERIVED = {
     "PendingHole": "PENDING_HOLE",
     "FamilyState": "FAMILY_STATE",
     "OpenState": "OPEN_STATE",
+    "ReplicaState": "REPLICA_STATE",
+    "Splice": "SPLICE",
 }
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 SALT = st.binary(min_size=8, max_size=8)

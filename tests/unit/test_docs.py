@@ -9,7 +9,7 @@ import pytest
 
 import metadata.registry_calls as calls
 import protocol.disk as disk
-from metadata import family_state, pages
+from metadata import epochs, family_state, pages, replica_state
 from metadata.etcd_settings import EtcdSettings
 from metadata.family_state import Checkpoint, Family, OpenState, PendingHole
 from metadata.kept_lease import DRIFT
@@ -139,6 +139,9 @@ def keys_written() -> set[bytes]:
     family_state.put_open_state(batch, OpenState(1, 1, True, "boot"))
     family_state.put_checkpoint(batch, Checkpoint(0, 0, 0, 1, 0, 0, 1, bytes(8), 0, 1, 0))
     family_state.put_pending_holes(batch, [PendingHole(7, 0, 1, 0)], [6])
+    epochs.put_epochs(batch, [(1, 1)])
+    replica_state.put_replica_state(batch, replica_state.ReplicaState())
+    replica_state.put_splice(batch, replica_state.Splice(5, 3, 2, bytes(8)))
     table = SegmentTable()
     table.begin(3, 1, bytes(8))
     list(table.encode(batch, table.freeze(3, 1 << 60, 1 << 60)))

@@ -1,0 +1,200 @@
+"""Opening a replica: its checkpoint waits for the others, its log is cut where they part, and it knows what it may have
+lost."""
+
+import pytest
+
+from nbdserver.logdisk.disk import DiskError
+from nbdserver.logdisk.opening import Replicated
+from nbdserver.logdisk.ordering import Rule, disabled, hooked
+from protocol.peer import BEGINNING, Position
+from tests.simulation.world import SimulatedCrash
+from tests.unit.families import SimulatedFamily
+
+
+def replica(segment_bytes: int = 64 << 10, seed: int = 1) -> SimulatedFamily:
+    return SimulatedFamily(segment_bytes=segment_bytes, replicated=Replicated(), seed=seed)
+
+
+def opened(family: SimulatedFamily, cut_at: Position | None = None) -> None:
+    family.replicated = Replicated(cut_at)
+    family.open()
+    family.replicated = Replicated()
+
+
+def numbers(family: SimulatedFamily, count: int) -> list[int]:
+    return [family.number_at(lba) for lba in range(count)]
+
+
+def written(family: SimulatedFamily, count: int, first: int = 1) -> list[Position]:
+    positions = []
+    for lba in range(count):
+        family.put(lba, first + lba)
+        positions.append(family.disk.log.last)
+    return positions
+
+
+def test_a_checkpoint_waits_until_what_it_holds_is_committed() -> None:
+    def cut_back() -> list[int]:
+        family = replica()
+        for number in range(1, 60):
+            family.put(number % 3, number)
+        family.disk.log.committed.reach(30)
+        third = family.disk.log.history.position(30)
+        family.disk.checkpointer.start()
+        family.run(60.0)
+        family.crash()
+        opened(family, third)
+        return numbers(family, 3)
+
+    assert cut_back() == [30, 28, 29]
+    with disabled(Rule.CHECKPOINT_BEHIND_COMMIT), pytest.raises(DiskError, match="cannot be cut"):
+        cut_back()
+
+
+def test_nothing_that_is_not_committed_frees_a_segment() -> None:
+    family = replica()
+    for number in range(1, 200):
+        family.put(number % 4, number)
+    family.run(60.0)
+    assert family.disk.pool.recycled == 0
+    family.disk.log.committed.reach(family.disk.log.txid)
+    family.run(60.0)
+    for number in range(200, 300):
+        family.put(number % 4, number)
+    assert family.disk.pool.recycled > 0
+
+
+def test_a_log_that_was_cut_stays_cut() -> None:
+    def shown(power: bool) -> list[int]:
+        family = replica()
+        positions = written(family, 30)
+        assert family.flush() == 0
+        family.crash()
+        opened(family, positions[4])
+        assert numbers(family, 30) == [1, 2, 3, 4, 5] + [0] * 25
+        assert family.disk.log.last == positions[4]
+        family.crash(power)
+        opened(family)
+        return numbers(family, 30)
+
+    for power in (False, True):
+        assert shown(power) == [1, 2, 3, 4, 5] + [0] * 25
+    with disabled(Rule.CUT_IS_DURABLE_FIRST):
+        assert shown(False) == list(range(1, 31))
+
+
+def test_what_is_written_after_a_cut_is_all_that_follows_it() -> None:
+    family = replica()
+    positions = written(family, 40)
+    assert family.flush() == 0
+    family.crash()
+    opened(family, positions[2])
+    written(family, 20, first=101)
+    assert family.flush() == 0
+    assert family.disk.log.last == Position(2, 23)
+    family.crash(power=True)
+    opened(family)
+    assert numbers(family, 40) == list(range(101, 121)) + [0] * 20
+    family.crash()
+    opened(family, Position(2, 10))
+    assert numbers(family, 40) == list(range(101, 108)) + [0] * 33
+    family.disk.log.committed.reach(10)
+    family.checkpoint()
+    family.close()
+    opened(family)
+    assert numbers(family, 40) == list(range(101, 108)) + [0] * 33
+    assert not [key for key in family.table.values if key.startswith(b"J")]
+
+
+def test_a_log_can_be_cut_to_nothing() -> None:
+    family = replica()
+    written(family, 20)
+    family.crash()
+    opened(family, BEGINNING)
+    assert numbers(family, 20) == [0] * 20
+    family.put(3, 33)
+    family.crash()
+    opened(family)
+    assert numbers(family, 20) == [0, 0, 0, 33] + [0] * 16
+
+
+@pytest.mark.parametrize("point", ["replay-after-tail", "splice-before-store", "splice-after-store"])
+def test_a_crash_while_a_log_is_cut_does_no_harm(point: str) -> None:
+    family = replica()
+    positions = written(family, 30)
+    assert family.flush() == 0
+    family.crash()
+
+    def crash(name: str) -> None:
+        if name == point:
+            raise SimulatedCrash
+
+    with hooked(crash), pytest.raises(SimulatedCrash):
+        opened(family, positions[4])
+    family.crash(power=True)
+    opened(family, positions[4])
+    assert numbers(family, 30) == [1, 2, 3, 4, 5] + [0] * 25
+    family.crash(power=True)
+    opened(family)
+    assert numbers(family, 30) == [1, 2, 3, 4, 5] + [0] * 25
+
+
+def test_a_log_is_not_cut_below_its_checkpoint_nor_where_it_has_another_past() -> None:
+    family = replica()
+    written(family, 10)
+    family.disk.log.committed.reach(5)
+    family.crash()
+    opened(family)
+    family.disk.log.committed.reach(10)
+    family.checkpoint()
+    family.crash()
+    with pytest.raises(DiskError, match="its checkpoint is at txid 10"):
+        opened(family, Position(1, 9))
+    opened(family, Position(1, 10))
+    written(family, 5)
+    family.crash()
+    with pytest.raises(DiskError, match="cannot be cut"):
+        opened(family, Position(1, 12))
+    opened(family, family.disk.log.last)
+    assert family.disk.log.txid == 15
+
+
+def test_uncommitted_writes_outlive_a_clean_end_without_a_checkpoint() -> None:
+    family = replica()
+    positions = written(family, 20)
+    family.close()
+    family.boot_id += "+"
+    opened(family)
+    assert family.disk.replica_state is not None
+    assert family.disk.replica_state.intact_since == 1
+    assert numbers(family, 20) == list(range(1, 21))
+    family.crash()
+    opened(family, positions[9])
+    assert numbers(family, 20) == [*range(1, 11), *[0] * 10]
+
+
+def test_a_replica_says_since_when_it_can_have_lost_nothing() -> None:
+    family = replica()
+    written(family, 3)
+    family.crash(power=True)
+    incarnations = []
+    for _ in range(3):
+        opened(family)
+        assert family.disk.replica_state is not None
+        assert family.disk.replica_state.intact_since == 2
+        incarnations.append(family.disk.replica_state.incarnation)
+        assert family.disk.opened.generation == 1, "whether the generation rises is not decided by one replica"
+        family.crash()
+    assert incarnations == [2, 3, 4]
+
+
+def test_a_family_on_one_node_becomes_a_replicated_one_and_keeps_its_past() -> None:
+    family = SimulatedFamily(segment_bytes=64 << 10)
+    written(family, 10)
+    family.close()
+    opened(family)
+    written(family, 5, first=101)
+    assert family.disk.log.history.up_to(15) == [(1, 1), (2, 11)]
+    family.crash()
+    opened(family, Position(1, 10))
+    assert numbers(family, 10) == list(range(1, 11))
