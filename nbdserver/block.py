@@ -99,4 +99,4 @@ class BlockDevice(Protocol):
         ESTALE if that is gone."""
 
     def flush(self, done: Done) -> None:
-        """`done(0)` when everything acknowledged before this call is durable."""
+        """`done(0)` when everything acknowledged before this call is durable; at once if it is."""

@@ -33,6 +33,12 @@ class Completions:
         self._wake_pending = False
         self.under_way = 0
         """Calls that workers were given and that are not delivered yet."""
+        self.alone_since_s = 0.0
+        """When another connection than the one that is served now was served last."""
+
+    def call_soon(self, callback: Callable[..., None], *arguments: Any) -> None:
+        """Call on the loop's thread, soon, from there."""
+        self._loop.call_soon(callback, *arguments)
 
     def post(self, done: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """Call `done(*arguments)` on the loop's thread, soon. From any thread; lost if the loop is closed."""

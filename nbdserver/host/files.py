@@ -8,7 +8,7 @@ Rules of this file
 - Paths are relative to the directory given, and are opened relative to its descriptor: renaming the directory above a
   running server changes nothing.
 - A handle is closed by the caller only when nothing it asked for with it is in flight: descriptors are reused.
-- Syncs go through one thread in the order they were asked for. A failed one is reported once and never repeated.
+- Syncs are made in the order they were asked for (syncing.py).
 
 Known weakness: os.preadv has no form that returns bytes, so a short `read_cached` copies out of a reusable buffer and a
 long one clears its memory first; some 0.4 µs for 4 KiB, a sixth of the time for 128 KiB. A file system without
@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from metadata.seams import Buffer, Done
 from nbdserver.host.completions import Completions, Workers
+from nbdserver.host.syncing import Syncer
 
 IOVECS_PER_CALL = 1024  # IOV_MAX of Linux
 ZERO_PIECE_BYTES = 1024 * 1024  # one piece of writing ahead: long enough to stream, short enough to share the device
@@ -46,13 +47,14 @@ class HostFiles:
         self._nowait = True
         self._scratch: dict[int, list[bytearray]] = {}
         self._readers = Workers(completions, read_threads, "nbdserver-read")
-        self._syncer = Workers(completions, 1, "nbdserver-sync")
+        self._syncer = Syncer(completions)
         self._preparer = Workers(completions, 1, "nbdserver-prepare")
 
     def shut_down(self) -> None:
         """Wait for everything under way and end the threads. Handles stay open: they are their openers'."""
-        for workers in (self._readers, self._syncer, self._preparer):
-            workers.close()
+        self._readers.close()
+        self._syncer.close()
+        self._preparer.close()
         os.close(self._root)
 
     @property
@@ -183,8 +185,8 @@ class HostFiles:
             os.fdatasync(handle)
 
     def fdatasync_later(self, handles: Sequence[int], done: Done) -> None:
-        """fdatasync in the order given, in the one sync thread; the first failure ends it."""
-        self._syncer.run(done, _sync_all, tuple(handles))
+        """As the seam says; syncing.py chooses where."""
+        self._syncer.run(handles, done)
 
     def prepare_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
         """Write a file of zeros ahead and sync it and its directory; `done(errno, handle)`, handle -1 on failure."""
@@ -277,15 +279,6 @@ def _read_device(handle: int, length: int, offset: int) -> tuple[int, Buffer]:
         return (error.errno or errno.EIO, b"")
     finally:
         os.close(direct)
-
-
-def _sync_all(handles: tuple[int, ...]) -> tuple[int]:
-    try:
-        for handle in handles:
-            os.fdatasync(handle)
-    except OSError as error:
-        return (error.errno or errno.EIO,)
-    return (0,)
 
 
 def _fail(error: OSError, doing: str) -> NoReturn:

@@ -62,9 +62,10 @@ class SocketNetwork:
     """Connections over the host's sockets, on a running asyncio loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, threads: Completions | None = None) -> None:
-        """`threads`: those that it does not spin beside."""
+        """`threads`: those that it does not spin beside, and that are told when one connection alone is served."""
         self.loop = loop
-        self._threads = threads
+        self._threads = threads or Completions(loop)
+        self._served = -1  # the descriptor that alone was ready last
         self.is_serving = False
         self._spin_asked = False
         self._epoll = select.epoll()
@@ -190,10 +191,14 @@ class SocketNetwork:
         while events:
             if len(events) == 1:
                 ((descriptor, mask),) = events
+                if descriptor != self._served:
+                    self._served = descriptor
+                    self._threads.alone_since_s = now_s
                 ready = handlers.get(descriptor)
                 if ready is not None:
                     ready(mask)
             else:
+                self._threads.alone_since_s = now_s
                 self._serve_round(events)
             now_s = monotonic()
             spinning.batch_ended(now_s)
@@ -205,7 +210,7 @@ class SocketNetwork:
     def _spin(self, now_s: float) -> list[tuple[int, int]]:
         """Ask for events until there are some, as long as that is worth it."""
         events: list[tuple[int, int]] = []
-        if self._spinning.wanted and not (self._threads is not None and self._threads.under_way):
+        if self._spinning.wanted and not self._threads.under_way:
             poll, callbacks = self._epoll.poll, self._loop_callbacks
             spin_until_s = now_s + SPIN_S
             while not (events or callbacks) and now_s < spin_until_s:

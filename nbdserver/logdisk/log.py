@@ -271,10 +271,14 @@ class Log:
     # -- durability
 
     def sync(self, done: Done) -> None:
-        """`done(0)` when every record appended before this call is durable, `done(EIO)` if that can never be said."""
+        """`done(0)` when every record appended before this call is durable, at once if it is already; `done(EIO)` if
+        that can never be said."""
         self.sync_requests += 1
         self._habit = min(self._habit + 1, HABIT_RECORDS) if self.lsn == self._flushed_lsn + 1 else 0
         self._flushed_lsn = self.lsn
+        if self.durable_lsn == self.lsn and not self.is_failed:
+            done(0)
+            return
         self._waiting.append((self.lsn, done))
         if not self._syncing:
             self._start_sync()

@@ -73,6 +73,16 @@ def test_a_client_that_stops_flushing_pays_for_one_sync_in_vain() -> None:
     assert log.durable_lsn == log.lsn
 
 
+def test_a_flush_of_what_is_durable_is_answered_at_once() -> None:
+    family = SimulatedFamily()
+    family.put(0, 1)
+    assert family.flush() == 0
+    syncs, answers = family.disk.log.syncs, []
+    family.device.flush(answers.append)
+    assert answers == [0]
+    assert family.disk.log.syncs == syncs
+
+
 def handles_of_one_flush(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     """(handles that a flush over four segments syncs, the segments' handles in the order of the log)."""
     family = SimulatedFamily(segment_bytes=64 << 10)

@@ -497,3 +497,19 @@ def test_a_socket_whose_peer_has_gone_is_not_adopted(loop: Loop) -> None:
     never_connected = socket.socket()
     with pytest.raises(OSError):
         loop.call(lambda: loop.network.adopt(never_connected.detach()))
+
+
+def test_when_one_connection_alone_is_served_is_known(loop: Loop, path: str) -> None:
+    loop.listen(f"unix:{path}")
+    with dial(path) as one, dial(path) as other:
+
+        def serve(client: socket.socket) -> float:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            return float(loop.threads.alone_since_s)
+
+        serve(one)
+        serve(other)
+        since_s = serve(one)
+        assert [serve(one) for _ in range(5)] == [since_s] * 5
+        assert serve(other) > since_s
