@@ -119,6 +119,11 @@ class EtcdRegistry:
             task.cancel()
         self._background.add(self._loop.create_task(self._connection.close()))
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until what nobody waits for is done (revoked leases), at most so long: before `close` gives it up."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=timeout_s)
+
     async def wait_closed(self) -> None:
         """Wait until everything that `close` ends has ended."""
         tasks = [*self._calls, *self._background, *(watch.task for watch in self._watches)]

@@ -168,6 +168,11 @@ class DirectoryNode:
         return self.book.members
 
     @property
+    def epoch(self) -> int:
+        """That this node leads or follows; 0 for none."""
+        return self.master.term.epoch if self.master is not None else self.follower.epoch
+
+    @property
     def is_active(self) -> bool:
         """True while this node is a member and its copy is one of the master's."""
         is_current = self.master is not None or self.follower.is_following

@@ -58,6 +58,8 @@ class Routes:
         self.bytes_sent = 0
         self.datagrams_sent = 0
         self.refused = 0
+        self.on_refused: Callable[[str, str], None] | None = None
+        """`on_refused(peer, reason)` is told what the log is told."""
         self.streams: dict[int, FrameStream] = {}
         """By the node at their other end: those that replies to it go over."""
         self._clock = clock
@@ -164,6 +166,8 @@ class Routes:
             self._logged.clear()
         self._logged[key] = now_s
         _log.warning("refused what %s sent (node %016x): %s", peer, sender, reason)
+        if self.on_refused is not None:
+            self.on_refused(peer, reason)
 
     # --- streams ---
 

@@ -7,7 +7,6 @@ Rules: handlers are coroutines and call the node; nothing is decided here. A ref
 import asyncio
 import errno
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -16,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from metadata.registry import RegistryError
-from nbdserver.api import page
+from nbdserver.api import cluster_routes, page
 from nbdserver.api.metrics import Figures, exposition
 from nbdserver.api.models import (
     CloneRequest,
@@ -31,6 +30,7 @@ from nbdserver.api.models import (
     Volume,
     VolumeRequest,
 )
+from nbdserver.node import program
 from nbdserver.node.control import Node
 from nbdserver.node.errors import NodeError, WrongInputError
 
@@ -38,19 +38,11 @@ MAX_WAIT_S = 30.0
 """Longest that a request for events is held open."""
 
 
-def program_version() -> str:
-    """Return the installed version, or "source" when run from a source tree."""
-    try:
-        return version("nbdserver")
-    except PackageNotFoundError:
-        return "source"
-
-
 def make_app(node: Node) -> FastAPI:
     """Return the API of `node`, without any access control."""
     app = FastAPI(
         title="nbdserver",
-        version=program_version(),
+        version=program.version(),
         summary="A Network Block Device server",
         docs_url=None,
         redoc_url=None,
@@ -62,6 +54,7 @@ def make_app(node: Node) -> FastAPI:
     _add_scrubs(app, node)
     _add_names(app, node)
     _add_clients(app, node)
+    cluster_routes.add_to(app, node)
     page.add_to(app, node)
     return app
 
@@ -133,11 +126,11 @@ def _add_node(app: FastAPI, node: Node) -> None:
 
     @app.get("/v1/status", summary="The node and its volumes")
     async def status() -> Status:
-        return Status(version=program_version(), **await node.status())
+        return Status(version=program.version(), **await node.status())
 
     @app.post("/v1/upgrade-in-place", status_code=202, summary="Become the program on disk, with the clients")
     async def upgrade_in_place() -> dict[str, Any]:
-        return {**await node.upgrade_in_place(), "version": program_version()}
+        return {**await node.upgrade_in_place(), "version": program.version()}
 
     @app.get("/v1/events", summary="What happened, oldest first")
     async def events(

@@ -182,6 +182,73 @@ class ScrubRequest(BaseModel):
     volume: str = Field(default="", description="any volume of the family; empty: all")
 
 
+class RegistryState(BaseModel):
+    """Where the truth about owners is kept."""
+
+    kind: str
+    is_connected: bool
+    for_s: float = Field(description="since when that is so")
+    endpoint: str = Field(description="the one in use, or tried last")
+    endpoints: list[str]
+    last_error: str = Field(description="also after it has passed")
+
+
+class ClusterNode(BaseModel):
+    """A member. What it has not reported lately is null."""
+
+    name: str
+    state: str = Field(description="up, or silent: the master does not hear it")
+    silent_s: float | None
+    is_master: bool
+    is_voter: bool
+    across_wan: bool
+    draining: bool = Field(description="it gets nothing new")
+    address: str
+    site: str
+    fault_domain: str
+    version: str
+    started: str = Field(description="ISO 8601, UTC")
+    id: str = Field(description="drawn when its data directory was made")
+    volumes: int | None
+    clients: int | None
+    requests_per_s: float | None
+    read_bytes_per_s: int | None
+    write_bytes_per_s: int | None
+    latency_us: int | None
+    used_bytes: int | None = Field(description="of its file system")
+    size_bytes: int | None
+    fill_percent: float | None
+
+
+class ClusterStatus(BaseModel):
+    """The cluster as this node sees it."""
+
+    name: str
+    node: str = Field(description="this one")
+    is_active: bool = Field(description="it hears the master; otherwise what it shows is old")
+    master: str = Field(description="empty: none is known")
+    epoch: int = Field(description="number of the master's term")
+    voters: list[str] = Field(description="the nodes whose majority makes a master")
+    registry: RegistryState
+    nodes: list[ClusterNode]
+
+
+class DrainRequest(BaseModel):
+    """What POST /v1/nodes/NAME/drain takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    drain: bool = Field(default=True, description="false ends it")
+
+
+class DirectoryEntry(BaseModel):
+    """A key of the directory."""
+
+    key: str
+    value: str
+    encoding: str = Field(description="utf-8, or base64 for what is none")
+
+
 class Finding(BaseModel):
     """Something that somebody should know of."""
 
@@ -211,6 +278,7 @@ class Node(BaseModel):
     tls: Tls | None = Field(description="null without a certificate")
     scrubs: list[Scrub] = Field(description="how far the reading of all data is")
     handover: Handover | None = Field(description="the last one; null if this program was started afresh")
+    cluster: ClusterStatus | None = Field(description="null for a node that stands alone")
 
 
 class Status(Node):

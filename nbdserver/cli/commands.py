@@ -11,6 +11,7 @@ from nbdserver.cli import (
     clone_commands,
     completion_commands,
     image_commands,
+    member_commands,
     monitoring_commands,
     node_commands,
     scrub_commands,
@@ -73,6 +74,7 @@ app.add_typer(clone_commands.app, name="clone")
 app.add_typer(image_commands.app, name="image")
 app.add_typer(scrub_commands.app, name="scrub")
 app.add_typer(client_commands.app, name="client")
+app.add_typer(member_commands.app, name="node")
 app.add_typer(cert_commands.app, name="cert")
 app.add_typer(monitoring_commands.app, name="monitoring")
 node_commands.add_to(app)

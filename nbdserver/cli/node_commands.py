@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nbdserver.cli.client import NodeClient
+from nbdserver.cli.member_commands import print_nodes
 from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, wants_json
 from nbdserver.cli.scrub_commands import scrub_sentence
 from nbdserver.cli.volume_commands import print_volumes
@@ -38,10 +39,11 @@ def status(
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> int:
-    """Show the running node, what is wrong and what to do about it, and its volumes.
+    """Show the running node, what is wrong and what to do about it, its cluster, and its volumes.
 
     With --check the exit code is 1 if there is a WARNING: a fill alarm stands (80, 90 or 95 %), a volume is full or
-    failed, a block is damaged, the data process does not answer. A NOTE tells what is over.
+    failed, a block is damaged, the data process does not answer, a node of the cluster is silent, the registry is not
+    reached. A NOTE tells what is over.
 
     Examples:
 
@@ -77,7 +79,19 @@ def _print_status(node: dict[str, Any], found: list[Finding]) -> None:
         if finding.remedy:
             print(f"    to do: {finding.remedy}")
     print()
+    if node["cluster"]:
+        _print_cluster(node["cluster"])
+        print()
     print_volumes(node["volumes"])
+
+
+def _print_cluster(cluster: dict[str, Any]) -> None:
+    registry = cluster["registry"]
+    master = f"master {cluster['master']} (epoch {cluster['epoch']})" if cluster["master"] else "no master"
+    state = "connected" if registry["is_connected"] else "not reached"
+    print(f"cluster {cluster['name']}, this is {cluster['node']}; {master}")
+    print(f"registry etcd {registry['endpoint']}, {state} for {registry['for_s']:.0f} s")
+    print_nodes(cluster["nodes"])
 
 
 def events(
@@ -130,12 +144,13 @@ def config_check(
 
       nbdserver config check /etc/nbdserver/node.yaml
     """
-    from nbdserver.node import certificates
+    from nbdserver.node import certificates, cluster_files
     from nbdserver.node.config import ConfigError, load_settings
 
     try:
         settings = load_settings(file)
         warnings = certificates.problems(certificates.check(settings.tls))
+        cluster_files.check(settings.cluster)
     except WrongInputError as error:
         if not wants_json(context, json_output):
             raise

@@ -83,11 +83,12 @@ def serve(
         overrides["socket"] = check_socket_path(socket)
     import asyncio
 
-    from nbdserver.node import certificates, inherited
+    from nbdserver.node import certificates, cluster_files, inherited
     from nbdserver.node.config import NodeSettings, load_settings
 
     settings = load_settings(config) if config else NodeSettings()
     certificates.check(settings.tls)
+    cluster_files.check(settings.cluster)
     as_json = wants_json(context, json_output)
     if check_only:
         return _check_only(data_path(context, data, settings.data), as_json)
@@ -104,10 +105,10 @@ def _check_only(path: Path, as_json: bool) -> int:
     DataDirectory(path).check()
     import nbdserver.api.server
     import nbdserver.node.data  # noqa: F401
-    from nbdserver.api.app import program_version
+    from nbdserver.node import program
     from protocol.handover import READABLE
 
-    says = {"version": program_version(), "data_format": FORMAT_VERSION, "handover_versions": list(READABLE)}
+    says = {"version": program.version(), "data_format": FORMAT_VERSION, "handover_versions": list(READABLE)}
     if as_json:
         print_json(says)
     else:

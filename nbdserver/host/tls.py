@@ -121,7 +121,7 @@ def _no_password() -> str:
 
 
 class TlsConnection:
-    """The server's end of TLS: a Connection to its receiver, and the Receiver of the connection below."""
+    """One end of TLS: a Connection to its receiver, and the Receiver of the connection below."""
 
     def __init__(
         self,
@@ -130,17 +130,21 @@ class TlsConnection:
         receiver: Receiver,
         shared: memoryview,
         call_soon: Callable[[Callable[[], None]], object],
+        is_server: bool = True,
     ) -> None:
         """`shared` is memory that nothing stays in: what is not used at once is copied out of it."""
         self.peer_name = below.peer_name
         self.cipher = ""
         self.certificate = ""
+        self.application_protocol = ""
+        """What both sides agreed on (ALPN), if they did."""
+        self._is_server = is_server
         self._below = below
         self._receiver: Receiver | None = receiver
         self._shared = shared
         self._call_soon = call_soon
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=is_server)
         self._established: Callable[[], None] | None = None
         self._failed: Callable[[], None] | None = None
         self._handshake_bytes = 0
@@ -156,6 +160,8 @@ class TlsConnection:
         """Take the place of the receiver of the connection below; one of the two is called, once."""
         self._established, self._failed = established, failed
         self._below.redirect(self)
+        if not self._is_server:
+            self._go_on_with_handshake()  # the client speaks first
 
     # --- Connection ---
 
@@ -321,6 +327,7 @@ class TlsConnection:
         cipher = self._tls.cipher()
         self.cipher = f"{self._tls.version()} {cipher[0] if cipher else ''}"
         self.certificate = certificate_name(self._tls.getpeercert() or {})
+        self.application_protocol = self._tls.selected_alpn_protocol() or ""
         if self._outgoing.pending:
             self._below.send([self._outgoing.read()])
         if established is not None:

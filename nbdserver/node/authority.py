@@ -2,8 +2,9 @@
 
 Theory: the files have the names that qemu, nbdkit and libnbd look for in a directory. DIR holds `ca-cert.pem`,
 `ca-key.pem`, `server-cert.pem`, `server-key.pem`; each client has `DIR/clients/NAME/` with `ca-cert.pem`,
-`client-cert.pem`, `client-key.pem`, which is copied to it whole. Keys are ECDSA P-256: every client knows them, and a
-handshake costs a third of one with RSA.
+`client-cert.pem`, `client-key.pem`, which is copied to it whole. A node of a cluster has `node-cert.pem` and
+`node-key.pem`, for both ends of a stream; one that joins makes its key itself and has it signed. Keys are ECDSA P-256:
+every client knows them, and a handshake costs a third of one with RSA.
 
 Rules
 - A key's file is never readable by others, not even while it is written. Where root makes them and there is a user
@@ -27,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 
+MEMBER_PURPOSES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 SERVICE_USER = "nbdserver"
 CLOCK_SKEW = timedelta(hours=1)  # a client's clock may be late
 COMMON_NAME_LIMIT = 64  # of X.509
@@ -66,23 +68,41 @@ class Authority:
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
         certificate = builder.sign(key, hashes.SHA256())
-        self._write(self._ca_key, _private_bytes(key))
+        self._write(self._ca_key, private_bytes(key))
         self._write(self.ca_certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
         return Made((self.ca_certificate, self._ca_key), certificate.not_valid_after_utc)
 
     def make_node(self, names: Sequence[str], lifetime: timedelta) -> Made:
         """A node's certificate for these host names and addresses. NodeError."""
         files = (self.directory / "server-cert.pem", self.directory / "server-key.pem")
-        made = self._make(names[0], _alternatives(names), ExtendedKeyUsageOID.SERVER_AUTH, lifetime, files)
+        made = self._make(names[0], _alternatives(names), [ExtendedKeyUsageOID.SERVER_AUTH], lifetime, files)
         if os.geteuid() == 0:
             _give_to_service(files[1])
         return made
+
+    def make_member(self, name: str, lifetime: timedelta) -> Made:
+        """The certificate of a cluster's node. NodeError."""
+        files = (self.directory / "node-cert.pem", self.directory / "node-key.pem")
+        return self._make(name, _alternatives([name]), MEMBER_PURPOSES, lifetime, files)
+
+    def sign_member(self, request: bytes, name: str, lifetime: timedelta) -> bytes:
+        """The certificate, PEM, of a cluster's node that has made its key itself: `request` is its signing request,
+        from which only the key is taken. NodeError."""
+        try:
+            asked = x509.load_pem_x509_csr(request)
+            key = asked.public_key()
+        except ValueError:
+            raise WrongInputError("the signing request is none") from None
+        if not asked.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
+            raise WrongInputError("the signing request is not signed by an ECDSA key of its own")
+        certificate = self._sign(key, name, _alternatives([name]), MEMBER_PURPOSES, lifetime)
+        return certificate.public_bytes(serialization.Encoding.PEM)
 
     def make_client(self, name: str, lifetime: timedelta) -> Made:
         """A client's certificate, in a directory of its own. NodeError."""
         directory = self.client_directory(name)
         files = (directory / "client-cert.pem", directory / "client-key.pem")
-        made = self._make(name, None, ExtendedKeyUsageOID.CLIENT_AUTH, lifetime, files)
+        made = self._make(name, None, [ExtendedKeyUsageOID.CLIENT_AUTH], lifetime, files)
         copied = directory / "ca-cert.pem"
         self._write(copied, self.ca_certificate.read_bytes(), 0o644)
         return Made((copied, *made.files), made.expires)
@@ -91,25 +111,36 @@ class Authority:
         self,
         name: str,
         alternatives: x509.SubjectAlternativeName | None,
-        purpose: x509.ObjectIdentifier,
+        purposes: Sequence[x509.ObjectIdentifier],
         lifetime: timedelta,
         files: tuple[Path, Path],
     ) -> Made:
-        ca, ca_key = self._load_ca()
+        self._load_ca()
         self._refuse_to_overwrite(files)
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(_subject(name), ca.subject, key.public_key(), lifetime, ca.not_valid_after_utc)
+        certificate = self._sign(key.public_key(), name, alternatives, purposes, lifetime)
+        self._write(files[1], private_bytes(key))
+        self._write(files[0], certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        return Made(files, certificate.not_valid_after_utc)
+
+    def _sign(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        alternatives: x509.SubjectAlternativeName | None,
+        purposes: Sequence[x509.ObjectIdentifier],
+        lifetime: timedelta,
+    ) -> x509.Certificate:
+        ca, ca_key = self._load_ca()
+        builder = _builder(_subject(name), ca.subject, key, lifetime, ca.not_valid_after_utc)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=False), critical=False)
-        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
         builder = builder.add_extension(issuer, critical=False)
         if alternatives is not None:
             builder = builder.add_extension(alternatives, critical=False)
-        certificate = builder.sign(ca_key, hashes.SHA256())
-        self._write(files[1], _private_bytes(key))
-        self._write(files[0], certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        return Made(files, certificate.not_valid_after_utc)
+        return builder.sign(ca_key, hashes.SHA256())
 
     def _load_ca(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         try:
@@ -194,7 +225,7 @@ def _alternatives(names: Sequence[str]) -> x509.SubjectAlternativeName:
     return x509.SubjectAlternativeName(alternatives)
 
 
-def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

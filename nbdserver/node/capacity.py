@@ -76,7 +76,7 @@ class Capacity:
 
     def describe(self) -> dict[str, Any]:
         """What there is and what is promised, in bytes."""
-        file_system = self._file_system()
+        file_system = self.file_system()
         return {
             "size_bytes": file_system.size_bytes,
             "free_bytes": file_system.size_bytes - file_system.used_bytes,
@@ -89,7 +89,7 @@ class Capacity:
 
     def gauges(self) -> dict[str, float]:
         """The same for metrics."""
-        file_system = self._alarms.fills.get(FILE_SYSTEM) or self._file_system()
+        file_system = self._alarms.fills.get(FILE_SYSTEM) or self.file_system()
         return {
             "filesystem_size_bytes": file_system.size_bytes,
             "filesystem_used_bytes": file_system.used_bytes,
@@ -117,7 +117,7 @@ class Capacity:
             )
 
     def _fills(self) -> list[Fill]:
-        fills = [self._file_system()]
+        fills = [self.file_system()]
         max_data_bytes = self._settings().max_data
         if max_data_bytes:
             filled_bytes = sum(room["filled_bytes"] for room in self._room.values())
@@ -127,7 +127,7 @@ class Capacity:
                 fills.append(Fill(_subject(family), self._room[family.id]["filled_bytes"], family.max_data))
         return fills
 
-    def _file_system(self) -> Fill:
+    def file_system(self) -> Fill:
         """As `df` shows it: what is reserved for root is neither used nor there."""
         statistics = os.statvfs(self._directory)
         used_bytes = (statistics.f_blocks - statistics.f_bfree) * statistics.f_frsize
@@ -137,7 +137,7 @@ class Capacity:
         return sum(room["allocated_bytes"] for room in self._room.values())
 
     def _room_bytes(self) -> int:
-        file_system = self._file_system()
+        file_system = self.file_system()
         room_bytes = file_system.size_bytes - file_system.used_bytes + self._allocated_bytes()
         return min(room_bytes, self._settings().max_data or room_bytes)
 

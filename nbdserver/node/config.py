@@ -7,26 +7,26 @@ SIGHUP; the rest needs a restart.
 """
 
 import difflib
-import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationError, model_validator
 
-from nbdserver.node.addresses import check_address, check_socket_path
+from nbdserver.node.cluster_settings import ClusterSettings
 from nbdserver.node.errors import WrongInputError
-from nbdserver.node.sizes import SizeError, format_size, parse_size
+from nbdserver.node.setting_values import (
+    Address,
+    Model,
+    PathValue,
+    SocketPath,
+    duration,
+    one_or_more,
+    ratio,
+    size,
+    size_or_none,
+)
 
 LIVE_KEYS = ("listen", "socket", "tls", "http.public_read", "http.token_file", "max_data", "overcommit", "scrub")
 
@@ -36,92 +36,7 @@ MAX_FILE_BYTES = 1 << 20
 _MIB = 1 << 20
 
 
-def _size(least_bytes: int, most_bytes: int, power_of_two: bool = False) -> Any:
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise ValueError("is not a size; write for example 512M")
-        size_bytes = parse_size(str(value))
-        if not least_bytes <= size_bytes <= most_bytes:
-            raise ValueError(f"{value!s:.60} is outside {format_size(least_bytes)} to {format_size(most_bytes)}")
-        if power_of_two and size_bytes & (size_bytes - 1):
-            raise ValueError(
-                f"{value} is not a power of two; write for example {format_size(1 << size_bytes.bit_length() - 1)}"
-            )
-        return size_bytes
-
-    return BeforeValidator(check)
-
-
-def _size_or_none(least_bytes: int, most_bytes: int) -> Any:
-    """`none` is 0: without limit."""
-    size = _size(least_bytes, most_bytes)
-
-    def check(value: object) -> int:
-        checked: int = 0 if value in (None, "none", "0", 0) else size.func(value)
-        return checked
-
-    return BeforeValidator(check)
-
-
-def _duration(value: object) -> float:
-    """Seconds; `none` is 0."""
-    if value in (None, "none", "off", False):
-        return 0.0
-    match = re.fullmatch(r"([0-9]+)([hdw])", str(value).strip())
-    seconds = int(match[1]) * {"h": 3600, "d": 86400, "w": 7 * 86400}[match[2]] if match else 0
-    if not 3600 <= seconds <= 3650 * 86400:
-        raise ValueError(f"{reprlib.repr(value)} is not 1h to 3650d; write for example 30d, 12h or none")
-    return float(seconds)
-
-
-def _ratio(value: object) -> float:
-    """`none` is 0: without limit."""
-    if value in (None, "none"):
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.1 <= value <= 1000:
-        raise ValueError(f"{reprlib.repr(value)} is not a ratio from 0.1 to 1000; write for example 2.5, or none")
-    return float(value)
-
-
-def _address(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{reprlib.repr(value)} is not HOST:PORT; write for example 127.0.0.1:10809")
-    address: str = _checked(check_address, value)
-    return address
-
-
-def _addresses(value: object) -> object:
-    return [value] if isinstance(value, (str, int)) else value
-
-
-def _path(value: object) -> Path:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{reprlib.repr(value)} is not a path; write for example /var/lib/nbdserver")
-    return Path(value)
-
-
-def _socket_path(value: object) -> Path:
-    path: Path = _checked(check_socket_path, _path(value))
-    return path
-
-
-def _checked(check: Any, value: Any) -> Any:
-    try:
-        return check(value)
-    except WrongInputError as error:
-        raise ValueError(str(error)) from None
-
-
-Address = Annotated[str, BeforeValidator(_address)]
-PathValue = Annotated[Path, BeforeValidator(_path)]
-SocketPath = Annotated[Path, BeforeValidator(_socket_path)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class HttpSettings(_Model):
+class HttpSettings(Model):
     """The API on TCP; off unless `listen` is given."""
 
     listen: Address | None = Field(
@@ -141,7 +56,7 @@ def _tls_mode(value: object) -> object:
     return value
 
 
-class TlsSettings(_Model):
+class TlsSettings(Model):
     """TLS for NBD clients. There is none without a certificate."""
 
     mode: Annotated[Literal["off", "allowed", "required"], BeforeValidator(_tls_mode)] = Field(
@@ -171,41 +86,44 @@ class TlsSettings(_Model):
         return self
 
 
-class ScrubSettings(_Model):
+class ScrubSettings(Model):
     """How data is read again to find what has rotted."""
 
-    interval: Annotated[float, BeforeValidator(_duration)] = Field(
+    interval: Annotated[float, BeforeValidator(duration)] = Field(
         default=30 * 86400.0, description="after which a volume is scrubbed again (30d, 12h); none: only on demand"
     )
-    rate: Annotated[int, _size(_MIB, 1 << 40)] = Field(
+    rate: Annotated[int, size(_MIB, 1 << 40)] = Field(
         default=32 * _MIB, description="bytes a second that a scrub reads; an eighth of it while clients are busy"
     )
 
 
-class NodeSettings(_Model):
+class NodeSettings(Model):
     """A node's settings file."""
 
     data: PathValue | None = Field(default=None, description="data directory")
-    listen: Annotated[list[Address], BeforeValidator(_addresses), Field(max_length=64)] = Field(
+    listen: Annotated[list[Address], BeforeValidator(one_or_more), Field(max_length=64)] = Field(
         default=["127.0.0.1:10809"], description="HOST:PORT, or a list of them, for NBD clients"
     )
     socket: SocketPath | None = Field(default=None, description="unix socket for NBD clients")
-    cache: Annotated[int, _size(16 * _MIB, 1 << 40)] = Field(default=512 * _MIB, description="memory for the maps")
-    segment: Annotated[int, _size(_MIB, 1 << 30, power_of_two=True)] = Field(
+    cache: Annotated[int, size(16 * _MIB, 1 << 40)] = Field(default=512 * _MIB, description="memory for the maps")
+    segment: Annotated[int, size(_MIB, 1 << 30, power_of_two=True)] = Field(
         default=64 * _MIB, description="segment file size of new volumes"
     )
     max_connections: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
         default=1024, description="NBD connections at a time"
     )
-    max_data: Annotated[int, _size_or_none(64 * _MIB, 1 << 50)] = Field(
+    max_data: Annotated[int, size_or_none(64 * _MIB, 1 << 50)] = Field(
         default=0, description="most that the segment files of all volumes may take together; none: the whole disk"
     )
-    overcommit: Annotated[float, BeforeValidator(_ratio)] = Field(
+    overcommit: Annotated[float, BeforeValidator(ratio)] = Field(
         default=0.0, description="most that volumes may have together, as a multiple of the room there is; none: any"
     )
     tls: TlsSettings = TlsSettings()
     scrub: ScrubSettings = ScrubSettings()
     http: HttpSettings = HttpSettings()
+    cluster: ClusterSettings | None = Field(
+        default=None, description="the cluster that this node belongs to; absent: it stands alone"
+    )
 
 
 class ConfigError(WrongInputError):
@@ -250,7 +168,8 @@ def parse_settings(text: bytes, name: str) -> NodeSettings:
         return NodeSettings.model_validate(content)
     except ValidationError as error:
         problems = [(_line(tree, problem["loc"]), problem) for problem in error.errors()]
-        problems.sort(key=lambda item: item[0])
+        # A key that is not known explains another one that is missing.
+        problems.sort(key=lambda item: (item[0], item[1]["type"] != "extra_forbidden"))
         raise ConfigError([_sentence(name, line, problem) for line, problem in problems]) from None
 
 
@@ -265,6 +184,8 @@ def _sentence(name: str, line: int, problem: Any) -> str:
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else "known here: " + ", ".join(known)
         return f"{prefix}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{prefix}: is missing: {_model(location[:-1]).model_fields[str(location[-1])].description}"
     if kind == "value_error":
         return f"{prefix}: {problem['ctx']['error']}"
     if kind in ("model_type", "model_attributes_type"):
@@ -274,9 +195,18 @@ def _sentence(name: str, line: int, problem: Any) -> str:
     return f"{prefix}: {given} is wrong: {message[:1].lower()}{message[1:]}"
 
 
+def _model(location: tuple[str | int, ...]) -> type[Model]:
+    """The settings that the keys at `location` belong to, or the innermost there are."""
+    model: type[Model] = NodeSettings
+    for part in location:
+        field = model.model_fields.get(str(part))
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Model)), model)
+    return model
+
+
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    nested: dict[str | int, type[_Model]] = {"http": HttpSettings, "scrub": ScrubSettings, "tls": TlsSettings}
-    return list(nested.get(location[0] if location else "", NodeSettings).model_fields)
+    return list(_model(location).model_fields)
 
 
 def _line(tree: yaml.Node | None, location: tuple[str | int, ...]) -> int:
@@ -313,15 +243,3 @@ def _repeated_keys(tree: yaml.Node | None, name: str, visited: set[int]) -> list
         seen.setdefault(str(key.value), line)
         problems += _repeated_keys(value, name, visited)
     return problems
-
-
-__all__ = [
-    "LIVE_KEYS",
-    "ConfigError",
-    "HttpSettings",
-    "NodeSettings",
-    "SizeError",
-    "TlsSettings",
-    "load_settings",
-    "parse_settings",
-]

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.registry import Families, Family, RegistryError
@@ -44,7 +44,7 @@ from nbdserver.node.descriptors import LOCK, close_all
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
-from nbdserver.node.findings import findings
+from nbdserver.node.findings import findings, in_order
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.overview import Overview
 from nbdserver.node.scrubs import Scrubs
@@ -53,6 +53,9 @@ from nbdserver.node.snapshots import Snapshots
 from nbdserver.node.succession import Succession
 from nbdserver.node.volumes import Volumes
 from protocol.invariant import InvariantError
+
+if TYPE_CHECKING:
+    from nbdserver.node.cluster import Cluster
 
 NO_LIMIT = 1 << 20
 """Of descriptors that the program on disk can take over, beyond the data process's own limit."""
@@ -100,14 +103,14 @@ class Node:
         self._asking = Asking(self.call, time.monotonic)
         ask, event = self._asking.ask, self.events.add
         self.capacity = Capacity(directory.path, lambda: self.settings, self._families.all, ask, event)
-        admit = self.capacity.admit
-        self.volumes = Volumes(directory, self._families, self.call, ask, event, settings.segment, admit)
+        self.volumes = Volumes(directory, self._families, self.call, ask, event, settings.segment, self._admit)
         self.snapshots = Snapshots(self.volumes)
         self.tls = NodeTls(settings.tls, self.call)
         self.scrubs = Scrubs(
             directory.scrub, lambda: self.settings.scrub, self._families.all, self.call, self.events.add
         )
         self.overview = Overview(self.status, self.events)
+        self.cluster: Cluster | None = None
         self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
@@ -136,6 +139,7 @@ class Node:
             for name, size_bytes in create:
                 await self.volumes.create(name, size_bytes, exist_ok=True)
             await self._listen()
+            self._join_cluster()
         except BaseException:
             await self._stop_data()
             raise
@@ -146,6 +150,7 @@ class Node:
         except BaseException:
             supervisor.cancel()
             _cancel(watching)
+            await self._leave_cluster()
             await self._stop_data()
             raise
         self.events.add("node-started", {"pid": os.getpid()})
@@ -163,6 +168,7 @@ class Node:
         _cancel(watching)
         self.events.add("node-stopping", {})
         await self.scrubs.note()
+        await self._leave_cluster()
         if not await self._leave_clients_to_systemd():
             await self._stop_data()
         await stop_api()
@@ -195,10 +201,23 @@ class Node:
             "tls": self.tls.status(),
             "scrubs": self.scrubs.status(),
             "handover": self.handover,
+            "cluster": self.cluster.describe() if self.cluster else None,
             "volumes": volumes,
         }
         found = findings(status, self.events.since(0), datetime.now(UTC))
+        if self.cluster is not None:
+            found = in_order([*found, *self.cluster.findings()])
         return status | {"findings": [asdict(finding) for finding in found]}
+
+    def load(self) -> dict[str, Any]:
+        """Return what the other nodes of the cluster are told about this one."""
+        file_system = self.capacity.file_system()
+        return {
+            **self.overview.load(),
+            "used_bytes": file_system.used_bytes,
+            "size_bytes": file_system.size_bytes,
+            "fill_percent": file_system.percent,
+        }
 
     def free_bytes(self) -> int:
         """Return the room on the file system of the data directory."""
@@ -249,6 +268,29 @@ class Node:
         self.events.close()
         self._registry.close()
 
+    # --- the cluster ---
+
+    async def _admit(self, what: str, more_bytes: int) -> None:
+        """Raise ConflictError if this node cannot promise so much more room."""
+        if self.cluster is not None:
+            self.cluster.refuse_if_draining()
+        await self.capacity.admit(what, more_bytes)
+
+    def _join_cluster(self) -> None:
+        """Take part in the cluster that the settings name, if they do. NodeError."""
+        if self.settings.cluster is None:
+            return
+        from nbdserver.node.cluster import Cluster  # what speaks to etcd is loaded where there is a cluster
+
+        self.cluster = Cluster(self.settings.cluster, self.directory, program.version(), self.load, self.events.add)
+        self._cluster_watch = asyncio.get_running_loop().create_task(self.cluster.watch())
+
+    async def _leave_cluster(self) -> None:
+        cluster, self.cluster = self.cluster, None
+        if cluster is not None:
+            _cancel([self._cluster_watch])
+            await cluster.close()
+
     # --- handing over and taking over ---
 
     async def upgrade_in_place(self) -> dict[str, Any]:
@@ -274,6 +316,7 @@ class Node:
         self._say("upgrade: preparing")
         async with self._starting_again, self.volumes.changing:  # in this order: a start opens volumes
             await stop_api()
+            await self._leave_cluster()
             supervisor.cancel()
             data: DataProcess | None = None
             try:
@@ -291,6 +334,10 @@ class Node:
         self._upgrade = ""
         if data is not None:
             data.kill()  # the supervisor starts another one
+        try:
+            self._join_cluster()
+        except NodeError as error:
+            self._say(f"the cluster cannot be joined again, restart the node: {error}")
 
     async def _become_program_on_disk(self, descriptors: list[tuple[str, int]]) -> NoReturn:
         self._say("upgrade: starting the program on disk")

@@ -4,6 +4,7 @@
     DATA/lock                 flock, held by the control process and its data process; says who holds it
     DATA/registry/            LevelDB: the embedded registry
     DATA/families/<id>/       segments/ and maps/ (LevelDB) of one family
+    DATA/directory/           LevelDB: this node's copy of the cluster's directory
     DATA/ballast              room that the registry gets when the file system is full
     DATA/scrub.json           how far scrubs are, and when the last one was
     DATA/events.jsonl         events, with events.1.jsonl
@@ -61,6 +62,10 @@ class DataDirectory:
     @property
     def registry(self) -> Path:
         return self.path / "registry"
+
+    @property
+    def cluster_directory(self) -> Path:
+        return self.path / "directory"
 
     @property
     def families(self) -> Path:

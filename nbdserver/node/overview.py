@@ -100,6 +100,14 @@ class Overview:
             "events": self._events.since(0, MOST_EVENTS),
         }
 
+    def load(self) -> dict[str, Any]:
+        """How busy the node is, as of the last slot."""
+        together = self._activity.together()
+        traffic = _shown(together[-1] if together else IDLE)
+        del traffic["bytes_per_s"]
+        volumes = self._seen.get("volumes", ())
+        return {"volumes": len(volumes), "clients": sum(volume["clients"] for volume in volumes), **traffic}
+
     def _take(self) -> None:
         """A slot of the history ends; nothing does while nothing is known."""
         if self._seen["data_pid"] is None or self._seen["data_silent_s"]:

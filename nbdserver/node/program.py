@@ -19,6 +19,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from typing import Any, NoReturn
 
 from nbdserver.node.errors import ConflictError
@@ -29,6 +31,14 @@ CHECK_OPTIONS = ("--check-only", "--json")
 CHECK_TIMEOUT_S = 60.0
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def version() -> str:
+    """The installed version, or "source" when run from a source tree."""
+    try:
+        return installed_version("nbdserver")
+    except PackageNotFoundError:
+        return "source"
 
 
 def command() -> list[str]:

@@ -45,7 +45,7 @@ def obey(node: DirectoryNode, command: dict[str, Any]) -> None:
                 {
                     "active": node.is_active,
                     "master": node.master is not None,
-                    "epoch": node.master.term.epoch if node.master is not None else node.follower.epoch,
+                    "epoch": node.epoch,
                     "members": sorted(member.name for member in node.members.values()),
                     "position": list(node.replica.position),
                     "refused": node.routes.refused,

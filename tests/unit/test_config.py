@@ -8,6 +8,15 @@ from hypothesis import strategies as st
 
 from nbdserver.node.config import ConfigError, NodeSettings, load_settings, parse_settings
 
+CLUSTER = """cluster:
+  name: prod
+  node: n1
+  address: 10.0.0.5:10810
+  key_file: /k
+  tls: {ca: c, certificate: d, key: k}
+  registry:
+    {endpoints: [e1:2379]}"""
+
 WRONG: list[tuple[str, str]] = [
     ("lisen: 127.0.0.1:1", r"node.yaml:1: lisen: unknown key; did you mean listen\?"),
     ("zzz: 1", r"node.yaml:1: zzz: unknown key; known here: data, listen"),
@@ -43,6 +52,26 @@ WRONG: list[tuple[str, str]] = [
         r"client_ca is missing; name it, or write verify_clients: false",
     ),
     ("tls: {mod: allowed}", r"tls.mod: unknown key; did you mean mode\?"),
+    ("cluster: {}", r"node.yaml:1: cluster.name: is missing: the cluster's name"),
+    (f"{CLUSTER}\n  nod: x", r"node.yaml:9: cluster.nod: unknown key; did you mean node\?"),
+    (f"{CLUSTER}\n  subscribe: a/", r"cluster: subscribe is for nodes with across_wan: true"),
+    (CLUSTER.replace("10.0.0.5:", "storage1:"), r"cluster.address: 'storage1:10810' has a host name; write the number"),
+    (
+        CLUSTER.replace("10.0.0.5:", "0.0.0.0:"),
+        r"cluster.address: '0.0.0.0:10810' is nothing that other nodes can reach",
+    ),
+    (CLUSTER.replace("node: n1", "node: a b"), r"cluster.node: 'a b' is not a name; use 1 to 63 of"),
+    (CLUSTER.replace("ca: c, ", ""), r"node.yaml:6: cluster.tls.ca: is missing: the cluster's CA"),
+    (
+        CLUSTER.replace("[e1:2379]", "[]"),
+        r"cluster.registry.endpoints: \[\] is wrong: value should have at least 1 item",
+    ),
+    (CLUSTER.replace("2379]}", "2379], user: u}"), r"cluster.registry: user and password_file are needed both"),
+    (
+        CLUSTER.replace("2379]}", "2379], tls: {ca: c, key: k}}"),
+        r"registry.tls: certificate and key are needed both, or none",
+    ),
+    (CLUSTER.replace("2379]}", "2379], tls: {caa: c}}"), r"registry.tls.caa: unknown key; did you mean ca\?"),
     ("data: 5", r"data: 5 is not a path"),
     ("socket: /" + "x" * 200, r"socket: the socket path /x+ has 201 bytes; Linux takes at most 107"),
     ("cache: 64M\ncache: 32M", r"node.yaml:2: cache: is given twice \(first in line 1\); keep one"),

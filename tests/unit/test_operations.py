@@ -1,11 +1,14 @@
 """docs/operations.md and the manual page say what the program does."""
 
 import re
+from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
 from nbdserver.cli.manual import commands, page
+from nbdserver.node.cluster_settings import ClusterSettings
 from nbdserver.node.config import NodeSettings
 from nbdserver.node.volume_settings import SETTING_KEYS
 from tests.conftest import ROOT
@@ -23,6 +26,21 @@ def test_the_settings_table_has_every_key_and_no_other() -> None:
         else:
             keys.append(key)
     assert documented == keys
+
+
+def test_the_table_of_cluster_settings_has_every_key_and_no_other() -> None:
+    table = TEXT.partition("## Clusters")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([a-z_.]+)` \|", table, re.MULTILINE) == list(keys_of(ClusterSettings))
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        nested = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if nested is None:
+            yield prefix + key
+        else:
+            yield from keys_of(nested, f"{prefix}{key}.")
 
 
 def test_the_table_of_volume_settings_has_every_key() -> None:

@@ -1,0 +1,211 @@
+"""The Network between the nodes of a cluster: streams are TLS with certificates on both sides, datagrams as they are.
+
+Theory: one TCP address serves all that nodes say to each other; the application protocol that TLS agrees on (ALPN) says
+what a stream is for. Whoever has a certificate of the cluster's CA is a node of the cluster; which of them it is, the
+protocol above proves with the cluster's key. So a certificate is verified against the CA, not against an address: nodes
+move.
+
+Rules
+- A stream of nodes is delivered only when the other side has shown a certificate of the CA. Calls also come from a node
+  that has none yet: `on_call` decides whom it answers.
+- A handshake has HANDSHAKE_S, whatever the peer does. What fails is told once, by `refused` and to who connects.
+- Contexts are asked for at each stream, so that renewed certificates are for new streams.
+
+Known weakness: a handshake runs on the loop, as in `tls.py`; nodes keep their streams.
+"""
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from metadata.seams import CONNECT_TIMEOUT_S, Clock, Connection, Datagrams, Network, Receiver, Timer
+from nbdserver.host.tls import INPUT_BYTES, TlsConnection, TlsError
+
+HANDSHAKE_S = 5.0
+STREAM_PROTOCOL = "nbdserver-directory"
+CALL_PROTOCOL = "nbdserver-call"
+
+Accept = Callable[[Connection], Receiver | None]
+
+
+@dataclass(frozen=True)
+class PeerContexts:
+    """A node's certificates, ready for use."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+def make_peer_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
+    """Both ends' contexts of a node. TlsError."""
+    server = _context(ssl.PROTOCOL_TLS_SERVER, ca, certificate, key)
+    server.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+    server.num_tickets = 0
+    server.verify_mode = ssl.CERT_OPTIONAL
+    server.set_alpn_protocols([STREAM_PROTOCOL, CALL_PROTOCOL])
+    return PeerContexts(server, make_client_context(ca, certificate, key, STREAM_PROTOCOL))
+
+
+def make_client_context(ca: Path, certificate: Path, key: Path, protocol: str) -> ssl.SSLContext:
+    """For streams of this protocol to other nodes. TlsError."""
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, ca, certificate, key)
+    context.set_alpn_protocols([protocol])
+    return context
+
+
+def _context(role: int, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(role)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if role == ssl.PROTOCOL_TLS_CLIENT:
+        context.check_hostname = False
+    for path in (ca, certificate, key):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise TlsError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        context.load_verify_locations(ca)
+    except ssl.SSLError:
+        raise TlsError(f"{ca} has no certificate in PEM") from None
+    try:
+        context.load_cert_chain(certificate, key, password=b"")
+    except ssl.SSLError:
+        raise TlsError(f"{certificate} and {key} are not a certificate and its key in PEM without a password") from None
+    return context
+
+
+class TlsNetwork:
+    """Streams over TLS on another Network."""
+
+    def __init__(
+        self,
+        below: Network,
+        clock: Clock,
+        contexts: Callable[[], PeerContexts],
+        refused: Callable[[str, str], None],
+        on_call: Callable[[TlsConnection], Receiver | None],
+    ) -> None:
+        """`refused(peer, reason)` is told of each stream that did not come to be; `on_call(connection)` takes the calls
+        that come in, also those without a certificate."""
+        self._below = below
+        self._clock = clock
+        self._contexts = contexts
+        self._refused = refused
+        self._on_call = on_call
+        self._shared = memoryview(bytearray(INPUT_BYTES))
+
+    def open_datagrams(self, address: str, received: Callable[[str, bytes], None]) -> Datagrams:
+        """As the seam says."""
+        return self._below.open_datagrams(address, received)
+
+    def listen(self, address: str, accept: Accept) -> Callable[[], None]:
+        """As the seam says."""
+
+        def accept_below(connection: Connection) -> Receiver | None:
+            def arrived(stream: TlsConnection) -> Receiver | None:
+                if stream.application_protocol == CALL_PROTOCOL:
+                    return self._on_call(stream)
+                if stream.application_protocol != STREAM_PROTOCOL or not stream.certificate:
+                    self._refused(stream.peer_name, "TLS: it shows no certificate of this cluster's CA")
+                    return None
+                return accept(stream)
+
+            def failed(reason: str) -> None:
+                self._refused(connection.peer_name, reason)
+
+            return _Handshake(
+                self._clock, connection, self._contexts().server, True, self._shared, arrived, failed
+            ).stream
+
+        return self._below.listen(address, accept_below)
+
+    def connect(
+        self,
+        address: str,
+        connected: Accept,
+        failed: Callable[[str], None],
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> Callable[[], None]:
+        """As the seam says."""
+        handshakes: list[_Handshake] = []
+
+        def failed_above(reason: str) -> None:
+            if "certificate" in reason.lower():
+                self._refused(address, reason)
+            failed(reason)
+
+        def connected_below(connection: Connection) -> Receiver | None:
+            handshake = _Handshake(
+                self._clock, connection, self._contexts().client, False, self._shared, connected, failed_above
+            )
+            handshakes.append(handshake)
+            return handshake.stream
+
+        stop_connecting = self._below.connect(address, connected_below, failed, timeout_s)
+
+        def give_up() -> None:
+            stop_connecting()
+            for handshake in handshakes:
+                handshake.give_up()
+
+        return give_up
+
+
+class _Handshake:
+    """A stream until both sides have shown who they are; the Receiver of what goes wrong before."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        connection: Connection,
+        context: ssl.SSLContext,
+        is_server: bool,
+        shared: memoryview,
+        arrived: Callable[[TlsConnection], Receiver | None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self._arrived = arrived
+        self._failed = failed
+        self._is_over = False
+        self._timer: Timer = clock.call_later(HANDSHAKE_S, self._too_late)
+        self.stream = TlsConnection(connection, context, self, shared, clock.call_soon, is_server=is_server)
+        self.stream.begin(self._established, lambda: None)
+
+    def _established(self) -> None:
+        self._end()
+        receiver = self._arrived(self.stream)
+        if receiver is None:
+            self.stream.close()
+        else:
+            self.stream.redirect(receiver)
+
+    def _too_late(self) -> None:
+        self.lost(f"TLS: no handshake in {HANDSHAKE_S:g} s")
+        self.stream.abort()
+
+    def give_up(self) -> None:
+        """Nothing is called any more, unless the stream has arrived."""
+        if not self._is_over:
+            self._end()
+            self.stream.abort()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._timer.cancel()
+
+    # --- the Receiver, before there is another one ---
+
+    def buffer(self) -> memoryview:
+        raise AssertionError("nothing is delivered before the handshake has ended")
+
+    def received(self, size_bytes: int) -> None:
+        raise AssertionError("nothing is delivered before the handshake has ended")
+
+    def drained(self) -> None:
+        pass
+
+    def lost(self, reason: str) -> None:
+        if not self._is_over:
+            self._end()
+            self._failed(reason)

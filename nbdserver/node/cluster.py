@@ -1,0 +1,322 @@
+"""A node in its cluster: the registry on etcd, the directory, what this node says of itself, and what it sees.
+
+Theory: the control process takes part in the cluster, beside serving the API; no client's data and no data process is
+touched by it. The node's own volumes are listed in the registry of its data directory, as on a node alone: etcd holds
+what nodes have to agree on. So a cluster that is gone costs knowledge, never a volume.
+
+What this node publishes, under its own name:
+
+    node/NAME     where it stands, version, start: once
+    load/NAME     volumes, clients, rates, fill: every REPORT_S; goes by itself LOAD_EXPIRES_S after the last
+    drain/NAME    it shall get nothing new (kept in the registry; published by whichever node was asked)
+
+Rules
+- The cluster is joined when clients are served already, and is left before they are handed over.
+- What can be wrong with files is checked before anything starts; what is wrong with other nodes is an event and a
+  problem in the status, and never stops this one.
+"""
+
+import asyncio
+import json
+import random
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from metadata.directory.node import DirectoryNode
+from metadata.directory.registry_keys import MASTER_KEY, MEMBER_PREFIX, STATE_PREFIX
+from metadata.directory.reports import Answer
+from metadata.directory.settings import DirectorySettings
+from metadata.etcd_registry import EtcdRegistry
+from metadata.leveldb import LevelSettings, LevelStore
+from metadata.seams import Receiver
+from nbdserver.host.clock import HostClock
+from nbdserver.host.completions import Completions, Workers
+from nbdserver.host.network import SocketNetwork
+from nbdserver.host.tls import TlsConnection
+from nbdserver.host.tls_network import TlsNetwork
+from nbdserver.node import cluster_view
+from nbdserver.node.certificates import read_certificate
+from nbdserver.node.cluster_files import read_contexts, read_etcd_settings, read_keys
+from nbdserver.node.cluster_settings import ClusterSettings
+from nbdserver.node.cluster_view import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX, Picture
+from nbdserver.node.directory import DataDirectory
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
+from nbdserver.node.findings import Finding
+from protocol.directory import Confirm, NodeKind
+from protocol.sealed_frames import ClusterKeys
+
+REPORT_S = 5.0
+NODES_A_S = 50
+"""Reports that a master shall get: with more nodes each reports less often."""
+LOAD_EXPIRES_S = 30.0
+LOOK_S = 1.0
+REFUSED_KEPT = 16
+REFUSED_S = 600.0  # how long a refusal stays in the status
+CERTIFICATE_LOOK_S = 3600.0
+PUBLISH_TIMEOUT_S = 35.0
+SETTLE_S = 0.5  # for the lease of a master that leaves to be given back: the others need not wait for its end
+
+Measure = Callable[[], dict[str, Any]]
+
+
+class Cluster:
+    """This node's part in its cluster."""
+
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        directory: DataDirectory,
+        version: str,
+        measure: Measure,
+        event: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Take part, on the running loop. `measure()` is this node's load. WrongInputError for files and addresses that
+        cannot be used, NodeError for a store that cannot."""
+        loop = asyncio.get_running_loop()
+        self.settings = settings
+        self._measure = measure
+        self._event = event
+        self._version = version
+        self.clock = HostClock(loop)
+        self._contexts = read_contexts(settings)
+        self._keys = read_keys(settings.key_file)
+        self._refused: deque[tuple[float, str, str]] = deque(maxlen=REFUSED_KEPT)
+        self._silent_since_s: dict[str, float] = {}
+        self._was_active = False
+        self._state_since_s = self.clock.now()
+        self._was_connected = True
+        self._certificate_problem = ""
+        self._certificate_look_s = 0.0
+        etcd = read_etcd_settings(settings)
+        self._sockets = SocketNetwork(loop)
+        network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refuse, self._called)
+        self._workers = Workers(Completions(loop), 1, "directory")
+        self._store = self._open_store(directory)
+        self.registry = EtcdRegistry(etcd, self.clock, random.SystemRandom(), loop)
+        try:
+            self.directory = DirectoryNode(
+                self._directory_settings(), self.clock, network, self._store, self.registry, random.SystemRandom()
+            )
+        except OSError as error:
+            raise WrongInputError(
+                f"cluster.address: cannot use {settings.address}: {error.strerror or error}; it has to be one of this "
+                "machine, with a port that is free by UDP and TCP"
+            ) from None
+        self.directory.routes.on_refused = self._refuse
+        for prefix, watcher in (
+            (MASTER_KEY, self._master_changed),
+            (MEMBER_PREFIX, self._member_changed),
+            (STATE_PREFIX, self._state_changed),
+        ):
+            self.directory.watch(prefix, watcher)
+        for key, _ in self.directory.range(STATE_PREFIX):
+            self._silent_since_s[key.removeprefix(STATE_PREFIX)] = self.clock.now()
+        self._publish_facts()
+
+    def _open_store(self, directory: DataDirectory) -> LevelStore:
+        small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=4 << 20)
+        try:
+            return LevelStore(str(directory.cluster_directory), self._workers, self._workers, small)
+        except OSError as error:
+            raise NodeError(f"the copy in {directory.cluster_directory} cannot be opened: {error}") from None
+
+    def _directory_settings(self) -> DirectorySettings:
+        settings = self.settings
+        return DirectorySettings(
+            settings.node,
+            NodeKind.SECOND if settings.across_wan else NodeKind.FIRST,
+            settings.address,
+            settings.address,
+            ClusterKeys(settings.name, self._keys),
+            (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX, *settings.subscribe) if settings.across_wan else (),
+        )
+
+    def _publish_facts(self) -> None:
+        settings = self.settings
+        facts = {
+            "site": settings.site,
+            "fault_domain": settings.own_fault_domain,
+            "version": self._version,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.directory.publish(FACTS_PREFIX + settings.node, json.dumps(facts).encode())
+
+    # --- what others ask ---
+
+    def describe(self) -> dict[str, Any]:
+        """The cluster as this node sees it."""
+        picture = self._picture()
+        health = picture.registry
+        return {
+            "name": picture.cluster,
+            "node": picture.me,
+            "is_active": picture.is_active,
+            "master": picture.master,
+            "epoch": picture.epoch,
+            "voters": sorted(picture.voters),
+            "registry": {
+                "kind": "etcd",
+                "is_connected": health.is_connected,
+                "for_s": round(picture.registry_state_s, 1),
+                "endpoint": health.endpoint,
+                "endpoints": list(self.settings.registry.endpoints),
+                "last_error": health.last_error,
+            },
+            "nodes": cluster_view.nodes(picture),
+        }
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the cluster."""
+        return cluster_view.cluster_findings(self._picture())
+
+    def _picture(self) -> Picture:
+        directory, now_s = self.directory, self.clock.now()
+        state = directory.election.state
+        health = self.registry.health()
+        said = [pair for prefix in (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX) for pair in directory.range(prefix)]
+        return Picture(
+            cluster=self.settings.name,
+            me=self.settings.node,
+            members=tuple(directory.members.values()),
+            own_id=directory.me.node,
+            master=(directory.get(MASTER_KEY) or b"").decode(),
+            epoch=directory.epoch,
+            voters=frozenset(state.voters.values()) if state is not None else frozenset(),
+            directory=dict(said),
+            silent_s={name: now_s - since_s for name, since_s in self._silent_since_s.items()},
+            is_active=directory.is_active,
+            in_this_state_s=now_s - self._state_since_s,
+            registry=health,
+            registry_state_s=now_s - health.since_s,
+            registry_error=directory.election.registry_error,
+            failure=directory.failure,
+            refused=tuple((peer, reason) for at_s, peer, reason in self._refused if now_s - at_s < REFUSED_S),
+            keys=len(self._keys),
+            certificate_problem=self._certificate_problem,
+        )
+
+    async def publish(self, key: str, value: bytes | None, confirm: Confirm) -> None:
+        """Put or delete (None) a key for all nodes, and wait for it. NodeError."""
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def done(answer: Answer) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        self.directory.publish(key, value, confirm, done)
+        try:
+            answer = await asyncio.wait_for(answered, PUBLISH_TIMEOUT_S)
+        except TimeoutError:
+            answer = Answer.UNKNOWN
+        if answer is not Answer.CONFIRMED:
+            raise NodeError(
+                f"the cluster has not confirmed it ({answer.value}); see `nbdserver status`, then try again"
+            )
+
+    # --- from now to the end ---
+
+    async def watch(self) -> None:
+        """Look, and report this node's load, for ever."""
+        report_at_s = 0.0
+        while True:
+            now_s = self.clock.now()
+            self._look(now_s)
+            if now_s >= report_at_s:
+                value = json.dumps(self._measure(), separators=(",", ":")).encode()
+                self.directory.publish(LOAD_PREFIX + self.settings.node, value, expires_s=LOAD_EXPIRES_S)
+                report_at_s = now_s + max(REPORT_S, len(self.directory.members) / NODES_A_S)
+            await asyncio.sleep(LOOK_S)
+
+    def _look(self, now_s: float) -> None:
+        """Tell what has changed with this node."""
+        is_active = self.directory.is_active
+        if is_active != self._was_active:
+            self._was_active, self._state_since_s = is_active, now_s
+            self._event("cluster-joined" if is_active else "cluster-not-heard", {"cluster": self.settings.name})
+        health = self.registry.health()
+        if health.is_connected != self._was_connected and now_s - health.since_s > LOOK_S:
+            self._was_connected = health.is_connected
+            fields = {"endpoint": health.endpoint} | ({} if health.is_connected else {"reason": health.last_error})
+            self._event("registry-back" if health.is_connected else "registry-lost", fields)
+        if now_s >= self._certificate_look_s:
+            self._certificate_look_s = now_s + CERTIFICATE_LOOK_S
+            self._certificate_problem = self._read_certificate()
+
+    def _read_certificate(self) -> str:
+        try:
+            return read_certificate(self.settings.tls.certificate).problem(datetime.now(UTC))
+        except WrongInputError as error:
+            return str(error)
+
+    async def close(self) -> None:
+        """Leave, and give everything back."""
+        self.directory.close()
+        await self.registry.settle(SETTLE_S)
+        self.registry.close()
+        await self.registry.wait_closed()
+        await asyncio.to_thread(self._store.close)
+        await asyncio.to_thread(self._workers.close)
+        self._sockets.close()
+
+    # --- what is heard ---
+
+    def _called(self, stream: TlsConnection) -> Receiver | None:
+        return None
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        host = peer.rpartition(":")[0]
+        now_s = self.clock.now()
+        for at_s, before, why in self._refused:
+            if (before, why) == (host, reason) and now_s - at_s < 60.0:
+                return
+        self._refused.append((now_s, host, reason))
+        self._event("cluster-refused", {"peer": host, "reason": reason})
+
+    def _master_changed(self, _key: str, value: bytes | None) -> None:
+        if value is not None:
+            self._event("cluster-master", {"node": value.decode(), "epoch": self.directory.epoch})
+
+    def _member_changed(self, key: str, value: bytes | None) -> None:
+        name = key.removeprefix(MEMBER_PREFIX)
+        self._event("node-left" if value is None else "node-joined", {"node": name})
+
+    def _state_changed(self, key: str, value: bytes | None) -> None:
+        name = key.removeprefix(STATE_PREFIX)
+        if value is None:
+            if self._silent_since_s.pop(name, None) is not None:
+                self._event("node-heard-again", {"node": name})
+        elif name not in self._silent_since_s:
+            self._silent_since_s[name] = self.clock.now()
+            self._event("node-silent", {"node": name})
+
+    # --- nodes ---
+
+    def node(self, name: str) -> dict[str, Any]:
+        """One node's row. NotFoundError."""
+        for row in self.describe()["nodes"]:
+            if row["name"] == name:
+                return dict(row)
+        names = sorted(member.name for member in self.directory.members.values())
+        raise NotFoundError(f"there is no node {name}; there are: {', '.join(names) or 'none'}")
+
+    async def drain(self, name: str, wanted: bool) -> dict[str, Any]:
+        """Let a node get nothing new, or end that. NotFoundError, NodeError."""
+        self.node(name)
+        value = json.dumps({"since": datetime.now(UTC).isoformat(timespec="seconds")}).encode() if wanted else None
+        await self.publish(DRAIN_PREFIX + name, value, Confirm.REGISTRY)
+        return self.node(name)
+
+    @property
+    def is_draining(self) -> bool:
+        """True while this node shall get nothing new."""
+        return self.directory.get(DRAIN_PREFIX + self.settings.node) is not None
+
+    def refuse_if_draining(self) -> None:
+        """Raise ConflictError while this node shall get nothing new."""
+        if self.is_draining:
+            name = self.settings.node
+            raise ConflictError(
+                f"{name} is being drained: it gets no new volume; end that with: nbdserver node drain {name} --end"
+            )
