@@ -99,11 +99,13 @@ class InlineReads:
         requests = nbd.JOINED_EXTENDED_REQUEST if extended else nbd.JOINED_REQUEST
         self._plain_read = nbd.PLAIN_EXTENDED_READ if extended else nbd.PLAIN_READ
         self._requests = requests.iter_unpack
+        self._unpack_request = requests.unpack_from
         self._request_bytes = requests.size
         self._header_bytes = _HEADER[style].size
         self._pack_into = _HEADER[style].pack_into
         self._head = _HEAD[style]
         self._rooms = rooms(self._header_bytes)
+        self._lone_reply = (self._rooms.slots_view[: self._rooms.stride_bytes],)
         self._slots_used = 0
         self._run_blocks_used = 0
         self._window = SLOTS  # requests looked at at once: few after one that was not at hand, as the next ones may be
@@ -162,6 +164,20 @@ class InlineReads:
         self.count += 1
         self.size_bytes += BLOCK_BYTES
         return True
+
+    def lone_block(self, request: bytearray) -> tuple[memoryview] | None:
+        """The replies of a batch that is one plain read of one block at hand; None, and nothing done, if it is not."""
+        head, cookie, offset, length = self._unpack_request(request)
+        if (
+            head != self._plain_read
+            or length != BLOCK_BYTES
+            or offset & (BLOCK_BYTES - 1)
+            or offset + BLOCK_BYTES > self._device.size_bytes
+            or not self._device.read_blocks((offset,), self._rooms.blocks, 0)
+        ):
+            return None
+        self._pack_header(self._rooms.slots, 0, cookie, offset, BLOCK_BYTES)
+        return self._lone_reply
 
     def complete(self) -> Sequence[Buffer]:
         """The replies of the batch, which is over."""
