@@ -30,6 +30,7 @@ OPTIONS = (
     "--disable-sync",
     "--no-first-run",
     "--no-proxy-server",
+    "--host-resolver-rules=MAP elsewhere 127.0.0.1",
     "--password-store=basic",
     "--hide-scrollbars",
     "--remote-debugging-pipe",
@@ -65,9 +66,13 @@ class Browser:
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.resize(width, height)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.prefer("dark" if dark else "light")
         self.call("Page.navigate", url=url)
+        self.wait(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+
+    def prefer(self, scheme: str) -> None:
+        """Like pages light, or dark."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def resize(self, width: int, height: int) -> None:
         self.call(
@@ -98,7 +103,7 @@ class Browser:
         """Wait until an expression is true in the page, and return it."""
         deadline = time.monotonic() + PATIENCE_S
         while not (value := self.run(script)):
-            assert time.monotonic() < deadline, f"{script} is not true on:\n{self.text()}"
+            assert time.monotonic() < deadline, f"{script} is not true of:\n{self.text()}"
             time.sleep(0.05)
         return value
 

@@ -1,9 +1,9 @@
 """What the status page shows: the node's status, what was done lately, and the rows that were asked for.
 
 Theory. Many may look, each every two seconds, also at a node with a thousand volumes. So there is one look at the data
-process for all of them, at most one in SHORTEST_S, and never so often that looking takes more than a part in
-LOOKS_COST of the time; and everybody gets the rows that they asked for, not all. History is taken all the time: who
-opens the page because something is slow sees what the last minutes were like.
+process for all of them, at most one in SHORTEST_S, and one in SLOT_S where looking takes more than a part in LOOKS_COST
+of the time; and everybody gets the rows that they asked for, not all. History is taken all the time: who opens the page
+because something is slow sees what the last minutes were like.
 
 Rules
 - Filtering, sorting and cutting are pure (`select`).
@@ -23,7 +23,7 @@ from nbdserver.node.events import EventLog
 
 SHORTEST_S = 1.0
 LOOKS_COST = 20
-MOST_EVENTS = 40
+MOST_EVENTS = 100
 MOST_SHOWN = 10
 """Of scrubs that are under way or failed, and of volumes with a limit."""
 
@@ -129,7 +129,8 @@ class Overview:
             self._seen_s = self._now_s()
         finally:
             self._looking = None
-            self._next_s = began_s + max(SHORTEST_S, LOOKS_COST * (self._now_s() - began_s))
+            took_s = self._now_s() - began_s
+            self._next_s = began_s + min(max(SHORTEST_S, LOOKS_COST * took_s), SLOT_S)
 
     def _row(self, volume: Mapping[str, Any]) -> Row:
         key = _key(volume)

@@ -43,11 +43,16 @@ def event(kind: str, ago: timedelta = timedelta(minutes=10), **fields: Any) -> d
     return {"sequence": 1, "time": (TIME - ago).isoformat(), "kind": kind, **fields}
 
 
+SILENT_NODE = {"urgency": 2, "what": "node3 has been silent for 40 s", "remedy": "look at it"}
+TWO_VOTERS = {"urgency": 1, "what": "there are two voters", "remedy": "add a third node"}
+
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"data_pid": None}, NOW, "data process is being started again", "wait"),
     ({"data_silent_s": 12.4}, NOW, "data process has not answered for 12 s: clients wait", "kill -9 42"),
     ({"warnings": ["x.pem has expired; make a new one"]}, NOW, "x.pem has expired", "make a new one"),
-    ({"warnings": ["something"]}, NOW, "something", ""),
+    ({"cluster": {"problems": [SILENT_NODE]}}, NOW, "node3 has been silent for 40 s", "look at it"),
+    ({"cluster": {"problems": [TWO_VOTERS]}}, SOON, "there are two voters", "add a third node"),
+    ({"cluster": None, "warnings": ["something"]}, NOW, "something", ""),
     ({"fills": [fill("file system", 80.1, 80)]}, SOON, "file system is 80.1 % full: 9.0 GiB of 10.0 GiB", "/srv/nbd"),
     ({"fills": [fill("max_data", 96.0, 95)]}, NOW, "max_data is 96.0 % full", "raise it and reload"),
     ({"fills": [fill("volume web", 91.0, 90)]}, NOW, "volume web is 91.0 % full", "volume set web max-data=SIZE"),

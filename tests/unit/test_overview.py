@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from nbdserver.api.page import Sort
+from nbdserver.node.activity import SLOT_S
 from nbdserver.node.errors import NodeError
 from nbdserver.node.events import EventLog
 from nbdserver.node.overview import LOOKS_COST, MOST_SHOWN, SORTS, Overview, select
@@ -87,16 +88,16 @@ def test_who_looks_at_the_same_time_is_shown_one_look(tmp_path: Path) -> None:
 
 def test_a_node_that_is_slow_to_look_at_is_looked_at_less_often(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
-    rig.took_s = 0.5
+    rig.took_s = 0.2
 
     async def look() -> None:
-        await rig.overview.show()
-        rig.now_s += LOOKS_COST * rig.took_s - rig.took_s - 0.1
-        assert (await rig.overview.show())["seen_s"] == pytest.approx(9.4)
-        assert rig.looks == 1
-        rig.now_s += 0.2
-        await rig.overview.show()
-        assert rig.looks == 2
+        for took_s, rests_s in ((0.2, LOOKS_COST * 0.2), (2.0, SLOT_S)):
+            rig.took_s, looks = took_s, rig.looks
+            await rig.overview.show()
+            rig.now_s += rests_s - took_s - 0.1
+            assert (await rig.overview.show())["seen_s"] == pytest.approx(rests_s - took_s - 0.1)
+            assert rig.looks == looks + 1
+            rig.now_s += 0.2
 
     asyncio.run(look())
 

@@ -3,13 +3,13 @@
 // Rules: one request at a time, none while nobody looks. Whoever looks sees how old what they see is: from the first
 // request that fails on, the page says so above everything else.
 
-import { bandwidth, clock, count, day, duration, event, latency, rate, size } from "./words.js";
+import { bandwidth, clock, count, day, duration, event, latency, rate, size, together } from "./words.js";
 import { bar, element, redraw, setText, sparkline, Table } from "./tables.js";
 
 const POLL_MS = 2000;
 const ANSWER_MS = 10000;
 const ROWS = 50;
-const NODES = 300;
+const NODES = 12; // shown at once: the volumes stand below them
 const SLOTS = 60;
 const STATES = {
   serving: "good", full: "now", failed: "now", unknown: "now", starting: "soon", up: "good", silent: "now", draining: "soon",
@@ -46,7 +46,7 @@ async function ask() {
   } catch (error) {
     if (mine !== underWay) return; // another one was asked instead
     failure = error instanceof TypeError || error.message === "no answer" ? "" : error.message;
-    if (!shown || failure || !navigator.onLine) answered ??= new Date();
+    answered ??= new Date();
     lost(true);
   } finally {
     clearTimeout(late);
@@ -104,7 +104,7 @@ function tick() {
   setText(byId("lost-what"), `No answer from ${host} for ${silent}`);
   setText(byId("lost-why"), failure || (shown ? `What you see below is from ${clock(answered)}. Asking again.` : "Asking again."));
   setText(byId("lost-remedy"), `To do: look whether the machine is up and can be reached (ping); on it, systemctl status nbdserver
-    and nbdserver status. Hosts with volumes attached wait meanwhile.`);
+    and nbdserver status. Hosts with volumes attached wait meanwhile.${shown?.cluster ? " Another node's page shows the cluster." : ""}`);
   document.title = `no answer · ${host} · nbdserver`;
 }
 
@@ -215,7 +215,7 @@ function showVolumes({ volumes: { total, matching, rows } }) {
   const some = rows.length < matching ? `the first ${rows.length} of ${matching.toLocaleString("en")}` : `all ${matching.toLocaleString("en")}`;
   setText(byId("volumes-more"), !total ? "There are none yet: nbdserver volume create NAME --size 10G"
     : !matching ? `None of ${count(total, "volume")} matches.`
-      : asked.match ? `Showing ${some} that match, of ${count(total, "volume")}.` : `Showing ${some}.`);
+      : `Showing ${some}${asked.match ? ` that match, of ${count(total, "volume")}` : ""}. Curves are of the last 5 minutes.`);
   byId("volumes-all").hidden = rows.length >= matching || asked.limit >= 1000;
 }
 
@@ -227,6 +227,8 @@ byId("volumes-match").addEventListener("input", (typed) => {
 byId("volumes-all").addEventListener("click", () => askFor({ limit: Math.min(1000, asked.limit * 4) }));
 
 // --- the cluster ---
+
+let mostNodes = NODES;
 
 const nodes = new Table(byId("nodes"), [
   { title: "Node", draw: (row) => [[row.name, row.is_master, row.is_here, row.is_voter], () => [
@@ -257,15 +259,24 @@ function showCluster({ cluster }) {
       node.draining ? "draining" : ""].join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
   });
-  found.sort((one, other) => (one.state === "up") - (other.state === "up") || one.name.localeCompare(other.name, "en", { numeric: true }));
-  nodes.update(found.slice(0, NODES));
+  const place = (node) => (node.state !== "up" ? 0 : node.is_master ? 1 : 2);
+  found.sort((one, other) => place(one) - place(other) || one.name.localeCompare(other.name, "en", { numeric: true }));
+  nodes.update(found.slice(0, mostNodes));
   const up = all.filter((node) => node.state === "up").length;
   setText(byId("cluster-facts"), `Cluster ${cluster.name}: ${up} of ${count(all.length, "node")} up, master ${cluster.master || "none"}, `
     + `registry ${registry.kind} ${registry.is_connected ? "connected" : "not connected"}${registry.endpoint ? ` (${registry.endpoint})` : ""}`);
-  setText(byId("nodes-more"), found.length < all.length ? `Showing ${Math.min(found.length, NODES)} of ${count(all.length, "node")}.` : "");
+  const rows = Math.min(found.length, mostNodes);
+  setText(byId("nodes-more"), rows < all.length ? `Showing ${rows} of ${count(all.length, "node")}.` : "");
+  byId("nodes-all").hidden = rows === found.length;
 }
 
-byId("nodes-match").addEventListener("input", () => shown && showCluster(shown));
+function showNodes(most) {
+  mostNodes = most;
+  if (shown) showCluster(shown);
+}
+
+byId("nodes-match").addEventListener("input", () => showNodes(NODES));
+byId("nodes-all").addEventListener("click", () => showNodes(Infinity));
 
 // --- the rest ---
 
@@ -313,12 +324,12 @@ function showNode({ host, listen, data, pid, data_pid: dataPid, tls, checksum, v
 
 function showEvents({ events }) {
   const last = events.at(-1)?.sequence;
-  redraw(byId("events"), [last, new Date().toDateString()], () => events.length ? events.toReversed().map((found) => {
-    const { what, about, bad } = event(found);
-    const when = new Date(found.time);
+  redraw(byId("events"), [last, new Date().toDateString()], () => events.length ? together(events).map(({ newest, oldest, times }) => {
+    const { what, about, bad } = event(newest);
+    const more = times > 1 ? ` (${times} times since ${clock(new Date(oldest.time))})` : "";
     return element("li", { class: bad ? "bad" : null },
-      element("time", { datetime: found.time, title: found.time }, clock(when)),
-      element("b", {}, what), element("span", {}, about));
+      element("time", { datetime: newest.time, title: newest.time }, clock(new Date(newest.time))),
+      element("b", {}, what), element("span", {}, about + more));
   }) : [element("li", {}, "Nothing has happened yet.")]);
 }
 

@@ -68,3 +68,14 @@ function field(name, value) {
   if (typeof value === "number" && name.endsWith("_s")) return `${value} s`;
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
+
+// Events, newest first; what happens to the same thing again and again is one line with its newest and oldest.
+export function together(events) {
+  const lines = new Map();
+  for (const found of events.toReversed()) {
+    const key = [found.kind, found.volume, found.subject, found.peer, found.reason].join("\0");
+    const line = lines.get(key) ?? { newest: found, times: 0 };
+    lines.set(key, { ...line, oldest: found, times: line.times + 1 });
+  }
+  return [...lines.values()];
+}
