@@ -280,8 +280,6 @@ class Node(BaseModel):
     handover: Handover | None = Field(description="the last one; null if this program was started afresh")
     cluster: ClusterStatus | None = Field(description="null for a node that stands alone")
 
-    cluster: dict[str, Any] | None = Field(default=None, description="null for a node that stands alone")
-
 
 class Status(Node):
     """The node."""

@@ -44,7 +44,7 @@ from nbdserver.node.descriptors import LOCK, close_all
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.events import EventLog
-from nbdserver.node.findings import findings, in_order
+from nbdserver.node.findings import findings
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.overview import Overview
 from nbdserver.node.scrubs import Scrubs
@@ -204,9 +204,8 @@ class Node:
             "cluster": self.cluster.describe() if self.cluster else None,
             "volumes": volumes,
         }
-        found = findings(status, self.events.since(0), datetime.now(UTC))
-        if self.cluster is not None:
-            found = in_order([*found, *self.cluster.findings()])
+        of_cluster = self.cluster.findings() if self.cluster else []
+        found = findings(status, self.events.since(0), datetime.now(UTC), of_cluster)
         return status | {"findings": [asdict(finding) for finding in found]}
 
     def load(self) -> dict[str, Any]:

@@ -67,11 +67,17 @@ class Finding:
         return f"{self.subject} {self.problem}".strip()
 
 
-def findings(status: Mapping[str, Any], events: Sequence[Mapping[str, Any]], now: datetime) -> list[Finding]:
-    """What `status` (as `Node.status` makes it) and the `events` up to `now` say, the most urgent first."""
+def findings(
+    status: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]],
+    now: datetime,
+    of_cluster: Iterable[Finding] = (),
+) -> list[Finding]:
+    """What `status` (as `Node.status` makes it) and the `events` up to `now` say, and what is wrong with the cluster:
+    the most urgent first."""
     found = [
         *_of_data_process(status),
-        *_of_cluster(status.get("cluster")),
+        *of_cluster,
         *_of_warnings(status["warnings"]),
         *_of_fills(status["fills"], status["data"]),
         *_of_volumes(status["volumes"]),
@@ -108,15 +114,6 @@ def _of_data_process(status: Mapping[str, Any]) -> list[Finding]:
         )
         return [Finding(NOW, "data process", f"has not answered for {silent_s:.0f} s: clients wait", remedy)]
     return []
-
-
-def _of_cluster(cluster: Mapping[str, Any] | None) -> list[Finding]:
-    if cluster is None:
-        return []
-    return [
-        Finding(NOW if problem["urgency"] > 1 else SOON, "", problem["what"], problem["remedy"])
-        for problem in cluster["problems"]
-    ]
 
 
 def _of_warnings(warnings: Sequence[str]) -> list[Finding]:

@@ -175,7 +175,8 @@ def member(number: int, **more: Any) -> dict[str, Any]:
         "id": f"{number:016x}",
         "volumes": number,
         "clients": number,
-        "iops": 1000.0,
+        "requests_per_s": 1000.0,
+        "latency_us": 90,
         "read_bytes_per_s": 1 << 20,
         "write_bytes_per_s": 0,
         "used_bytes": 85,
@@ -187,9 +188,10 @@ def member(number: int, **more: Any) -> dict[str, Any]:
 def large() -> dict[str, Any]:
     """What a node of a large cluster with many volumes says, and one other node does not."""
     nodes = [member(number) for number in range(1, 301)]
-    nodes[6] |= {"state": "silent", "silent_s": 75.0, "volumes": None, "iops": None, "read_bytes_per_s": None}
+    nodes[6] |= {"state": "silent", "silent_s": 75.0, "volumes": None, "requests_per_s": None, "read_bytes_per_s": None}
     nodes[6] |= {"fill_percent": None, "started": ""}
-    registry = {"kind": "etcd", "is_connected": True, "for_s": 5.0, "endpoint": "etcd1:2379"}
+    registry = {"kind": "etcd", "is_connected": True, "for_s": 5.0, "endpoint": "etcd1:2379", "endpoints": []}
+    registry["last_error"] = ""
     cluster = {"name": "production", "node": "node1", "is_active": True, "master": "node1", "epoch": 3, "voters": []}
     traffic = {
         "requests_per_s": 12345.6,
@@ -241,7 +243,7 @@ def large() -> dict[str, Any]:
         "scrub_states": {"done": 1000},
         "scrub_next": "2026-12-25T00:00:00+00:00",
         "handover": None,
-        "cluster": {**cluster, "registry": registry, "nodes": nodes, "problems": []},
+        "cluster": {**cluster, "registry": registry, "nodes": nodes},
         "seen_s": 0.1,
         "slot_s": 5.0,
         "states": {"serving": 999, "full": 1},

@@ -43,16 +43,11 @@ def event(kind: str, ago: timedelta = timedelta(minutes=10), **fields: Any) -> d
     return {"sequence": 1, "time": (TIME - ago).isoformat(), "kind": kind, **fields}
 
 
-SILENT_NODE = {"urgency": 2, "what": "node3 has been silent for 40 s", "remedy": "look at it"}
-TWO_VOTERS = {"urgency": 1, "what": "there are two voters", "remedy": "add a third node"}
-
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"data_pid": None}, NOW, "data process is being started again", "wait"),
     ({"data_silent_s": 12.4}, NOW, "data process has not answered for 12 s: clients wait", "kill -9 42"),
     ({"warnings": ["x.pem has expired; make a new one"]}, NOW, "x.pem has expired", "make a new one"),
-    ({"cluster": {"problems": [SILENT_NODE]}}, NOW, "node3 has been silent for 40 s", "look at it"),
-    ({"cluster": {"problems": [TWO_VOTERS]}}, SOON, "there are two voters", "add a third node"),
-    ({"cluster": None, "warnings": ["something"]}, NOW, "something", ""),
+    ({"warnings": ["something"]}, NOW, "something", ""),
     ({"fills": [fill("file system", 80.1, 80)]}, SOON, "file system is 80.1 % full: 9.0 GiB of 10.0 GiB", "/srv/nbd"),
     ({"fills": [fill("max_data", 96.0, 95)]}, NOW, "max_data is 96.0 % full", "raise it and reload"),
     ({"fills": [fill("volume web", 91.0, 90)]}, NOW, "volume web is 91.0 % full", "volume set web max-data=SIZE"),
@@ -91,6 +86,13 @@ def test_of_a_node_that_is_well_nothing_is_said() -> None:
     }
     events = [event("volume-created", volume="a"), event("data-process-ended", TOLD_FOR, exit_code=-9)]
     assert findings(WELL | well, events, TIME) == []
+
+
+def test_what_is_wrong_with_the_cluster_is_told_in_its_place() -> None:
+    of_cluster = [Finding(NOW, "node3", "is silent", "look at it"), Finding(SOON, "", "there are two voters", "")]
+    change = {"data_pid": None, "handover": {"failure": "no room"}}
+    found = findings(WELL | change, [], TIME, of_cluster)
+    assert [one.subject for one in found] == ["data process", "node3", "", "upgrade"]
 
 
 def test_what_is_over_is_told_for_a_day_and_needs_nobody() -> None:

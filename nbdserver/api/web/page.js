@@ -242,8 +242,9 @@ const nodes = new Table(byId("nodes"), [
   { title: "Version", draw: (row) => plain(row.version) },
   { title: "Up", number: true, draw: (row) => plain(row.started && row.state === "up" ? duration((new Date() - new Date(row.started)) / 1000) : "–") },
   { title: "Volumes", number: true, draw: (row) => plain(row.volumes === null ? "–" : String(row.volumes)) },
-  { title: "Requests/s", number: true, draw: (row) => plain(rate(row.iops)) },
+  { title: "Requests/s", number: true, draw: (row) => plain(rate(row.requests_per_s)) },
   { title: "Throughput", number: true, draw: (row) => plain(row.read_bytes_per_s === null ? "–" : bandwidth(row.read_bytes_per_s + row.write_bytes_per_s)) },
+  { title: "Latency", number: true, draw: (row) => plain(latency(row.latency_us)) },
   { title: "Disk used", number: true, draw: (row) => [row.fill_percent, () => row.fill_percent === null ? ["–"]
     : [`${row.fill_percent.toFixed(0)} %`, bar(row.fill_percent, mark(row.fill_percent))]] },
 ]);
