@@ -1,9 +1,9 @@
 """`python -m tests.benchmark`: the command line of the benchmark."""
 
 import json
+import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from . import machine, measuring, profiler
 from .load import Sample, fio_command, fio_version
 from .memory_group import LEAST_BYTES, MemoryGroup
-from .processes import BenchmarkError, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, Run, console, run_of
+from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
 from .report import noise_cores, rich_table
 from .rows import ROWS_BY_NAME, Row
@@ -34,8 +35,6 @@ LEAST_ROOM_BYTES = 1 << 30
 GOAL_WITH_LIMITED_MEMORY = 1.0  # then the device decides, and a copy of its queue is the best there is
 BUSY_LOAD = 0.7
 
-# A pipe has no width of its own: the table would be folded to 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 160)
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -124,37 +123,28 @@ def benchmark(
     ] = None,
     quick: Annotated[bool, typer.Option(help="A smoke run: 32M, 2 rounds of 0.3 s, no search for settings.")] = False,
     search: Annotated[bool, typer.Option(help="Search the peers' settings again.")] = False,
-    directory: Annotated[
-        Path | None, typer.Option(help="Where the disks lie (removed afterwards).  [default: in --results]")
-    ] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
     profile: Annotated[str | None, typer.Option(metavar="ROW", help="Profile this server in one row instead.")] = None,
 ) -> None:
     """Measure this server beside nbdkit, qemu-nbd and nbd-server by fio, in turn, on one disk."""
-    end_in_order_when_told()
-    try:
+    with run_of("bench", results, directory) as bench:
         refuse_a_slow_checksum()
         size_bytes = QUICK_SIZE_BYTES if quick else size_bytes_of(size)
-        results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="bench-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            if profile:
-                (row,) = chosen_rows(profile)
-                (subject,) = chosen_targets(SUBJECT, place, size_bytes)
-                run_profile(subject, row, max(seconds, 5.0), results)
-                return
-            servers = chosen_targets(targets, place, size_bytes)
-            machine.check_room(place, room_bytes(servers))
-            memory_bytes = limit_bytes_of(memory)
-            wanted = chosen_rows(rows, memory_is_limited=memory_bytes > 0)
-            counts = (2, 0.3) if quick else (rounds, seconds)
-            with memory_limited(servers, memory_bytes):
-                result = run(servers, wanted, counts[0], counts[1], None if quick else results, search)
-        write(result, results, as_json)
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        if profile:
+            (row,) = chosen_rows(profile)
+            (subject,) = chosen_targets(SUBJECT, bench.place, size_bytes)
+            run_profile(subject, row, max(seconds, 5.0), results)
+            return
+        servers = chosen_targets(targets, bench.place, size_bytes)
+        machine.check_room(bench.place, room_bytes(servers))
+        memory_bytes = limit_bytes_of(memory)
+        wanted = chosen_rows(rows, memory_is_limited=memory_bytes > 0)
+        counts = (2, 0.3) if quick else (rounds, seconds)
+        with memory_limited(servers, memory_bytes):
+            figures = run(servers, wanted, counts[0], counts[1], None if quick else results, search)
+        show(bench, figures, as_json)
 
 
 def run(
@@ -162,9 +152,9 @@ def run(
 ) -> dict[str, Any]:
     """Measure and return the result; the servers are stopped whatever happens."""
     size_bytes = servers[0].size_bytes
-    where = machine.describe(servers[0].directory.parent)
-    if float(where["load_before"]) > BUSY_LOAD:
-        warning = f"the machine is busy (load {where['load_before']}): expect noise, and wrong settings from a search"
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        warning = f"the machine is busy (load {load:.2f}): expect noise, and wrong settings from a search"
         Console(stderr=True).print(warning, style="yellow", highlight=False, soft_wrap=True)
     name = "peer-settings-limited.json" if servers[0].memory else "peer-settings.json"
     path = settings_in / name if settings_in else Path("/nonexistent")
@@ -198,7 +188,7 @@ def run(
             for server in servers:
                 server.stop()
     options = {"size_bytes": size_bytes, "memory_bytes": memory_bytes, "rounds": rounds, "seconds": seconds}
-    return assemble(servers, rows, samples, kept, options, where)
+    return assemble(servers, rows, samples, kept, options)
 
 
 def assemble(
@@ -207,9 +197,8 @@ def assemble(
     samples: dict[str, dict[str, list[Sample]]],
     kept: measuring.PeerSettings,
     options: dict[str, Any],
-    where: dict[str, str | int | float],
 ) -> dict[str, Any]:
-    """The result as it is written: everything that the table, the plot and the documents are made from."""
+    """The figures as they are written: with the run's conditions, all that table, plot and documents are made from."""
     rows_json = []
     used: dict[str, dict[str, Setting]] = {server.name: {} for server in servers}
     for row in rows:
@@ -233,9 +222,6 @@ def assemble(
         )
     return {
         "format": RESULT_FORMAT,
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "commit": machine.commit(),
-        "machine": where,
         "fio_version": fio_version(),
         "options": options,
         "subject": SUBJECT,
@@ -253,20 +239,17 @@ def assemble(
     }
 
 
-def write(result: dict[str, Any], results: Path, as_json: bool) -> None:
+def show(bench: Run, figures: dict[str, Any], as_json: bool) -> None:
     """The JSON file, the plot, and the table on the terminal."""
     from .plot import draw
 
-    stem = results / time.strftime("bench-%Y%m%d-%H%M%S")
-    text = json.dumps(result, indent=1)
-    stem.with_suffix(".json").write_text(text + "\n")
-    draw(result, stem.with_suffix(".png"))
+    result = bench.keep(figures, told=not as_json)
+    draw(result, bench.picture)
     if as_json:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
     console.print(rich_table(result))
     console.print(f"{noise_cores(result):.2f} of the cores were busy with other things", highlight=False)
-    console.print(f"{stem}.json, {stem}.png", highlight=False)
 
 
 def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> None:

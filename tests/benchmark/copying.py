@@ -5,34 +5,31 @@ random data in a file in the page cache, the other way goes to `null:`, so that 
 in ends with a flush. Peers run with the setting that is best for 128k sequential writes, if a search found one.
 """
 
-import json
 import os
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from . import machine
 from .__main__ import chosen_targets, size_bytes_of
 from .measuring import PeerSettings
-from .processes import BenchmarkError, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
 from .rows import ROWS_BY_NAME
 from .targets import SUBJECT, Target
 
+SEARCHED_SIZE_BYTES = 1 << 30  # of the benchmark's own search: the setting is what is best in memory
 LIKE = ROWS_BY_NAME["write-128k-d8"]
 PIECE_BYTES = 16 << 20
 WAYS = ("in", "out")
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def make_image(path: Path, size_bytes: int) -> None:
@@ -92,45 +89,27 @@ def run(
     size: Annotated[str, typer.Option(help="Size of the image.")] = "4G",
     targets: Annotated[str | None, typer.Option(help="Comma-separated targets.  [default: all]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Copies of each target, each way.")] = 3,
-    directory: Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Copy an image into this server and its peers, and out of them."""
-    end_in_order_when_told()
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("copying", results, directory) as bench:
         size_bytes = size_bytes_of(size)
-        with tempfile.TemporaryDirectory(prefix="copy-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            servers = chosen_targets(targets, place, size_bytes)
-            machine.check_room(place, size_bytes * (2 * len(servers) + 2))
-            kept = PeerSettings(results / "peer-settings.json", servers, size_bytes)
-            image = place / "image"
-            make_image(image, size_bytes)
-            try:
-                for server in servers:
-                    server.prepare()
-                    server.start(kept.best(server, LIKE))
-                samples = measure(servers, image, rounds)
-            finally:
-                for server in servers:
-                    server.stop()
-            where: dict[str, Any] = machine.describe(place)
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    result = {
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "commit": machine.commit(),
-        "machine": where,
-        "command": " ".join(["python -m tests.benchmark.copying", *sys.argv[1:]]),
-        "versions": {server.name: server.version() for server in servers},
-        "samples": samples,
-    }
-    path = results / time.strftime("copying-%Y%m%d-%H%M%S.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(show(servers, samples))
-    console.print(path, highlight=False)
+        servers = chosen_targets(targets, bench.place, size_bytes)
+        machine.check_room(bench.place, size_bytes * (len(servers) + 3))
+        kept = PeerSettings(results / "peer-settings.json", servers, SEARCHED_SIZE_BYTES)
+        image = bench.place / "image"
+        make_image(image, size_bytes)
+        try:
+            for server in servers:
+                server.prepare()
+                server.start(kept.best(server, LIKE))
+            samples = measure(servers, image, rounds)
+        finally:
+            for server in servers:
+                server.stop()
+        console.print(show(servers, samples))
+        bench.keep({"versions": {server.name: server.version() for server in servers}, "samples": samples})
 
 
 if __name__ == "__main__":

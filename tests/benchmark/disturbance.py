@@ -5,6 +5,7 @@ Percentiles of 4 KiB random reads and writes at depth 1, alone and while
 * a checkpoint is made every second (the product's own interval is 30 s; a `sitecustomize` in the server's path changes
   that number and nothing else),
 * the cleaner works (the whole disk was just overwritten at random),
+* a scrub reads the disk,
 * `/metrics` is read every second,
 * the list of all volumes is read every second, with many volumes on the node.
 
@@ -15,10 +16,7 @@ what the case did meanwhile (checkpoints, blocks moved, requests), so that a cas
 Known weakness: checkpoints go on in the other cases too, at their own interval.
 """
 
-import json
 import re
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,6 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from nbdserver.cli.client import NodeClient
@@ -37,8 +34,9 @@ from nbdserver.cli.client import NodeClient
 from . import machine
 from .__main__ import size_bytes_of
 from .load import prefill, run_fio, scatter
-from .processes import BenchmarkError, Server, end_in_order_when_told
-from .targets import Nbdserver
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError
+from .targets import EXPORT, Nbdserver, Setting
 
 CHECKPOINT_EVERY_S = 1.0
 QUICK_CHECKPOINTS = f"""
@@ -52,7 +50,6 @@ API_TIMEOUT_S = 30.0
 PATTERNS = ("randread", "randwrite")
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Node:
@@ -67,9 +64,9 @@ class Node:
                 raise BenchmarkError("the server's API does not answer")
             time.sleep(0.05)
 
-    def counter(self, name: str) -> float:
-        """One of its counters, of all volumes together."""
-        found = re.findall(rf"^nbdserver_{name}_total(?:{{[^}}]*}})? (\S+)$", self._metrics(), re.MULTILINE)
+    def figure(self, name: str) -> float:
+        """One of its metrics, of all volumes together; a counter's name ends in `_total`."""
+        found = re.findall(rf"^nbdserver_{name}(?:{{[^}}]*}})? (\S+)$", self._metrics(), re.MULTILINE)
         return sum(map(float, found))
 
     def _metrics(self) -> str:
@@ -84,6 +81,15 @@ class Node:
 
     def list_volumes(self) -> None:
         self._api.get("/v1/volumes")
+
+    @contextmanager
+    def scrubbing(self) -> Iterator[None]:
+        """Its disk is read from the beginning meanwhile."""
+        self._api.post("/v1/scrubs", {"volume": EXPORT})
+        try:
+            yield
+        finally:
+            self._api.delete("/v1/scrubs")
 
     def limit_data(self, volume: str, size_bytes: int) -> None:
         """What the volume's segment files may take."""
@@ -126,24 +132,32 @@ class Case:
     beside: Callable[[Node], Any] = lambda node: nothing()
 
 
-ALONE = Case("alone", "disk_checkpoints")
+ALONE = Case("alone", "disk_checkpoints_total")
 CASES = (
     ALONE,
-    Case("the cleaner", "disk_cleaner_blocks_moved", begin=lambda node: scatter(node.target)),
+    Case("the cleaner", "disk_cleaner_blocks_moved_total", begin=lambda node: scatter(node.target)),
+    Case("a scrub", "scrub_done_bytes", beside=lambda node: node.scrubbing()),
     Case("/metrics every second", "", beside=lambda node: every_second(node.read_metrics)),
     Case("list of all volumes every second", "", beside=lambda node: every_second(node.list_volumes)),
 )
-CHECKPOINTS = Case("a checkpoint every second", "disk_checkpoints")
+CHECKPOINTS = Case("a checkpoint every second", "disk_checkpoints_total")
 
 
 def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> dict[str, float]:
     case.begin(node)
-    held, shown = node.counter("loop_held"), node.counter(case.shows) if case.shows else 0
+    held = node.figure("loop_held_total")
     command = ["fio", "--name=depth1", "--ioengine=nbd", f"--uri={node.target.uri}", "--thread", f"--rw={pattern}"]
-    command += [f"--size={node.target.size_bytes}", "--bs=4k", "--iodepth=1", "--time_based", f"--runtime={seconds}"]
-    command += [f"--randseed={seed}", "--percentile_list=50:99:99.9:100", "--output-format=json"]
+    command += [f"--size={node.target.size_bytes}", "--bs=4k", "--iodepth=1", "--time_based"]
+    command += [
+        f"--runtime={round(seconds * 1000)}ms",
+        f"--randseed={seed}",
+        "--percentile_list=50:99:99.9:100",
+        "--output-format=json",
+    ]
     with case.beside(node):
+        before = node.figure(case.shows) if case.shows else 0
         job = run_fio(command, timeout_s=seconds + 60)
+        shown = node.figure(case.shows) - before if case.shows else 0
     side = job["write" if pattern == "randwrite" else "read"]
     percentiles = side["clat_ns"]["percentile"]
     return {
@@ -152,8 +166,8 @@ def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> 
         "p99_us": percentiles["99.000000"] / 1000,
         "p99_9_us": percentiles["99.900000"] / 1000,
         "longest_us": side["clat_ns"]["max"] / 1000,
-        "loop_held": node.counter("loop_held") - held,
-        "shown": node.counter(case.shows) - shown if case.shows else 0,
+        "loop_held": node.figure("loop_held_total") - held,
+        "shown": shown,
     }
 
 
@@ -190,18 +204,22 @@ def show(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+class QuickCheckpoints(Nbdserver):
+    """This server with a shorter checkpoint interval."""
+
+    def command(self, setting: Setting) -> list[str]:
+        path = self.directory.parent / "path"
+        path.mkdir(exist_ok=True)
+        (path / "sitecustomize.py").write_text(QUICK_CHECKPOINTS)
+        return ["env", f"PYTHONPATH={path}:{Path.cwd()}", *super().command(setting)]
+
+
 @contextmanager
-def served(place: Path, size_bytes: int, quick_checkpoints: bool = False) -> Iterator[Node]:
-    """A server on a new, filled volume."""
-    target = Nbdserver(place, size_bytes)
+def served(target: Nbdserver) -> Iterator[Node]:
+    """The server on a new, filled volume."""
     target.prepare()
-    command = target.command(target.setting)
-    if quick_checkpoints:
-        (place / "path").mkdir()
-        (place / "path" / "sitecustomize.py").write_text(QUICK_CHECKPOINTS)
-        command = ["env", f"PYTHONPATH={place / 'path'}:{Path.cwd()}", *command]
-    target.server = Server(command, target.socket_path, target.log_path)
     try:
+        target.start(target.setting)
         prefill(target)
         yield Node(target)
     finally:
@@ -213,40 +231,24 @@ def run(
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
     volumes: Annotated[int, typer.Option(min=0, help="Other volumes on the node.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
-    seconds: Annotated[float, typer.Option(min=1, help="Length of one measurement.")] = 4.0,
-    directory: Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 4.0,
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Measure latencies at depth 1 under disturbances."""
-    end_in_order_when_told()
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("disturbance", results, directory) as bench:
         size_bytes = size_bytes_of(size)
-        with tempfile.TemporaryDirectory(prefix="disturb-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            machine.check_room(place, size_bytes * 4 + (2 << 30))
-            (place / "usual").mkdir()
-            with served(place / "usual", size_bytes) as node:
-                node.make_volumes(volumes)
-                rows = measure_cases(node, CASES, rounds, seconds)
-            (place / "quick").mkdir()
-            with served(place / "quick", size_bytes, quick_checkpoints=True) as node:
-                rows += measure_cases(node, (CHECKPOINTS,), rounds, seconds)
-            where = machine.describe(place)
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    result = {
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "commit": machine.commit(),
-        "machine": where,
-        "command": " ".join(["python -m tests.benchmark.disturbance", *sys.argv[1:]]),
-        "rows": rows,
-    }
-    path = results / time.strftime("disturbance-%Y%m%d-%H%M%S.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(show(rows))
-    console.print(path, highlight=False)
+        machine.check_room(bench.place, size_bytes * 4 + (2 << 30))
+        usual, quick = bench.place / "usual", bench.place / "quick"
+        usual.mkdir()
+        with served(Nbdserver(usual, size_bytes)) as node:
+            node.make_volumes(volumes)
+            rows = measure_cases(node, CASES, rounds, seconds)
+        quick.mkdir()
+        with served(QuickCheckpoints(quick, size_bytes)) as node:
+            rows += measure_cases(node, (CHECKPOINTS,), rounds, seconds)
+        console.print(show(rows))
+        bench.keep({"rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ background.
 Known weakness: fsyncs of the log and of the registry stand in what is measured, and the device decides about them.
 """
 
-import json
-import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median, quantiles
@@ -36,6 +33,7 @@ from tests.serving import Server
 from . import machine
 from .__main__ import size_bytes_of
 from .handover import free_port
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 
 SIZES = "1G,64G,1T,16T"
@@ -54,7 +52,6 @@ COUNTED_SIZE_BYTES = 64 << 30  # of the volume whose snapshots and clones are co
 PIECE_BYTES = 64 << 10
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Served:
@@ -201,49 +198,29 @@ def run(
     counts: Annotated[str, typer.Option(help="How many snapshots, and clones; comma-separated, rising.")] = COUNTS,
     rounds: Annotated[int, typer.Option(min=1, help="Of every operation at each step.")] = 15,
     written: Annotated[str, typer.Option(help="Written to each volume before.")] = "64M",
-    directory: Annotated[Path | None, typer.Option(help="Where the volumes lie.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Measure changes of layers over sizes of volumes and numbers of snapshots and clones."""
     processes = Processes()
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("layers", results, directory) as bench:
         wanted = [size_bytes_of(size) for size in sizes.split(",")]
-        with (
-            tempfile.TemporaryDirectory(prefix="layers-", dir=directory or results) as scratch,
-            Progress(console=Console(stderr=True)) as progress,
-        ):
-            place = Path(scratch).resolve()
-            machine.check_room(place, 4 << 30)
-            served = Served(processes, place)
-            try:
+        machine.check_room(bench.place, 4 << 30)
+        try:
+            with Progress(console=Console(stderr=True)) as progress:
                 series = steps_of(
-                    served,
+                    Served(processes, bench.place),
                     wanted,
                     [int(count) for count in counts.split(",")],
                     size_bytes_of(written),
                     rounds,
                     progress,
                 )
-            finally:
-                processes.end()
-            result = {
-                "date": time.strftime("%Y-%m-%d %H:%M %z"),
-                "commit": machine.commit(),
-                "machine": machine.describe(place),
-                "command": " ".join(["python -m tests.benchmark.layers", *sys.argv[1:]]),
-                "rounds": rounds,
-                "series": series,
-            }
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    stem = results / time.strftime("layers-%Y%m%d-%H%M%S")
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw_plot(result, stem.with_suffix(".png"))
-    for table in show(series):
-        console.print(table)
-    console.print(f"{stem}.json, {stem}.png", highlight=False)
+        finally:
+            processes.end()
+        draw_plot(bench.keep({"rounds": rounds, "series": series}), bench.picture)
+        for table in show(series):
+            console.print(table)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from contextlib import closing
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from protocol.nbd import Command
@@ -31,13 +27,13 @@ from tests.nbd_client import Client
 from . import machine
 from .__main__ import size_bytes_of
 from .load import run_fio
-from .processes import BenchmarkError, Server, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError, Server
 from .targets import EXPORT, Nbdserver
 
 BLOCK_BYTES = 4096
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def fill(target: Nbdserver, start: int, stop: int) -> None:
@@ -107,48 +103,32 @@ def run(
     sizes: Annotated[str, typer.Option(help="What is written before, comma-separated, rising.")] = "1G,5G,20G",
     rounds: Annotated[int, typer.Option(min=1, help="Kills at each size.")] = 3,
     load_s: Annotated[float, typer.Option(min=0.5, help="Seconds of random writes before each kill.")] = 10.0,
-    directory: Annotated[Path | None, typer.Option(help="Where the volume lies.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Measure how long the server takes to start after kill -9."""
-    end_in_order_when_told()
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("restart", results, directory) as bench:
         steps = [size_bytes_of(size) for size in sizes.split(",")]
         rows = []
-        with tempfile.TemporaryDirectory(prefix="restart-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            machine.check_room(place, steps[-1] * 3 // 2 + (4 << 30))
-            target = Nbdserver(place, steps[-1])
-            target.prepare()
-            target.start(target.setting)
-            try:
-                filled = seed = 0
-                for step in steps:
-                    fill(target, filled, step)
-                    filled = step
-                    taken = []
-                    for _ in range(rounds):
-                        seed += 1
-                        load_and_kill(target, filled, load_s, seed)
-                        taken.append(start(target, seed))
-                    rows.append({"written_bytes": filled, "rounds": taken})
-            finally:
-                target.stop()
-            result = {
-                "date": time.strftime("%Y-%m-%d %H:%M %z"),
-                "commit": machine.commit(),
-                "machine": machine.describe(place),
-                "command": " ".join(["python -m tests.benchmark.restart", *sys.argv[1:]]),
-                "rows": rows,
-            }
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    path = results / time.strftime("restart-%Y%m%d-%H%M%S.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(show(rows))
-    console.print(path, highlight=False)
+        machine.check_room(bench.place, steps[-1] * 3 // 2 + (4 << 30))
+        target = Nbdserver(bench.place, steps[-1])
+        target.prepare()
+        target.start(target.setting)
+        try:
+            filled = seed = 0
+            for step in steps:
+                fill(target, filled, step)
+                filled = step
+                taken = []
+                for _ in range(rounds):
+                    seed += 1
+                    load_and_kill(target, filled, load_s, seed)
+                    taken.append(start(target, seed))
+                rows.append({"written_bytes": filled, "rounds": taken})
+        finally:
+            target.stop()
+        console.print(show(rows))
+        bench.keep({"rows": rows})
 
 
 if __name__ == "__main__":

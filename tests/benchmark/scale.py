@@ -18,12 +18,11 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,6 +35,7 @@ from nbdserver.logdisk.disk import DiskSettings, LogDisk, Report
 
 from . import machine
 from .__main__ import size_bytes_of
+from .outcome import RESULTS, ResultsOption, console, run_of, told_in_one_line
 from .processes import BenchmarkError
 from .scale_family import SEGMENT_BYTES, Host, Spread, fill, host
 
@@ -47,7 +47,6 @@ OVERWRITES = 50_000
 BATCH = 16
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 # -- what runs in a process of its own
@@ -332,11 +331,9 @@ def build(
     blocks: BlocksOption = DEFAULT_BLOCKS,
 ) -> None:
     """Build the families that `run --directory DIR` then measures: some minutes each."""
-    try:
+    with told_in_one_line():
         directory.mkdir(parents=True, exist_ok=True)
         build_families(directory, spreads_of(sizes, blocks))
-    except BenchmarkError as error:
-        refuse(error)
 
 
 @application.command()
@@ -349,35 +346,16 @@ def run(
     directory: Annotated[
         Path | None, typer.Option(help="Where `build` left families.  [default: they are built now, and removed]")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Measure map lookups, opening and recovery over volumes of growing size."""
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("scale", results, directory, stays=True) as bench:
         spreads = spreads_of(sizes, blocks)
-        with tempfile.TemporaryDirectory(prefix="scale-", dir=results) as scratch:
-            place = (directory or Path(scratch)).resolve()
-            build_families(place, spreads)
-            result: dict[str, Any] = {
-                "date": time.strftime("%Y-%m-%d %H:%M %z"),
-                "commit": machine.commit(),
-                "machine": machine.describe(place),
-                "command": " ".join(["python -m tests.benchmark.scale run", *sys.argv[2:]]),
-                "overwrites_before_recovery": overwrites,
-                "rows": [measure_size(family_in(place, spread), spread, overwrites) for spread in spreads],
-            }
-    except BenchmarkError as error:
-        refuse(error)
-    stem = results / time.strftime("scale-%Y%m%d-%H%M%S")
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw_plot(result, stem.with_suffix(".png"))
-    console.print(show(result["rows"]))
-    console.print(f"{stem}.json, {stem}.png", highlight=False)
-
-
-def refuse(error: BenchmarkError) -> NoReturn:
-    Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-    raise SystemExit(2) from None
+        build_families(bench.place, spreads)
+        rows = [measure_size(family_in(bench.place, spread), spread, overwrites) for spread in spreads]
+        result = bench.keep({"overwrites_before_recovery": overwrites, "rows": rows})
+        draw_plot(result, bench.picture)
+        console.print(show(rows))
 
 
 if __name__ == "__main__":

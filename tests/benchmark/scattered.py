@@ -19,15 +19,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -44,7 +41,8 @@ from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 
 from . import machine
-from .processes import BenchmarkError, descendants, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError, descendants
 from .targets import Nbdserver
 
 VOLUME_BYTES = 1 << 40
@@ -53,38 +51,10 @@ DEPTH = 16
 WINDOW = 1024  # writes whose map pages are read together
 CACHE_BYTES = DiskSettings().cache_bytes
 MARGIN_BYTES = 200 << 20
+ROOM_FACTOR = 1.1  # of what is written: headers, and files written ahead
 MOST_BYTES_A_WRITE = 512
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
-
-DirectoryOption = Annotated[Path | None, typer.Option(help="Where the volume lies.  [default: in --results, removed]")]
-ResultsOption = Annotated[Path, typer.Option(help="Where results go.")]
-
-
-def write_result(results: Path, name: str, place: Path, figures: dict[str, Any]) -> None:
-    result = {
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "commit": machine.commit(),
-        "machine": machine.describe(place),
-        "command": " ".join(["python -m tests.benchmark.scattered", *sys.argv[1:]]),
-        **figures,
-    }
-    path = results / time.strftime(f"scattered-{name}-%Y%m%d-%H%M%S.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(path, highlight=False)
-
-
-@contextmanager
-def place_in(directory: Path | None, results: Path) -> Iterator[Path]:
-    results.mkdir(parents=True, exist_ok=True)
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield directory.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="scattered-", dir=results) as scratch:
-        yield Path(scratch).resolve()
-
 
 # -- memory
 
@@ -106,55 +76,61 @@ def own_bytes(found: Mapping[str, float]) -> int:
 @application.command()
 def memory(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
-    rate: Annotated[int, typer.Option(min=0, help="Writes a second at most (0: no limit).")] = 0,
+    rate: Annotated[int, typer.Option(min=1, help="Writes a second.")] = 2000,
     directory: DirectoryOption = None,
-    results: ResultsOption = Path("bench-results"),
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Watch the memory of a server under random writes."""
-    end_in_order_when_told()
-    samples: list[dict[str, float]] = []
-    with place_in(directory, results) as place:
-        target = Nbdserver(place, VOLUME_BYTES)
+    with run_of("scattered-memory", results, directory, stays=True) as bench:
+        machine.check_room(bench.place, int(rate * minutes * 60 * BLOCK_BYTES * ROOM_FACTOR) + (2 << 30))
+        target = Nbdserver(bench.place, VOLUME_BYTES)
         target.prepare()
         target.start(target.setting)
-        assert target.server is not None
         command = ["fio", "--name=scattered", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite"]
         command += ["--bs=4k", f"--size={VOLUME_BYTES}", f"--iodepth={DEPTH}", "--time_based", "--norandommap"]
-        command += [f"--runtime={round(minutes * 60)}", "--output-format=json"]
-        command += [f"--rate_iops={rate}"] if rate else []
-        started = time.monotonic()
+        command += [f"--runtime={round(minutes * 60)}", f"--rate_iops={rate}", "--output-format=json"]
         try:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as fio:
-                while fio.poll() is None:
-                    time.sleep(1)
-                    found = [resident_bytes(pid) for pid in descendants(target.server.pid)]
-                    data_process = max(found, key=own_bytes)  # the other one has no maps
-                    samples.append({"at_s": time.monotonic() - started, **data_process})
-                assert fio.stdout is not None
-                told = fio.stdout.read()
-            if fio.returncode:
-                raise SystemExit("benchmark: fio failed")
+            writes, samples = watch(target, command)
         finally:
             target.stop()
-        writes = json.loads(told[told.index("{") :])["jobs"][0]["write"]["total_ios"]
         own = [own_bytes(sample) for sample in samples]
         second_half = own[len(own) // 2 :]
-        figures = {
-            "writes": writes,
-            "limit_bytes": CACHE_BYTES + MARGIN_BYTES,
-            "peak_bytes": max(own),
-            "last_bytes": own[-1],
-            "grown_in_the_second_half_bytes": second_half[-1] - second_half[0],
-            "file_peak_bytes": max(sample.get("RssFile", 0) for sample in samples),
-            "samples": samples,
-        }
+        file_peak_bytes = max(sample.get("RssFile", 0) for sample in samples)
+        limit_bytes = CACHE_BYTES + MARGIN_BYTES
         console.print(
             f"{writes:,} writes in {minutes:g} minutes: RssAnon + RssShmem at most {max(own) >> 20} MiB of "
-            f"{figures['limit_bytes'] >> 20}, at the end {own[-1] >> 20} MiB; RssFile at most "
-            f"{figures['file_peak_bytes'] >> 20} MiB",
+            f"{limit_bytes >> 20}, in the second half {min(second_half) >> 20} to {max(second_half) >> 20} MiB; "
+            f"RssFile at most {file_peak_bytes >> 20} MiB",
             highlight=False,
         )
-        write_result(results, "memory", place, figures)
+        bench.keep(
+            {
+                "writes": writes,
+                "limit_bytes": limit_bytes,
+                "peak_bytes": max(own),
+                "second_half_bytes": [min(second_half), max(second_half)],
+                "file_peak_bytes": file_peak_bytes,
+                "samples": samples,
+            }
+        )
+
+
+def watch(target: Nbdserver, command: list[str]) -> tuple[int, list[dict[str, float]]]:
+    """Run fio; how many writes it made, and the memory of the data process in each second."""
+    assert target.server is not None
+    samples: list[dict[str, float]] = []
+    started = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as fio:
+        while fio.poll() is None:
+            time.sleep(1)
+            found = [resident_bytes(pid) for pid in descendants(target.server.pid)]
+            data_process = max(found, key=own_bytes)  # the other one has no maps
+            samples.append({"at_s": time.monotonic() - started, **data_process})
+        assert fio.stdout is not None
+        told = fio.stdout.read()
+    if fio.returncode:
+        raise BenchmarkError("fio failed: a write was refused, or the server is gone")
+    return json.loads(told[told.index("{") :])["jobs"][0]["write"]["total_ios"], samples
 
 
 # -- metadata
@@ -316,26 +292,19 @@ def metadata(
     every: Annotated[int, typer.Option(min=1, help="Writes between two intermediate figures.")] = 1_000_000,
     rest_s: Annotated[float, typer.Option(min=0, help="Rest after them.")] = 60.0,
     directory: DirectoryOption = None,
-    results: ResultsOption = Path("bench-results"),
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Count the bytes of metadata that random writes cost."""
-    try:
-        with place_in(directory, results) as place:
-            machine.check_room(place, 8 << 30)
-            kept = place / "tally.json"
-            gc.disable()  # as in a data process
-            tally = Tally(**json.loads(kept.read_text())) if kept.exists() else Tally()
-            asyncio.run(scatter(place, tally, writes, depth, every, rest_s))
-            kept.write_text(json.dumps(asdict(tally)) + "\n")
-            stored = sum(file.stat().st_size for file in (place / "maps").iterdir())
-            console.print(f"{tally}; it holds {stored >> 20} MiB", highlight=False)
-            a_write = tally.bytes_a_write("to_disk_bytes", "headers_bytes")
-            write_result(
-                results, "metadata", place, {**asdict(tally), "stored_bytes": stored, "bytes_a_write": a_write}
-            )
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+    with run_of("scattered-metadata", results, directory, stays=True) as bench:
+        machine.check_room(bench.place, 8 << 30)
+        kept = bench.place / "tally.json"
+        gc.disable()  # as in a data process
+        tally = Tally(**json.loads(kept.read_text())) if kept.exists() else Tally()
+        asyncio.run(scatter(bench.place, tally, writes, depth, every, rest_s))
+        kept.write_text(json.dumps(asdict(tally)) + "\n")
+        stored = sum(file.stat().st_size for file in (bench.place / "maps").iterdir())
+        console.print(f"{tally}; it holds {stored >> 20} MiB", highlight=False)
+        bench.keep({**asdict(tally), "stored_bytes": stored})
 
 
 if __name__ == "__main__":

@@ -6,23 +6,19 @@ Then every row is measured on both, in turn, round by round. The ratio is with o
 bootstrap over rounds of `ratios.py`.
 """
 
-import json
 import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 from statistics import median
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from . import machine, measuring
 from .__main__ import chosen_rows, size_bytes_of
 from .load import Sample, measure
-from .processes import BenchmarkError, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError
 from .ratios import Ratio, ratio_to_best_peer
 from .rows import ROWS_BY_NAME, Row
 from .targets import EXPORT, Nbdserver, Setting
@@ -32,7 +28,6 @@ BETWEEN_S = 0.5  # some tens of thousands of blocks before each snapshot
 LEAST = 0.9  # no row may have its whole interval below
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class Without(Nbdserver):
@@ -95,27 +90,24 @@ def run(
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 1.0,
     snapshots: Annotated[int, typer.Option(min=1, help="Snapshots of the one disk.")] = 10,
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
-    directory: Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Measure every row on a volume with snapshots and on one without; ends with 1 if one is too slow."""
-    end_in_order_when_told()
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("snapshot-cost", results, directory) as bench:
         wanted, size_bytes = chosen_rows(rows), size_bytes_of(size)
-        with tempfile.TemporaryDirectory(prefix="snapshots-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            machine.check_room(place, size_bytes * 12)
-            servers = (With(place, size_bytes), Without(place, size_bytes))
-            try:
-                measuring.prepare(list(servers), lambda worked_off_s, what: None)
-                make_layers(servers, snapshots)
-                samples = measuring.measure_rows(
-                    wanted, list(servers), rounds, seconds, lambda target, row: Setting("default"), _progress
-                )
-            finally:
-                for server in servers:
-                    server.stop()
+        machine.check_room(bench.place, size_bytes * 12)
+        servers = (With(bench.place, size_bytes), Without(bench.place, size_bytes))
+        try:
+            measuring.prepare(list(servers), lambda worked_off_s, what: None)
+            make_layers(servers, snapshots)
+            samples = measuring.measure_rows(
+                wanted, list(servers), rounds, seconds, lambda target, row: Setting("default"), _progress
+            )
+        finally:
+            for server in servers:
+                server.stop()
+        console.print(show(wanted, samples, snapshots))
         told = {
             row.name: {
                 "ratio": vars(ratio_of(samples[row.name])),
@@ -123,14 +115,9 @@ def run(
             }
             for row in wanted
         }
-        path = results / time.strftime("snapshot-cost-%Y%m%d-%H%M%S.json")
-        path.write_text(json.dumps(told, indent=1) + "\n")
-        console.print(show(wanted, samples, snapshots))
+        bench.keep({"rows": told})
         if any(ratio_of(samples[row.name]).high < LEAST for row in wanted):
             raise SystemExit(1)
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
 
 
 def _progress(worked_off_s: float, what: str) -> None:

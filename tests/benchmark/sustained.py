@@ -11,11 +11,8 @@ Known weakness: the reserve of free segments and the open one are part of the st
 less than a tenth; with small segments that is little.
 """
 
-import json
 import math
 import subprocess
-import sys
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +20,13 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from . import machine
 from .__main__ import size_bytes_of
 from .disturbance import Node
 from .load import prefill
-from .processes import BenchmarkError, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError
 from .targets import EXPORT, Nbdserver, Setting
 
 LIVE_SHARE = 0.9
@@ -37,7 +34,6 @@ SEGMENTS = 256  # of the store
 BLOCK_BYTES = 4096
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def theoretical_amplification(live_share: float) -> float:
@@ -51,13 +47,13 @@ def theoretical_amplification(live_share: float) -> float:
 
 def watch(node: Node, load: "subprocess.Popen[bytes]", seconds: float) -> list[dict[str, float]]:
     """Figures of each second until the load ends."""
-    names = {"written": "write_bytes", "appended": "disk_log_bytes_appended", "moved": "disk_cleaner_blocks_moved"}
+    names = {"written": "write_bytes_total", "appended": "disk_log_bytes_appended_total"}
     samples: list[dict[str, float]] = []
     started = time.monotonic()
     while load.poll() is None and time.monotonic() - started < seconds + 60:
         time.sleep(1)
         at_s = time.monotonic() - started
-        samples.append({"at_s": at_s} | {name: node.counter(counter) for name, counter in names.items()})
+        samples.append({"at_s": at_s} | {name: node.figure(metric) for name, metric in names.items()})
     return samples
 
 
@@ -142,37 +138,21 @@ def measure(place: Path, store_bytes: int, seconds: float) -> dict[str, Any]:
 def run(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
     size: Annotated[str, typer.Option(help="The store.")] = "4G",
-    directory: Annotated[Path | None, typer.Option(help="Where it lies.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Overwrite a nearly full store at random."""
-    end_in_order_when_told()
-    try:
-        results.mkdir(parents=True, exist_ok=True)
+    with run_of("sustained", results, directory) as bench:
         store_bytes = size_bytes_of(size)
-        with tempfile.TemporaryDirectory(prefix="sustained-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            machine.check_room(place, store_bytes * 5 // 4 + (1 << 30))
-            result: dict[str, Any] = {
-                "date": time.strftime("%Y-%m-%d %H:%M %z"),
-                "commit": machine.commit(),
-                "machine": machine.describe(place),
-                "command": " ".join(["python -m tests.benchmark.sustained", *sys.argv[1:]]),
-                **measure(place, store_bytes, minutes * 60),
-            }
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    stem = results / time.strftime("sustained-%Y%m%d-%H%M%S")
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, stem.with_suffix(".png"))
-    console.print(
-        f"overwritten {result['overwritten_times']:.1f} times; then {result['writes_per_s']:,.0f} writes a "
-        f"second (slowest second {result['slowest_writes_per_s']:,.0f}), write amplification "
-        f"{result['amplification']:.2f}; theory {result['theory']:.2f}",
-        highlight=False,
-    )
-    console.print(f"{stem}.json, {stem}.png", highlight=False)
+        machine.check_room(bench.place, store_bytes * 5 // 4 + (1 << 30))
+        result = bench.keep(measure(bench.place, store_bytes, minutes * 60))
+        draw(result, bench.picture)
+        console.print(
+            f"overwritten {result['overwritten_times']:.1f} times; then {result['writes_per_s']:,.0f} writes a "
+            f"second (slowest second {result['slowest_writes_per_s']:,.0f}), write amplification "
+            f"{result['amplification']:.2f}; theory {result['theory']:.2f}",
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_what_snapshots_cost_is_measured_beside_a_volume_without(tmp_path: Path)
                  "--snapshots", "2", "--results", str(tmp_path), module="tests.benchmark.snapshot_cost")  # fmt: skip
     assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: too slow, which a busy machine may make of it
     (path,) = tmp_path.glob("snapshot-cost-*.json")
-    row = json.loads(path.read_text())["randread-4k-d16"]
+    row = json.loads(path.read_text())["rows"]["randread-4k-d16"]
     assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
     assert {name: len(taken["operations"]) for name, taken in row["samples"].items()} == {"with": 2, "without": 2}
 
@@ -214,3 +215,27 @@ def test_memory_and_metadata_of_scattered_writes_are_counted(tmp_path: Path) -> 
     assert tally["writes"] == 3200
     assert tally["to_disk_bytes"] > 0
     assert tally["headers_bytes"] / 3200 < 512
+
+
+def test_what_a_client_notices_of_disturbances_is_measured(tmp_path: Path) -> None:
+    need("fio")
+    done = bench("--size", "16M", "--volumes", "2", "--rounds", "1", "--seconds", "0.2",
+                 "--results", str(tmp_path), module="tests.benchmark.disturbance")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("disturbance-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len({row["title"] for row in rows}) == 6
+    assert all(row["p99_us"] > 0 for row in rows)
+    assert all(row["shown"] for row in rows if row["title"] == "a scrub"), "it went on meanwhile"
+
+
+def test_memory_is_limited_or_refused_in_one_line(tmp_path: Path) -> None:
+    need("fio", "nbdkit")
+    place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
+    row = ["--quick", "--targets", "nbdkit", "--rows", "randread-4k-d16", "--memory", "256M"]
+    done = bench(*row, *place)
+    if done.returncode:
+        assert re.search("no memory cgroup|run it as root", done.stderr), done.stderr[-2000:]
+        return
+    (path,) = (tmp_path / "results").glob("bench-*.json")
+    assert json.loads(path.read_text())["options"]["memory_bytes"] == 256 << 20
