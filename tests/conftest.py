@@ -43,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _is_controller(config):
         os.environ[TOKEN_NAME] = uuid.uuid4().hex
     os.environ["PATH"] = SEARCH_PATH
+    # The tests start programs by the hundred; where a container's image sets this, each would compile all of ours.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _is_controller(config: pytest.Config) -> bool:

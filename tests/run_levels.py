@@ -31,7 +31,7 @@ class Level:
 LEVELS = (
     Level("units", "tests/unit", ("-n", "2"), 2 * MINUTE_S),
     Level("simulation", "tests/simulation", ("-n", "2"), 4 * MINUTE_S),
-    Level("real processes", "tests/interop", ("-n", "2", "--dist", "loadfile"), 5 * MINUTE_S),
+    Level("real processes", "tests/interop", ("-n", "3", "--dist", "loadfile"), 5 * MINUTE_S),
     Level("guests", "tests/kernel", ("-n", "2", "--dist", "loadfile"), 3 * MINUTE_S),
 )
 

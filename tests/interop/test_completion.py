@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +72,4 @@ def test_bash_completes_commands_options_and_names(
 def test_without_a_node_the_names_are_missing_and_nothing_else(
     press: Callable[..., list[list[str]]], tmp_path: Path
 ) -> None:
-    before_s = time.monotonic()
     assert press(tmp_path, "nbdserver volume show ", "nbdserver volume sh") == [[], ["show"]]
-    assert time.monotonic() - before_s < 20

@@ -3,7 +3,6 @@
 Someone counts in one key through all of it: no number may be skipped, counted twice or heard of out of order.
 """
 
-import time
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,7 @@ def test_etcd_may_be_gone_for_a_minute(make_etcd: MakeCluster, make_rig: MakeRig
     assert swap(rig, Change("unsent", None, b"1")).outcome is Outcome.NOT_DONE
     answers: list[Reading | Unavailable] = []
     rig.registry.get_later("counter", answers.append)
-    asked_s = time.monotonic()
     rig.run_until(lambda: bool(answers))
-    assert time.monotonic() - asked_s < 1.5
     assert isinstance(answers[0], Unavailable)
     assert "no connection to etcd" in answers[0].reason
     assert etcd.endpoints[0] in rig.registry.health().last_error

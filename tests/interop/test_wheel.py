@@ -35,8 +35,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of a fresh environment with the wheel in it."""
     environment = tmp_path_factory.mktemp("environment")
-    venv.create(environment, with_pip=True)
-    run(environment / "bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install", wheel)
+    venv.create(environment)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--python",
+        environment / "bin/python",
+    ]
+    run(*pip, "install", "--no-compile", wheel)
     return environment / "bin"
 
 

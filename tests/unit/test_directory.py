@@ -55,7 +55,8 @@ def test_what_a_first_start_left_when_it_was_killed_is_no_stranger(tmp_path: Pat
     directory.release()
 
 
-def test_a_living_holder_is_named_at_once(tmp_path: Path) -> None:
+def test_a_living_holder_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "ORPHAN_TIMEOUT_S", 120.0)
     program = HOLD + "DataDirectory(Path(sys.argv[1])).open(); print(flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -252,7 +252,7 @@ def test_a_spin_ends_when_another_thread_has_something_for_the_loop(
             take(client, 1)
             time.sleep(0.001)
             loop.call(lambda: None)
-        assert time.monotonic() - started_s < 2.0
+        assert time.monotonic() - started_s < 15.0  # spinning to the end would be 30 s
 
 
 class AlwaysSpinning:
@@ -376,7 +376,7 @@ def test_a_busy_peer_starves_neither_another_one_nor_the_loop(loop: Loop, path: 
                 other.sendall(b"y")
                 assert take(other, 1) == b"y"
                 loop.call(lambda: None)
-            assert time.monotonic() - started_s < 5
+            assert time.monotonic() - started_s < 30
             assert loop.echoes[0].received_bytes > 1 << 20
         finally:
             over.set()
