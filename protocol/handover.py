@@ -6,6 +6,9 @@ that are still to be skipped, and the replies that the peer has not taken. The k
 
     magic (8)  version (4)  size of the head (4)  CRC-32C of all that follows (4)  head (JSON)  received, unsent, ...
 
+A client whose handshake names an export of another process of the same node goes there too, one by one and at once: the
+message that carries its socket is a `HandshakingClient`, in the same frame under another magic.
+
 Rules
 - A socket is known by its SO_COOKIE, which the kernel gives to each socket once: descriptors may come in any order,
   and some may be missing.
@@ -22,9 +25,10 @@ from construct import Bytes, ConstructError, Int32ub, Struct
 
 from protocol.checksum import crc32c
 from protocol.contexts import BASE_ALLOCATION, Context
-from protocol.handshake import Agreement, Offer, ReplyStyle
+from protocol.handshake import Agreement, HandshakeState, Offer, ReplyStyle
 
 MAGIC = b"nbdHAND\x00"
+HANDSHAKING_MAGIC = b"nbdSHAK\x00"
 VERSION = 2  # 1 knew only one context, and its identifier
 READABLE = (1, 2)
 
@@ -67,6 +71,18 @@ class Handover:
     clients: Sequence[ClientState]
 
 
+@dataclass(frozen=True)
+class HandshakingClient:
+    """A connection in the middle of its handshake, on its way to the process that has its export."""
+
+    id: int
+    since_s: float  # CLOCK_BOOTTIME
+    peer_name: str
+    tls: str  # version and cipher; the socket is then one to the process that has the TLS session
+    certificate: str  # the verified name
+    handshake: HandshakeState
+
+
 def encode(handover: Handover) -> list[bytes]:
     """The pieces of a handover; together they are what `decode` takes."""
     clients = [
@@ -97,27 +113,79 @@ def encode(handover: Handover) -> list[bytes]:
         }
     ).encode()
     body = [head, *(piece for client in handover.clients for piece in (client.received, client.unsent) if piece)]
-    fields = {"magic": MAGIC, "version": VERSION, "head_bytes": len(head), "crc": _crc(body)}
-    return [Preamble.build(fields), *body]
+    return [_preamble(MAGIC, body), *body]
 
 
 def decode(data: bytes) -> Handover:
     """Raises HandoverError."""
+    head, rest = _open(MAGIC, data)
+    try:
+        return _parse(json.loads(head), rest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise HandoverError(f"the state of the clients makes no sense: {error!r}") from None
+
+
+def encode_handshaking(client: HandshakingClient) -> bytes:
+    """One message; `decode_handshaking` takes it."""
+    state = client.handshake
+    head = json.dumps(
+        {
+            "id": client.id,
+            "since_s": client.since_s,
+            "peer_name": client.peer_name,
+            "tls": client.tls,
+            "certificate": client.certificate,
+            "no_zeroes": state.no_zeroes,
+            "options": state.options,
+            "style": state.style.value,
+            "contexts": [[context.id, context.name, context.since] for context in state.contexts],
+            "contexts_export": state.contexts_export,
+        }
+    ).encode()
+    body = [head, state.received]
+    return b"".join([_preamble(HANDSHAKING_MAGIC, body), *body])
+
+
+def decode_handshaking(data: bytes) -> HandshakingClient:
+    """Raises HandoverError."""
+    encoded, rest = _open(HANDSHAKING_MAGIC, data)
+    try:
+        head = json.loads(encoded)
+        state = HandshakeState(
+            no_zeroes=head["no_zeroes"],
+            options=head["options"],
+            style=ReplyStyle(head["style"]),
+            contexts=tuple(Context(*context) for context in head["contexts"]),
+            contexts_export=head["contexts_export"],
+            received=bytes(rest),
+        )
+        return HandshakingClient(
+            head["id"], head["since_s"], head["peer_name"], head["tls"], head["certificate"], state
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise HandoverError(f"the state of a client makes no sense: {error!r}") from None
+
+
+def _preamble(magic: bytes, body: Sequence[bytes]) -> bytes:
+    fields = {"magic": magic, "version": VERSION, "head_bytes": len(body[0]), "crc": _crc(body)}
+    built: bytes = Preamble.build(fields)
+    return built
+
+
+def _open(magic: bytes, data: bytes) -> tuple[bytes, memoryview]:
+    """(the head, what follows it), of a message that is whole. HandoverError."""
     try:
         preamble = Preamble.parse(data)
     except ConstructError:
         raise HandoverError("the state of the clients is cut off") from None
-    if preamble.magic != MAGIC:
+    if preamble.magic != magic:
         raise HandoverError("this is no state of clients")
     if preamble.version not in READABLE:
         raise HandoverError(f"the state of the clients has version {preamble.version}, this program knows {READABLE}")
     body = data[Preamble.sizeof() :]
     if crc32c(body) != preamble.crc:
         raise HandoverError("the state of the clients is damaged")
-    try:
-        return _parse(json.loads(body[: preamble.head_bytes]), memoryview(body)[preamble.head_bytes :])
-    except (KeyError, TypeError, ValueError) as error:
-        raise HandoverError(f"the state of the clients makes no sense: {error!r}") from None
+    return body[: preamble.head_bytes], memoryview(body)[preamble.head_bytes :]
 
 
 def _parse(head: dict[str, Any], rest: memoryview) -> Handover:

@@ -11,6 +11,8 @@ Rules
   is skipped to its last byte, so that the stream stays in step.
 - What an option negotiated counts only if the option succeeded; a failed SET_META_CONTEXT clears the contexts.
   Which contexts there are, and what selects them: contexts.py.
+- An export may live in another process (`ElsewhereError`). The handshake then stands before the option that names it,
+  which nobody has answered: its `HandshakeState` is all that the other process needs to go on.
 - After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the
   connection closes. Where TLS is required, nothing but STARTTLS and ABORT is done before it.
 
@@ -46,6 +48,7 @@ class State(Enum):
     SKIP = "skips a refused option's data"
     TLS = "awaits the end of the TLS handshake"
     TRANSMISSION = "handed over to transmission"
+    ELSEWHERE = "goes on in another process"
     CLOSED = "closed"
 
 
@@ -61,6 +64,7 @@ class Move(Enum):
     TLS_ACCEPTED = "STARTTLS accepted"
     TLS_ESTABLISHED = "TLS established"
     ABORTED = "ABORT"
+    NOT_HERE = "export in another process"
     VIOLATION = "violation"
 
 
@@ -77,10 +81,12 @@ TRANSITIONS: dict[State, dict[Move, State]] = {
         Move.TLS_ACCEPTED: State.TLS,
         Move.ABORTED: State.CLOSED,
         Move.VIOLATION: State.CLOSED,
+        Move.NOT_HERE: State.ELSEWHERE,
     },
     State.SKIP: {Move.SKIPPED: State.OPTION},
     State.TLS: {Move.TLS_ESTABLISHED: State.OPTION, Move.VIOLATION: State.CLOSED},
     State.TRANSMISSION: {},
+    State.ELSEWHERE: {},
     State.CLOSED: {},
 }
 
@@ -111,8 +117,16 @@ class OptionRefusedError(Exception):
         self.reply = reply
 
 
+class ElsewhereError(Exception):
+    """An export that the peer may use lives in another process: its number is `worker`."""
+
+    def __init__(self, worker: int) -> None:
+        super().__init__(f"the export lives in process {worker}")
+        self.worker = worker
+
+
 class Offers(Protocol):
-    """The exports as one connection sees them."""
+    """The exports as one connection sees them. What is asked of one by its name may raise ElsewhereError."""
 
     def list(self) -> Iterable[tuple[str, str]]:
         """(name, description) of the exports that the peer may see."""
@@ -165,6 +179,14 @@ class Enter:
 
 
 @dataclass(frozen=True)
+class GoElsewhere:
+    """Go on with the handshake's `leave()` in another process."""
+
+    worker: int
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
 class Close:
     """Send `data` and close the connection."""
 
@@ -172,7 +194,19 @@ class Close:
     reason: str
 
 
-Event = Reply | StartTls | Enter | Close
+Event = Reply | StartTls | Enter | GoElsewhere | Close
+
+
+@dataclass(frozen=True)
+class HandshakeState:
+    """A handshake between two options."""
+
+    no_zeroes: bool
+    options: int  # that there were
+    style: ReplyStyle
+    contexts: tuple[Context, ...]
+    contexts_export: str
+    received: bytes  # from the next option on
 
 
 class Handshake:
@@ -199,6 +233,26 @@ class Handshake:
     def receive(self, data: bytes | memoryview) -> None:
         """Take bytes from the peer."""
         self._received += data
+
+    @classmethod
+    def resume(cls, offers: Offers, state: HandshakeState, tls_offered: bool, tls_done: bool) -> "Handshake":
+        """Go on where another process stopped; `tls_done`: over TLS, so that it is not offered again."""
+        handshake = cls(offers, tls_offered)
+        handshake.state = State.OPTION
+        handshake._tls_done = tls_done
+        handshake._no_zeroes, handshake._options = state.no_zeroes, state.options
+        handshake._style = state.style
+        handshake._contexts, handshake._contexts_export = state.contexts, state.contexts_export
+        handshake._received += state.received
+        return handshake
+
+    def leave(self) -> HandshakeState:
+        """What another process needs to go on; the option that named its export is the first in it, and counts as one
+        there again: what two processes send to each other for ever ends at OPTION_LIMIT."""
+        invariant(self.state is State.ELSEWHERE, "only a handshake that was sent away is handed over")
+        return HandshakeState(
+            self._no_zeroes, self._options, self._style, self._contexts, self._contexts_export, bytes(self._received)
+        )
 
     def leftover(self) -> bytes:
         """Bytes behind the handshake: the first requests."""
@@ -295,6 +349,11 @@ class Handshake:
             event = answer(self, data)
         except OptionRefusedError as refused:
             event = Reply(self._error(refused.reply, str(refused)))
+        except ElsewhereError as elsewhere:
+            header = nbd.OPTION_HEADER.pack(nbd.OPTION_MAGIC, self._option, self._length)
+            self._received[:0] = header + data
+            self._move(Move.NOT_HERE)
+            return GoElsewhere(elsewhere.worker)
         if isinstance(event, Reply):
             self._move(Move.ANSWERED)
         return event

@@ -108,7 +108,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
             while answer["last"]:
                 answer = await node.call("counters", after=answer["last"])
                 live |= answer["volumes"]
-            gauges |= answer["node"]["gauges"] | {"up": 1}
+            gauges |= answer["node"]["gauges"] | {"up": int(node.is_whole and "silent" not in answer)}
             counters = answer["node"]["counters"]
         except NodeError:
             pass  # `up` says so

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 PREFIX = "nbdserver_"
 
 HELP = {
-    "up": "1 while the data process answers",
+    "up": "1 while every data process answers",
     "start_time_seconds": "when the node was started, on the wall clock",
     "free_bytes": "room on the file system of the data directory",
     "filesystem_size_bytes": "room on the file system of the data directory, used and free",

@@ -258,14 +258,22 @@ class Finding(BaseModel):
     remedy: str = Field(description="what to do about it; may be empty")
 
 
+class Worker(BaseModel):
+    """A data process."""
+
+    worker: int
+    pid: int | None = Field(description="null while it is being started")
+    silent_s: float = Field(description="for how long it has not answered; 0 while it does")
+    volumes: list[str] = Field(description="those that it serves")
+
+
 class Node(BaseModel):
     """The node without its volumes."""
 
     version: str
     host: str
     pid: int
-    data_pid: int | None = Field(description="null while the data process is being started")
-    data_silent_s: float = Field(description="for how long the data process has not answered; 0 while it does")
+    workers: list[Worker] = Field(description="its data processes")
     findings: list[Finding] = Field(description="what is wrong and what to do about it, the most urgent first")
     uptime_s: float
     data: str

@@ -67,6 +67,9 @@ def _print_status(node: dict[str, Any], found: list[Finding]) -> None:
     print(f"listening on {', '.join(node['listen'])}")
     if node["tls"]:
         print(f"tls {node['tls']['mode']}, certificate expires on {node['tls']['expires'][:10]}")
+    if len(node["workers"]) > 1:
+        volumes = [str(len(worker["volumes"])) if worker["pid"] else "starting" for worker in node["workers"]]
+        print(f"{len(volumes)} data processes, volumes in each: {', '.join(volumes)}")
     limit = f", at most {capacity['overcommit']:g} times the room" if capacity["overcommit"] else ""
     promised, room = round_size(capacity["provisioned_bytes"]), round_size(capacity["room_bytes"])
     print(f"volumes of {promised} on {room} of room{limit}; they take {round_size(capacity['allocated_bytes'])}")
@@ -145,11 +148,11 @@ def config_check(
       nbdserver config check /etc/nbdserver/node.yaml
     """
     from nbdserver.node import certificates, cluster_files
-    from nbdserver.node.config import ConfigError, load_settings
+    from nbdserver.node.config import ConfigError, load_settings, too_many_workers
 
     try:
         settings = load_settings(file)
-        warnings = certificates.problems(certificates.check(settings.tls))
+        warnings = [*too_many_workers(settings), *certificates.problems(certificates.check(settings.tls))]
         cluster_files.check(settings.cluster)
     except WrongInputError as error:
         if not wants_json(context, json_output):

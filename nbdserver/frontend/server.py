@@ -3,17 +3,29 @@
 Rules: at most `client_limit` connections; one more is closed at once. `drain` stops listening, lets every session
 finish what it took, and drops those that are not finished in time. `freeze` does the same but for the closing: who
 has finished stands still, and `hand_over` gives the connections to another process, whose `resume` goes on with them.
+
+A node may have several processes with a server each. A client whose handshake names an export of another one is passed
+on there (`pass_on`, to that one's `arrive`): with its socket, or, if that cannot be handed over, by a `Forwarding`. It
+is counted where its session is.
 """
 
 from collections.abc import Callable
 
 from metadata.seams import Clock, Connection, Network, Receiver, Timer
+from nbdserver.frontend.census import Census
+from nbdserver.frontend.forwarding import Forwarding
 from nbdserver.frontend.session import ClientInfo, Secure, Session
 from nbdserver.volume.export import Export, Exports
-from protocol.handover import ClientState
+from protocol.handover import ClientState, HandshakingClient
 from protocol.handshake import OptionRefusedError
 
 CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each, once they have entered an export
+
+
+ForwardingOver = Callable[[Forwarding], None]
+
+PassOn = Callable[[Connection, HandshakingClient, int, ForwardingOver], Forwarding | None]
+"""Takes a client to the process of this number: its socket, or a Forwarding, which says when it is over. OSError."""
 
 
 class Server:
@@ -26,6 +38,7 @@ class Server:
         exports: Exports,
         report: Callable[[str, dict[str, object]], None],
         client_limit: int = CLIENT_LIMIT,
+        census: Census | None = None,
     ) -> None:
         """`report(kind, fields)` takes events: "client-connected", "client-gone", "client-refused"."""
         self._network = network
@@ -35,9 +48,12 @@ class Server:
         self._client_limit = client_limit
         self.secure: Secure | None = None  # for connections from now on
         self._sessions: dict[int, Session] = {}
-        self._last_id = 0
+        self._census = census or Census()
+        self.pass_on: PassOn | None = None
+        self._forwardings: set[Forwarding] = set()
         self._stop_listening: dict[str, Callable[[], None]] = {}
         self._drained: Callable[[], None] | None = None
+        self._is_closing = False
         self._drain_timer: Timer | None = None
 
     def addresses(self) -> list[str]:
@@ -66,9 +82,11 @@ class Server:
         return True
 
     def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
-        """Stop listening, finish and close every session; `done()` when none is left or `timeout_s` is over."""
+        """Stop listening, finish and close every session; `done()` when none is left, nor a Forwarding, or `timeout_s`
+        is over."""
         for address in self.addresses():
             self.stop_listening(address)
+        self._is_closing = True
         self._drained = done
         self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
         for session in list(self._sessions.values()):
@@ -92,7 +110,7 @@ class Server:
             if one is None:
                 session.disconnect("could not be handed over")
             else:
-                del self._sessions[session.id]
+                self._remove(session)
                 given.append(one)
         return given
 
@@ -103,18 +121,26 @@ class Server:
         except OptionRefusedError as error:
             self._report("client-not-taken-over", {"peer": connection.peer_name, "reason": str(error)})
             return None
-        self._last_id = max(self._last_id, state.id)
-        self._sessions[session.id] = session
+        self._census.used(state.id)
+        self._add(session)
         return session
+
+    def arrive(self, connection: Connection, client: HandshakingClient) -> Session | None:
+        """Go on with a client that another process has passed on: its Receiver, whose `go_on` is called when it is
+        connected. None while nobody is accepted."""
+        return None if self._drained is not None else self._begin(client.id, connection, client)
 
     def _give_up(self) -> None:
         for session in list(self._sessions.values()):
             if not session.frozen:
                 session.disconnect("not finished when the server stopped")
+        for forwarding in list(self._forwardings):
+            forwarding.close()
         self._finish_drain()
 
     def _check_drained(self) -> None:
-        if self._drained is not None and all(session.frozen for session in self._sessions.values()):
+        frozen = all(session.frozen for session in self._sessions.values())
+        if self._drained is not None and frozen and not (self._forwardings and self._is_closing):
             self._clock.call_soon(self._finish_drain)
 
     def _finish_drain(self) -> None:
@@ -125,17 +151,54 @@ class Server:
             done()
 
     def _accept(self, connection: Connection) -> Receiver | None:
-        if len(self._sessions) >= self._client_limit or self._drained is not None:
+        if len(self._sessions) + self._census.others() >= self._client_limit or self._drained is not None:
             self._report("client-refused", {"peer": connection.peer_name, "limit": self._client_limit})
             return None
-        self._last_id += 1
-        session = Session(self._last_id, connection, self._clock, self._exports, self._gone, secure=self.secure)
-        self._sessions[session.id] = session
+        session = self._begin(self._census.next_id(), connection)
         self._report("client-connected", {"client": session.id, "peer": session.peer.name})
         return session
 
-    def _gone(self, session: Session, reason: str) -> None:
+    def _begin(self, client_id: int, connection: Connection, arrived: HandshakingClient | None = None) -> Session:
+        session = Session(
+            client_id,
+            connection,
+            self._clock,
+            self._exports,
+            self._gone,
+            secure=self.secure,
+            arrived=arrived,
+            leaves=self._leaves,
+        )
+        self._add(session)
+        return session
+
+    def _add(self, session: Session) -> None:
+        self._sessions[session.id] = session
+        self._census.note(len(self._sessions))
+
+    def _remove(self, session: Session) -> None:
         self._sessions.pop(session.id, None)
+        self._census.note(len(self._sessions))
+
+    def _leaves(self, session: Session, connection: Connection, client: HandshakingClient, worker: int) -> None:
+        assert self.pass_on is not None
+        try:
+            forwarding = self.pass_on(connection, client, worker, self._forwarding_over)
+        except OSError as error:
+            connection.abort()
+            self._gone(session, f"its export's process does not take it: {error.strerror or error}")
+            return
+        if forwarding is not None:
+            self._forwardings.add(forwarding)
+        self._remove(session)
+        self._check_drained()
+
+    def _forwarding_over(self, forwarding: Forwarding) -> None:
+        self._forwardings.discard(forwarding)
+        self._check_drained()
+
+    def _gone(self, session: Session, reason: str) -> None:
+        self._remove(session)
         export = session.export.name if session.export is not None else ""
         self._report(
             "client-gone", {"client": session.id, "peer": session.peer.name, "export": export, "reason": reason}

@@ -4,6 +4,9 @@ Theory: a session is the Receiver of its connection. It owns the receive buffer 
 `Handshake`, and after an agreement to `Transmission`. It knows its export from the agreement until the connection is
 gone.
 
+A session whose handshake names an export of another process leaves: `leaves` takes its connection and what it agreed on
+to where the handshake goes on (`HandshakingClient`), and that process has made a session of it by `arrived`.
+
 Rules
 - The handshake, that of TLS included, has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being
   answered. With TLS the connection is replaced by one that encrypts; nothing else changes.
@@ -20,17 +23,32 @@ from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
 from nbdserver.volume.admission import Admission, TlsMode
 from nbdserver.volume.counters import Counters
-from nbdserver.volume.export import Export, ExportError, Exports
+from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
 from nbdserver.volume.peer import Peer
-from protocol.handover import ClientState
-from protocol.handshake import Agreement, Close, Enter, Handshake, Offer, OptionRefusedError, Reply, StartTls
+from protocol.handover import ClientState, HandshakingClient
+from protocol.handshake import (
+    Agreement,
+    Close,
+    ElsewhereError,
+    Enter,
+    GoElsewhere,
+    Handshake,
+    Offer,
+    OptionRefusedError,
+    Reply,
+    StartTls,
+)
 from protocol.nbd import OptionReply
 
-HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 10.0  # anew in each process that it goes on in
 HANDSHAKE_BUFFER_BYTES = 4 << 10  # who only connects costs no more than this
 
 Secure = Callable[[Connection, Receiver, Callable[[str, str], None]], Connection]
 """`Secure` of host/tls.py."""
+
+
+Leaves = Callable[["Session", Connection, HandshakingClient, int], None]
+"""Gets a session, its connection, which has sent everything, what goes on with it, and the number of the process."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +79,15 @@ class Session:
         gone: Callable[["Session", str], None],
         resumed: ClientState | None = None,
         secure: Secure | None = None,
+        arrived: HandshakingClient | None = None,
+        leaves: Leaves | None = None,
     ) -> None:
-        """`gone(session, reason)` is called once, when the connection is closed or lost. Without `secure` there
-        is no TLS.
+        """`gone(session, reason)` is called once, when the connection is closed or lost; not when it `leaves`. Without
+        `secure` there is no TLS, without `leaves` there is no other process.
 
         With `resumed` it begins in the transmission phase (OptionRefusedError if its export does not have it any
-        more), and serves once `resume` is called.
+        more), and serves once `resume` is called. With `arrived` it begins in the handshake, and goes on when `go_on`
+        is called.
         """
         self.id = session_id
         self.frozen = False
@@ -77,6 +98,7 @@ class Session:
         self._clock = clock
         self._exports = exports
         self._report_gone = gone
+        self._leaves = leaves
         self._secure = secure
         self._since_s = clock.now()
         self._received_bytes = 0
@@ -85,9 +107,15 @@ class Session:
         self._transmission: Transmission | None = None
         self._agreement: Agreement | None = None
         self._handshake_paused = False
+        self._going_to: int | None = None  # a process, once the peer has taken every reply
         self._over = False
         self._timeout: Timer | None = None
-        if resumed is None:
+        if arrived is not None:
+            self.peer = Peer(arrived.peer_name, arrived.tls, arrived.certificate)
+            self._since_s = arrived.since_s
+            self._handshake = Handshake.resume(self, arrived.handshake, secure is not None, bool(arrived.tls))
+            self._timeout = clock.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_timed_out)
+        elif resumed is None:
             tls = exports.tls(self.peer)
             offered = secure is not None and tls is not TlsMode.OFF
             self._handshake = Handshake(self, offered, tls is TlsMode.REQUIRED)
@@ -141,8 +169,9 @@ class Session:
         self._transmission.freeze(stands_still)
 
     def hand_over(self) -> tuple[int, ClientState] | None:
-        """Leave, once frozen: (descriptor, state) for another process to go on with. None if that cannot be."""
-        if not self.frozen or self._over or self._transmission is None or self._agreement is None:
+        """Leave, once frozen: (descriptor, state) for another process to go on with. None if that cannot be: a TLS
+        session stays in its process, whether that is this one or another."""
+        if not self.frozen or self._over or self._transmission is None or self._agreement is None or self.peer.tls:
             return None
         assert self.export is not None
         # By the name that it has now: it may have been renamed since the handshake.
@@ -168,6 +197,10 @@ class Session:
         if self._transmission is not None:
             self._transmission.resume(state.skip_bytes, state.unsent)
 
+    def go_on(self) -> None:
+        """Go on with the handshake that arrived."""
+        self._go_on_with_handshake()
+
     # --- Receiver ---
 
     def buffer(self) -> memoryview:
@@ -186,6 +219,9 @@ class Session:
             self._transmission.drained()
         elif self._handshake_paused and not self._over:
             self._handshake_paused = False
+            if self._going_to is not None:
+                self._go_elsewhere(self._going_to)
+                return
             self._go_on_with_handshake()
             if not self._handshake_paused and not self._over:
                 self._connection.resume_reading()
@@ -210,6 +246,9 @@ class Session:
             if isinstance(event, Close):
                 self._close(event.reason)
                 return
+            if isinstance(event, GoElsewhere):
+                self._go_elsewhere(event.worker)
+                return
             if isinstance(event, StartTls):
                 assert self._secure is not None
                 self._connection = self._secure(self._connection, self, self._secured)
@@ -218,6 +257,21 @@ class Session:
                 self._handshake_paused = True
                 self._connection.pause_reading()
                 return
+
+    def _go_elsewhere(self, worker: int) -> None:
+        """The handshake stands before an option that another process answers."""
+        self._going_to = worker
+        if self._connection.unsent_bytes:
+            self._handshake_paused = True
+            self._connection.pause_reading()
+            return
+        assert self._handshake is not None
+        assert self._leaves is not None
+        state = self._handshake.leave()
+        peer = self.peer
+        client = HandshakingClient(self.id, self._since_s, peer.name, peer.tls, peer.certificate, state)
+        self._leave()
+        self._leaves(self, self._connection, client, worker)
 
     def _secured(self, tls: str, certificate: str) -> None:
         """The TLS handshake has ended well."""
@@ -268,7 +322,7 @@ class Session:
         return self._offer_of(export)
 
     def _find(self, name: str) -> Export:
-        export = self._exports.lookup(name) if name else self._exports.default(self.peer)
+        export = self._exports.find(name) if name else self._exports.default(self.peer)
         admission = Admission.NO if export is None else export.admits(self.peer)
         if admission is Admission.NEEDS_TLS:
             raise OptionRefusedError(OptionReply.ERR_TLS_REQD, f"{name} is used over TLS only")
@@ -277,6 +331,8 @@ class Session:
         if export is None or admission is Admission.NO:
             wanted = f"there is no export {name!r}" if name else "there is no default export: name one"
             raise OptionRefusedError(OptionReply.ERR_UNKNOWN, wanted)
+        if isinstance(export, Elsewhere):
+            raise ElsewhereError(export.worker)
         return export
 
     def _offer_of(self, export: Export) -> Offer:

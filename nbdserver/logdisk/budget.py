@@ -22,13 +22,22 @@ class Budget:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
 
+    def use(self, size_bytes: int) -> None:
+        """So much more is used, or (below 0) less."""
+        self.used_bytes += size_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """What counts against the limit: what is used, here and by whoever else has a part of the same budget."""
+        return self.used_bytes
+
     @property
     def overdrawn_bytes(self) -> int:
         """How much more is used than may be."""
-        return max(0, self.used_bytes - self.limit_bytes) if self.limit_bytes else 0
+        return max(0, self.taken_bytes - self.limit_bytes) if self.limit_bytes else 0
 
     def left_bytes(self, most_bytes: int) -> int:
         """What may still be used, at most `most_bytes`."""
         if not self.limit_bytes:
             return most_bytes
-        return max(0, min(most_bytes, self.limit_bytes - self.used_bytes))
+        return max(0, min(most_bytes, self.limit_bytes - self.taken_bytes))

@@ -161,9 +161,9 @@ class SegmentPool:
 
     def share_budget(self, budget: Budget) -> None:
         """Draw from this one, instead of the one before, together with other families."""
-        self.shared_budget.used_bytes -= self.budget.used_bytes
+        self.shared_budget.use(-self.budget.used_bytes)
         self.shared_budget = budget
-        budget.used_bytes += self.budget.used_bytes
+        budget.use(self.budget.used_bytes)
 
     def trim_to_budget(self) -> None:
         """Unlink spare files, but for the reserve, until no budget is overdrawn."""
@@ -174,8 +174,8 @@ class SegmentPool:
         return bool(self.budget.overdrawn_bytes or self.shared_budget.overdrawn_bytes)
 
     def _use(self, size_bytes: int) -> None:
-        self.budget.used_bytes += size_bytes
-        self.shared_budget.used_bytes += size_bytes
+        self.budget.use(size_bytes)
+        self.shared_budget.use(size_bytes)
 
     def _why_full(self) -> str:
         needed_bytes = self._files_with_reserve(CLIENTS_KEEP) * self.segment_bytes

@@ -1,4 +1,4 @@
-"""Asking the data process what it should answer at once.
+"""Asking a data process what it should answer at once.
 
 Theory. Some requests may take as long as they take (deleting a volume); what somebody looks at has to be there in a
 moment, also when the data process hangs: that is when somebody looks. So these are given up after ANSWER_S, and it is

@@ -105,31 +105,32 @@ def problems(certificates: list[Certificate]) -> list[str]:
 class NodeTls:
     """What the data process is told about TLS."""
 
-    def __init__(self, settings: TlsSettings, call: Callable[..., Any]) -> None:
+    def __init__(self, settings: TlsSettings) -> None:
         self._settings = settings
-        self._call = call
         self._certificates: list[Certificate] = []
         self._failure = ""
 
-    async def start(self) -> None:
-        """A data process was started: let it use what the settings say. It goes on without TLS if it cannot."""
+    async def start(self, call: Callable[..., Any]) -> None:
+        """A data process (asked by `call`) was started: let it use what the settings say. It goes on without TLS if it
+        cannot."""
         try:
-            await self._use(self._settings, check(self._settings))
+            await self._use(self._settings, check(self._settings), call)
         except NodeError as error:
             self._certificates, self._failure = [], f"there is no TLS: {error}"
-            await self._call("tls", **TlsSettings().model_dump(mode="json") | {"mode": self._settings.mode})
+            await call("tls", **TlsSettings().model_dump(mode="json") | {"mode": self._settings.mode})
 
-    async def reload(self, settings: TlsSettings) -> None:
-        """Use what the settings say, and what the files hold, for new connections. NodeError: the old stays."""
+    async def reload(self, settings: TlsSettings, call: Callable[..., Any]) -> None:
+        """Let the data processes use what the settings say and the files hold, for new connections. NodeError: the old
+        stays."""
         certificates = check(settings)
         now = datetime.now(UTC)
         for certificate in certificates:
             if not certificate.is_valid(now) and certificate not in self._certificates:
                 raise WrongInputError(certificate.problem(now))
-        await self._use(settings, certificates)
+        await self._use(settings, certificates, call)
 
-    async def _use(self, settings: TlsSettings, certificates: list[Certificate]) -> None:
-        await self._call("tls", **settings.model_dump(mode="json"))
+    async def _use(self, settings: TlsSettings, certificates: list[Certificate], call: Callable[..., Any]) -> None:
+        await call("tls", **settings.model_dump(mode="json"))
         self._settings, self._certificates, self._failure = settings, certificates, ""
 
     def warnings(self, families: Sequence[Family]) -> list[str]:

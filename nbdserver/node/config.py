@@ -7,6 +7,7 @@ SIGHUP; the rest needs a restart.
 """
 
 import difflib
+import os
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -109,6 +110,9 @@ class NodeSettings(Model):
     segment: Annotated[int, size(_MIB, 1 << 30, power_of_two=True)] = Field(
         default=64 * _MIB, description="segment file size of new volumes"
     )
+    workers: Annotated[StrictInt, Field(ge=1, le=64)] = Field(
+        default=1, description="data processes, on which volumes are spread; clients need cores of their own"
+    )
     max_connections: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
         default=1024, description="NBD connections at a time"
     )
@@ -124,6 +128,14 @@ class NodeSettings(Model):
     cluster: ClusterSettings | None = Field(
         default=None, description="the cluster that this node belongs to; absent: it stands alone"
     )
+
+
+def too_many_workers(settings: NodeSettings) -> list[str]:
+    """What is to be said of more data processes than this machine has cores for."""
+    cores = len(os.sched_getaffinity(0))
+    if settings.workers <= max(1, cores):
+        return []
+    return [f"workers: {settings.workers} on a machine with {cores} cores is slower than workers: {cores}"]
 
 
 class ConfigError(WrongInputError):

@@ -1,18 +1,18 @@
-"""The control process: takes the data directory, keeps a data process alive, answers the API, stops cleanly.
+"""The control process: takes the data directory, keeps data processes alive, answers the API, stops cleanly.
 
-Order of a start: settings, data directory and lock, registry, data process, every family opened, the clients of the
+Order of a start: settings, data directory and lock, registry, data processes, every family opened, the clients of the
 process before, then the NBD addresses, then the API; only then `ready`. Order of a stop: NBD clients, families
 (closed cleanly), API, lock. A second SIGINT or SIGTERM stops waiting: the log makes that safe, the next start only
 has to replay it. Where systemd keeps descriptors for us, a stop gives it the clients instead of closing them: it drops
 them if no start follows.
 
 An upgrade in place: the program on disk is checked; changes of volumes are waited for and the API ends; checkpoints;
-the data process hands its clients over and ends; this process becomes the program on disk. Up to the moment when
-clients stand still a failure changes nothing; between that and the end of the data process it costs the connections,
+the data processes hand their clients over and end; this process becomes the program on disk. Up to the moment when
+clients stand still a failure changes nothing; between that and the end of the data processes it costs the connections,
 and this program goes on; after it the new program answers for the rest. What was acknowledged is never lost.
 
-Rules: nothing of a client's data passes here. A data process that dies is started again, with every epoch raised;
-one that dies MAX_RESTARTS times within RESTART_WINDOW_S ends the node, so that whoever supervises it hears of it.
+Rules: nothing of a client's data passes here. A data process that dies is started again (data_processes.py), with the
+epochs of its families raised.
 """
 
 import asyncio
@@ -21,8 +21,7 @@ import secrets
 import signal
 import socket
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,19 +32,19 @@ from metadata.registry import Families, Family, RegistryError
 from metadata.registry_table import RegistryTable
 from metadata.seams import Batch
 from nbdserver.node import program, systemd_notify
-from nbdserver.node.addresses import port_holder, split_address
-from nbdserver.node.asking import Asking
 from nbdserver.node.ballast import Ballast
 from nbdserver.node.capacity import Capacity
 from nbdserver.node.certificates import NodeTls
-from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings
-from nbdserver.node.data_process import DataProcess, DataProcessError
-from nbdserver.node.descriptors import LOCK, close_all
+from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings, too_many_workers
+from nbdserver.node.data_process import DataProcess
+from nbdserver.node.data_processes import DataProcesses
+from nbdserver.node.descriptors import LOCK
 from nbdserver.node.directory import DataDirectory
-from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
+from nbdserver.node.errors import ConflictError, NodeError
 from nbdserver.node.events import EventLog
 from nbdserver.node.findings import findings
 from nbdserver.node.inherited import Inherited
+from nbdserver.node.listeners import Listeners
 from nbdserver.node.overview import Overview
 from nbdserver.node.scrubs import Scrubs
 from nbdserver.node.sizes import round_size
@@ -59,9 +58,6 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 1 << 20
 """Of descriptors that the program on disk can take over, beyond the data process's own limit."""
-
-MAX_RESTARTS = 5
-RESTART_WINDOW_S = 60.0
 
 SECOND_SIGNAL_S = 0.5
 """A terminal and a wrapper may both deliver one Ctrl-C: what comes sooner is the same wish."""
@@ -100,28 +96,35 @@ class Node:
         self.events = EventLog(directory.events, time.monotonic)
         self._registry = open_registry(directory)
         self._families = Families(self._registry, owner="local")
-        self._asking = Asking(self.call, time.monotonic)
-        ask, event = self._asking.ask, self.events.add
+        self._data = DataProcesses(
+            settings.workers,
+            directory.lock_descriptor,
+            self._families.all,
+            self._begin_again,
+            self._data_event,
+            self._say,
+            self._give_up,
+        )
+        ask, event = self._data.ask, self.events.add
         self.capacity = Capacity(directory.path, lambda: self.settings, self._families.all, ask, event)
         self.volumes = Volumes(directory, self._families, self.call, ask, event, settings.segment, self._admit)
         self.snapshots = Snapshots(self.volumes)
-        self.tls = NodeTls(settings.tls, self.call)
+        self.tls = NodeTls(settings.tls)
         self.scrubs = Scrubs(
             directory.scrub, lambda: self.settings.scrub, self._families.all, self.call, self.events.add
         )
         self.overview = Overview(self.status, self.events)
         self.cluster: Cluster | None = None
-        self._data: DataProcess | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
         self._stop_asked_s = 0.0
         self._exit_code = 0
         self.handover: dict[str, Any] | None = None
         self._inherited = inherited or Inherited()
+        self._listeners = Listeners(directory.own_socket, self._inherited.activated)
         self._succession = Succession(self._inherited, self._say, self.events.add)
         self._upgrade = ""  # the id of the one that is wanted
         self._wanted = asyncio.Event()  # to stop, or to upgrade
-        self._starting_again = asyncio.Lock()
 
     async def run(self, create: list[tuple[str, int]], serve_api: Callable[["Node"], Any]) -> int:
         """Serve until a signal; returns the exit code. `serve_api` starts the API and returns an awaitable stop."""
@@ -143,12 +146,11 @@ class Node:
         except BaseException:
             await self._stop_data()
             raise
-        supervisor = loop.create_task(self._supervise())
+        self._data.supervise()
         watching = [loop.create_task(each.watch()) for each in (self.capacity, self.scrubs, self.overview)]
         try:
             stop_api = await serve_api(self)
         except BaseException:
-            supervisor.cancel()
             _cancel(watching)
             await self._leave_cluster()
             await self._stop_data()
@@ -159,12 +161,12 @@ class Node:
             await self._wanted.wait()
             self._wanted.clear()
             if self._upgrade and not self._stopping.is_set():
-                await self._replace_program(supervisor, stop_api)
+                await self._replace_program(stop_api)
                 # It has failed: this program goes on.
-                supervisor = loop.create_task(self._supervise())
+                self._data.supervise()
                 stop_api = await serve_api(self)
         systemd_notify.notify("STOPPING=1")
-        supervisor.cancel()
+        self._data.unsupervise()
         _cancel(watching)
         self.events.add("node-stopping", {})
         await self.scrubs.note()
@@ -176,10 +178,13 @@ class Node:
         return self._exit_code
 
     async def call(self, name: str, **arguments: Any) -> Any:
-        """Ask the data process. Raises DataProcessError, also while it is not running."""
-        if self._data is None:
-            raise DataProcessError("the data process is being started again; try again in a moment")
+        """Ask the data processes. Raises DataProcessError, also while they are not running."""
         return await self._data.call(name, **arguments)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every data process runs."""
+        return self._data.is_whole
 
     async def status(self) -> dict[str, Any]:
         """Return what `nbdserver status` shows, also while the data process does not answer."""
@@ -188,8 +193,7 @@ class Node:
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "data_pid": self._data.pid if self._data else None,
-            "data_silent_s": round(self._asking.silent_s, 1),
+            "workers": self._workers(),
             "uptime_s": round(time.monotonic() - self.started_s, 1),
             "data": str(self.directory.path),
             "listen": self.addresses(),
@@ -217,6 +221,24 @@ class Node:
             "size_bytes": file_system.size_bytes,
             "fill_percent": file_system.percent,
         }
+
+    def _workers(self) -> list[dict[str, Any]]:
+        """Each data process, and the volumes of its families."""
+        pids = {process.worker: process.pid for process in self._data.running()}
+        families = self.families()
+        return [
+            {
+                "worker": worker,
+                "pid": pids.get(worker),
+                "silent_s": round(self._data.silent_s(worker), 1),
+                "volumes": [
+                    volume.name
+                    for family in self._data.placement.families(worker, families)
+                    for volume in family.volumes
+                ],
+            }
+            for worker in range(self._data.workers)
+        ]
 
     def free_bytes(self) -> int:
         """Return the room on the file system of the data directory."""
@@ -247,7 +269,7 @@ class Node:
             self.settings = old.model_copy(update=live | {"http": old.http.model_copy(update=http)})
             try:
                 await self._listen()
-                await self.tls.reload(fresh.tls)
+                await self.tls.reload(fresh.tls, self.call)
                 await self.call("limit_data", max_data_bytes=self.settings.max_data)
             except NodeError:
                 self.settings = old
@@ -265,6 +287,7 @@ class Node:
         """Give back everything but the lock."""
         self.events.add("node-stopped", {})
         self.events.close()
+        self._data.close()
         self._registry.close()
 
     # --- the cluster ---
@@ -302,26 +325,26 @@ class Node:
         wanted = self._upgrade = secrets.token_hex(8)
         try:
             answer = await asyncio.to_thread(program.check)
-            if self._data is None:
-                raise ConflictError("the data process is being started again; try again in a moment")
+            if not self._data.is_whole:
+                raise ConflictError("a data process is being started again; try again in a moment")
         except BaseException:
             self._upgrade = ""
             raise
         self._wanted.set()
         return {"id": wanted, "program": answer}
 
-    async def _replace_program(self, supervisor: "asyncio.Task[None]", stop_api: Callable[[], Any]) -> None:
-        """Become the program on disk; returns if that failed before the data process had ended."""
+    async def _replace_program(self, stop_api: Callable[[], Any]) -> None:
+        """Become the program on disk; returns if that failed before the data processes had ended."""
         self._say("upgrade: preparing")
-        async with self._starting_again, self.volumes.changing:  # in this order: a start opens volumes
+        async with self._data.starting, self.volumes.changing:  # in this order: a start opens volumes
             await stop_api()
             await self._leave_cluster()
-            supervisor.cancel()
-            data: DataProcess | None = None
+            self._data.unsupervise()
+            is_prepared = False
             try:
                 await self.scrubs.note()
                 await self.call("prepare")
-                data = self._data  # from here on a failure costs it
+                is_prepared = True  # from here on a failure costs the data processes
                 descriptors = await self._take_clients(self._upgrade, NO_LIMIT)
             except NodeError as error:
                 reason = str(error)
@@ -331,8 +354,8 @@ class Node:
         self.handover = {"id": self._upgrade, "failure": reason, "clients": 0, "dropped": 0, "pause_s": 0.0}
         self.events.add("handover-failed", {"reason": reason})
         self._upgrade = ""
-        if data is not None:
-            data.kill()  # the supervisor starts another one
+        if is_prepared:
+            self._data.kill()  # they are started again
         try:
             self._join_cluster()
         except NodeError as error:
@@ -350,18 +373,15 @@ class Node:
         program.replace([(LOCK, self.directory.lock_descriptor), *activated, *descriptors], late)
 
     async def _take_clients(self, handover_id: str, limit: int) -> list[tuple[str, int]]:
-        """Let the data process hand its clients over and end; returns their named descriptors. Raises NodeError."""
-        if self._data is None:
-            raise DataProcessError("the data process is not running")
-        descriptors = await self._succession.take_from(self._data, handover_id, limit)
-        data, self._data = self._data, None
-        await data.wait()
+        """Let the data processes hand their clients over and end; returns named descriptors. Raises NodeError."""
+        descriptors = await self._succession.take_from(self._data.running(), self._listeners, handover_id, limit)
+        await self._data.wait_for_end()
         return descriptors
 
     async def _leave_clients_to_systemd(self) -> bool:
         """Give the clients to systemd, which hands them to the next start; False if it keeps none."""
         room = systemd_notify.store_size() - 1
-        if room <= 0 or self._exit_code or self._data is None:
+        if room <= 0 or self._exit_code or not self._data.is_whole:
             return False
         try:
             await self.call("prepare")
@@ -373,85 +393,62 @@ class Node:
         return True
 
     async def _take_over(self) -> None:
-        """Let the data process go on with what this process was started with."""
-        taken = await self._succession.give_to(self.call)
+        """Let the data processes go on with what this process was started with."""
+        taken = await self._succession.give_to(self._process_of, self._listeners)
         self.handover = taken or self.handover
 
-    # --- the data process ---
+    def _process_of(self, export: str) -> DataProcess | None:
+        """The one that has a volume, or that of a snapshot."""
+        found = self._families.find(export.partition("@")[0])
+        return self._data.of(found[0].id) if found else None
+
+    # --- the data processes ---
 
     async def _start_data(self) -> None:
-        inherited = self._inherited
-        handed_over = inherited.handed_over()
-        passed = [*handed_over, *(descriptor for descriptor, _ in inherited.activated)]
-        self._data = await DataProcess.start(self.directory.lock_descriptor, self._data_event, passed)
-        close_all(handed_over)
-        self._hello = await self._data.call(
+        await self._data.start()
+        processes = self._data.running()
+        await asyncio.gather(*(self._begin(process) for process in processes))
+        for warning in self._warnings():
+            self._say(f"WARNING: {warning}")
+        await self._open_families(processes)
+
+    async def _begin(self, process: DataProcess) -> None:
+        """Give one that was started its settings."""
+        self._hello = await process.call(
             "start",
-            cache_bytes=self.settings.cache,
+            cache_bytes=self.settings.cache // self._data.workers,
             max_connections=self.settings.max_connections,
             max_data_bytes=self.settings.max_data,
         )
-        await self.tls.start()
-        for warning in self._warnings():
-            self._say(f"WARNING: {warning}")
-        await self.volumes.open_all()
+        await self.tls.start(process.call)
 
-    async def _stop_data(self) -> None:
-        data, self._data = self._data, None
-        if data is None:
-            return
-        try:
-            await data.call("stop")
-        except DataProcessError as error:
-            self.events.add("data-process-stopped-badly", {"reason": str(error)})
-        if self._exit_code:
-            data.kill()
-        await data.wait()
+    async def _begin_again(self, process: DataProcess) -> None:
+        """Bring one that was started again to where it serves."""
+        await self._begin(process)
+        await self._open_families([process])
+        self._listeners.listen(self.addresses())
+        await self._listen_at(process)
+
+    async def _open_families(self, processes: Sequence[DataProcess]) -> None:
+        families = self._families.all()
+        await self.volumes.open_all([self._data.placement.families(each.worker, families) for each in processes])
+        for process in processes:
+            await self._data.families_are_open(process)
 
     async def _listen(self) -> None:
-        try:
-            await self.call("listen", addresses=self.addresses(), own=f"unix:{self.directory.own_socket}")
-            self.directory.own_socket.chmod(0o600)
-        except DataProcessError as error:
-            if error.kind != "ListenError":
-                raise
-            raise WrongInputError(self._taken(str(error))) from None
+        self._listeners.listen(self.addresses())
+        for process in self._data.running():
+            await self._listen_at(process)
 
-    def _taken(self, reason: str) -> str:
-        address, _, problem = reason.partition(" ")
-        if problem != "EADDRINUSE" or address.startswith("unix:"):
-            if problem == "EADDRINUSE":
-                problem = "another program listens there, or it is no socket"
-            option = "--socket" if address.startswith("unix:") else "--listen"
-            return f"cannot listen on {address}: {problem}; choose another with {option}"
-        host, port = split_address(address)
-        free = f"[{host}]" if ":" in host else host
-        another = f"--listen {free}:{port % 65535 + 1}"
-        return f"port {port} is taken by {port_holder(port)}; choose another, for example {another}"
+    async def _listen_at(self, process: DataProcess) -> None:
+        sockets = self._listeners.sockets()
+        process.send_descriptors([descriptor for _, descriptor in sockets])
+        await process.call("listen", addresses=[address for address, _ in sockets])
+        process.is_serving = True
 
-    async def _supervise(self) -> None:
-        ends: deque[float] = deque(maxlen=MAX_RESTARTS)
-        while self._data is not None:
-            code = await self._data.wait()
-            self._data = None
-            self.events.add("data-process-ended", {"exit_code": code})
-            self._say(f"the data process ended with {code}; starting it again")
-            ends.append(time.monotonic())
-            if len(ends) == MAX_RESTARTS and ends[-1] - ends[0] < RESTART_WINDOW_S:
-                self._say(f"the data process ended {MAX_RESTARTS} times within {RESTART_WINDOW_S:.0f} s; giving up")
-                self._give_up()
-                return
-            try:
-                async with self._starting_again:
-                    await self._start_data()
-                    await self._take_over()
-                    await self._listen()
-            except (NodeError, OSError) as error:
-                self._say(f"the data process could not be started again: {error}")
-                if self._data is None:
-                    self._give_up()
-                else:
-                    self._data.kill()  # and once more, from the top
+    async def _stop_data(self) -> None:
+        self._listeners.close()
+        await self._data.stop(kill=bool(self._exit_code))
 
     def _give_up(self) -> None:
         self._exit_code = 1
@@ -480,7 +477,7 @@ class Node:
         systemd_notify.notify("READY=1")
 
     def _warnings(self) -> list[str]:
-        warnings = self.tls.warnings(self._families.all())
+        warnings = [*too_many_workers(self.settings), *self.tls.warnings(self._families.all())]
         if self._hello and not self._hello.get("checksum_is_fast", True):
             library = self._hello.get("checksum", "")
             warnings.append(

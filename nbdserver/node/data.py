@@ -1,8 +1,8 @@
-"""The data process: one asyncio loop with the NBD sessions, the exports and the log disks of this node.
+"""A data process: one asyncio loop with the NBD sessions, the exports and the log disks of this node, or of its part.
 
-Started by the control process as `python -m nbdserver.node.data CHANNEL DESCRIPTORS PARENT_PID`: CHANNEL is its end of
-the channel, DESCRIPTORS the socket over which it hands descriptors over. It does what the channel asks (`Worker`), and
-reports events on it.
+Started by the control process (data_process.py), with numbers of descriptors: its end of the channel, the socket over
+which descriptors come and go, and what the data processes of a node share. It does what the channel asks (`Worker`),
+and reports events on it.
 
 Rules
 - The first thing it does is to ask the kernel to be killed with its parent; then it looks whether the parent is
@@ -19,7 +19,6 @@ Rules
 import asyncio
 import contextlib
 import ctypes
-import errno
 import gc
 import logging
 import os
@@ -27,6 +26,8 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ from nbdserver.host.watching import LoopWatch
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node import handover
 from nbdserver.node.channel import Channel
-from nbdserver.node.descriptors import close_all, send_descriptors
+from nbdserver.node.descriptors import close_all, receive_descriptors, send_descriptors
 from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.garbage import collect_garbage
 from nbdserver.node.open_family import FamilyError, StoreThreads
+from nbdserver.node.passing import Passing
+from nbdserver.node.shared_figures import SharedBudget, SharedCensus, SharedFigures
 from nbdserver.volume.admission import TlsMode
-from nbdserver.volume.export import Export, ExportError, Exports
+from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
@@ -67,14 +70,24 @@ EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h
 _log = logging.getLogger(__name__)
 
 
-class ListenError(Exception):
-    """An address could not be listened on: `ADDRESS ERRNO-NAME` or `ADDRESS reason`."""
+@dataclass(frozen=True)
+class Place:
+    """Which one of the node's data processes this is, and how it reaches the others."""
+
+    worker: int
+    workers: int
+    figures: int  # a descriptor, as those in `inboxes`
+    inboxes: Sequence[int]
+    """Our own to read from, then the one of each worker to write to; nothing for one alone."""
 
 
 class Worker:
     """What the control process can ask for: each `do_NAME`, here and in FamilyRequests, is a request of the channel."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket, watch: LoopWatch) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket, watch: LoopWatch, place: Place
+    ) -> None:
+        self._place = place
         self._loop = loop
         self._watch = watch
         watch.report = self._report
@@ -83,20 +96,24 @@ class Worker:
         threads = StoreThreads(loop)
         self._network = SocketNetwork(loop, threads.completions)
         self._exports = Exports()
-        self._families = FamilyRequests(self._exports, threads, self._clock, self._report)
+        if place.workers > 1:
+            self._exports.changed = self._publish
+        self._figures = SharedFigures(place.figures, place.workers)
+        budget = SharedBudget(self._figures, place.worker)
+        self._families = FamilyRequests(self._exports, threads, self._clock, self._report, budget)
         self._tls = Tls(self._clock.call_soon)
         self._clients_gone = 0
         self._server: Server | None = None
+        self._passing: Passing | None = None
         self.channel: Channel | None = None
         self.stopped = asyncio.Event()
-        self._own_address = ""
 
     async def handle(self, name: str, arguments: dict[str, Any]) -> Any:
         """Do one request of the control process."""
         try:
             request = getattr(self, f"do_{name}", None) or getattr(self._families, f"do_{name}")
             return await request(**arguments)
-        except (FamilyError, ListenError, ExportError, HandoverError, TlsError):
+        except (FamilyError, ExportError, HandoverError, TlsError):
             raise  # a refusal
         except Exception:
             _log.exception("the request %s failed", name)
@@ -106,7 +123,12 @@ class Worker:
         """Take the settings; the first request."""
         self._families.settings = DiskSettings(cache_bytes=cache_bytes)
         self._families.budget.limit_bytes = max_data_bytes
-        self._server = Server(self._network, self._clock, self._exports, self._report, max_connections)
+        place = self._place
+        census = SharedCensus(self._figures, place.worker, place.workers)
+        self._server = Server(self._network, self._clock, self._exports, self._report, max_connections, census)
+        if place.inboxes:
+            inbox, *outboxes = (socket.socket(fileno=descriptor) for descriptor in place.inboxes)
+            self._passing = Passing(self._network, self._server, inbox, outboxes)
         return {"checksum": CHECKSUM_LIBRARY, "checksum_is_fast": CHECKSUM_IS_FAST}
 
     async def do_tls(
@@ -123,58 +145,36 @@ class Worker:
         self._exports.have_tls = context is not None
         self._exports.inherit_tls(TlsMode(mode))
 
-    async def do_listen(self, addresses: list[str], own: str) -> None:
-        """Accept clients at exactly these addresses; on failure everything stays as it was. `own` is that of the
-        program's own commands: it is not handed over, the next process listens there anew."""
+    async def do_listen(self, addresses: list[str]) -> None:
+        """Accept clients at exactly these addresses, with the sockets that were sent, one for each; from now on, also
+        those whom other processes send."""
         assert self._server is not None
-        before = self._server.addresses()
-        addresses = [*addresses, own]
-        self._own_address = own
-        for address in addresses:
-            try:
-                self._server.listen(address)
-            except (OSError, ValueError) as error:
-                for added in set(self._server.addresses()) - set(before):
-                    self._server.stop_listening(added)
-                number = getattr(error, "errno", None)
-                name = errno.errorcode.get(number, "") if number else ""
-                reason = "EADDRINUSE" if name == "EADDRINUSE" else getattr(error, "strerror", None) or str(error)
-                raise ListenError(f"{address} {reason}") from error
-        for gone in set(before) - set(addresses):
+        descriptors = receive_descriptors(self._descriptors, len(addresses))
+        there = set(self._server.addresses())
+        for address, descriptor in zip(addresses, descriptors, strict=True):
+            if address in there:
+                os.close(descriptor)  # a copy of the one that it has
+            else:
+                self._network.inherit(address, descriptor, owned=False)
+        for address in dict.fromkeys(addresses):
+            self._server.listen(address)
+        for gone in there - set(addresses):
             self._server.stop_listening(gone)
-        self._network.forget_inherited()
+        if self._passing is not None:
+            self._passing.open()
 
-    async def do_take_over(
-        self,
-        state: int | None,
-        go_on: bool,
-        clients: list[int],
-        listening: list[int],
-        activated: list[tuple[int, str]],
-    ) -> dict[str, Any] | None:
-        """Go on with the clients of the process before (or drop them), and use its listening sockets and those of
-        socket units; every family that can be opened is open."""
+    async def do_take_over(self, clients: int) -> dict[str, Any]:
+        """Go on with so many clients of the process before, whose state and sockets were sent; every family that can be
+        opened is open."""
         assert self._server is not None
-        for descriptor, address in activated:
-            self._network.inherit(address, descriptor, owned=False)
-        if state is None:
-            return None
+        state, *descriptors = receive_descriptors(self._descriptors, 1 + clients)
         try:
             before = handover.read_state(state)
         except HandoverError:
-            close_all([*clients, *listening])
+            close_all(descriptors)
             raise
-        if not go_on:
-            close_all(clients)
-            clients = []
-        handover.inherit_listening(self._network, before.listening, listening)
-        taken = handover.take(self._server, self._network, before.clients, clients)
-        return {
-            "id": before.id,
-            "clients": taken,
-            "dropped": before.dropped + len(before.clients) - taken,
-            "pause_s": round(self._clock.now() - before.frozen_s, 3),
-        }
+        taken = handover.take(self._server, self._network, before.clients, descriptors)
+        return {"clients": taken, "pause_s": round(self._clock.now() - before.frozen_s, 3)}
 
     async def do_ping(self) -> None:
         """Answer."""
@@ -205,6 +205,7 @@ class Worker:
         return [
             {
                 "id": client.id,
+                "worker": self._place.worker,
                 "peer": client.peer.name,
                 "tls": client.peer.tls,
                 "certificate": client.peer.certificate,
@@ -232,14 +233,12 @@ class Worker:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(made.wait(), PREPARE_TIMEOUT_S)
 
-    async def do_hand_over(self, handover_id: str, limit: int) -> dict[str, Any]:
-        """Let clients stand still, close every family cleanly, send at most `limit` sockets and their state, and end
-        after the reply."""
+    async def do_hand_over(self, handover_id: str) -> dict[str, Any]:
+        """Let clients stand still, close every family cleanly, send the sockets and their state, and end after the
+        reply."""
         assert self._server is not None
         frozen_s = self._clock.now()
-        if self._own_address in self._server.addresses():
-            self._server.stop_listening(self._own_address)
-        released = self._network.release_listening()
+        self._accept_nobody()
         clients = len(self._server.clients())
         frozen = asyncio.Event()
         self._server.freeze(handover.FREEZE_TIMEOUT_S, frozen.set)
@@ -249,23 +248,29 @@ class Worker:
         def fit(export: Export) -> bool:
             return export.name.partition("@")[0] not in problems  # a snapshot's family is its volume's
 
-        room = limit - len(released)
-        descriptors, given, dropped = handover.give(self._server, released, fit, handover_id, frozen_s, clients, room)
+        descriptors, given, dropped = handover.give(self._server, fit, handover_id, frozen_s, clients)
         send_descriptors(self._descriptors, descriptors)
         close_all(descriptors)
         self._loop.call_soon(self.stopped.set)
         return {
-            "listening": len(released),
             "clients": given,
             "dropped": dropped,
             "closed_s": round(self._clock.now() - frozen_s, 3),
             "problems": list(dict.fromkeys(problems.values())),
         }
 
+    def _accept_nobody(self) -> None:
+        assert self._server is not None
+        for address in self._server.addresses():
+            self._server.stop_listening(address)
+        if self._passing is not None:
+            self._passing.close()
+
     async def do_stop(self) -> None:
         """Finish what clients have asked, close every family cleanly, and end after the reply."""
         if self._server is not None:
             await asyncio.sleep(TAKEN_FIRST_S)
+            self._accept_nobody()
             drained = asyncio.Event()
             self._server.drain(DRAIN_TIMEOUT_S, drained.set)
             await drained.wait()
@@ -273,6 +278,21 @@ class Worker:
         self._loop.call_soon(self.stopped.set)
         if problems:
             raise FamilyError("not closed cleanly: " + "; ".join(dict.fromkeys(problems.values())))
+
+    def note(self, kind: str, fields: dict[str, Any]) -> None:
+        """What the control process tells: `exports` of other processes, each {description, allowed, tls} or None."""
+        if kind == "exports":
+            for worker, listings in fields["workers"].items():
+                for name, listing in listings.items():
+                    self._exports.note_elsewhere(name, _elsewhere(int(worker), name, listing))
+
+    def _publish(self, name: str, export: Export | None) -> None:
+        """Say to the other processes what clients may be told of an export."""
+        listing = None
+        if export is not None:
+            allowed, tls = list(export.allowed.texts), export.tls.value
+            listing = {"description": export.description, "allowed": allowed, "tls": tls}
+        self._report("export", {"name": name, "listing": listing})
 
     def _report(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "client-gone":
@@ -283,6 +303,12 @@ class Worker:
             self.channel.notify(kind, fields)
 
 
+def _elsewhere(worker: int, name: str, listing: dict[str, Any] | None) -> Elsewhere | None:
+    if listing is None:
+        return None
+    return Elsewhere(worker, name, listing["description"], listing["allowed"], TlsMode(listing["tls"]))
+
+
 def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """asyncio's exception handler: log it; end the process if a callback of the loop, or a completion, failed."""
     loop.default_exception_handler(context)
@@ -290,24 +316,24 @@ def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
         os._exit(EXIT_DEFECT)
 
 
-async def serve(sock: socket.socket, descriptors: socket.socket, watch: LoopWatch) -> None:
+async def serve(sock: socket.socket, descriptors: socket.socket, watch: LoopWatch, place: Place) -> None:
     """Serve the channel until it asks for the end, or ends."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(end_on_defect)
-    worker = Worker(loop, descriptors, watch)
+    worker = Worker(loop, descriptors, watch, place)
 
     def channel_ended() -> None:
         if not worker.stopped.is_set():
             os._exit(1)  # the parent is gone: kill -9 loses nothing acknowledged, and nor does this
 
-    worker.channel = await Channel.connect(sock, worker.handle, lambda kind, fields: None, channel_ended)
+    worker.channel = await Channel.connect(sock, worker.handle, worker.note, channel_ended)
     await worker.stopped.wait()
     await worker.channel.close()
 
 
 def main() -> None:
     """The data process."""
-    descriptor, descriptors, parent = map(int, sys.argv[1:])
+    parent, worker, workers, descriptor, descriptors, figures, _lock, *inboxes = map(int, sys.argv[1:])
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
@@ -321,7 +347,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="nbdserver data process: %(levelname)s: %(name)s: %(message)s")
     watch = LoopWatch()
     with asyncio.Runner(loop_factory=watch.new_loop) as runner:
-        runner.run(serve(sock, sending, watch))
+        runner.run(serve(sock, sending, watch, Place(worker, workers, figures, inboxes)))
 
 
 if __name__ == "__main__":

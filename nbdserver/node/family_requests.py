@@ -48,9 +48,12 @@ FAMILIES_A_PAGE = 16
 class FamilyRequests:
     """The open families."""
 
-    def __init__(self, exports: Exports, threads: StoreThreads, clock: HostClock, report: Report) -> None:
+    def __init__(
+        self, exports: Exports, threads: StoreThreads, clock: HostClock, report: Report, budget: Budget
+    ) -> None:
+        """`budget` is that of all families of the node."""
         self.settings = DiskSettings()
-        self.budget = Budget()
+        self.budget = budget
         self._exports = exports
         self._threads = threads
         self._clock = clock
@@ -158,25 +161,31 @@ class FamilyRequests:
 
     async def do_scrub_start(self, family: str, begin: dict[str, int], bytes_per_s: int) -> None:
         """Read a family's data, or go on with that; one at a time."""
-        await self.do_scrub_stop()
+        if self._scrubbed is not None:
+            await self.do_scrub_stop(self._scrubbed.family)
         disk = self._family(family).disk
         if disk.failure:
             raise FamilyError(disk.failure)
         scrubbed = self._scrubbed = _Scrubbed(family, disk)
         disk.start_scrub(Progress(**begin), bytes_per_s, self._moved_bytes, scrubbed.ended)
 
-    async def do_scrub_progress(self, bytes_per_s: int) -> dict[str, Any] | None:
-        """How far the scrub is that was started last, which goes on at this rate; None if there is none."""
+    async def do_scrub_progress(self, family: str, bytes_per_s: int) -> dict[str, Any] | None:
+        """How far the scrub of this family is, which goes on at this rate; None if it is not the last one here."""
         scrubbed = self._scrubbed
-        if scrubbed is None or scrubbed.family not in self._families or scrubbed.disk.scrub is None:
+        if scrubbed is None or scrubbed.family != family or family not in self._families:
+            return None
+        if scrubbed.disk.scrub is None:
             return None
         scrubbed.disk.scrub.pace.bytes_per_s = bytes_per_s
         return scrubbed.describe()
 
-    async def do_scrub_stop(self) -> dict[str, Any] | None:
-        """Stop it; returns how far it was."""
-        scrubbed, self._scrubbed = self._scrubbed, None
-        if scrubbed is None or scrubbed.family not in self._families or scrubbed.disk.scrub is None:
+    async def do_scrub_stop(self, family: str) -> dict[str, Any] | None:
+        """Stop that of this family; returns how far it was."""
+        scrubbed = self._scrubbed
+        if scrubbed is None or scrubbed.family != family:
+            return None
+        self._scrubbed = None
+        if family not in self._families or scrubbed.disk.scrub is None:
             return None
         scrubbed.disk.scrub.stop()
         return scrubbed.describe()

@@ -76,7 +76,7 @@ def findings(
     """What `status` (as `Node.status` makes it) and the `events` up to `now` say, and what is wrong with the cluster:
     the most urgent first."""
     found = [
-        *_of_data_process(status),
+        *_of_data_processes(status),
         *of_cluster,
         *_of_warnings(status["warnings"]),
         *_of_fills(status["fills"], status["data"]),
@@ -102,18 +102,24 @@ def need_attention(found: Iterable[Finding]) -> bool:
     return any(finding.urgency != NOTE for finding in found)
 
 
-def _of_data_process(status: Mapping[str, Any]) -> list[Finding]:
-    pid, silent_s = status["data_pid"], status["data_silent_s"]
-    if pid is None:
-        problem = "is being started again: no volume is served until it has replayed its log"
-        return [Finding(NOW, "data process", problem, "wait; if it lasts, the node's own output says why")]
-    if silent_s:
-        remedy = (
-            f"look what holds it (top, dmesg, a disk that hangs); the last resort is kill -9 {pid}: it is started "
-            "again, clients connect again, and what was answered is not lost"
-        )
-        return [Finding(NOW, "data process", f"has not answered for {silent_s:.0f} s: clients wait", remedy)]
-    return []
+def _of_data_processes(status: Mapping[str, Any]) -> list[Finding]:
+    found = []
+    workers = status["workers"]
+    for worker in workers:
+        is_alone = len(workers) == 1
+        subject = "data process" if is_alone else f"data process {worker['worker']}"
+        pid, silent_s = worker["pid"], worker["silent_s"]
+        if pid is None:
+            missing = "no volume is served" if is_alone else f"{counted(len(worker['volumes']), 'volume')} not served"
+            problem = f"is being started again: {missing} until it has replayed its log"
+            found.append(Finding(NOW, subject, problem, "wait; if it lasts, the node's own output says why"))
+        elif silent_s:
+            remedy = (
+                f"look what holds it (top, dmesg, a disk that hangs); the last resort is kill -9 {pid}: it is started "
+                "again, clients connect again, and what was answered is not lost"
+            )
+            found.append(Finding(NOW, subject, f"has not answered for {silent_s:.0f} s: clients wait", remedy))
+    return found
 
 
 def _of_warnings(warnings: Sequence[str]) -> list[Finding]:

@@ -3,15 +3,17 @@
 Theory: the next process may be another version of the program, and nothing of this one's memory comes along. So the
 clients stand still, the families are closed as at a clean stop, and what is left of a client is a descriptor and its
 state (`protocol/handover.py`). The states of all of them lie in one file in memory, whose descriptor travels first;
-then come the listening sockets, then the clients. The control process, or systemd, holds them all until the next data
-process is there. It reads none of them.
+then come the clients. The control process, or systemd, holds them all until the next data
+process is there. Several data processes each have a file and sockets; the control process makes one handover of them
+(succession.py), and from that one for each data process of the next program, which need not be as many.
 
 Rules
 - A family is closed before a client of it is given away: when the next process opens it, under a higher epoch, nothing
   of this one can write to it any more.
 - A client of a family that has failed is dropped, so that it hears of it: the next process knows nothing of the
   failure.
-- Bounds: `CLIENT_LIMIT` clients, `STATE_LIMIT_BYTES` of requests and replies under way; the rest is dropped.
+- Bounds: `CLIENT_LIMIT` clients, `STATE_LIMIT_BYTES` of requests and replies under way in a process; the rest is
+  dropped.
 - What was dropped is counted and told. A client in the handshake, or over TLS, is always dropped.
 
 Known weakness: all clients stand still until the last family is closed, and until the next process has opened all.
@@ -25,7 +27,7 @@ from nbdserver.host.listening import descriptor_cookie
 from nbdserver.host.network import SocketNetwork
 from nbdserver.node.descriptors import STATE, close_all
 from nbdserver.volume.export import Export
-from protocol.handover import ClientState, Handover, Listening, decode, encode
+from protocol.handover import ClientState, Handover, decode, encode
 
 CLIENT_LIMIT = 4096
 STATE_LIMIT_BYTES = 1 << 30
@@ -35,32 +37,30 @@ FREEZE_TIMEOUT_S = 10.0
 
 
 def give(
-    server: Server,
-    released: Sequence[tuple[int, int, str]],
-    fit: Callable[[Export], bool],
-    handover: str,
-    frozen_s: float,
-    clients_before: int,
-    room: int,
+    server: Server, fit: Callable[[Export], bool], handover: str, frozen_s: float, clients_before: int
 ) -> tuple[list[int], int, int]:
-    """Give away a frozen server's clients, `room` at most: (descriptors of state, listening sockets and clients, how
-    many clients, how many of the `clients_before` are dropped)."""
+    """Give away a frozen server's clients: (descriptors of state and clients, how many clients, how many of the
+    `clients_before` are dropped)."""
     given: list[tuple[int, ClientState]] = []
     left_bytes = STATE_LIMIT_BYTES
-    for descriptor, state in server.hand_over(max(0, min(room, CLIENT_LIMIT)), fit):
+    for descriptor, state in server.hand_over(CLIENT_LIMIT, fit):
         left_bytes -= len(state.received) + len(state.unsent)
         if left_bytes < 0:
             os.close(descriptor)
         else:
             given.append((descriptor, state))
     dropped = clients_before - len(given)
-    listening = [Listening(cookie, address) for _, cookie, address in released]
+    file = write_state(Handover(handover, frozen_s, dropped, [], [state for _, state in given]))
+    return [file, *(descriptor for descriptor, _ in given)], len(given), dropped
+
+
+def write_state(handover: Handover) -> int:
+    """The descriptor of a new file in memory."""
     file = os.memfd_create(STATE, os.MFD_CLOEXEC)
     with open(file, "wb", closefd=False) as writer:
-        for piece in encode(Handover(handover, frozen_s, dropped, listening, [state for _, state in given])):
+        for piece in encode(handover):
             writer.write(piece)
-    descriptors = [file, *(one[0] for one in released), *(descriptor for descriptor, _ in given)]
-    return descriptors, len(given), dropped
+    return file
 
 
 def read_state(descriptor: int) -> Handover:
@@ -68,17 +68,6 @@ def read_state(descriptor: int) -> Handover:
     with open(descriptor, "rb") as reader:
         reader.seek(0)
         return decode(reader.read())
-
-
-def inherit_listening(network: SocketNetwork, listening: Sequence[Listening], descriptors: Sequence[int]) -> None:
-    """Let the next `listen` use these sockets; one that the handover does not name is closed."""
-    addresses = {one.cookie: one.address for one in listening}
-    for descriptor in descriptors:
-        address = addresses.get(descriptor_cookie(descriptor))
-        if address is None:
-            os.close(descriptor)
-        else:
-            network.inherit(address, descriptor)
 
 
 def take(server: Server, network: SocketNetwork, clients: Sequence[ClientState], descriptors: Sequence[int]) -> int:

@@ -40,11 +40,11 @@ class Opening:
         """Why the data process cannot be asked about a volume, or ""."""
         return self.failed.get(family.id) or self.missing.get((family.id, volume.number), "")
 
-    async def open_all(self) -> None:
-        """Open every family. One that fails is reported and stays closed; the others are served."""
-        self.failed.clear()
-        self.missing.clear()
-        for family in self._families.all():
+    async def open_all(self, families: Sequence[Family]) -> None:
+        """Open families. One that fails is reported and stays closed; the others are served."""
+        for family in families:
+            self.failed.pop(family.id, None)
+            self.missing = {key: reason for key, reason in self.missing.items() if key[0] != family.id}
             try:
                 await self.open(family)
             except (NodeError, RegistryError, OSError) as error:

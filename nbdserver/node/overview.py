@@ -110,7 +110,7 @@ class Overview:
 
     def _take(self) -> None:
         """A slot of the history ends; nothing does while nothing is known."""
-        if self._seen["data_pid"] is None or self._seen["data_silent_s"]:
+        if any(worker["pid"] is None or worker["silent_s"] for worker in self._seen["workers"]):
             return
         totals = {_key(volume): volume["traffic"] for volume in self._seen["volumes"] if volume["traffic"]}
         self._activity.take(self._now_s(), totals)

@@ -81,7 +81,7 @@ class Scrubs:
         for family in stopped:
             if self._plan.state(family).state == RUNNING:
                 with contextlib.suppress(NodeError):  # a data process that is gone reads nothing
-                    await self._update(await self._call("scrub_stop"))
+                    await self._update(await self._call("scrub_stop", family=family))
             self._end(family, STOPPED)
         self._note()
         return [names.get(family, family) for family in stopped]
@@ -129,14 +129,16 @@ class Scrubs:
 
     async def note(self) -> None:
         """Ask how far it is, for the last time: the node ends."""
+        running = self._plan.next()
         with contextlib.suppress(NodeError, OSError):  # what was noted last is less, and right
-            await self._update(await self._call("scrub_progress", bytes_per_s=self._settings().rate))
+            if running:
+                await self._update(await self._ask(running))
             self._note()
 
     async def _follow(self, family: str) -> None:
         try:
-            found = await self._call("scrub_progress", bytes_per_s=self._settings().rate)
-            if not found or found["family"] != family or self._plan.state(family).state != RUNNING:
+            found = await self._ask(family)
+            if not found or self._plan.state(family).state != RUNNING:
                 await self._begin(family)  # what it knows of is another one, or the last one of this family
             else:
                 await self._update(found)
@@ -145,6 +147,12 @@ class Scrubs:
                 self._end(family, FAILED, str(error))
                 self._note()
             # Otherwise the data process is being started again: it goes on then.
+
+    async def _ask(self, family: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = await self._call(
+            "scrub_progress", family=family, bytes_per_s=self._settings().rate
+        )
+        return found
 
     async def _begin(self, family: str) -> None:
         state = self._plan.state(family)

@@ -15,7 +15,7 @@ import asyncio
 import errno as errnos
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -80,10 +80,11 @@ class Volumes:
         for family_id in self._families.scraps():
             await self._opening.scrap(family_id)
 
-    async def open_all(self) -> None:
-        """Open every family in the data process. One that fails is reported and stays closed; the others are served."""
+    async def open_all(self, groups: Sequence[Sequence[Family]]) -> None:
+        """Open families, each group in a data process of its own. One that fails is reported and stays closed; the
+        others are served."""
         async with self.lock:
-            await self._opening.open_all()
+            await asyncio.gather(*(self._opening.open_all(group) for group in groups))
 
     # -- making
 
@@ -157,10 +158,10 @@ class Volumes:
     # -- looking
 
     async def list(self) -> list[dict[str, Any]]:
-        """Return every volume with what the data process says of it, by name."""
-        live, otherwise = await self._live()
+        """Return every volume with what the data processes say of it, by name."""
+        live, silent = await self._live()
         found = [
-            self._describe(family, volume, live.get(family.id, {}), otherwise)
+            self._describe(family, volume, live.get(family.id, {}), UNKNOWN if family.id in silent else STARTING)
             for family in self._families.all()
             for volume in family.volumes
             if volume.state == VolumeState.THERE
@@ -294,19 +295,23 @@ class Volumes:
                 f"(nbdserver snapshot delete {name}@{snapshots[0]['name']}), or add --force to delete them too"
             )
 
-    async def _live(self) -> tuple[dict[str, dict[str, Any]], str]:
-        """What the data process says of each family, and the state of a volume of which it says nothing."""
+    async def _live(self) -> tuple[dict[str, dict[str, Any]], Collection[str]]:
+        """What the data processes say of each family, and the families of those that do not answer in time."""
         live: dict[str, dict[str, Any]] = {}
+        silent: dict[str, None] = {}
         last = ""
         try:
             while True:
                 page = await self._ask_soon("volumes", after=last)
                 live |= page["families"]
+                silent |= dict.fromkeys(page.get("silent", ()))
                 last = page["last"]
                 if not last:
-                    return live, STARTING
+                    return live, silent
         except NodeError as error:
-            return live, UNKNOWN if getattr(error, "kind", "") == SILENT else STARTING
+            if getattr(error, "kind", "") == SILENT:
+                silent |= {family.id: None for family in self._families.all()}
+            return live, silent
 
     def _find(self, name: str) -> Found:
         found = self._families.find(name)

@@ -2,7 +2,9 @@
 
 Theory: an `Export` joins a block device with a name and settings. `Exports` is the node's directory of them. A
 session enters an export at the end of its handshake and leaves it when its connection is gone; in between the export
-knows it, so that a changed setting acts at once.
+knows it, so that a changed setting acts at once. A node may have several data processes, each with an `Exports`: it has
+its own exports, and knows from the others' what a client is told before it enters one (`Listing`), so that everybody
+sees all exports wherever he connects. What happens to its own it says to `changed`.
 
 Rules
 - *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is
@@ -15,7 +17,7 @@ Rules
 Known weakness: hosts behind one address translation look like one host, unless they have certificates of their own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from metadata.seams import Clock
@@ -48,8 +50,48 @@ class ExportSession(Protocol):
         """Close the connection now."""
 
 
-class Export:
-    """A named block device with settings. The attributes are read freely; settings change through `change`."""
+class Listing:
+    """What is told of an export to those who may see it, and who that is. The attributes are read freely."""
+
+    def __init__(self, name: str, description: str, allowed: Iterable[str], tls: TlsMode) -> None:
+        """`allowed`: networks ("192.0.2.0/24") and certificate names ("cert:web1"), none meaning everyone. ExportError
+        for bad ones."""
+        _check_text("an export's name", name)
+        _check_text("a description", description)
+        if not name:
+            raise ExportError("an export needs a name")
+        self.name = name
+        self.description = description
+        self.allowed = _allowed(allowed)
+        self.tls = tls
+        self._node_tls = TlsMode.OFF
+
+    @property
+    def tls_in_force(self) -> TlsMode:
+        """Its own setting, or else the node's; certificate names require TLS."""
+        if self.allowed.names:
+            return TlsMode.REQUIRED
+        return self._node_tls if self.tls is TlsMode.INHERIT else self.tls
+
+    def admits(self, peer: Peer) -> Admission:
+        """Whether a peer may see and enter the export."""
+        return admission(peer, self.allowed, self.tls_in_force)
+
+    def inherit_tls(self, mode: TlsMode) -> None:
+        """What the node says, at once."""
+        self._node_tls = mode
+
+
+class Elsewhere(Listing):
+    """An export of another data process, `worker`."""
+
+    def __init__(self, worker: int, name: str, description: str, allowed: Iterable[str], tls: TlsMode) -> None:
+        super().__init__(name, description, allowed, tls)
+        self.worker = worker
+
+
+class Export(Listing):
+    """A named block device with settings, which change through `change`."""
 
     def __init__(
         self,
@@ -62,21 +104,13 @@ class Export:
         allowed: Iterable[str] = (),
         tls: TlsMode = TlsMode.INHERIT,
     ) -> None:
-        """`allowed`: networks ("192.0.2.0/24") and certificate names ("cert:web1"), none meaning everyone. ExportError
-        for bad ones."""
-        _check_text("an export's name", name)
-        _check_text("a description", description)
-        if not name:
-            raise ExportError("an export needs a name")
-        self.name = name
+        """As a Listing."""
+        super().__init__(name, description, allowed, tls)
         self.device = device
         self.open_batch = OpenBatch(device)
-        self.description = description
         self.read_only = read_only
         self.shared = shared
-        self.allowed = _allowed(allowed)
-        self.tls = tls
-        self._node_tls = TlsMode.OFF
+        self.changed: Callable[[], None] | None = None  # its listing
         self.throttle: Throttle | None = None  # of a volume with limits
         self.sessions: set[ExportSession] = set()
         self._past = Counters()  # of sessions that have left
@@ -110,20 +144,9 @@ class Export:
             if old is not None:
                 old.end()
 
-    @property
-    def tls_in_force(self) -> TlsMode:
-        """Its own setting, or else the node's; certificate names require TLS."""
-        if self.allowed.names:
-            return TlsMode.REQUIRED
-        return self._node_tls if self.tls is TlsMode.INHERIT else self.tls
-
-    def admits(self, peer: Peer) -> Admission:
-        """Whether a peer may see and enter the export."""
-        return admission(peer, self.allowed, self.tls_in_force)
-
     def inherit_tls(self, mode: TlsMode) -> None:
         """What the node says, at once: clients that it excludes are disconnected."""
-        self._node_tls = mode
+        super().inherit_tls(mode)
         self._disconnect_excluded()
 
     def enter(self, session: ExportSession) -> None:
@@ -172,6 +195,8 @@ class Export:
             self.description = description
         if tls is not None:
             self.tls = tls
+        if self.changed is not None:
+            self.changed()
         self._disconnect_excluded()
 
     def _disconnect_excluded(self) -> None:
@@ -181,12 +206,15 @@ class Export:
 
 
 class Exports:
-    """The node's exports by name."""
+    """The node's exports by name. Iterating and `lookup` give those of this process."""
 
     def __init__(self) -> None:
         self.have_tls = False
         """Whether there are certificates."""
+        self.changed: Callable[[str, Export | None], None] | None = None
+        """Told of each listing of our own that has changed, by its name; None: it has gone."""
         self._exports: dict[str, Export] = {}
+        self._elsewhere: dict[str, Elsewhere] = {}
         self._tls = TlsMode.OFF
 
     def __iter__(self) -> Iterator[Export]:
@@ -203,25 +231,41 @@ class Exports:
         """The export of this name, or None."""
         return self._exports.get(name)
 
-    def default(self, peer: Peer) -> Export | None:
+    def find(self, name: str) -> Export | Elsewhere | None:
+        """The export of this name in whichever process."""
+        return self._exports.get(name) or self._elsewhere.get(name)
+
+    def default(self, peer: Peer) -> Export | Elsewhere | None:
         """What the empty name means to a peer: the only volume that it may see; snapshots do not count."""
         visible = [export for export in self.visible(peer) if "@" not in export.name]
         return visible[0] if len(visible) == 1 else None
 
-    def visible(self, peer: Peer) -> list[Export]:
+    def visible(self, peer: Peer) -> list[Export | Elsewhere]:
         """The exports that a peer may see, by name."""
-        return [self._exports[name] for name in self.names() if self._exports[name].admits(peer) is Admission.YES]
+        known = self._known()
+        return [known[name] for name in sorted(known) if known[name].admits(peer) is Admission.YES]
+
+    def note_elsewhere(self, name: str, export: Elsewhere | None) -> None:
+        """Another process has this export, or (None) no other process has one of this name any more."""
+        if export is None:
+            self._elsewhere.pop(name, None)
+        else:
+            export.inherit_tls(self._tls)
+            self._elsewhere[name] = export
+
+    def _known(self) -> dict[str, Export | Elsewhere]:
+        return {**self._elsewhere, **self._exports}
 
     def inherit_tls(self, mode: TlsMode) -> None:
         """What the node says about TLS, for the exports that say nothing themselves; at once."""
         self._tls = mode
-        for export in self:
+        for export in self._known().values():
             export.inherit_tls(mode)
 
     def tls(self, peer: Peer) -> TlsMode:
         """What a peer is told before it has named an export: required if nothing is to be had without TLS, off if
         nothing is to be had over it."""
-        modes = {self._tls} | {export.tls_in_force for export in self._exports.values()}
+        modes = {self._tls} | {export.tls_in_force for export in self._known().values()}
         if modes == {TlsMode.REQUIRED} and peer.address is not None:
             return TlsMode.REQUIRED
         return TlsMode.OFF if modes == {TlsMode.OFF} else TlsMode.ALLOWED
@@ -232,23 +276,34 @@ class Exports:
             raise ExportError(f"there is already an export {export.name}")
         self._exports[export.name] = export
         export.inherit_tls(self._tls)
+        export.changed = lambda: self._say(export.name)
+        self._say(export.name)
 
     def rename(self, export: Export, name: str) -> None:
         """Give one of the exports another name; its sessions go on. ExportError if the name is taken."""
         if name in self._exports:
             raise ExportError(f"there is already an export {name}")
-        del self._exports[export.name]
+        old = export.name
+        del self._exports[old]
         export.name = name
         self._exports[name] = export
+        self._say(old)
+        self._say(name)
 
     def remove(self, name: str) -> Export:
         """Take an export out and disconnect its sessions; the caller closes the device. ExportError without one."""
         export = self._exports.pop(name, None)
         if export is None:
             raise ExportError(f"there is no export {name}")
+        export.changed = None  # which refers to it
+        self._say(name)
         for session in list(export.sessions):
             session.disconnect("the export was removed")
         return export
+
+    def _say(self, name: str) -> None:
+        if self.changed is not None:
+            self.changed(name, self._exports.get(name))
 
 
 def _allowed(texts: Iterable[str]) -> Allowed:

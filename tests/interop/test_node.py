@@ -79,7 +79,7 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
 
 
 def data_process(server: Server) -> int:
-    return int(ask(server, "/v1/status")["data_pid"])
+    return int(ask(server, "/v1/status")["workers"][0]["pid"])
 
 
 # --- starting and stopping ------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_volumes_are_filtered_and_ordered_and_by_keyboard_too(browser: Browser, 
 
 
 def test_a_data_process_that_hangs_is_named_and_nobody_hangs_with_it(browser: Browser, site: Site) -> None:
-    data_pid = site.get("v1/overview")["data_pid"]
+    data_pid = site.get("v1/overview")["workers"][0]["pid"]
     browser.open(site.url)
     is_live(browser)
     os.kill(data_pid, signal.SIGSTOP)
@@ -227,8 +227,7 @@ def large() -> dict[str, Any]:
     return {
         "host": "node1",
         "pid": 100,
-        "data_pid": 101,
-        "data_silent_s": 0.0,
+        "workers": [{"worker": 0, "pid": 101, "silent_s": 0.0, "volumes": []}],
         "findings": [finding],
         "uptime_s": 90061.0,
         "data": "/var/lib/nbdserver",

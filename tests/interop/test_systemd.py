@@ -300,7 +300,7 @@ def test_sockets_of_a_socket_unit_are_served_through_restarts_upgrades_and_death
     assert (status["handover"]["id"], status["listen"]) == (begun["id"], [shown])
     assert client.read(0, 4) == b"kept"
 
-    os.kill(status["data_pid"], signal.SIGKILL)
+    os.kill(status["workers"][0]["pid"], signal.SIGKILL)
     with pytest.raises(ConnectionError):
         client.read(0, 4)
     assert Client(address, "disk0", PATIENCE_S).read(0, 4) == b"kept"

@@ -286,7 +286,7 @@ def test_a_data_process_that_dies_while_it_hands_over_costs_connections_and_no_w
     client = attach(server)
     judge = Judge(JUDGED_BLOCKS, random.Random(3))
     judge.write_until(client, time.monotonic() + 0.5, finish=True)
-    data = int(status(server)["data_pid"])
+    data = int(status(server)["workers"][0]["pid"])
     os.kill(data, signal.SIGSTOP)
     begun = NodeClient(server.data).post("/v1/upgrade-in-place", {})
     read_until(server, b"upgrade: preparing")
@@ -306,7 +306,7 @@ def test_a_data_process_that_dies_while_it_hands_over_costs_connections_and_no_w
     now = status(server)
     assert now["handover"]["id"] == begun["id"]
     assert now["handover"]["failure"]
-    assert now["data_pid"] != data
+    assert now["workers"][0]["pid"] != data
     assert upgrade(server)["clients"] == 1
     judge.check(again, acknowledged_too=True)
 

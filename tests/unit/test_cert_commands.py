@@ -188,9 +188,9 @@ def test_volumes_that_nobody_can_attach_to_without_a_certificate_are_named() -> 
     }
     volumes = tuple(Volume(number, name, 4096, one) for number, (name, one) in enumerate(settings.items(), 1))
     family = Family(id="0" * 32, segment_bytes=1 << 20, owner="", volumes=volumes)
-    (warning,) = NodeTls(TlsSettings(), lambda: None).warnings([family])
+    (warning,) = NodeTls(TlsSettings()).warnings([family])
     assert warning.startswith("nobody can attach over the network to secure, named: TLS is required")
-    assert NodeTls(TlsSettings(), lambda: None).warnings([]) == []
+    assert NodeTls(TlsSettings()).warnings([]) == []
 
 
 class Told:
@@ -212,9 +212,9 @@ def settings_of(certificates: Certificates, **changes: Path) -> TlsSettings:
 def test_a_certificate_that_is_gone_at_a_start_closes_what_requires_tls_and_is_told(tmp_path: Path) -> None:
     told = Told()
     certificates = make_certificates(tmp_path)
-    tls = NodeTls(settings_of(certificates), told)
+    tls = NodeTls(settings_of(certificates))
     certificates.settings["key"].unlink()
-    asyncio.run(tls.start())
+    asyncio.run(tls.start(told))
     assert [(request["mode"], request["certificate"]) for request in told.requests] == [("required", None)]
     (warning,) = tls.warnings([])
     assert warning.startswith("there is no TLS: tls.key: ")
@@ -227,13 +227,13 @@ def test_an_expired_certificate_is_taken_at_a_start_and_not_at_a_reload(tmp_path
     good = settings_of(certificates)
     directory = certificates.client("expired")
     expired = settings_of(certificates, certificate=directory / "client-cert.pem", key=directory / "client-key.pem")
-    tls = NodeTls(good, told)
-    asyncio.run(tls.start())
+    tls = NodeTls(good)
+    asyncio.run(tls.start(told))
     with pytest.raises(WrongInputError, match="has expired"):
-        asyncio.run(tls.reload(expired))
+        asyncio.run(tls.reload(expired, told))
     assert len(told.requests) == 1
-    late = NodeTls(expired, told)
-    asyncio.run(late.start())
+    late = NodeTls(expired)
+    asyncio.run(late.start(told))
     assert "has expired" in late.warnings([])[0]
-    asyncio.run(late.reload(expired))  # other settings can be reloaded
+    asyncio.run(late.reload(expired, told))  # other settings can be reloaded
     assert [request["mode"] for request in told.requests] == ["required"] * 3

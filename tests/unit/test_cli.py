@@ -107,6 +107,10 @@ def test_config_check_says_good_or_what_is_wrong(tmp_path: Path) -> None:
     good.write_text("listen: 127.0.0.1:10809\n")
     bad.write_text("listen: 127.0.0.1:10809\nchache: 1G\n")
     assert run("config", "check", str(good)).stdout == f"{good}: good\n"
+    many = tmp_path / "many.yaml"
+    many.write_text("workers: 64\n")
+    if len(os.sched_getaffinity(0)) < 64:
+        assert run("config", "check", str(many)).stdout.startswith("WARNING: workers: 64 on a machine with ")
     result = run("config", "check", str(bad))
     assert result.returncode == 2
     assert result.stderr == f"nbdserver: {bad}:2: chache: unknown key; did you mean cache?\n"

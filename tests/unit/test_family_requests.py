@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 
 from nbdserver.host.clock import HostClock
+from nbdserver.logdisk.budget import Budget
 from nbdserver.node.family_requests import FAMILIES_A_PAGE, FamilyRequests
 from nbdserver.node.open_family import OpenFamily, StoreThreads
 from nbdserver.node.served_family import VOLUMES_A_TURN, ServedFamily, ServedVolume
@@ -37,7 +38,7 @@ class TurnsBetween:
 def test_families_are_told_in_pages_and_one_a_turn() -> None:
     async def ask() -> None:
         loop = asyncio.get_running_loop()
-        requests = FamilyRequests(Exports(), StoreThreads(loop), HostClock(loop), lambda kind, fields: None)
+        requests = FamilyRequests(Exports(), StoreThreads(loop), HostClock(loop), lambda kind, fields: None, Budget())
         families: Any = {f"family{number:03}": TurnsBetween(f"disk{number}") for number in range(FAMILIES)}
         requests._families = families
 

@@ -12,14 +12,17 @@ TIME = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
 
 WELL: dict[str, Any] = {
     "data": "/srv/nbd",
-    "data_pid": 42,
-    "data_silent_s": 0.0,
+    "workers": [{"worker": 0, "pid": 42, "silent_s": 0.0, "volumes": []}],
     "warnings": [],
     "fills": [],
     "volumes": [],
     "scrubs": [],
     "handover": None,
 }
+
+
+def worker(number: int, **more: Any) -> dict[str, Any]:
+    return {"worker": number, "pid": 42, "silent_s": 0.0, "volumes": ["a", "b"]} | more
 
 
 def volume(name: str, **more: Any) -> dict[str, Any]:
@@ -44,8 +47,15 @@ def event(kind: str, ago: timedelta = timedelta(minutes=10), **fields: Any) -> d
 
 
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
-    ({"data_pid": None}, NOW, "data process is being started again", "wait"),
-    ({"data_silent_s": 12.4}, NOW, "data process has not answered for 12 s: clients wait", "kill -9 42"),
+    ({"workers": [worker(0, pid=None)]}, NOW, "data process is being started again", "wait"),
+    (
+        {"workers": [worker(0, silent_s=12.4)]},
+        NOW,
+        "data process has not answered for 12 s: clients wait",
+        "kill -9 42",
+    ),
+    ({"workers": [worker(0), worker(1, pid=None)]}, NOW, "data process 1 is being started again: 2 volumes", "wait"),
+    ({"workers": [worker(0, silent_s=3.1), worker(1)]}, NOW, "data process 0 has not answered for 3 s", "kill -9 42"),
     ({"warnings": ["x.pem has expired; make a new one"]}, NOW, "x.pem has expired", "make a new one"),
     ({"warnings": ["something"]}, NOW, "something", ""),
     ({"fills": [fill("file system", 80.1, 80)]}, SOON, "file system is 80.1 % full: 9.0 GiB of 10.0 GiB", "/srv/nbd"),
@@ -90,7 +100,7 @@ def test_of_a_node_that_is_well_nothing_is_said() -> None:
 
 def test_what_is_wrong_with_the_cluster_is_told_in_its_place() -> None:
     of_cluster = [Finding(NOW, "node3", "is silent", "look at it"), Finding(SOON, "", "there are two voters", "")]
-    change = {"data_pid": None, "handover": {"failure": "no room"}}
+    change = {"workers": [worker(0, pid=None)], "handover": {"failure": "no room"}}
     found = findings(WELL | change, [], TIME, of_cluster)
     assert [one.subject for one in found] == ["data process", "node3", "", "upgrade"]
 

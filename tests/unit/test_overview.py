@@ -53,8 +53,7 @@ class Rig:
         if self.fails:
             raise NodeError("no")
         return {
-            "data_pid": 1,
-            "data_silent_s": self.silent_s,
+            "workers": [{"worker": 0, "pid": 1, "silent_s": self.silent_s, "volumes": []}],
             "host": "one",
             "volumes": self.volumes,
             "scrubs": self.scrubs,

@@ -53,7 +53,7 @@ class DataOnPaper:
             "is_over": self.is_over,
             "failure": self.failure,
         }
-        if not self.family:
+        if not self.family or arguments["family"] != self.family:
             return None
         if name == "scrub_stop":
             self.family = ""

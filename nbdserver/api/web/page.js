@@ -310,14 +310,14 @@ function workLines({ scrubs, scrub_states: states, scrub_next: next, handover })
   return lines;
 }
 
-function showNode({ host, listen, data, pid, data_pid: dataPid, tls, checksum, version }) {
+function showNode({ host, listen, data, pid, workers, tls, checksum, version }) {
   const rows = [
     ["Host", host],
     ["Clients connect to", listen.join(", ")],
     ["TLS", tls ? `${tls.mode}, certificate until ${day(tls.expires)}` : "none"],
     ["Data", data],
     ["Version", version],
-    ["Processes", `${pid} (control), ${dataPid ?? "none"} (data)`],
+    ["Processes", `${pid} (control), ${workers.map((worker) => worker.pid ?? "none").join(", ")} (data)`],
     ["Checksums", checksum],
   ];
   redraw(byId("node"), rows, () => rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
