@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmark.costs import costs
 from tests.benchmark.profiler import calls_per_operation, top_functions, top_lines
 from tests.benchmark.ratios import ratio_to_best_peer
 from tests.benchmark.targets import TARGETS
@@ -239,3 +240,23 @@ def test_memory_is_limited_or_refused_in_one_line(tmp_path: Path) -> None:
         return
     (path,) = (tmp_path / "results").glob("bench-*.json")
     assert json.loads(path.read_text())["options"]["memory_bytes"] == 256 << 20
+
+
+def test_costs_are_told_by_the_system_call_or_else_by_the_library() -> None:
+    script = """python
+\tffffffff81 copy_folio_from_iter_atomic ([kernel.kallsyms])
+\tffffffff82 do_pwritev ([kernel.kallsyms])
+\tffffffff83 do_syscall_64+0x5f ([kernel.kallsyms])
+\t    7f0001 pwritev64v2 (/usr/lib/x86_64-linux-gnu/libc.so.6)
+
+python
+\t    7f0002 crc32c::ExtendSse42 (/site-packages/google_crc32c.libs/libcrc32c-7ebc40c5.so.1.1.0)
+
+python
+\t    7f0003 _PyEval_EvalFrameDefault (/usr/lib/libpython3.11.so.1.0)
+\t    7f0004 [unknown] ([unknown])
+
+python
+\t    7f0003 _PyObject_Malloc (/usr/lib/libpython3.11.so.1.0)
+"""
+    assert costs(script) == [("the interpreter", 0.5), ("pwritev()", 0.25), ("checksums", 0.25)]

@@ -1,0 +1,166 @@
+"""`python -m tests.benchmark.costs`: what an operation costs our data process, row by row, by system call and library.
+
+perf samples the process while fio does a row. Each sample belongs to the system call that it is in, or else to the
+library whose code it is in (the interpreter, the checksums, ...); the shares divide the CPU time that the row took, as
+`/proc` counts it. That tells what could be saved at most by each thing that one might try.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import machine, measuring
+from .__main__ import chosen_rows, size_bytes_of
+from .load import Sample, measure, prefill, scatter, warm
+from .processes import BenchmarkError, end_in_order_when_told
+from .profiler import serving_pid
+from .rows import Row
+from .targets import Nbdserver
+
+SAMPLES_PER_S = 4000
+TOP = 5
+_ENTRY = "do_syscall_64"
+_PREFIXES = ("__x64_sys_", "__sys_", "x64_sys_", "do_")
+_LIBRARIES = {
+    "libpython": "the interpreter",
+    "python": "the interpreter",
+    "array.": "the interpreter",
+    "_struct": "the interpreter",
+    "select.": "the interpreter",
+    "_socket": "the interpreter",
+    "libcrc32c": "checksums",
+    "_crc32c": "checksums",
+    "libc": "the C library: copies, memory",
+    "libleveldb": "LevelDB",
+    "_plyvel": "LevelDB",
+}
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def stacks(script: str) -> Iterator[list[tuple[str, str]]]:
+    """(symbol, library) of each frame of each sample in the text of `perf script`, the innermost first."""
+    frames: list[tuple[str, str]] = []
+    for line in script.splitlines():
+        fields = line.split()
+        if not fields:
+            if frames:
+                yield frames
+            frames = []
+        elif len(fields) >= 3 and fields[-1].startswith("(") and line[0].isspace():
+            frames.append((fields[1].split("+")[0], fields[-1].strip("()").rsplit("/", 1)[-1]))
+    if frames:
+        yield frames
+
+
+def cost_of(frames: list[tuple[str, str]]) -> str:
+    """What a sample is counted under."""
+    symbols = [symbol for symbol, _ in frames]
+    if _ENTRY in symbols[1:]:
+        name = symbols[symbols.index(_ENTRY) - 1]
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        return f"{name}()"
+    library = frames[0][1]
+    for beginning, name in _LIBRARIES.items():
+        if library.startswith(beginning):
+            return name
+    return "the kernel, entering and leaving" if "kernel" in library else library
+
+
+def costs(script: str) -> list[tuple[str, float]]:
+    """(cost, share of all samples), the greatest first."""
+    counted = Counter(cost_of(frames) for frames in stacks(script))
+    total = sum(counted.values())
+    return [(name, count / total) for name, count in counted.most_common()]
+
+
+def record(server: Nbdserver, row: Row, duration_s: float, directory: Path) -> tuple[Sample, list[tuple[str, float]]]:
+    """Do a row with perf beside it."""
+    if row.laid_out:
+        prefill(server)
+    if row.scattered:
+        scatter(server)
+    warm(server)
+    pid = serving_pid(server, row)
+    data = directory / f"{row.name}.perf"
+    command = ["perf", "record", "-q", "-g", "-e", "cpu-clock", "-F", str(SAMPLES_PER_S), "-p", str(pid)]
+    command += ["-o", str(data), "--", "sleep", str(duration_s)]
+    said: list[subprocess.CompletedProcess[str]] = []
+    recorder = threading.Thread(
+        target=lambda: said.append(subprocess.run(command, capture_output=True, text=True, check=False))
+    )
+    recorder.start()
+    sample = measure(server, row, duration_s + 0.5, seed=1)
+    recorder.join()
+    if said[0].returncode or not data.exists():
+        words = (said[0].stderr + said[0].stdout).strip().splitlines()
+        raise BenchmarkError(f"perf failed: {words[-1] if words else 'it said nothing'} (it needs root)")
+    script = subprocess.run(
+        ["perf", "script", "-i", str(data), "-F", "comm,ip,sym,dso"], capture_output=True, text=True, check=False
+    )
+    data.unlink()
+    return sample, costs(script.stdout)
+
+
+def show(row: Row, sample: Sample, found: list[tuple[str, float]]) -> Table:
+    operation_us = sample.server_cpu_s_per_1000 * 1000
+    table = Table(title=f"{row.title}: {sample.operations_per_s:,.0f}/s, {operation_us:.1f} µs of CPU an operation")
+    for heading in ("µs", "share", "in"):
+        table.add_column(heading)
+    for name, share in found[:TOP]:
+        table.add_row(f"{share * operation_us:.1f}", f"{share:.0%}", name)
+    return table
+
+
+@application.command()
+def run(
+    rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
+    seconds: Annotated[float, typer.Option(min=0.2, help="Length of a profile.")] = 3.0,
+    size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    directory: Annotated[Path | None, typer.Option(help="Where the disk lies.  [default: in --results]")] = None,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+) -> None:
+    """Print the five greatest costs of an operation in each row; all of them go to a JSON file."""
+    end_in_order_when_told()
+    try:
+        if shutil.which("perf") is None:
+            raise BenchmarkError("perf is not installed: apt-get install linux-perf")
+        results.mkdir(parents=True, exist_ok=True)
+        wanted, size_bytes = chosen_rows(rows), size_bytes_of(size)
+        told: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory(prefix="costs-", dir=directory or results) as scratch:
+            place = Path(scratch).resolve()
+            machine.check_room(place, size_bytes * 4)
+            server = Nbdserver(place, size_bytes)
+            try:
+                measuring.prepare([server], lambda worked_off_s, what: None)
+                for row in wanted:
+                    sample, found = record(server, row, seconds, place)
+                    console.print(show(row, sample, found))
+                    told[row.name] = {"sample": measuring.as_json([sample]), "costs": dict(found)}
+            finally:
+                server.stop()
+        path = results / time.strftime("costs-%Y%m%d-%H%M%S.json")
+        path.write_text(json.dumps(told, indent=1) + "\n")
+        console.print(str(path), highlight=False)
+    except BenchmarkError as error:
+        Console(stderr=True).print(f"costs: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    application()
