@@ -17,13 +17,13 @@ import construct
 JOINED_BYTES = 8
 
 
-def derive(declaration: Any, joined: int = 0) -> struct.Struct:
+def derive(declaration: Any, joined: int = 0, times: int = 1) -> struct.Struct:
     """Return the `struct.Struct` that packs the fields of a flat construct `Struct` in their order.
 
     Constants are ordinary fields of the result: the caller passes and compares them. With `joined` its first so many
     fields, eight bytes together, are one integer: what a hot path compares or packs as a constant (`join` makes it).
-    Raises TypeError for a declaration that is not flat, not of fixed size, mixes byte orders, or whose joined fields
-    are not eight bytes.
+    The result is for `times` such structures, one after the other. Raises TypeError for a declaration that is not flat,
+    not of fixed size, mixes byte orders, or whose joined fields are not eight bytes.
     """
     order = ""
     codes: list[str] = []
@@ -37,9 +37,9 @@ def derive(declaration: Any, joined: int = 0) -> struct.Struct:
         if struct.Struct("=" + "".join(codes[:joined])).size != JOINED_BYTES:
             raise TypeError(f"the first {joined} fields of {declaration!r} are not {JOINED_BYTES} bytes")
         codes[:joined] = "Q"
-    derived = struct.Struct((order or "<") + "".join(codes))
-    if derived.size != declaration.sizeof():
-        raise TypeError(f"derived {derived.size} bytes for a declaration of {declaration.sizeof()}")
+    derived = struct.Struct((order or "<") + "".join(codes) * times)
+    if derived.size != declaration.sizeof() * times:
+        raise TypeError(f"derived {derived.size} bytes for {times} times a declaration of {declaration.sizeof()}")
     return derived
 
 

@@ -1,6 +1,7 @@
 """A BlockDevice in memory: the twin of a disk, for tests of what stands before it.
 
-In the mode `deferring` nothing is answered inline, so that every request goes through `later`. `commit_error`,
+In the mode `deferring` nothing is answered inline, so that every request goes through `later`; the blocks at the
+offsets in `cold` never are. `commit_error`,
 `flush_error` and `later_error` make the next one fail; `events` tells the order of commits, flushes and completions.
 `snapshot(name)` makes a bitmap; what differs from it is told by the content of whole grains.
 """
@@ -20,6 +21,7 @@ class MemoryDevice:
     def __init__(self, size_bytes: int, soon: Callable[[Callable[[], None]], None], deferring: bool = False) -> None:
         self.size_bytes = size_bytes
         self.deferring = deferring
+        self.cold: set[int] = set()
         self.data = bytearray(size_bytes)
         self.written = bytearray(-(-size_bytes // GRAIN_BYTES))
         self.commit_error = 0
@@ -35,7 +37,7 @@ class MemoryDevice:
         self._view = memoryview(self.data)
 
     def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
-        if self.deferring:
+        if self.deferring or offset in self.cold:
             return None
         return [bytes(self._view[offset : offset + length])]
 
@@ -43,6 +45,9 @@ class MemoryDevice:
         if self.deferring:
             return 0
         for number, offset in enumerate(offsets, first):
+            assert not offset % BLOCK_BYTES
+            if offset in self.cold:
+                return number - first
             rooms[number][0][0][:] = self._view[offset : offset + BLOCK_BYTES]
         return len(offsets)
 

@@ -44,5 +44,7 @@ def test_leading_fields_can_be_joined_into_one_integer() -> None:
     fast = derive(declaration, joined=3)
     assert fast.format == ">QH"
     assert fast.pack(join(declaration, 3, 1, 2, 9), 7) == declaration.build({"a": 1, "b": 2, "d": 7})
+    twice = declaration.build({"a": 1, "b": 2, "d": 7}) + declaration.build({"a": 3, "b": 4, "d": 8})
+    assert derive(declaration, joined=3, times=2).unpack(twice) == (*fast.unpack(twice[:10]), *fast.unpack(twice[10:]))
     with pytest.raises(TypeError):
         derive(declaration, joined=2)

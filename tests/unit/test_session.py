@@ -112,6 +112,46 @@ def test_block_reads_of_one_wake_leave_with_one_send_among_other_requests(style:
     assert answers[wrong].error
 
 
+AT_HAND, ODD, OUTSIDE, DEFERRED_FLAG, FLUSH, COLD = range(6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(
+    batches=st.lists(
+        st.lists(st.sampled_from([AT_HAND] * 40 + [ODD, OUTSIDE, DEFERRED_FLAG, FLUSH, COLD]), min_size=1, max_size=70),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_batches_of_reads_and_what_looks_like_them_are_answered_like_each_alone(
+    style: ReplyStyle, batches: list[list[int]]
+) -> None:
+    rig = make_rig()
+    rig.device.data[:] = random.Random(1).randbytes(SIZE_BYTES)
+    wire = rig.wire(style)
+    blocks = random.Random(2)
+    for batch in batches:
+        expected: dict[int, bytes | None] = {}
+        packed = b""
+        for kind in batch:
+            offset = blocks.randrange(SIZE_BYTES // BLOCK) * BLOCK
+            if kind == FLUSH:
+                cookie, request = wire.request(Command.FLUSH)
+                expected[cookie] = b""
+            else:
+                offset = {ODD: offset // 2 + 1, OUTSIDE: SIZE_BYTES - BLOCK + 1}.get(kind, offset)
+                flags = CommandFlag.DF if kind == DEFERRED_FLAG and style is not ReplyStyle.SIMPLE else 0
+                cookie, request = wire.request(Command.READ, offset, BLOCK, flags=flags)
+                whole = bytes(rig.device.data[offset : offset + BLOCK])
+                expected[cookie] = whole if kind != OUTSIDE else None
+            packed += request
+            rig.device.cold = {offset} if kind == COLD else rig.device.cold
+        wire.feed(packed)
+        rig.clock.run()
+        answers = wire.answers()
+        assert {cookie: None if told.error else told.joined() for cookie, told in answers.items()} == expected
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("piece_bytes", [1 << 30, 1, 29, 4096])
 def test_a_conversation_is_answered_in_step_however_it_is_cut(rig: Rig, style: ReplyStyle, piece_bytes: int) -> None:
