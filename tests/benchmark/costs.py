@@ -5,26 +5,22 @@ library whose code it is in (the interpreter, the checksums, ...); the shares di
 `/proc` counts it. That tells what could be saved at most by each thing that one might try.
 """
 
-import json
 import shutil
 import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from . import machine, measuring
 from .__main__ import chosen_rows, size_bytes_of
 from .load import Sample, measure, prefill, scatter, warm
-from .processes import BenchmarkError, end_in_order_when_told
+from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from .processes import BenchmarkError
 from .profiler import serving_pid
 from .rows import Row
 from .targets import Nbdserver
@@ -48,7 +44,6 @@ _LIBRARIES = {
 }
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def stacks(script: str) -> Iterator[list[tuple[str, str]]]:
@@ -131,35 +126,26 @@ def run(
     rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
     seconds: Annotated[float, typer.Option(min=0.2, help="Length of a profile.")] = 3.0,
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
-    directory: Annotated[Path | None, typer.Option(help="Where the disk lies.  [default: in --results]")] = None,
-    results: Annotated[Path, typer.Option(help="Where results go.")] = Path("bench-results"),
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
     """Print the five greatest costs of an operation in each row; all of them go to a JSON file."""
-    end_in_order_when_told()
-    try:
+    with run_of("costs", results, directory) as bench:
         if shutil.which("perf") is None:
             raise BenchmarkError("perf is not installed: apt-get install linux-perf")
-        results.mkdir(parents=True, exist_ok=True)
         wanted, size_bytes = chosen_rows(rows), size_bytes_of(size)
         told: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory(prefix="costs-", dir=directory or results) as scratch:
-            place = Path(scratch).resolve()
-            machine.check_room(place, size_bytes * 4)
-            server = Nbdserver(place, size_bytes)
-            try:
-                measuring.prepare([server], lambda worked_off_s, what: None)
-                for row in wanted:
-                    sample, found = record(server, row, seconds, place)
-                    console.print(show(row, sample, found))
-                    told[row.name] = {"sample": measuring.as_json([sample]), "costs": dict(found)}
-            finally:
-                server.stop()
-        path = results / time.strftime("costs-%Y%m%d-%H%M%S.json")
-        path.write_text(json.dumps(told, indent=1) + "\n")
-        console.print(str(path), highlight=False)
-    except BenchmarkError as error:
-        Console(stderr=True).print(f"costs: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        machine.check_room(bench.place, size_bytes * 4)
+        server = Nbdserver(bench.place, size_bytes)
+        try:
+            measuring.prepare([server], lambda worked_off_s, what: None)
+            for row in wanted:
+                sample, found = record(server, row, seconds, bench.place)
+                console.print(show(row, sample, found))
+                told[row.name] = {"sample": measuring.as_json([sample]), "costs": dict(found)}
+        finally:
+            server.stop()
+        bench.keep({"rows": told})
 
 
 if __name__ == "__main__":

@@ -112,13 +112,15 @@ def test_block_reads_of_one_wake_leave_with_one_send_among_other_requests(style:
     assert answers[wrong].error
 
 
-AT_HAND, ODD, OUTSIDE, DEFERRED_FLAG, FLUSH, COLD = range(6)
+AT_HAND, ODD, OUTSIDE, WITH_FLAG, FLUSH, CACHE, COLD = range(7)
 
 
 @pytest.mark.parametrize("style", STYLES)
 @given(
     batches=st.lists(
-        st.lists(st.sampled_from([AT_HAND] * 40 + [ODD, OUTSIDE, DEFERRED_FLAG, FLUSH, COLD]), min_size=1, max_size=70),
+        st.lists(
+            st.sampled_from([AT_HAND] * 40 + [ODD, OUTSIDE, WITH_FLAG, FLUSH, CACHE, COLD]), min_size=1, max_size=70
+        ),
         min_size=1,
         max_size=4,
     )
@@ -138,9 +140,12 @@ def test_batches_of_reads_and_what_looks_like_them_are_answered_like_each_alone(
             if kind == FLUSH:
                 cookie, request = wire.request(Command.FLUSH)
                 expected[cookie] = b""
+            elif kind == CACHE:
+                cookie, request = wire.request(Command.CACHE, offset, BLOCK)
+                expected[cookie] = b""
             else:
-                offset = {ODD: offset // 2 + 1, OUTSIDE: SIZE_BYTES - BLOCK + 1}.get(kind, offset)
-                flags = CommandFlag.DF if kind == DEFERRED_FLAG and style is not ReplyStyle.SIMPLE else 0
+                offset = {ODD: offset // 2 + 1, OUTSIDE: SIZE_BYTES}.get(kind, offset)
+                flags = CommandFlag.DF if kind == WITH_FLAG and style is not ReplyStyle.SIMPLE else 0
                 cookie, request = wire.request(Command.READ, offset, BLOCK, flags=flags)
                 whole = bytes(rig.device.data[offset : offset + BLOCK])
                 expected[cookie] = whole if kind != OUTSIDE else None
