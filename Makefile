@@ -7,6 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 DATA ?= ./var
+CLUSTER ?= ./var-cluster
 LISTEN ?= 127.0.0.1:10809
 ROUNDS ?= 50
 MINUTES ?= 1
@@ -19,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help run test lint fuzz bench simulate power-loss man clean
+.PHONY: help run cluster test lint fuzz bench simulate power-loss man clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -27,6 +28,9 @@ help:  ## list the targets
 run: $(VENV)/installed  ## serve disk0 (10 GiB, thin) on 127.0.0.1:10809 and ./var/nbd.sock until Ctrl-C
 	@mkdir -p $(DATA)
 	exec $(BIN)/nbdserver serve --data $(DATA) --create disk0=10G --socket $(DATA)/nbd.sock --listen $(LISTEN)
+
+cluster: $(VENV)/installed  ## start etcd (Debian's etcd-server) and three nodes on loopback until Ctrl-C, in ./var-cluster
+	@exec $(BIN)/python -m tests.local_cluster $(CLUSTER)
 
 test: $(VENV)/installed-for-tests  ## install what the tests need (as root), run all of them; REQUIRE_ALL=1: a skip is a failure
 	@tests/provision.sh

@@ -1,28 +1,30 @@
-"""Real nodes that form a cluster on loopback, as tests start, ask, stop and kill them."""
+"""Real nodes that form a cluster on loopback, as tests make, start, ask, stop and kill them."""
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nbdserver.node.authority import Authority
-from tests.conftest import Processes
-from tests.serving import Server
+from tests.conftest import ROOT, Processes
+from tests.serving import PROGRAM, Server
 
-DAY = timedelta(days=1)
-KEY = "5a" * 32
-TIMEOUT_S = 40.0
+TIMEOUT_S = 60.0
 
 
 def wait(holds: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline_s, f"it takes too long: {what}"
-        time.sleep(0.1)
+        time.sleep(0.2)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that needs no node."""
+    return subprocess.run([*PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
 class ClusterNode:
@@ -36,7 +38,14 @@ class ClusterNode:
 
     def ask(self, *arguments: str) -> Any:
         """What a command prints with --json."""
-        return json.loads(self.server.command(*arguments, "--json"))
+        printed = self.server.command(*arguments, "--json")
+        return json.loads(printed) if printed else None
+
+    def refuses(self, *arguments: str) -> str:
+        """The line that a command ends with, as wrong input."""
+        done = run("--data", str(self.server.data), *arguments)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
 
     def cluster(self) -> dict[str, Any]:
         found: dict[str, Any] = self.ask("status")["cluster"]
@@ -47,13 +56,18 @@ class ClusterNode:
         cluster = self.cluster()
         return [node["name"] for node in cluster["nodes"] if node["state"] == "up"] if cluster["is_active"] else []
 
+    def findings(self) -> str:
+        return "\n".join(
+            f"{found['subject']} {found['problem']}; {found['remedy']}" for found in self.ask("status")["findings"]
+        )
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         lines = self.server.command("events", "--limit", "2000", "--json").splitlines()
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
 class ClusterRig:
-    """What the nodes of a cluster share."""
+    """Makes nodes: the first one the cluster too, the others join by its token."""
 
     def __init__(
         self, processes: Processes, directory: Path, free_port: Callable[[], int], endpoints: tuple[str, ...]
@@ -62,38 +76,31 @@ class ClusterRig:
         self._directory = directory
         self._free_port = free_port
         self._endpoints = endpoints
-        self.authority = Authority(directory / "ca")
-        self.authority.make_ca("test cluster", DAY)
+        self.token = ""
 
-    def write_settings(self, name: str, key: str = KEY, authority: Authority | None = None, **changes: Any) -> Path:
-        """A settings file for one more node."""
-        directory = self._directory / name
-        member = Authority(directory)
-        ca = (authority or self.authority).directory
-        directory.mkdir()
-        for file in ("ca-cert.pem", "ca-key.pem"):
-            (directory / file).write_bytes((ca / file).read_bytes())
-        member.make_member(name, DAY)
-        (directory / "cluster.key").write_text(key + "\n")
-        settings = {
-            "data": str(directory / "data"),
-            "cluster": {
-                "name": "test",
-                "node": name,
-                "address": f"127.0.0.1:{self._free_port()}",
-                "key_file": str(directory / "cluster.key"),
-                "tls": {
-                    "ca": str(directory / "ca-cert.pem"),
-                    "certificate": str(directory / "node-cert.pem"),
-                    "key": str(directory / "node-key.pem"),
-                },
-                "registry": {"endpoints": list(self._endpoints)},
-                **changes,
-            },
-        }
-        config = directory / "node.yaml"
-        config.write_text(yaml.safe_dump(settings))
+    def make(self, name: str, *more: str, cluster: str = "test") -> Path:
+        """The settings of one more node; those that were there before the cluster are kept."""
+        config = self._directory / name / "node.yaml"
+        config.parent.mkdir()
+        config.write_text(f"# of {name}\ndata: {config.parent / 'data'}\n")
+        words = ["join", self.token] if self.token else ["init", cluster]
+        if not self.token:
+            words += [word for endpoint in self._endpoints for word in ("--etcd", endpoint)]
+        address = f"127.0.0.1:{self._free_port()}"
+        done = run("cluster", *words, "--config", str(config), "--node", name, "--address", address, *more, "--json")
+        assert not done.returncode, done.stderr
+        assert config.read_text().startswith(f"# of {name}\n")
+        self.token = self.token or json.loads(done.stdout)["token"]
         return config
 
-    def start(self, name: str, **changes: Any) -> ClusterNode:
-        return ClusterNode(self._processes, self.write_settings(name, **changes), self._free_port())
+    def start(self, name: str, *more: str) -> ClusterNode:
+        return self.serve(self.make(name, *more))
+
+    def serve(self, config: Path) -> ClusterNode:
+        return ClusterNode(self._processes, config, self._free_port())
+
+    def another(self) -> "ClusterRig":
+        """Of another cluster that has the same etcd."""
+        directory = self._directory / "another"
+        directory.mkdir()
+        return ClusterRig(self._processes, directory, self._free_port, self._endpoints)

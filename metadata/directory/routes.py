@@ -239,6 +239,10 @@ class Routes:
         stop_connecting = self._network.connect(address, connected, ended)
         return give_up
 
+    def use_keys(self, keys: ClusterKeys) -> None:
+        """Seal and open with these from now on; streams that are open keep what they agreed on."""
+        self._keys = self._sealer.keys = self._opener.keys = keys
+
     def close(self) -> None:
         self._is_closed = True
         self._datagrams.close()

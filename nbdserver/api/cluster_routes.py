@@ -41,6 +41,14 @@ def add_to(app: FastAPI, node: Node) -> None:
     async def drain(name: str, request: DrainRequest) -> ClusterNode:
         return ClusterNode(**await _cluster(node).drain(name, request.drain))
 
+    @app.delete("/v1/nodes/{name}", status_code=204, summary="Strike a node that will not come back")
+    async def remove(name: str) -> None:
+        await _cluster(node).remove(name)
+
+    @app.post("/v1/cluster/rotate-key", status_code=204, summary="Give the cluster another key")
+    async def rotate_key() -> None:
+        await _cluster(node).neighbours.rotate_key()
+
     @app.get("/v1/directory", summary="What this node's copy of the directory has")
     async def directory(
         prefix: Annotated[str, Query(description="only keys that begin with it")] = "",

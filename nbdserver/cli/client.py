@@ -4,13 +4,17 @@ Rules: whatever goes wrong becomes one line and an exit code. httpx is imported 
 `--help`.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
 from nbdserver.host.data_directory import is_locked
 from nbdserver.node.addresses import MAX_SOCKET_PATH_BYTES
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, NotRunningError, WrongInputError
+
+if TYPE_CHECKING:
+    import httpx
 
 TIMEOUT_S = 600.0
 """Deleting a volume unlinks its segments first: on a slow disk that takes a while."""
@@ -42,6 +46,21 @@ class NodeClient:
     def delete(self, path: str, **query: Any) -> Any:
         return self._request("DELETE", path, params=query)
 
+    def lines(self, path: str, **query: Any) -> Iterator[str]:
+        """What the API answers, line by line, as it comes; empty lines are left out. Raises NodeError."""
+        import httpx
+
+        try:
+            with self._http.stream("GET", path, params=query) as response:
+                if response.status_code >= 400:
+                    response.read()
+                    self._raise_refusal(response)
+                yield from filter(None, response.iter_lines())
+        except httpx.ConnectError:
+            raise NotRunningError(self._why_not()) from None
+        except httpx.HTTPError as error:
+            raise NodeError(f"the node on {self._data} has ended the answer: {error or type(error).__name__}") from None
+
     def _why_not(self) -> str:
         if is_locked(self._data):
             return f"the node on {self._data} is starting, stopping or being checked; try again in a moment"
@@ -60,6 +79,10 @@ class NodeClient:
             raise NodeError(f"the node on {self._data} did not answer: {error or type(error).__name__}") from None
         if response.status_code < 400:
             return response.json() if response.content else None
+        self._raise_refusal(response)
+        return None
+
+    def _raise_refusal(self, response: "httpx.Response") -> NoReturn:
         try:
             message = str(response.json()["error"])
         except (ValueError, KeyError, TypeError):

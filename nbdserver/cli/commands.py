@@ -9,7 +9,9 @@ from nbdserver.cli import (
     check_command,
     client_commands,
     clone_commands,
+    cluster_commands,
     completion_commands,
+    directory_commands,
     image_commands,
     member_commands,
     monitoring_commands,
@@ -74,7 +76,9 @@ app.add_typer(clone_commands.app, name="clone")
 app.add_typer(image_commands.app, name="image")
 app.add_typer(scrub_commands.app, name="scrub")
 app.add_typer(client_commands.app, name="client")
+app.add_typer(cluster_commands.app, name="cluster")
 app.add_typer(member_commands.app, name="node")
+app.add_typer(directory_commands.app, name="directory")
 app.add_typer(cert_commands.app, name="cert")
 app.add_typer(monitoring_commands.app, name="monitoring")
 node_commands.add_to(app)

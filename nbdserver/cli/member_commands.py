@@ -104,6 +104,25 @@ def show(context: typer.Context, name: NameArgument, data: DataOption = None, js
 
 
 @app.command()
+def remove(
+    context: typer.Context, name: NameArgument, data: DataOption = None, json_output: JsonOption = False
+) -> None:
+    """Strike a node that will not come back from the cluster. It has to be silent: stop nbdserver on it first.
+
+    What it still has of the cluster is its key: if others may have got it, nbdserver cluster rotate-key.
+
+    Example:
+
+      nbdserver node remove n2
+    """
+    NodeClient(data_path(context, data)).delete(f"/v1/nodes/{quote(name, safe='')}")
+    if wants_json(context, json_output):
+        print_json({"removed": name})
+    else:
+        print(f"{name} is removed; if others may have its disk: nbdserver cluster rotate-key")
+
+
+@app.command()
 def drain(
     context: typer.Context,
     name: NameArgument,

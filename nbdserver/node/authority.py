@@ -76,8 +76,7 @@ class Authority:
         """A node's certificate for these host names and addresses. NodeError."""
         files = (self.directory / "server-cert.pem", self.directory / "server-key.pem")
         made = self._make(names[0], _alternatives(names), [ExtendedKeyUsageOID.SERVER_AUTH], lifetime, files)
-        if os.geteuid() == 0:
-            _give_to_service(files[1])
+        give_to_service(files[1])
         return made
 
     def make_member(self, name: str, lifetime: timedelta) -> Made:
@@ -231,7 +230,10 @@ def private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _give_to_service(path: Path) -> None:
+def give_to_service(path: Path) -> None:
+    """Let the service read and write it, where root makes it and there is a service."""
+    if os.geteuid() != 0:
+        return
     try:
         user = pwd.getpwnam(SERVICE_USER)
     except KeyError:

@@ -30,20 +30,20 @@ from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
 from metadata.etcd_registry import EtcdRegistry
 from metadata.leveldb import LevelSettings, LevelStore
-from metadata.seams import Receiver
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.network import SocketNetwork
-from nbdserver.host.tls import TlsConnection
 from nbdserver.host.tls_network import TlsNetwork
 from nbdserver.node import cluster_view
 from nbdserver.node.certificates import read_certificate
-from nbdserver.node.cluster_files import read_contexts, read_etcd_settings, read_keys
+from nbdserver.node.cluster_calls import CallServer
+from nbdserver.node.cluster_files import Keys, read_contexts, read_etcd_settings, read_keys, write_keys
 from nbdserver.node.cluster_settings import ClusterSettings
 from nbdserver.node.cluster_view import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX, Picture
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
+from nbdserver.node.neighbours import Neighbours
 from protocol.directory import Confirm, NodeKind
 from protocol.sealed_frames import ClusterKeys
 
@@ -90,8 +90,17 @@ class Cluster:
         self._certificate_problem = ""
         self._certificate_look_s = 0.0
         etcd = read_etcd_settings(settings)
+        self.neighbours = Neighbours(
+            settings,
+            lambda: self.directory,
+            lambda: self._keys,
+            self._use_keys,
+            lambda: set(self._silent_since_s),
+            event,
+        )
+        self._calls = calls = CallServer(self.clock, self.neighbours.answer)
         self._sockets = SocketNetwork(loop)
-        network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refuse, self._called)
+        network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refuse, calls.accept)
         self._workers = Workers(Completions(loop), 1, "directory")
         self._store = self._open_store(directory)
         self.registry = EtcdRegistry(etcd, self.clock, random.SystemRandom(), loop)
@@ -129,7 +138,7 @@ class Cluster:
             NodeKind.SECOND if settings.across_wan else NodeKind.FIRST,
             settings.address,
             settings.address,
-            ClusterKeys(settings.name, self._keys),
+            ClusterKeys(settings.name, self._keys.valid),
             (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX, *settings.subscribe) if settings.across_wan else (),
         )
 
@@ -193,7 +202,7 @@ class Cluster:
             registry_error=directory.election.registry_error,
             failure=directory.failure,
             refused=tuple((peer, reason) for at_s, peer, reason in self._refused if now_s - at_s < REFUSED_S),
-            keys=len(self._keys),
+            keys=len(self._keys.valid),
             certificate_problem=self._certificate_problem,
         )
 
@@ -214,6 +223,21 @@ class Cluster:
             raise NodeError(
                 f"the cluster has not confirmed it ({answer.value}); see `nbdserver status`, then try again"
             )
+
+    def reload(self) -> None:
+        """Use what the files hold now, for what is sent and opened from here on. WrongInputError: nothing changed."""
+        contexts, keys = read_contexts(self.settings), read_keys(self.settings.key_file)
+        self._contexts = contexts
+        self._certificate_look_s = 0.0
+        self._take_keys(keys)
+
+    def _use_keys(self, keys: Keys) -> None:
+        write_keys(self.settings.key_file, keys)
+        self._take_keys(keys)
+
+    def _take_keys(self, keys: Keys) -> None:
+        self._keys = keys
+        self.directory.routes.use_keys(ClusterKeys(self.settings.name, keys.valid))
 
     # --- from now to the end ---
 
@@ -246,12 +270,14 @@ class Cluster:
 
     def _read_certificate(self) -> str:
         try:
-            return read_certificate(self.settings.tls.certificate).problem(datetime.now(UTC))
+            problem = read_certificate(self.settings.tls.certificate).problem(datetime.now(UTC)).partition("; ")[0]
+            return f"{problem}; nbdserver cluster join TOKEN --again, then reload the node (SIGHUP)" if problem else ""
         except WrongInputError as error:
             return str(error)
 
     async def close(self) -> None:
         """Leave, and give everything back."""
+        self._calls.close()
         self.directory.close()
         await self.registry.settle(SETTLE_S)
         self.registry.close()
@@ -261,9 +287,6 @@ class Cluster:
         self._sockets.close()
 
     # --- what is heard ---
-
-    def _called(self, stream: TlsConnection) -> Receiver | None:
-        return None
 
     def _refuse(self, peer: str, reason: str) -> None:
         host = peer.rpartition(":")[0]
@@ -307,6 +330,13 @@ class Cluster:
         value = json.dumps({"since": datetime.now(UTC).isoformat(timespec="seconds")}).encode() if wanted else None
         await self.publish(DRAIN_PREFIX + name, value, Confirm.REGISTRY)
         return self.node(name)
+
+    async def remove(self, name: str) -> None:
+        """Strike a node that will not come back, and what it has said of itself. NodeError."""
+        await self.neighbours.remove(name)
+        for prefix in (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX):
+            if self.directory.get(prefix + name) is not None:
+                await self.publish(prefix + name, None, Confirm.SITE)
 
     @property
     def is_draining(self) -> bool:

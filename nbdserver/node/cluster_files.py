@@ -1,6 +1,6 @@
 """What a node's cluster settings name: the cluster's key, certificates, etcd's password; read and checked here.
 
-    DIR/cluster.key      the cluster's key: a line of 64 hexadecimal digits; two in a rotation, the first seals
+    DIR/cluster.key      the cluster's key, 64 hexadecimal digits; in a rotation a second line: next KEY, or last KEY
     DIR/ca-cert.pem      the cluster's CA, which signs nodes only
     DIR/ca-key.pem       its key, on the node that lets others in, and nowhere else
     DIR/node-cert.pem    this node's certificate, with node-key.pem
@@ -11,6 +11,7 @@ Rule: whoever has the key and a certificate is a node of the cluster, so only th
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from metadata.etcd_settings import EtcdSettings, EtcdTls
@@ -22,23 +23,49 @@ from nbdserver.node.errors import NodeError, WrongInputError
 KEY_BYTES = 32
 MAX_FILE_BYTES = 64 << 10
 
-_KEY = re.compile(r"[0-9a-fA-F]{64}")
+_KEYS = re.compile(r"([0-9a-fA-F]{64})\n?(?:(next|last) ([0-9a-fA-F]{64})\n?)?")
 
 
-def read_keys(path: Path) -> list[bytes]:
-    """The cluster's valid keys, the one to seal with first. WrongInputError."""
-    lines = _read(path, "cluster.key_file").split()
-    if not 1 <= len(lines) <= 2 or not all(_KEY.fullmatch(line) for line in lines):
-        raise WrongInputError(
-            f"cluster.key_file: {path} has not one or two lines of {2 * KEY_BYTES} hexadecimal digits; "
-            "copy it from another node of the cluster"
-        )
-    return [bytes.fromhex(line) for line in lines]
+@dataclass(frozen=True)
+class Keys:
+    """The cluster's key, and in a rotation the one that seals next, or sealed before: what they seal is taken too."""
+
+    sealing: bytes
+    other: bytes | None = None
+    is_other_next: bool = False
+
+    @property
+    def valid(self) -> list[bytes]:
+        """The one to seal with first."""
+        return [self.sealing] if self.other is None else [self.sealing, self.other]
+
+    def encode(self) -> str:
+        """A line, or two."""
+        if self.other is None:
+            return f"{self.sealing.hex()}\n"
+        return f"{self.sealing.hex()}\n{'next' if self.is_other_next else 'last'} {self.other.hex()}\n"
+
+    @staticmethod
+    def decode(text: str, where: str) -> "Keys":
+        """WrongInputError that says where it was."""
+        match = _KEYS.fullmatch(text)
+        if match is None:
+            raise WrongInputError(
+                f"{where}: not a line of {2 * KEY_BYTES} hexadecimal digits, nor that and a second one after "
+                "`next` or `last`; copy it from another node of the cluster"
+            )
+        sealing, word, other = match.groups()
+        return Keys(bytes.fromhex(sealing), bytes.fromhex(other) if other else None, word == "next")
 
 
-def write_keys(path: Path, keys: list[bytes]) -> None:
+def read_keys(path: Path) -> Keys:
+    """The cluster's valid keys. WrongInputError."""
+    return Keys.decode(_read(path, "cluster.key_file"), f"cluster.key_file: {path}")
+
+
+def write_keys(path: Path, keys: Keys) -> None:
     """Replace them. NodeError."""
-    write_file(path, "".join(key.hex() + "\n" for key in keys).encode())
+    write_file(path, keys.encode().encode())
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
@@ -85,8 +112,11 @@ def read_etcd_settings(settings: ClusterSettings) -> EtcdSettings:
 def _etcd_tls(tls: RegistryTlsSettings | None) -> EtcdTls | None:
     if tls is None:
         return None
-    certificate, key = (str(path) if path is not None else None for path in (tls.certificate, tls.key))
-    return EtcdTls(str(tls.ca), certificate, key, tls.server_name)
+    for key, path in (("ca", tls.ca), ("certificate", tls.certificate), ("key", tls.key)):
+        if path is not None:
+            _read(path, f"cluster.registry.tls.{key}")
+    certificate, key_file = (str(path) if path is not None else None for path in (tls.certificate, tls.key))
+    return EtcdTls(str(tls.ca), certificate, key_file, tls.server_name)
 
 
 def _password(registry: RegistrySettings) -> str | None:

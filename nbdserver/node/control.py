@@ -270,6 +270,8 @@ class Node:
             try:
                 await self._listen()
                 await self.tls.reload(fresh.tls, self.call)
+                if self.cluster is not None:
+                    self.cluster.reload()
                 await self.call("limit_data", max_data_bytes=self.settings.max_data)
             except NodeError:
                 self.settings = old
