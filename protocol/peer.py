@@ -150,12 +150,13 @@ class Kind(IntEnum):
 class Refusal(IntEnum):
     """Why a replica refuses."""
 
-    EPOCH = 1  # it has promised a higher one, or is about to take over
+    EPOCH = 1  # it has promised a higher one
     NOT_HERE = 2  # it has no replica of this family
     VERSION = 3
     NOT_NEXT = 4  # it does not follow its last position
     NO_ROOM = 5
     FAILED = 6  # its disk
+    CANDIDATE = 7  # it wants to own the family itself, and has asked the registry or is about to
 
 
 class PeerFrameError(Exception):

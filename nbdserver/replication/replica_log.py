@@ -28,7 +28,7 @@ class ReplicaLog(Protocol):
     """One replica's log and maps, open. All methods are for the loop's thread."""
 
     incarnation: int
-    """Raised and persisted whenever it is opened."""
+    """Raised and persisted whenever it is opened; of an empty disk a random number, so that a replaced disk is told."""
     intact_since: int
     """Incarnation since which nothing appended can have been lost: that of the last opening after the host rebooted
     while the log was open, or of an empty disk. Persisted."""
@@ -147,6 +147,11 @@ def has_position(epochs: Epochs, position: Position) -> bool:
             return first_of_epoch < position.txid <= last_txid
         first_of_epoch = last_txid
     return False
+
+
+def position_of(epochs: Epochs, txid: int) -> Position:
+    """The position with this txid in a log with this history, which has it."""
+    return next((Position(epoch, txid) for epoch, last_txid in epochs if txid <= last_txid), BEGINNING)
 
 
 def runs_of(regions: Sequence[int]) -> Runs:
