@@ -9,7 +9,7 @@ brought along from the log again.
 Rules (docs/replication.md has the reasons)
 - Frames are numbered; a grant counts from when the answered one was sent (rule 2).
 - Skipping is to a committed position only: it is never cut away.
-- A copy is sent after everything that it contains (14), and only while streaming.
+- A copy is sent at the very place in the stream that it is of (14), so only while streaming.
 - At most COPIES_AT_ONCE copies and BACKLOG_LIMIT_BYTES of modifications are under way.
 
 Known weakness: a region is sent whole, however little of it differs.
@@ -86,6 +86,10 @@ class LinkEvents(Protocol):
     def copied(self, link: "Link") -> None:
         """It has fetched what it lacked."""
 
+    @property
+    def is_tree_committed(self) -> bool:
+        """Whether the tree of layers as it is is that of the committed position."""
+
 
 class Link:
     """One replica, as its owner sees it."""
@@ -126,6 +130,7 @@ class Link:
         self._backlog_bytes = 0
         self._pending: list[Modification] = []
         self._is_reading = False
+        self._may_skip = False  # nothing was sent since it was opened
         self._to_copy: list[int] = []
         self._copies: set[int] = set()  # under way
         self._fetched: Callable[[Fetched | None], None] | None = None
@@ -260,9 +265,10 @@ class Link:
         self._to_copy = [region for first, count in opened.resync for region in range(first, first + count)]
         self._to_copy.reverse()
         self.state = State.CATCHING_UP
-        self._catch_up(is_first=True)
+        self._may_skip = True
+        self._catch_up()
 
-    def _catch_up(self, is_first: bool = False) -> None:
+    def _catch_up(self) -> None:
         """Send what our log has after what was sent."""
         stream = self._stream
         if stream is None or self.state is not State.CATCHING_UP or self._is_reading:
@@ -283,7 +289,7 @@ class Link:
             if self.state is not State.CATCHING_UP or errno:
                 return
             if modifications is None:
-                if is_first:
+                if self._may_skip:
                     self._skip(stream)
                 else:
                     self.reopen()
@@ -296,9 +302,11 @@ class Link:
     def _skip(self, stream: PeerStream) -> None:
         """Our log does not go back to what it has."""
         log = self._log
+        if not self.events.is_tree_committed:
+            return  # again with the next beat
         to = position_of(log.epochs, log.committed_txid)
         regions = log.regions_after(self._sent.txid)
-        self._align(stream, Skip(to, history_up_to(log.epochs, to), regions))
+        self._align(stream, Skip(to, history_up_to(log.epochs, to), regions, log.tree))
 
     def _align(self, stream: PeerStream, frame: Cut | Skip) -> None:
         self.state = State.ALIGNING
@@ -329,6 +337,7 @@ class Link:
             self.reopen()
             return
         self._copy_more()
+        self._catch_up()
         if self.state is not State.ALIGNING and now_s - self._last_sent_s >= BEAT_S / 2:
             self._send(())
 
@@ -355,6 +364,7 @@ class Link:
         self._sent_s.append((self._number, self._last_sent_s, size_bytes))
         self._backlog_bytes += size_bytes
         if modifications:
+            self._may_skip = False
             self._sent = modifications[-1].position
         stream.send(
             Append(
@@ -412,7 +422,7 @@ class Link:
         if stream is None or stream is not self._stream or region not in self._copies:
             return
         self.flush()
-        if errno or copy is None or self.state is not State.STREAMING or self._sent.txid < copy.txid:
+        if errno or copy is None or self.state is not State.STREAMING or self._sent.txid != copy.txid:
             self._copies.discard(region)
             self._to_copy.append(region)
             return  # again when it streams, or with the next answer

@@ -287,6 +287,13 @@ class Owner:
             regions = sum(count for _, count in frame.regions)
             self._report("replica-skipped", {"node": link.node, "to": frame.to, "regions": regions})
 
+    @property
+    def is_tree_committed(self) -> bool:
+        """LinkEvents."""
+        return self._committed_txid >= self._begin_txid and not any(
+            modification.kind == TREE for _, modification in self._unacknowledged
+        )
+
     def copied(self, link: Link) -> None:
         """LinkEvents."""
         self._add_if_ready(link)

@@ -268,7 +268,7 @@ class Replica:
         if isinstance(frame, Cut):
             self.log.cut(frame.at, aligned)
         else:
-            self.log.skip(frame.to, frame.epochs, frame.regions, aligned)
+            self.log.skip(frame.to, frame.epochs, frame.regions, frame.tree, aligned)
 
     def _fetch(self, stream: PeerStream, frame: Fetch) -> None:
         def read(errno: int, modifications: Sequence[Modification] | None) -> None:

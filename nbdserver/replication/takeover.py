@@ -257,6 +257,8 @@ class Takeover:
     def aligned(self, link: Link, frame: Cut | Skip) -> None:
         """Nothing is sent yet."""
 
+    is_tree_committed = False
+
     def copied(self, link: Link) -> None:
         """Nothing is sent yet."""
 

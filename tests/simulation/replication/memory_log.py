@@ -70,11 +70,10 @@ class Image:
             theirs[lba] = (txid, data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
         first = copy.region * REGION_BLOCKS
         for lba in range(first, first + REGION_BLOCKS):
-            if self.blocks.get(lba, (0, None))[0] <= copy.txid:
-                if lba in theirs:
-                    self.blocks[lba] = theirs[lba]
-                else:
-                    self.blocks.pop(lba, None)
+            if lba in theirs:
+                self.blocks[lba] = theirs[lba]
+            else:
+                self.blocks.pop(lba, None)
         self.region_txids[copy.region] = max(copy.region_txid, self.region_txids.get(copy.region, 0))
 
     def read(self, lba: int) -> bytes:
@@ -300,7 +299,11 @@ class MemoryLog:
 
         self._later("log", act, done)
 
-    def skip(self, to: Position, epochs: Epochs, regions: Runs, done: Done) -> None:
+    @property
+    def tree(self) -> bytes:
+        return b""  # this log has one layer
+
+    def skip(self, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
         def act() -> int:
             image = self.image
             image.last, image.epochs = to, epochs
@@ -382,13 +385,14 @@ class MemoryLog:
             checksums = array("I", map(crc32c, data)).tobytes()
             region_txid = self.image.region_txids.get(region, 0)
             copy = Copy(region, self.last.txid, region_txid, entries.tobytes(), checksums, data)
-            delay_s = self._random.choice([0.001, 0.01, 0.2]) * self._random.random()
-            self._clock.call_later(delay_s, lambda: done(0, copy))
+            done(0, copy)
 
-        self._clock.call_later(0.002 * self._random.random(), answer)
+        self._clock.call_later(self._random.choice([0.001, 0.01, 0.2]) * self._random.random(), answer)
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
         def act() -> int:
+            if copy.txid != self.last.txid:
+                return errno.ESTALE
             self._take(copy)
             return 0
 

@@ -6,6 +6,7 @@ Each rule of docs/replication.md has a canary: the rule is taken away, and the s
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -201,8 +202,8 @@ def a_divergent_tail_stays(patch: pytest.MonkeyPatch) -> None:  # rule 11
 def regions_to_fetch_are_noted_later(patch: pytest.MonkeyPatch) -> None:  # rule 12
     honest = MemoryLog.skip
 
-    def skip(self: MemoryLog, to: Position, epochs: Epochs, regions: Runs, done: Done) -> None:
-        honest(self, to, epochs, (), lambda errno: self.resync_add(regions, done))
+    def skip(self: MemoryLog, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
+        honest(self, to, epochs, (), tree, lambda errno: self.resync_add(regions, done))
 
     patch.setattr(MemoryLog, "skip", skip)
 
@@ -227,13 +228,16 @@ def a_bit_is_cleared_before_what_it_holds_is_committed(patch: pytest.MonkeyPatch
     patch.setattr(Replica, "_clear_bits", clear_bits)
 
 
-def a_copy_replaces_what_is_newer(patch: pytest.MonkeyPatch) -> None:  # rule 14
-    honest = Image._apply_copy
+def a_copy_is_older_than_its_place(patch: pytest.MonkeyPatch) -> None:  # rule 14
+    honest = MemoryLog.read_region
 
-    def apply_copy(self: Image, copy: Copy) -> None:
-        honest(self, Copy(copy.region, 1 << 60, copy.region_txid, copy.entries, copy.checksums, copy.data))
+    def read_region(self: MemoryLog, region: int, done: Callable[[int, Copy | None], None]) -> None:
+        def read(errno: int, copy: Copy | None) -> None:
+            self._clock.call_later(0.2, lambda: done(errno, copy and replace(copy, txid=self.last.txid)))
 
-    patch.setattr(Image, "_apply_copy", apply_copy)
+        honest(self, region, read)
+
+    patch.setattr(MemoryLog, "read_region", read_region)
 
 
 def a_copy_only_adds(patch: pytest.MonkeyPatch) -> None:  # rule 15
@@ -347,7 +351,7 @@ CAUGHT_BY_CHANCE: dict[Patch, dict[str, float]] = {
     what_does_not_follow_is_appended: DEATHS,
     acknowledged_before_the_removal_is_known: DEATHS | {"registry delay": 0.5, "registry outage": 600.0},
     checkpoints_pass_the_committed_txid: DEATHS,
-    a_copy_replaces_what_is_newer: DEATHS,
+    a_copy_is_older_than_its_place: DEATHS,
     a_copy_only_adds: DEATHS,
     whoever_comes_back_is_whole: {"power": 1200.0, "isolation": 600.0},
     the_generation_stays: {"power of all": 600.0},
