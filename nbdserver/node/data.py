@@ -155,7 +155,7 @@ class Worker:
             if address in there:
                 os.close(descriptor)  # a copy of the one that it has
             else:
-                self._network.inherit(address, descriptor, owned=False)
+                self._network.inherit(address, descriptor)
         for address in dict.fromkeys(addresses):
             self._server.listen(address)
         for gone in there - set(addresses):

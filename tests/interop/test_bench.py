@@ -207,6 +207,18 @@ def test_what_snapshots_cost_is_measured_beside_a_volume_without(tmp_path: Path)
     assert {name: len(taken["operations"]) for name, taken in row["samples"].items()} == {"with": 2, "without": 2}
 
 
+def test_several_volumes_are_measured_on_several_workers_beside_one(tmp_path: Path) -> None:
+    need("fio")
+    done = bench("--size", "16M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16",
+                 "--results", str(tmp_path), module="tests.benchmark.workers")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("workers-*.json")
+    row = json.loads(path.read_text())["rows"]["randread-4k-d16"]
+    assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
+    assert all(len(taken["operations"]) == 2 for taken in row["samples"].values())
+    assert row["at_most"] > 0
+
+
 def test_memory_and_metadata_of_scattered_writes_are_counted(tmp_path: Path) -> None:
     for _ in range(2):
         done = bench("metadata", "--writes", "1600", "--rest-s", "0", "--directory", str(tmp_path / "volume"),
