@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from metadata.registry import RegistryError
 from nbdserver.api import cluster_routes, page
-from nbdserver.api.metrics import Figures, exposition
+from nbdserver.api.metrics import Figures, exposition, of_worker
 from nbdserver.api.models import (
     CloneRequest,
     Names,
@@ -102,6 +102,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
             gauges["tls_certificate_expires_seconds"] = expires_s
         counters: dict[str, Any] = {}
         live: dict[str, Any] = {}
+        workers: dict[str, Figures] = {}
         try:
             answer = await node.call("counters")
             live = answer["volumes"]
@@ -110,6 +111,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
                 live |= answer["volumes"]
             gauges |= answer["node"]["gauges"] | {"up": int(node.is_whole and "silent" not in answer)}
             counters = answer["node"]["counters"]
+            workers = {number: of_worker(own["counters"], own["gauges"]) for number, own in answer["workers"].items()}
         except NodeError:
             pass  # `up` says so
         volumes: dict[str, Figures] = {}
@@ -121,7 +123,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
                 figures = live.get(volume.name, {"counters": {}, "gauges": {"volume_failed": 1}})
                 volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
         # With a thousand volumes this takes a second or two, in which the API has other things to do.
-        text = await asyncio.to_thread(exposition, Figures(counters, gauges), volumes)
+        text = await asyncio.to_thread(exposition, Figures(counters, gauges), volumes, workers)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/status", summary="The node and its volumes")

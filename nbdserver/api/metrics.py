@@ -5,11 +5,12 @@ other process, they become metric families when somebody scrapes. There are two 
 grow and get the suffix `_total`; *gauges* are what is now. A list among the counters is a histogram by powers of
 two (bucket `i` counts values below 2**i), whose `<name>_count` and `<name>_total` stand beside it.
 
-Each volume's figures carry the label `volume`.
+Each volume's figures carry the label `volume`, those of each data process the label `worker`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -37,6 +38,8 @@ HELP = {
     "loop_held": "turns of the event loop longer than 5 ms: nobody else is served meanwhile",
     "loop_longest_turn_seconds": "the longest turn of the event loop since the start",
     "connections": "client connections, those in their handshake too",
+    "worker_cpu_seconds": "CPU that one data process has used",
+    "worker_connections": "client connections that one data process serves",
     "volume_size_bytes": "size of the volume",
     "volume_failed": "1 while it is not served: it could not be opened, or a sync failed",
     "volume_full": "1 while writes that need room get ENOSPC",
@@ -82,13 +85,15 @@ class Figures:
 
 
 class _Snapshot(Collector):
-    def __init__(self, node: Figures, volumes: Mapping[str, Figures]) -> None:
+    def __init__(self, node: Figures, volumes: Mapping[str, Figures], workers: Mapping[str, Figures]) -> None:
         self._node = node
         self._volumes = volumes
+        self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
         yield from _families([([], self._node)], [])
         yield from _families([([name], figures) for name, figures in self._volumes.items()], ["volume"])
+        yield from _families([([number], figures) for number, figures in self._workers.items()], ["worker"])
 
 
 def _families(sources: list[tuple[list[str], Figures]], labels: list[str]) -> Iterator[Metric]:
@@ -131,8 +136,17 @@ def _cumulative(buckets: list[int]) -> list[tuple[str, float]]:
     return found
 
 
-def exposition(node: Figures, volumes: Mapping[str, Figures]) -> bytes:
-    """Return the Prometheus text of the node's figures and of each volume's."""
+def of_worker(counters: Mapping[str, Any], gauges: Mapping[str, Any]) -> Figures:
+    """Of a data process's own figures those that tell how busy it is beside the others."""
+    return Figures(
+        {"worker_cpu_seconds": counters["data_process_cpu_seconds"]}, {"worker_connections": gauges["connections"]}
+    )
+
+
+def exposition(
+    node: Figures, volumes: Mapping[str, Figures], workers: Mapping[str, Figures] = MappingProxyType({})
+) -> bytes:
+    """Return the Prometheus text of the node's figures, of each volume's and of each data process's."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(node, volumes))
+    registry.register(_Snapshot(node, volumes, workers))
     return generate_latest(registry)

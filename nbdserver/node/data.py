@@ -197,7 +197,7 @@ class Worker:
             },
         }
         volumes, last = await self._families.figures(after)
-        return {"node": node, "volumes": volumes, "last": last}
+        return {"worker": self._place.worker, "node": node, "volumes": volumes, "last": last}
 
     async def do_clients(self) -> list[dict[str, Any]]:
         """Every connection."""
