@@ -344,4 +344,4 @@ class Overview(Node):
     scrub_next: str = Field(description="when the next one is due; empty: none is")
     traffic: TrafficNow = Field(description="all volumes together")
     volumes: VolumeRows
-    events: list[dict[str, Any]] = Field(description="the newest, oldest first")
+    events: list[dict[str, Any]] = Field(description="the newest first; what is alike is one, with `times` and `since`")
