@@ -98,6 +98,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
     async def metrics() -> Response:
         gauges: dict[str, Any] = {"start_time_seconds": started_s, "free_bytes": node.free_bytes(), "up": 0}
         gauges |= node.capacity.gauges()
+        gauges |= node.cluster.gauges() if node.cluster else {}
         if (expires_s := node.tls.expires_s()) is not None:
             gauges["tls_certificate_expires_seconds"] = expires_s
         counters: dict[str, Any] = {}
@@ -213,7 +214,8 @@ def _add_names(app: FastAPI, node: Node) -> None:
     @app.get("/v1/names", summary="What there is, by name: for completion in shells")
     async def names() -> Names:
         snapshots = [found["export"] for found in await node.snapshots.listed()]
-        return Names(volumes=list(node.volumes.names()), snapshots=snapshots)
+        nodes = node.cluster.names() if node.cluster else []
+        return Names(volumes=list(node.volumes.names()), snapshots=snapshots, nodes=nodes)
 
 
 def _add_scrubs(app: FastAPI, node: Node) -> None:

@@ -156,6 +156,7 @@ class Names(BaseModel):
 
     volumes: list[str]
     snapshots: list[str] = Field(description="as VOLUME@NAME")
+    nodes: list[str] = Field(description="of the cluster")
 
 
 class Scrub(BaseModel):
