@@ -2,7 +2,8 @@
 
 Each target holds one disk; in each round every target is copied to and from once, the first one changing. The image is
 random data in a file in the page cache, the other way goes to `null:`, so that what is measured is the server. Copying
-in ends with a flush. Peers run with the setting that is best for 128k sequential writes, if a search found one.
+in ends with a flush. Peers run with the settings that are best for 128k sequential writes, or reads, if a search of the
+benchmark found them.
 """
 
 import os
@@ -25,9 +26,9 @@ from .rows import ROWS_BY_NAME
 from .targets import SUBJECT, Target
 
 SEARCHED_SIZE_BYTES = 1 << 30  # of the benchmark's own search: the setting is what is best in memory
-LIKE = ROWS_BY_NAME["write-128k-d8"]
 PIECE_BYTES = 16 << 20
-WAYS = ("in", "out")
+WAYS = {"in": ROWS_BY_NAME["write-128k-d8"], "out": ROWS_BY_NAME["read-128k-d8"]}
+"""Each way, and the row whose settings it uses."""
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,7 +52,9 @@ def copy(target: Target, image: Path, way: str) -> dict[str, float]:
     return {"bytes_per_s": moved / seconds, "cpu_s_per_gib": (target.server.cpu_s() - cpu_s) / moved * 2**30}
 
 
-def measure(servers: list[Target], image: Path, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+def measure(
+    servers: list[Target], kept: PeerSettings, image: Path, rounds: int
+) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Way → target → one sample for each round."""
     samples: dict[str, dict[str, list[dict[str, float]]]] = {
         way: {server.name: [] for server in servers} for way in WAYS
@@ -59,7 +62,8 @@ def measure(servers: list[Target], image: Path, rounds: int) -> dict[str, dict[s
     for number in range(rounds):
         first = number % len(servers)
         for server in servers[first:] + servers[:first]:
-            for way in WAYS:
+            for way, like in WAYS.items():
+                server.start(kept.best(server, like))
                 samples[way][server.name].append(copy(server, image, way))
                 os.sync()
     return samples
@@ -103,13 +107,20 @@ def run(
         try:
             for server in servers:
                 server.prepare()
-                server.start(kept.best(server, LIKE))
-            samples = measure(servers, image, rounds)
+            samples = measure(servers, kept, image, rounds)
         finally:
             for server in servers:
                 server.stop()
         console.print(show(servers, samples))
-        bench.keep({"versions": {server.name: server.version() for server in servers}, "samples": samples})
+        bench.keep(
+            {
+                "versions": {server.name: server.version() for server in servers},
+                "settings": {
+                    way: {server.name: kept.best(server, like).name for server in servers} for way, like in WAYS.items()
+                },
+                "samples": samples,
+            }
+        )
 
 
 if __name__ == "__main__":
