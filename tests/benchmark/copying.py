@@ -3,11 +3,12 @@
 Each target holds one disk; in each round every target is copied to and from once, the first one changing. The image is
 random data in a file in the page cache, the other way goes to `null:`, so that what is measured is the server. Copying
 in ends with a flush. Peers run with the settings that are best for 128k sequential writes, or reads, if a search of the
-benchmark found them.
+benchmark found them. With --tls both sides show certificates.
 """
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -18,19 +19,30 @@ from rich.table import Table
 
 from . import machine
 from .__main__ import chosen_targets, size_bytes_of
+from .conditions import Conditions
 from .measuring import PeerSettings
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
 from .rows import ROWS_BY_NAME
-from .targets import SUBJECT, Target
+from .targets import CLIENT, SUBJECT, Target
 
-SEARCHED_SIZE_BYTES = 1 << 30  # of the benchmark's own search: the setting is what is best in memory
+SEARCHED = Conditions(1 << 30)  # by the benchmark: settings are what is best in memory
 PIECE_BYTES = 16 << 20
 WAYS = {"in": ROWS_BY_NAME["write-128k-d8"], "out": ROWS_BY_NAME["read-128k-d8"]}
 """Each way, and the row whose settings it uses."""
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def make_certificates(directory: Path) -> Path:
+    """A CA, one for the server, one for the client, by the command that users have."""
+    for words in (["ca"], ["node", "localhost"], ["client", CLIENT]):
+        command = [sys.executable, "-m", "nbdserver", "cert", *words, "--dir", str(directory)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise BenchmarkError(f"no certificates: {made.stderr.strip()}")
+    return directory
 
 
 def make_image(path: Path, size_bytes: int) -> None:
@@ -93,6 +105,7 @@ def run(
     size: Annotated[str, typer.Option(help="Size of the image.")] = "4G",
     targets: Annotated[str | None, typer.Option(help="Comma-separated targets.  [default: all]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Copies of each target, each way.")] = 3,
+    tls: Annotated[bool, typer.Option(help="Over TLS, with certificates of both sides.")] = False,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
 ) -> None:
@@ -101,11 +114,13 @@ def run(
         size_bytes = size_bytes_of(size)
         servers = chosen_targets(targets, bench.place, size_bytes)
         machine.check_room(bench.place, size_bytes * (len(servers) + 3))
-        kept = PeerSettings(results / "peer-settings.json", servers, SEARCHED_SIZE_BYTES)
+        kept = PeerSettings(results / SEARCHED.settings_file, servers, SEARCHED)
+        certificates = make_certificates(bench.place / "tls") if tls else None
         image = bench.place / "image"
         make_image(image, size_bytes)
         try:
             for server in servers:
+                server.certificates = certificates
                 server.prepare()
             samples = measure(servers, kept, image, rounds)
         finally:

@@ -185,10 +185,11 @@ def test_starts_after_kill_9_are_measured(tmp_path: Path) -> None:
     assert 0 < row["rounds"][0]["seconds"] < 30
 
 
-def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", [[], ["--tls"]], ids=["in clear text", "over TLS"])
+def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path, over: list[str]) -> None:
     need("fio", "nbdkit", "nbdcopy")
     done = bench("--size", "16M", "--rounds", "1", "--targets", "nbdserver,nbdkit", "--results", str(tmp_path),
-                 module="tests.benchmark.copying")  # fmt: skip
+                 *over, module="tests.benchmark.copying")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.glob("copying-*.json")
     samples = json.loads(path.read_text())["samples"]
