@@ -9,7 +9,6 @@ SHELL := /bin/bash
 DATA ?= ./var
 CLUSTER ?= ./var-cluster
 LISTEN ?= 127.0.0.1:10809
-HTTP ?= 127.0.0.1:9809
 ROUNDS ?= 50
 MINUTES ?= 1
 SEED ?=
@@ -21,14 +20,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help run cluster test lint fuzz bench simulate power-loss man clean
+.PHONY: help run cluster test lint fuzz bench simulate soak power-loss man clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 run: $(VENV)/installed  ## serve disk0 (10 GiB, thin) on 127.0.0.1:10809 and ./var/nbd.sock until Ctrl-C
 	@mkdir -p $(DATA)
-	exec $(BIN)/nbdserver serve --data $(DATA) --create disk0=10G --socket $(DATA)/nbd.sock --listen $(LISTEN) --http $(HTTP)
+	exec $(BIN)/nbdserver serve --data $(DATA) --create disk0=10G --socket $(DATA)/nbd.sock --listen $(LISTEN)
 
 cluster: $(VENV)/installed  ## start etcd (Debian's etcd-server) and three nodes on loopback until Ctrl-C, in ./var-cluster
 	@exec $(BIN)/python -m tests.local_cluster $(CLUSTER)
@@ -51,6 +50,10 @@ bench: $(VENV)/installed-for-tests  ## fio against this server and its peers in 
 
 simulate: $(VENV)/installed-for-tests  ## run fresh seeds for MINUTES on all cores, or one SEED again with its story; WORLD says of what
 	@exec $(BIN)/python -m tests.simulation --world $(WORLD) $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
+
+soak: $(VENV)/installed-for-tests  ## kill, stop and cut off the nodes of a real cluster for MINUTES, watching their memory
+	@tests/provision.sh
+	exec $(BIN)/python -m tests.interop.directory_soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS times under writes
 	@tests/provision.sh

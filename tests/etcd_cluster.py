@@ -41,7 +41,7 @@ class EtcdMember:
 
 
 class EtcdCluster:
-    """Members on ports of loopback, below one directory."""
+    """Members on ports of one address, below one directory."""
 
     def __init__(
         self,
@@ -52,11 +52,15 @@ class EtcdCluster:
         arguments: Sequence[str] = (),
         authority: Authority | None = None,
         server_name: str = "localhost",
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
     ) -> None:
-        """Start it, and wait until it answers. An `authority` makes a certificate for `server_name` and loopback."""
+        """Start it, and wait until it answers. An `authority` makes a certificate for `server_name` and loopback.
+        `within` comes before each command: it leads to where `host` is an address."""
+        self._within = within
         self._control_tls: list[str] = []
         scheme = "https" if authority else "http"
-        peers = [f"http://127.0.0.1:{free_port()}" for _ in range(members)]
+        peers = [f"http://{host}:{free_port()}" for _ in range(members)]
         self.members = []
         tls: list[str] = []
         if authority:
@@ -66,8 +70,9 @@ class EtcdCluster:
                 tls.append(f"--trusted-ca-file={authority.ca_certificate}")
             self._control_tls = [f"--cacert={authority.ca_certificate}", *_as_client(authority, "root")]
         for number, peer in enumerate(peers):
-            endpoint = f"127.0.0.1:{free_port()}"
+            endpoint = f"{host}:{free_port()}"
             command = [
+                *within,
                 "etcd",
                 f"--name=m{number}",
                 f"--data-dir={directory / f'm{number}'}",
@@ -91,9 +96,9 @@ class EtcdCluster:
 
     def control(self, *arguments: str, user: str = "", member: int = 0, check: bool = True) -> str:
         """Run etcdctl against one member and return what it prints; CalledProcessError."""
-        command = ["etcdctl", f"--endpoints={self.members[member].endpoint}", *self._control_tls, *arguments]
-        if user:
-            command.insert(1, f"--user={user}")
+        login = [f"--user={user}"] if user else []
+        endpoint = f"--endpoints={self.members[member].endpoint}"
+        command = [*self._within, "etcdctl", *login, endpoint, *self._control_tls, *arguments]
         environment = {**os.environ, "ETCDCTL_API": "3"}
         answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
         if check and answer.returncode:

@@ -4,7 +4,7 @@
 set -euo pipefail
 
 PACKAGES=(nbdkit fio qemu-utils qemu-system-x86 nbd-client libnbd-bin python3-libnbd nbd-server busybox-static cpio
-  e2fsprogs xfsprogs libssl3 etcd-server etcd-client chromium)
+  e2fsprogs xfsprogs libssl3 etcd-server etcd-client chromium nftables iproute2)
 POLICY=/usr/sbin/policy-rc.d
 
 missing=()

@@ -33,9 +33,6 @@ class Traffic(TypedDict):
     """Of all of these together."""
 
 
-NO_TRAFFIC: Traffic = {"requests": 0, "read_bytes": 0, "write_bytes": 0, "answers": 0, "latency_us": 0}
-
-
 @dataclass(frozen=True, slots=True)
 class Rates:
     """What was done in a slot."""
@@ -98,7 +95,7 @@ class Activity:
 
 def _rates(before: Traffic | None, total: Traffic, took_s: float) -> Rates:
     if before is None or total["requests"] < before["requests"]:
-        before = NO_TRAFFIC
+        before = {"requests": 0, "read_bytes": 0, "write_bytes": 0, "answers": 0, "latency_us": 0}
     if total == before:
         return IDLE
     answers = total["answers"] - before["answers"]

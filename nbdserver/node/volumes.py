@@ -28,7 +28,6 @@ from metadata.registry import (
     Volume,
     VolumeState,
 )
-from nbdserver.node.activity import NO_TRAFFIC
 from nbdserver.node.asking import SILENT
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
@@ -356,7 +355,7 @@ class Volumes:
             "family": family.id,
             "settings": {**asdict(volume.settings), "max_data": family.max_data},
             "clients": own.get("clients", 0),
-            "traffic": own.get("traffic", NO_TRAFFIC) if own else None,
+            "traffic": own.get("traffic"),
             "disk": disk,
         }
 

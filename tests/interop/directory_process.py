@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from metadata.directory.node import DirectoryNode
+from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
 from metadata.etcd_registry import EtcdRegistry
 from metadata.etcd_settings import EtcdSettings
@@ -22,12 +23,38 @@ from nbdserver.host.network import SocketNetwork
 from protocol.directory import Confirm, NodeKind
 from protocol.sealed_frames import ClusterKeys
 
+COUNT_S = 0.02  # between an answer and the next number
+
 
 def say(answer: Any) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def obey(node: DirectoryNode, command: dict[str, Any]) -> None:
+class Counting:
+    """Publishes a number in one key, `confirm=SITE`, and the next one when it is answered."""
+
+    def __init__(self, node: DirectoryNode, clock: HostClock) -> None:
+        self.confirmed = 0
+        self._node = node
+        self._clock = clock
+        self._key = ""
+        self._number = 0
+
+    def begin(self, key: str, first: int) -> None:
+        self._key, self._number = key, first
+        self._next()
+
+    def _next(self) -> None:
+        self._number += 1
+        self._node.publish(self._key, b"%d" % self._number, Confirm.SITE, self._answered)
+
+    def _answered(self, answer: Answer) -> None:
+        if answer is Answer.CONFIRMED:
+            self.confirmed = self._number
+        self._clock.call_later(COUNT_S, self._next)
+
+
+def obey(node: DirectoryNode, counting: Counting, command: dict[str, Any]) -> None:
     match command["do"]:
         case "publish":
             value = command["value"]
@@ -40,6 +67,9 @@ def obey(node: DirectoryNode, command: dict[str, Any]) -> None:
             )
         case "range":
             say({key: value.decode() for key, value in node.range(command["prefix"])})
+        case "count":
+            counting.begin(command["key"], command["first"])
+            say("counting")
         case "status":
             say(
                 {
@@ -47,6 +77,7 @@ def obey(node: DirectoryNode, command: dict[str, Any]) -> None:
                     "master": node.master is not None,
                     "epoch": node.epoch,
                     "members": sorted(member.name for member in node.members.values()),
+                    "counted": counting.confirmed,
                     "position": list(node.replica.position),
                     "refused": node.routes.refused,
                     "snapshots": node.joiner.snapshots,
@@ -74,11 +105,12 @@ async def run(settings: dict[str, Any]) -> None:
         EtcdRegistry(EtcdSettings(endpoints=tuple(settings["etcd"]), namespace="test/"), clock, Random(), loop),
         Random(),
     )
+    counting = Counting(node, clock)
     say("ready")
     lines = asyncio.StreamReader(limit=1 << 20)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     while line := await lines.readline():
-        obey(node, json.loads(line))
+        obey(node, counting, json.loads(line))
     node.close()
 
 

@@ -6,14 +6,11 @@ Rules of this file
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.simulation.cluster.cluster import ClusterRun
 from tests.simulation.cluster.directory import directory_run
 from tests.simulation.registers import ViolationError
-from tests.simulation.replication.replicated import replication_run
 from tests.simulation.run import Run, lies
 
 Story = Callable[[str], None]
@@ -53,24 +50,15 @@ def _disk(seed: int, story: Story | None) -> Tried:
 
 def _directory(seed: int, story: Story | None) -> Tried:
     scenario, run = directory_run(seed, story=story)
-    return _cluster("directory", seed, run, scenario.answers)
-
-
-def _replication(seed: int, story: Story | None) -> Tried:
-    scenario, run = replication_run(seed, story=story)
-    return _cluster("replication", seed, run, scenario.answers)
-
-
-def _cluster(world: str, seed: int, run: ClusterRun, answers: Counter[str]) -> Tried:
     began_s = time.process_time()
     wrong = _wrong(run.go)
     cluster = run.cluster
     summary = (
-        f"the faults: {cluster.mix}\nwhat happened: {dict(cluster.hits)}\nanswers: {dict(answers)};"
+        f"the faults: {cluster.mix}\nwhat happened: {dict(cluster.hits)}\nanswers: {dict(scenario.answers)};"
         f" converged in {run.converged_s:.1f} s"
     )
     return Tried(
-        world,
+        "directory",
         seed,
         wrong,
         cluster.scheduler.fingerprint,
@@ -81,11 +69,7 @@ def _cluster(world: str, seed: int, run: ClusterRun, answers: Counter[str]) -> T
     )
 
 
-WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {
-    "disk": _disk,
-    "directory": _directory,
-    "replication": _replication,
-}
+WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {"disk": _disk, "directory": _directory}
 
 
 def try_seed(world: str, seed: int, story: Story | None = None) -> Tried:

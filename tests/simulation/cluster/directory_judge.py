@@ -10,13 +10,14 @@ Rules of this file
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
+from metadata.directory.kept import NUMBER_BYTES
 from metadata.directory.registry_keys import EVERYBODYS, KEPT_PREFIX
 from metadata.directory.replica import Replica
-from protocol.directory import NOWHERE, Message, Position
+from protocol.directory import NOWHERE, Message, Position, Update
 from tests.simulation.registers import ViolationError
 
 Shape = dict[str, Position]
@@ -184,11 +185,10 @@ class Judge:
 
     @staticmethod
     def _missing_of_kept(master: Replica, kept: dict[str, bytes]) -> str:
-        in_map = {entry.update.key for entry in master.map.entries() if entry.update.is_kept}
-        in_registry = {key.removeprefix(KEPT_PREFIX) for key in kept if key.startswith(KEPT_PREFIX)}
-        if in_map != in_registry:
-            return f"the registry keeps {sorted(in_registry)[:3]} .., the map {sorted(in_map)[:3]} .."
-        return ""
+        in_map = {entry.update.key: entry.update.value for entry in master.map.entries() if entry.update.is_kept}
+        updates = [Update.decode(value[NUMBER_BYTES:]) for key, value in kept.items() if key.startswith(KEPT_PREFIX)]
+        wrong = _difference({update.key: update.value for update in updates}, in_map)
+        return f"the registry keeps what the map has not: {wrong}" if wrong else ""
 
 
 def voters_of(state: bytes | None) -> set[str]:
@@ -196,7 +196,7 @@ def voters_of(state: bytes | None) -> set[str]:
     return set(json.loads(state)["voters"].values()) if state is not None else set()
 
 
-def _difference(expected: dict[str, object] | Shape, found: dict[str, object] | Shape) -> str:
+def _difference(expected: Mapping[str, object], found: Mapping[str, object]) -> str:
     def sentences() -> Iterator[str]:
         for key in sorted({*expected, *found}):
             if expected.get(key) != found.get(key):

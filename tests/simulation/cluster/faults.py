@@ -39,6 +39,7 @@ CATALOGUE = (
     # An hour of virtual time, for the whole cluster.
     Fault("split", "two halves of the cluster do not hear each other", (60.0, 240.0)),
     Fault("one-way split", "one half does not hear the other, which hears it", (60.0, 240.0)),
+    Fault("bridge", "two halves do not hear each other, but one machine hears both and is heard", (60.0, 240.0)),
     Fault("isolation", "one machine hears nobody, or nobody hears it, or both", (60.0, 360.0)),
     Fault("clog", "frames from one machine to another stand still, then all come", (120.0, 1200.0)),
     Fault("kill", "a process is killed", (60.0, 360.0), 0.5),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.simulation.cluster.cluster import Cluster
 
 HOUR_S = 3600.0
+PATIENCE_S = 5.0  # a partition that begins in somebody's silence has to last longer than a lease
 
 
 class Nemesis:
@@ -36,6 +37,7 @@ class Nemesis:
         self._deeds: dict[str, Callable[[], bool]] = {
             "split": partial(self._split, both=True),
             "one-way split": partial(self._split, both=False),
+            "bridge": self._bridge,
             "isolation": self._isolate,
             "clog": self._clog,
             "kill": partial(self._end_one, power=False),
@@ -107,7 +109,7 @@ class Nemesis:
 
     # --- the network ---
 
-    def _block(self, sources: Sequence[str], targets: Sequence[str], both: bool) -> None:
+    def _block(self, sources: Sequence[str], targets: Sequence[str], both: bool, is_long: bool = False) -> None:
         paths = self._cluster.wires.paths(sources, targets)
         if both:
             paths += self._cluster.wires.paths(targets, sources)
@@ -116,6 +118,7 @@ class Nemesis:
 
         # The registry is on one side of it, or has a way of its own to everyone.
         cut_off = self._random.choice([sources, targets, []]) if both else []
+        duration_s = self._away_s() + is_long * PATIENCE_S
         self._cluster.registry.cuts.update(cut_off)
 
         def mend() -> None:
@@ -123,7 +126,6 @@ class Nemesis:
             for path in paths:
                 path.unblock()
 
-        duration_s = self._away_s()
         self._cluster.tell(f"{sources} {'and' if both else 'to'} {targets} blocked for {duration_s:.3f} s")
         self._broken(duration_s, mend)
 
@@ -134,6 +136,17 @@ class Nemesis:
         if not cut:
             return False
         self._block(names[:cut], names[cut:], both)
+        return True
+
+    def _bridge(self) -> bool:
+        """Both halves have a majority with the machine between: with the registry on one side there are soon two
+        masters, and one machine hears both."""
+        names = list(self._cluster.machines)
+        if len(names) < 3:
+            return False
+        self._random.shuffle(names)
+        cut = self._random.randrange(1, len(names) - 1)
+        self._block(names[:cut], names[cut + 1 :], both=True, is_long=True)
         return True
 
     def _isolate(self) -> bool:
