@@ -50,7 +50,7 @@ from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
-PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # include/uapi/linux/prctl.h
 
 DRAIN_TIMEOUT_S = 10.0
 """How long a stop waits for clients to take the replies to what they have asked."""
@@ -334,7 +334,9 @@ async def serve(sock: socket.socket, descriptors: socket.socket, watch: LoopWatc
 def main() -> None:
     """The data process."""
     parent, worker, workers, descriptor, descriptors, figures, _lock, *inboxes = map(int, sys.argv[1:])
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_NAME, b"nbdserver-data", 0, 0, 0)  # for `top`, and for whoever asks who has a port
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -143,6 +143,9 @@ def test_a_taken_port_is_one_line_that_names_the_holder_and_another_port(
         f"nbdserver: port {port} is taken by {program} (pid {os.getpid()}); "
         f"choose another, for example --listen 127.0.0.1:{port + 1}\n"
     )
+    server = start_server()
+    result = run("serve", "--data", tmp_path / "other", "--listen", f"127.0.0.1:{server.port}")
+    assert f"port {server.port} is taken by nbdserver-data (pid {data_process(server)})" in result.stderr
 
 
 def test_a_second_node_on_the_same_data_is_refused_and_told_who_has_it(
