@@ -9,6 +9,7 @@ SHELL := /bin/bash
 DATA ?= ./var
 CLUSTER ?= ./var-cluster
 LISTEN ?= 127.0.0.1:10809
+HTTP ?= 127.0.0.1:9809
 ROUNDS ?= 50
 MINUTES ?= 1
 SEED ?=
@@ -27,7 +28,7 @@ help:  ## list the targets
 
 run: $(VENV)/installed  ## serve disk0 (10 GiB, thin) on 127.0.0.1:10809 and ./var/nbd.sock until Ctrl-C
 	@mkdir -p $(DATA)
-	exec $(BIN)/nbdserver serve --data $(DATA) --create disk0=10G --socket $(DATA)/nbd.sock --listen $(LISTEN)
+	exec $(BIN)/nbdserver serve --data $(DATA) --create disk0=10G --socket $(DATA)/nbd.sock --listen $(LISTEN) --http $(HTTP)
 
 cluster: $(VENV)/installed  ## start etcd (Debian's etcd-server) and three nodes on loopback until Ctrl-C, in ./var-cluster
 	@exec $(BIN)/python -m tests.local_cluster $(CLUSTER)

@@ -97,12 +97,12 @@ AppendedBody = Struct(
     "durable_epoch" / Int32ul,
 )
 PositionBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul)
-SkipBody = Struct("epoch" / Int32ul, "epochs" / Int32ul, "txid" / Int64ul, "runs" / Int64ul)
+SkipBody = Struct("epoch" / Int32ul, "epochs" / Int32ul, "txid" / Int64ul, "runs" / Int32ul, "rows" / Int32ul)
 EpochEnd = Struct("epoch" / Int32ul, "reserved" / Int32ul, "last_txid" / Int64ul)
 RegionRun = Struct("first" / Int64ul, "count" / Int64ul)
 CopyBody = Struct(
     "region" / Int64ul,
-    "txid" / Int64ul,  # at which it was read
+    "txid" / Int64ul,  # of the last modification before it
     "region_txid" / Int64ul,  # of its last modification
     "blocks" / Int32ul,
     "entries_bytes" / Int32ul,
@@ -150,12 +150,13 @@ class Kind(IntEnum):
 class Refusal(IntEnum):
     """Why a replica refuses."""
 
-    EPOCH = 1  # it has promised a higher one, or is about to take over
+    EPOCH = 1  # it has promised a higher one
     NOT_HERE = 2  # it has no replica of this family
     VERSION = 3
     NOT_NEXT = 4  # it does not follow its last position
     NO_ROOM = 5
     FAILED = 6  # its disk
+    CANDIDATE = 7  # it wants to own the family itself, and has asked the registry or is about to
 
 
 class PeerFrameError(Exception):
@@ -241,6 +242,8 @@ class Skip:
     to: Position
     epochs: Epochs
     regions: Runs
+    tree: bytes
+    """The rows of all layers as of that position, as in a TREE record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +270,7 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A region as it was at `txid`. `entries` is the log's affair."""
+    """A region as of `txid`, which is its place in the stream. `entries` is the log's affair."""
 
     region: int
     txid: int

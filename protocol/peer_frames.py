@@ -11,7 +11,7 @@ Known weakness: a frame is copied once when it is complete.
 from collections.abc import Iterator, Sequence
 
 from protocol.checksum import crc32c
-from protocol.disk import BLOCK_BYTES, TREE, WRITE, block_splitter, body_bytes
+from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, block_splitter, body_bytes
 from protocol.invariant import invariant
 from protocol.peer import (
     APPEND_BODY,
@@ -111,8 +111,14 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
         case Cut():
             return Kind.CUT, POSITION_BODY.pack(frame.at.epoch, 0, frame.at.txid), ()
         case Skip():
-            head = SKIP_BODY.pack(frame.to.epoch, len(frame.epochs), frame.to.txid, len(frame.regions))
-            return Kind.SKIP, head + _pack_epochs(frame.epochs) + _pack_runs(frame.regions), ()
+            head = SKIP_BODY.pack(
+                frame.to.epoch,
+                len(frame.epochs),
+                frame.to.txid,
+                len(frame.regions),
+                len(frame.tree) // LAYER_ROW.size,
+            )
+            return Kind.SKIP, head + _pack_epochs(frame.epochs) + _pack_runs(frame.regions) + frame.tree, ()
         case Fetch():
             return Kind.FETCH, FETCH_BODY.pack(frame.after.epoch, 0, frame.after.txid, frame.limit_bytes), ()
         case Refused():
@@ -258,8 +264,9 @@ def _decode(kind: int, reader: _Reader) -> Frame:
             epoch, _, txid = POSITION_BODY.unpack(reader.take(POSITION_BODY.size))
             return Cut(Position(epoch, txid))
         case Kind.SKIP:
-            epoch, epochs, txid, runs = SKIP_BODY.unpack(reader.take(SKIP_BODY.size))
-            return Skip(Position(epoch, txid), _epochs(reader, epochs), _runs(reader, runs))
+            epoch, epochs, txid, runs, rows = SKIP_BODY.unpack(reader.take(SKIP_BODY.size))
+            history, regions = _epochs(reader, epochs), _runs(reader, runs)
+            return Skip(Position(epoch, txid), history, regions, reader.take(rows * LAYER_ROW.size))
         case Kind.FETCH:
             epoch, _, txid, limit_bytes = FETCH_BODY.unpack(reader.take(FETCH_BODY.size))
             return Fetch(Position(epoch, txid), limit_bytes)

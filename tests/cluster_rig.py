@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 
 from tests.conftest import ROOT, Processes
@@ -41,6 +42,11 @@ class ClusterNode:
         printed = self.server.command(*arguments, "--json")
         return json.loads(printed) if printed else None
 
+    def get(self, path: str) -> Any:
+        """What the API answers; a command would take a second to start, and is asked again and again."""
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.server.data / "api.sock"))) as client:
+            return client.get(f"http://node{path}", timeout=20).raise_for_status().json()
+
     def refuses(self, *arguments: str) -> str:
         """The line that a command ends with, as wrong input."""
         done = run("--data", str(self.server.data), *arguments)
@@ -48,7 +54,7 @@ class ClusterNode:
         return done.stderr
 
     def cluster(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask("status")["cluster"]
+        found: dict[str, Any] = self.get("/v1/cluster")
         return found
 
     def up(self) -> list[str]:
@@ -58,12 +64,16 @@ class ClusterNode:
 
     def findings(self) -> str:
         return "\n".join(
-            f"{found['subject']} {found['problem']}; {found['remedy']}" for found in self.ask("status")["findings"]
+            f"{found['subject']} {found['problem']}; {found['remedy']}" for found in self.get("/v1/status")["findings"]
         )
 
+    def node(self, name: str) -> dict[str, Any]:
+        """What it knows of a node."""
+        found: dict[str, Any] = self.get(f"/v1/nodes/{name}")
+        return found
+
     def events(self, kind: str) -> list[dict[str, Any]]:
-        lines = self.server.command("events", "--limit", "2000", "--json").splitlines()
-        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+        return [event for event in self.get("/v1/events?limit=2000") if event["kind"] == kind]
 
 
 class ClusterRig:

@@ -44,6 +44,7 @@ from protocol.directory import (
 )
 from protocol.directory_control import Subscribe
 
+HEARD_S = 4.0  # without a heartbeat: what this node knows may be old; a master of 1,000 nodes beats every 0.5 s
 SILENCE_S = 2.0  # without a heartbeat of the registry's master: it may not know this node
 MIN_WAKE_S = 0.001
 LOOK_S = 1.0  # a node that is no master looks at its place at least so often
@@ -171,6 +172,13 @@ class DirectoryNode:
     def epoch(self) -> int:
         """That this node leads or follows; 0 for none."""
         return self.master.term.epoch if self.master is not None else self.follower.epoch
+
+    @property
+    def hears_master(self) -> bool:
+        """True while this node is the master, or has had a sign of life of the one that it follows."""
+        if self.master is not None:
+            return True
+        return self.follower.is_following and self._clock.now() - self._heard_master_s <= HEARD_S
 
     @property
     def is_active(self) -> bool:

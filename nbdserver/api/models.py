@@ -156,6 +156,7 @@ class Names(BaseModel):
 
     volumes: list[str]
     snapshots: list[str] = Field(description="as VOLUME@NAME")
+    nodes: list[str] = Field(description="of the cluster")
 
 
 class Scrub(BaseModel):
@@ -258,13 +259,18 @@ class Finding(BaseModel):
     remedy: str = Field(description="what to do about it; may be empty")
 
 
-class Worker(BaseModel):
+class WorkerState(BaseModel):
     """A data process."""
 
     worker: int
     pid: int | None = Field(description="null while it is being started")
     silent_s: float = Field(description="for how long it has not answered; 0 while it does")
-    volumes: list[str] = Field(description="those that it serves")
+
+
+class Worker(WorkerState):
+    """A data process and what it serves."""
+
+    volumes: list[str] = Field(description="of its families")
 
 
 class Node(BaseModel):
@@ -273,7 +279,6 @@ class Node(BaseModel):
     version: str
     host: str
     pid: int
-    workers: list[Worker] = Field(description="its data processes")
     findings: list[Finding] = Field(description="what is wrong and what to do about it, the most urgent first")
     uptime_s: float
     data: str
@@ -292,6 +297,7 @@ class Node(BaseModel):
 class Status(Node):
     """The node."""
 
+    workers: list[Worker] = Field(description="its data processes")
     volumes: list[Volume]
 
 
@@ -336,6 +342,7 @@ class VolumeRows(BaseModel):
 class Overview(Node):
     """What the status page shows."""
 
+    workers: list[WorkerState] = Field(description="its data processes")
     seen_s: float = Field(description="how old it is")
     slot_s: float = Field(description="what a value of a history is the mean of")
     states: dict[str, int] = Field(description="how many volumes are in each state")
@@ -344,4 +351,4 @@ class Overview(Node):
     scrub_next: str = Field(description="when the next one is due; empty: none is")
     traffic: TrafficNow = Field(description="all volumes together")
     volumes: VolumeRows
-    events: list[dict[str, Any]] = Field(description="the newest, oldest first")
+    events: list[dict[str, Any]] = Field(description="the newest first; what is alike is one, with `times` and `since`")

@@ -28,7 +28,7 @@ FILES = ":files"
 Candidate = tuple[str, str]
 """(value, what it is)."""
 
-VOLUMES, SNAPSHOTS = "volumes", "snapshots"
+VOLUMES, SNAPSHOTS, NODES = "volumes", "snapshots", "nodes"
 
 NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "check": ((VOLUMES,),),
@@ -46,10 +46,14 @@ NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "image load": ((FILES,), (VOLUMES,)),
     "scrub start": ((VOLUMES,),),
     "config check": ((FILES,),),
+    "node show": ((NODES,),),
+    "node drain": ((NODES,),),
+    "node remove": ((NODES,),),
 }
 """What each argument of a command is, in order; a command that is not here has none that could be known."""
 
-FILE_OPTIONS = ("--config", "--data", "--dir", "--root", "--socket")
+ETCD_FILES = ("--etcd-ca", "--etcd-certificate", "--etcd-key", "--etcd-password-file")
+FILE_OPTIONS = ("--config", "--data", "--dir", "--root", "--socket", *ETCD_FILES)
 
 
 def complete(words: list[str], incomplete: str) -> list[Candidate]:
@@ -138,7 +142,8 @@ def _sentence(text: str) -> str:
 
 
 def ask_names(data: Path) -> dict[str, list[str]]:
-    """Return the volumes and snapshots of the node on a data directory; nothing if it does not answer."""
+    """Return the volumes, snapshots and cluster's nodes that the node on a data directory knows; nothing if it does not
+    answer."""
     try:
         connection = _UnixConnection(data.absolute() / "api.sock")
         connection.request("GET", "/v1/names")

@@ -44,6 +44,15 @@ def serve(
         Path | None,
         typer.Option("--socket", metavar="PATH", help="A unix socket for NBD clients too.", show_default=False),
     ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            "--http",
+            metavar="HOST:PORT",
+            help="Where the status page, metrics and the API are.  [default: nowhere]",
+            show_default=False,
+        ),
+    ] = None,
     create: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +78,7 @@ def serve(
 
     Examples:
 
-      nbdserver serve --create disk0=10G
+      nbdserver serve --create disk0=10G --http 127.0.0.1:9809
 
       nbdserver serve --config /etc/nbdserver/node.yaml
 
@@ -81,10 +90,12 @@ def serve(
         overrides["listen"] = [check_address(address) for address in listen]
     if socket:
         overrides["socket"] = check_socket_path(socket)
+    if http:
+        overrides["http.listen"] = check_address(http)
     import asyncio
 
     from nbdserver.node import certificates, cluster_files, inherited
-    from nbdserver.node.config import NodeSettings, load_settings
+    from nbdserver.node.config import NodeSettings, load_settings, put_over
 
     settings = load_settings(config) if config else NodeSettings()
     certificates.check(settings.tls)
@@ -95,7 +106,7 @@ def serve(
     got = inherited.take(os.environ)
     if got.activated and "listen" not in settings.model_fields_set:
         overrides.setdefault("listen", [])
-    settings = settings.model_copy(update=overrides)
+    settings = put_over(settings, overrides)
     directory = DataDirectory(data_path(context, data, settings.data), got.lock)
     return asyncio.run(_serve(settings, config, overrides, directory, volumes, got, as_json))
 
@@ -210,4 +221,6 @@ def _how_to_attach(node: "Node") -> list[str]:
             f"  qemu-img info {target}",
             f"  qemu-io -f raw -c 'read 0 4k' {target}",
         ]
+    if node.settings.http.listen:
+        lines.append(f"status page: http://{node.settings.http.listen}/")
     return lines

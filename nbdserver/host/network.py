@@ -14,7 +14,7 @@ Rules
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
 - A receiver that raises loses its own connection, nobody else's. What it wants at the end of the round must not raise.
 - Sockets that another process opened are taken as they are: `inherit` says at which address a listening one is used
-  instead of a new one, `adopt` makes a connection of a connected one. `release_listening` and `detach` give them away.
+  instead of a new one, `adopt` makes a connection of a connected one; `detach` gives one away.
 
 Known weakness: to see that callbacks are ready it looks at the asyncio loop's own queue, which has no public name; on
 a loop without it they wait for up to `WAKE_S`.
@@ -74,14 +74,14 @@ class SocketNetwork:
         self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
         self._listeners: dict[str, list[_Listener]] = {}
-        self._inherited: dict[str, list[tuple[socket.socket, bool]]] = {}
+        self._inherited: dict[str, list[socket.socket]] = {}
         loop.add_reader(self._epoll.fileno(), self._wake)
 
     def listen(self, address: str, accept: Callable[[Connection], Receiver | None]) -> Callable[[], None]:
         """As the seam says; ValueError for an address of another form and for a unix path that is too long."""
         inherited = self._inherited.pop(address, None)
-        sockets = inherited or [(listening, True) for listening in listening_sockets(address)]
-        listeners = [_Listener(self, listening, owned, accept) for listening, owned in sockets]
+        sockets = inherited or listening_sockets(address)
+        listeners = [_Listener(self, listening, inherited is None, accept) for listening in sockets]
         self._listeners[address] = listeners
 
         def stop() -> None:
@@ -106,28 +106,12 @@ class SocketNetwork:
         """As the seam says."""
         return SocketDatagrams(self, address, received)
 
-    def inherit(self, address: str, descriptor: int, owned: bool = True) -> None:
+    def inherit(self, address: str, descriptor: int) -> None:
         """The next `listen` at this address uses this listening socket, with others that were given for it; the file of
-        a unix one that is not `owned` stays when it is closed."""
+        a unix one stays when it is closed: others have the socket too."""
         inherited = socket.socket(fileno=descriptor)
         inherited.setblocking(False)
-        self._inherited.setdefault(address, []).append((inherited, owned))
-
-    def forget_inherited(self) -> None:
-        """Close the listening sockets that nobody asked for."""
-        for sockets in self._inherited.values():
-            for listening, owned in sockets:
-                close_listening(listening, owned)
-        self._inherited.clear()
-
-    def release_listening(self) -> list[tuple[int, int, str]]:
-        """Stop accepting without closing; (descriptor, cookie, address) of every listening socket, for another
-        process. Who connects meanwhile waits."""
-        released = [
-            (*listener.release(), address) for address, listeners in self._listeners.items() for listener in listeners
-        ]
-        self._listeners.clear()
-        return released
+        self._inherited.setdefault(address, []).append(inherited)
 
     def adopt(self, descriptor: int) -> "SocketConnection":
         """A connection of a connected socket, to be started. OSError if its peer has gone."""
@@ -256,12 +240,6 @@ class _Listener:
             return
         self._leave()
         close_listening(self._socket, self._owned)
-
-    def release(self) -> tuple[int, int]:
-        """Stop listening here and leave the socket open: (descriptor, cookie)."""
-        self._leave()
-        cookie = socket_cookie(self._socket)
-        return self._socket.detach(), cookie
 
     def _leave(self) -> None:
         self._closed = True

@@ -29,6 +29,8 @@ from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import Job, guarded
 from nbdserver.logdisk.segments import SegmentPool
+from nbdserver.logdisk.store_writes import StoreWrites
+from protocol.invariant import invariant
 
 _KEYS_A_STEP = 256
 
@@ -54,6 +56,7 @@ class Checkpointer:
         self,
         clock: Clock,
         store: Store,
+        writes: StoreWrites,
         log: Log,
         maps: Maps,
         pool: SegmentPool,
@@ -66,9 +69,11 @@ class Checkpointer:
         self.values_written = 0
         self.last_position_bytes = log.appended_bytes
         self.last_lsn = log.lsn
+        self.synced_txid = log.committed.txid  # where LevelDB stands: at an opening nothing later is committed
         self.started_at = clock.now()
         self._clock = clock
         self._store = store
+        self._writes = writes
         self._log = log
         self._maps = maps
         self._pool = pool
@@ -80,6 +85,8 @@ class Checkpointer:
         self._waiting_for_running: list[Callable[[], None]] = []
         self._again = False
         self._job: Job | None = None
+        self._stopped = False
+        self.also: Callable[[Batch], None] | None = None  # puts more into the next batch
 
     @property
     def bytes_since(self) -> int:
@@ -94,9 +101,14 @@ class Checkpointer:
         else:
             self.start()
 
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Call back after the one that is running."""
+        invariant(self.running, "a checkpoint is running")
+        self._waiting_for_running.append(callback)
+
     def start(self) -> None:
         """Begin a checkpoint unless one is running."""
-        if self.running or self._log.is_failed:
+        if self.running or self._log.is_failed or self._stopped:
             return
         self.running = True
         if not holds(Rule.FREE_ONLY_IN_CHECKPOINT):
@@ -104,13 +116,16 @@ class Checkpointer:
             self._free([each for each in self._maps.segments.in_use if not live[each] and each != self._log.segment])
         frozen = self._freeze()
         batch = self._store.batch()
+        if self.also is not None:
+            self.also(batch)
+            self.also = None
         self._waiting_for_running, self._waiting = self._waiting, []
         parts = 3
 
         def part_done() -> None:
             nonlocal parts
             parts -= 1
-            if not parts and not self._log.is_failed:
+            if not parts and not self._log.is_failed and not self._stopped:
                 self._write(batch, frozen)
 
         crash_point("checkpoint-frozen")
@@ -144,6 +159,13 @@ class Checkpointer:
         self._waiting_for_running = []
         for callback in waiting:
             self._clock.call_soon(callback)
+
+    def stop(self) -> None:
+        """The one that is running ends without an outcome, and no further one begins. None is being written."""
+        invariant(not self.writing, "a batch is not stopped while it is written")
+        self._stopped = True
+        if self._job is not None:
+            self._job.stop()
 
     def hurry(self) -> None:
         """Finish encoding at once."""
@@ -206,7 +228,7 @@ class Checkpointer:
             # Whoever reads two layers while entries move between them may miss them in both.
             self._maps.tree.moving = True
             self._maps.tree.version += 1
-        self._store.write_later(batch, guarded(self._failed, lambda errno: self._written(errno, frozen)))
+        self._writes.write_later(batch, guarded(self._failed, lambda errno: self._written(errno, frozen)))
 
     def _written(self, errno: int, frozen: _Frozen) -> None:
         self.writing = False
@@ -227,6 +249,7 @@ class Checkpointer:
     def _finish(self, frozen: _Frozen) -> None:
         crash_point("checkpoint-after-batch")
         self._maps.tree.synced_checkpoint = frozen.number
+        self.synced_txid = frozen.position.txid
         self._written_epochs = frozen.epochs
         self._log.splices.difference_update(frozen.splices)
         if frozen.moved:

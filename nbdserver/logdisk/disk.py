@@ -33,7 +33,8 @@ from metadata.family_state import (
     read_open_state,
 )
 from metadata.layers import Row
-from metadata.seams import Clock, Done, Files, Store
+from metadata.resync_table import ResyncTable
+from metadata.seams import Batch, Clock, Done, Files, Store
 from nbdserver.block import Later
 from nbdserver.logdisk import figures
 from nbdserver.logdisk.appending import Appending
@@ -50,6 +51,7 @@ from nbdserver.logdisk.recovery import RecoveryError
 from nbdserver.logdisk.scrub import Progress, Scrub
 from nbdserver.logdisk.segments import CLEANER_KEEPS, CLIENTS_KEEP, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
+from nbdserver.logdisk.store_writes import StoreWrites
 from nbdserver.logdisk.tree_changes import TreeChanges
 from nbdserver.logdisk.tree_work import TreeWork
 from protocol.disk import BLOCK_BYTES, SNAPSHOT, DamagedValueError
@@ -138,16 +140,21 @@ class LogDisk:
         self._files = files
         self._store = store
         self._clock = clock
+        self.store_writes = StoreWrites(store)
+        self.resync = ResyncTable()
         self.maps = maps = Maps(store, settings.cache_bytes, self.fail)
         self.damage = Damage(maps.tree, report)
         self.pool = pool = SegmentPool(files, self.family.segment_bytes, report)
         try:
             opening = Opening(files, store, pool, maps, self.family, report, progress, self.fail)
             opened = opening.run(rng, read_open_state(store), epoch, boot_id, replicated)
+            self.resync.load(store.range(*self.resync.key_range()))
             self.log = log = opened.log
             self.opened = opened.state
             self.replica_state = opened.replica
-            self.checkpointer = Checkpointer(clock, store, log, maps, pool, self._work_finished, self.fail)
+            self.checkpointer = Checkpointer(
+                clock, store, self.store_writes, log, maps, pool, self._work_finished, self.fail
+            )
             if opened.may_checkpoint:
                 self.checkpointer.make_now()
         except BaseException:
@@ -271,6 +278,10 @@ class LogDisk:
 
         self._store.range_later(ranges, arrived, limit)
 
+    def store_batch(self) -> Batch:
+        """An empty batch for `store_writes`."""
+        return self._store.batch()
+
     def start_scrub(
         self, begin: Progress, bytes_per_s: int, moved_bytes: Callable[[], int], finished: Callable[[str], None]
     ) -> None:
@@ -326,12 +337,9 @@ class LogDisk:
         generation."""
         if self._closed:
             return
-        if self.checkpointer.writing:
-            self._clock.call_later(0.01, self._remember_failure)
-            return
         batch = self._store.batch()
         put_open_state(batch, OpenState(self.opened.generation, self.opened.epoch, False, ""))
-        self._store.write_later(
+        self.store_writes.write_later(
             batch, lambda errno: self.report("failure-not-noted", {"errno": errno}) if errno else None
         )
 
@@ -351,9 +359,16 @@ class LogDisk:
                 self._closed = True
                 self.pool.close()
                 done()
-            elif self.cleaner.running or self.background.busy or self.tree_work.layer or self.slow_path.under_way:
+            elif (
+                self.store_writes.busy
+                or self.cleaner.running
+                or self.background.busy
+                or self.tree_work.layer
+                or self.slow_path.under_way
+            ):
                 self._clock.call_later(0.01, wait)
             elif self.log.committed.txid < self.log.txid:
+                self.checkpointer.stop()
                 self.log.sync(lambda _: closed())  # a checkpoint may not be made; replay is part of the next opening
             else:
                 self.checkpointer.when_done(closed)

@@ -27,6 +27,7 @@ that is smaller than one block and its header stays unused.
 import random
 from array import array
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from metadata.epochs import EpochHistory
 from metadata.family_state import Checkpoint
@@ -54,7 +55,7 @@ from protocol.disk import (
     pack_segment_header,
 )
 from protocol.invariant import invariant
-from protocol.peer import Position
+from protocol.peer import Epochs, Modification, Position
 
 MAX_BYTES_A_BLOCK = RECORD_HEADER_BYTES + EXTENT_BYTES + WRITE_BLOCK_BYTES + BLOCK_BYTES
 """Of the log, for a block that is a record of its own."""
@@ -86,6 +87,7 @@ class Log:
         self.epoch = epoch
         self.history = history
         self.committed = committed
+        self.tap: Callable[[Modification], None] | None = None  # hears what is ordered here
         self.splices: set[int] = set()  # lsns of those that the next checkpoint makes superfluous
         self.previous_crc = position.previous_crc
         self.sequence = position.sequence
@@ -198,16 +200,43 @@ class Log:
             raise
         if self._habit:
             self._anticipate_flush()
+        if self.tap is not None:
+            blocks = cast(Sequence[bytes | memoryview], data)
+            self.tap(Modification(self.epoch, self.txid, WRITE, layer, len(extents) >> 1, len(mbas), body, blocks))
         return offset
 
     def append_tree(self, rows: Sequence[bytes]) -> None:
         """Append a change of the tree of layers: one modification. Raises OSError; the log is then as before."""
         self.txid += 1
+        body = b"".join(rows)
         try:
-            self._append(TREE, 0, len(rows), 0, b"".join(rows), ())
+            self._append(TREE, 0, len(rows), 0, body, ())
         except OSError:
             self.txid -= 1
             raise
+        if self.tap is not None:
+            self.tap(Modification(self.epoch, self.txid, TREE, 0, len(rows), 0, body, ()))
+
+    def skip(self, to: Position, ends: Epochs) -> None:
+        """What follows from now on follows this modification of another log, whose history becomes this one's."""
+        self.txid = to.txid
+        self.epoch = to.epoch
+        self.history.take_over(ends)
+
+    def append_replicated(self, modification: Modification) -> int:
+        """Append what another node ordered; returns as `append_write`. Raises OSError; the log is then as before."""
+        before = self.epoch, self.txid
+        self.epoch, self.txid = modification.epoch, modification.txid
+        try:
+            offset = self._append(
+                modification.kind, modification.layer, modification.extents, modification.blocks, modification.body,
+                modification.data,
+            )  # fmt: skip
+        except OSError:
+            self.epoch, self.txid = before
+            raise
+        self.history.note(modification.epoch, modification.txid)
+        return offset
 
     def append_move(
         self, mbas: "array[int]", old: "array[int]", checksums: "array[int]", data: Sequence[Buffer]

@@ -49,6 +49,10 @@ class Rule(Enum):
         "No checkpoint of a replica passes the committed txid, so that nothing is free that a cut may bring back."
     )
     CUT_IS_DURABLE_FIRST = "A log that was cut goes on elsewhere durably before anything is appended or told of it."
+    APPEND_FOLLOWS_LAST = "A replica appends a modification only if it is the next one of its log."
+    SKIP_NOTES_WHAT_IS_LACKING = (
+        "The batch in which a replica's log skips to another's position notes the regions that differ."
+    )
 
 
 CRASH_POINTS: dict[str, Rule] = {
@@ -74,10 +78,20 @@ CRASH_POINTS: dict[str, Rule] = {
     "checkpoint-before-commit": Rule.CHECKPOINT_BEHIND_COMMIT,
     "splice-before-store": Rule.CUT_IS_DURABLE_FIRST,
     "splice-after-store": Rule.CUT_IS_DURABLE_FIRST,
+    "replica-before-append": Rule.APPEND_FOLLOWS_LAST,
+    "replica-after-append": Rule.APPEND_FOLLOWS_LAST,
+    "skip-after-batch": Rule.SKIP_NOTES_WHAT_IS_LACKING,
 }
 """Name of each crash point and the rule whose two sides it stands between."""
 
-OF_REPLICAS = frozenset({Rule.CHECKPOINT_BEHIND_COMMIT, Rule.CUT_IS_DURABLE_FIRST})
+OF_REPLICAS = frozenset(
+    {
+        Rule.CHECKPOINT_BEHIND_COMMIT,
+        Rule.CUT_IS_DURABLE_FIRST,
+        Rule.APPEND_FOLLOWS_LAST,
+        Rule.SKIP_NOTES_WHAT_IS_LACKING,
+    }
+)
 """Rules whose moment comes in replicated families only."""
 
 _hook: Callable[[str], None] | None = None

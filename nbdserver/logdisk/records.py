@@ -112,10 +112,7 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     extent_array, mbas, old, checksums = array("Q"), array("Q"), array("I"), array("I")
     successor, successor_salt, rows = 0, b"", b""
     if kind == WRITE:
-        cut = extents * EXTENT_BYTES
-        extent_array.frombytes(body[:cut])
-        mbas.frombytes(body[cut : cut + 8 * blocks])
-        checksums.frombytes(body[cut + 8 * blocks :])
+        extent_array, mbas, checksums = parse_write_body(body, extents, blocks)
     elif kind == MOVE:
         mbas.frombytes(body[: 8 * blocks])
         old.frombytes(body[8 * blocks : 16 * blocks])
@@ -129,6 +126,16 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
         kind, layer, epoch, txid, lsn, durable_lsn, previous_crc, crc, offset, data_offset, blocks,
         extent_array, mbas, old, checksums, successor, successor_salt, rows,
     )  # fmt: skip
+
+
+def parse_write_body(body: bytes, extents: int, blocks: int) -> "tuple[array[int], array[int], array[int]]":
+    """(extents as in Record, MBAs, checksums) of a body that is as long as it has to be."""
+    extent_array, mbas, checksums = array("Q"), array("Q"), array("I")
+    cut = extents * EXTENT_BYTES
+    extent_array.frombytes(body[:cut])
+    mbas.frombytes(body[cut : cut + 8 * blocks])
+    checksums.frombytes(body[cut + 8 * blocks :])
+    return extent_array, mbas, checksums
 
 
 def next_record(key: bytes, data: Buffer, base: int, at: int) -> Record | int:
@@ -163,7 +170,11 @@ def wrong_blocks(data: Buffer, checksums: "array[int]") -> list[int]:
 
 def extents_of(record: Record) -> Iterator[tuple[int, int, int]]:
     """(lba, count, kind) of a WRITE record."""
-    values = record.extents
+    return extents_of_array(record.extents)
+
+
+def extents_of_array(values: "array[int]") -> Iterator[tuple[int, int, int]]:
+    """The same from (lba, count | kind << 32) pairs."""
     for index in range(0, len(values), 2):
         packed = values[index + 1]
         yield values[index], packed & 0xFFFFFFFF, packed >> 32

@@ -142,10 +142,12 @@ class Replay:
                 self._bring(group)
                 for each in group:
                     self._apply(each, segment)
+                    if each.kind in (WRITE, TREE):
+                        txid = each.txid
                     maps.segments.appended(segment, each.end, each.txid, each.lsn)
                     blocks += each.blocks
                 record = group[-1]
-                offset, previous_crc, lsn, txid = record.end, record.crc, record.lsn, record.txid
+                offset, previous_crc, lsn = record.end, record.crc, record.lsn
                 records += len(group)
                 self._progress(offset - first)
             tail.append((segment, 0 if first == SEGMENT_HEADER_BYTES else first, offset))
@@ -365,13 +367,16 @@ class Replay:
         elif record.kind == MOVE:
             self._apply_move(record, segment)
         elif record.kind == TREE:
-            apply_rows(self._maps.tree, unpack_rows(record.rows))
+            rows = unpack_rows(record.rows)
+            apply_rows(self._maps.tree, rows)
+            self._maps.next_mba = max(self._maps.next_mba, *(row.first_mba for row in rows))
 
     def _apply_write(self, record: Record, segment: int) -> None:
         maps = self._maps
         if record.layer not in maps.tree.layers:
             raise RecoveryError(f"the log is damaged: record {record.lsn} is of layer {record.layer}, which is none")
         first_address = record.layer << ADDRESS_SHIFT
+        first_mba = maps.tree.first_mba(record.layer)
         block = 0
         for lba, count, kind in extents_of(record):
             maps.regions.mark(lba, count, record.txid)
@@ -381,8 +386,13 @@ class Replay:
             for current in range(first_address + lba, first_address + lba + count):
                 mba = record.mbas[block]
                 # A block that has a place is an overwrite: the logical map knows its MBA.
-                if not self._middle(mba)[mba & PAGE_MASK] and self._logical(current)[current & PAGE_MASK] != mba:
-                    maps.set_logical(current, 1, mba)
+                if not self._middle(mba)[mba & PAGE_MASK]:
+                    old = self._logical(current)[current & PAGE_MASK]
+                    if old != mba:
+                        maps.set_logical(current, 1, mba)
+                        if old >= first_mba:  # of a replica: replica_append.py
+                            self._middle(old)
+                            maps.free(old)
                     self._middle(mba)
                 maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
                 maps.next_mba = max(maps.next_mba, mba + 1)

@@ -143,6 +143,14 @@ class SegmentPool:
         """Whether another segment could be had now."""
         return self._has_spare(keep) or self._has_room(keep)
 
+    def segments_to_be_had(self, keep: int, most: int = 8) -> int:
+        """How many segments could be had now one after the other, counted up to `most`."""
+        spare = max(0, len(self.spare) - keep) if self._has_spare(keep) else 0
+        files = spare
+        while files < most and self._has_room_for(files - spare + self._files_with_reserve(keep)):
+            files += 1
+        return files
+
     def is_short(self) -> bool:
         """Whether clients can get only a few more segments."""
         if len(self.spare) - CLIENTS_KEEP >= SHORT_SEGMENTS:

@@ -154,7 +154,7 @@ class TreeChanges:
                 return
             crash_point("tree-before-append")
             disk.log.append_tree([row.pack() for row in rows])
-            self._apply(rows)
+            self.apply(rows)
         except OSError as error:
             errno = disk.append_failed(error)
             self._refuse(errno, done)
@@ -170,10 +170,13 @@ class TreeChanges:
         else:
             self._refuse(0, done)
 
-    def _apply(self, rows: Sequence[Row]) -> None:
+    def apply(self, rows: Sequence[Row]) -> None:
+        """Do what a TREE record says that was just appended."""
         disk, tree = self._disk, self._tree
         volumes = {row.volume for row in rows}
         apply_rows(tree, rows)
+        maps = disk.maps
+        maps.next_mba = max(maps.next_mba, *(row.first_mba for row in rows))  # rises where another node made them
         for volume in volumes:
             layer = tree.heads.get(volume)
             if layer is None:

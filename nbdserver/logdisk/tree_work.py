@@ -74,7 +74,7 @@ class TreeWork:
     def check(self) -> None:
         """Begin with the next layer, if one is due and none is under way."""
         disk, tree = self._disk, self._tree
-        if self.layer or self._stopped or disk.failure or not tree.removable:
+        if self.layer or self._stopped or disk.failure or not tree.removable or disk.resync:
             return
         waiting = False
         for layer in sorted(tree.removable, reverse=True):

@@ -267,12 +267,12 @@ class Writer:
         maps.neighbours.keep()
         for lba, count, mba in runs:
             maps.set_logical(self._address(lba), count, mba)
-        self._point(mbas, checksums, offset)
+        self.point(mbas, checksums, offset)
         self._appending.batches += 1
         self._appending.batch_blocks += len(mbas)
         return 0
 
-    def _point(self, mbas: array[int], checksums: array[int], offset: int) -> None:
+    def point(self, mbas: array[int], checksums: array[int], offset: int) -> None:
         """Move the middle map: these MBAs now lie one after the other from `offset` of the open segment."""
         maps = self._maps
         pages = self._middle_pages

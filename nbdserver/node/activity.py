@@ -33,6 +33,9 @@ class Traffic(TypedDict):
     """Of all of these together."""
 
 
+NO_TRAFFIC: Traffic = {"requests": 0, "read_bytes": 0, "write_bytes": 0, "answers": 0, "latency_us": 0}
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """What was done in a slot."""
@@ -95,7 +98,7 @@ class Activity:
 
 def _rates(before: Traffic | None, total: Traffic, took_s: float) -> Rates:
     if before is None or total["requests"] < before["requests"]:
-        before = {"requests": 0, "read_bytes": 0, "write_bytes": 0, "answers": 0, "latency_us": 0}
+        before = NO_TRAFFIC
     if total == before:
         return IDLE
     answers = total["answers"] - before["answers"]

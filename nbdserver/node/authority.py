@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from nbdserver.host.whole_files import replace_file
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 
 MEMBER_PURPOSES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
@@ -68,8 +69,8 @@ class Authority:
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
         certificate = builder.sign(key, hashes.SHA256())
-        self._write(self._ca_key, private_bytes(key))
-        self._write(self.ca_certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        replace_file(self._ca_key, private_bytes(key))
+        replace_file(self.ca_certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
         return Made((self.ca_certificate, self._ca_key), certificate.not_valid_after_utc)
 
     def make_node(self, names: Sequence[str], lifetime: timedelta) -> Made:
@@ -103,7 +104,7 @@ class Authority:
         files = (directory / "client-cert.pem", directory / "client-key.pem")
         made = self._make(name, None, [ExtendedKeyUsageOID.CLIENT_AUTH], lifetime, files)
         copied = directory / "ca-cert.pem"
-        self._write(copied, self.ca_certificate.read_bytes(), 0o644)
+        replace_file(copied, self.ca_certificate.read_bytes(), 0o644)
         return Made((copied, *made.files), made.expires)
 
     def _make(
@@ -118,8 +119,8 @@ class Authority:
         self._refuse_to_overwrite(files)
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), name, alternatives, purposes, lifetime)
-        self._write(files[1], private_bytes(key))
-        self._write(files[0], certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        replace_file(files[1], private_bytes(key))
+        replace_file(files[0], certificate.public_bytes(serialization.Encoding.PEM), 0o644)
         return Made(files, certificate.not_valid_after_utc)
 
     def _sign(
@@ -161,18 +162,6 @@ class Authority:
         there = [file for file in files if file.exists()]
         if there and not self._overwrite:
             raise ConflictError(f"{there[0]} is there already; add --force to replace it")
-
-    def _write(self, path: Path, content: bytes, mode: int = 0o600) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.unlink(missing_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        new.rename(path)
 
 
 def _subject(name: str) -> x509.Name:

@@ -39,12 +39,13 @@ from nbdserver.node.certificates import read_certificate
 from nbdserver.node.cluster_calls import CallServer
 from nbdserver.node.cluster_files import Keys, read_contexts, read_etcd_settings, read_keys, write_keys
 from nbdserver.node.cluster_settings import ClusterSettings
-from nbdserver.node.cluster_view import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX, Picture
+from nbdserver.node.cluster_view import DRAIN_PREFIX, FACTS_PREFIX, LATE_S, LOAD_PREFIX, Picture
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
 from nbdserver.node.neighbours import Neighbours
 from protocol.directory import Confirm, NodeKind
+from protocol.disk import DamagedValueError
 from protocol.sealed_frames import ClusterKeys
 
 REPORT_S = 5.0
@@ -108,7 +109,13 @@ class Cluster:
             self.directory = DirectoryNode(
                 self._directory_settings(), self.clock, network, self._store, self.registry, random.SystemRandom()
             )
+        except DamagedValueError as error:
+            self._give_back()
+            raise NodeError(
+                f"the copy in {directory.cluster_directory} is damaged: {error}; delete it, the node gets another"
+            ) from None
         except OSError as error:
+            self._give_back()
             raise WrongInputError(
                 f"cluster.address: cannot use {settings.address}: {error.strerror or error}; it has to be one of this "
                 "machine, with a port that is free by UDP and TCP"
@@ -123,6 +130,12 @@ class Cluster:
         for key, _ in self.directory.range(STATE_PREFIX):
             self._silent_since_s[key.removeprefix(STATE_PREFIX)] = self.clock.now()
         self._publish_facts()
+
+    def _give_back(self) -> None:
+        """What was opened before the directory could not be."""
+        self.registry.close()
+        self._store.close()
+        self._sockets.close()
 
     def _open_store(self, directory: DataDirectory) -> LevelStore:
         small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=4 << 20)
@@ -176,6 +189,17 @@ class Cluster:
             "nodes": cluster_view.nodes(picture),
         }
 
+    def gauges(self) -> dict[str, float]:
+        """For metrics."""
+        return {
+            "cluster_hears_master": int(self._is_active),
+            "cluster_is_master": int(self.directory.master is not None),
+            "cluster_nodes": len(self.directory.members),
+            "cluster_silent_nodes": len(self._silent_since_s),
+            "cluster_registry_connected": int(self.registry.health().is_connected),
+            "cluster_refused": self.directory.routes.refused,
+        }
+
     def findings(self) -> list[Finding]:
         """What is wrong with the cluster."""
         return cluster_view.cluster_findings(self._picture())
@@ -190,12 +214,12 @@ class Cluster:
             me=self.settings.node,
             members=tuple(directory.members.values()),
             own_id=directory.me.node,
-            master=(directory.get(MASTER_KEY) or b"").decode(),
+            master=(directory.get(MASTER_KEY) or b"").decode() if directory.hears_master else "",
             epoch=directory.epoch,
             voters=frozenset(state.voters.values()) if state is not None else frozenset(),
             directory=dict(said),
             silent_s={name: now_s - since_s for name, since_s in self._silent_since_s.items()},
-            is_active=directory.is_active,
+            is_active=self._is_active,
             in_this_state_s=now_s - self._state_since_s,
             registry=health,
             registry_state_s=now_s - health.since_s,
@@ -255,18 +279,22 @@ class Cluster:
 
     def _look(self, now_s: float) -> None:
         """Tell what has changed with this node."""
-        is_active = self.directory.is_active
+        is_active = self._is_active
         if is_active != self._was_active:
             self._was_active, self._state_since_s = is_active, now_s
             self._event("cluster-joined" if is_active else "cluster-not-heard", {"cluster": self.settings.name})
         health = self.registry.health()
-        if health.is_connected != self._was_connected and now_s - health.since_s > LOOK_S:
+        if health.is_connected != self._was_connected and (health.is_connected or now_s - health.since_s > LATE_S):
             self._was_connected = health.is_connected
             fields = {"endpoint": health.endpoint} | ({} if health.is_connected else {"reason": health.last_error})
             self._event("registry-back" if health.is_connected else "registry-lost", fields)
         if now_s >= self._certificate_look_s:
             self._certificate_look_s = now_s + CERTIFICATE_LOOK_S
             self._certificate_problem = self._read_certificate()
+
+    @property
+    def _is_active(self) -> bool:
+        return self.directory.is_active and self.directory.hears_master
 
     def _read_certificate(self) -> str:
         try:
@@ -316,13 +344,16 @@ class Cluster:
 
     # --- nodes ---
 
+    def names(self) -> list[str]:
+        """Of all nodes."""
+        return sorted(member.name for member in self.directory.members.values())
+
     def node(self, name: str) -> dict[str, Any]:
         """One node's row. NotFoundError."""
         for row in self.describe()["nodes"]:
             if row["name"] == name:
                 return dict(row)
-        names = sorted(member.name for member in self.directory.members.values())
-        raise NotFoundError(f"there is no node {name}; there are: {', '.join(names) or 'none'}")
+        raise NotFoundError(f"there is no node {name}; there are: {', '.join(self.names()) or 'none'}")
 
     async def drain(self, name: str, wanted: bool) -> dict[str, Any]:
         """Let a node get nothing new, or end that. NotFoundError, NodeError."""

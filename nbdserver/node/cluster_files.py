@@ -9,7 +9,6 @@
 Rule: whoever has the key and a certificate is a node of the cluster, so only the owner can read what is secret.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from pathlib import Path
 from metadata.etcd_settings import EtcdSettings, EtcdTls
 from nbdserver.host.tls import TlsError
 from nbdserver.host.tls_network import PeerContexts, make_peer_contexts
+from nbdserver.host.whole_files import replace_file
 from nbdserver.node.cluster_settings import ClusterSettings, RegistrySettings, RegistryTlsSettings
-from nbdserver.node.errors import NodeError, WrongInputError
+from nbdserver.node.errors import WrongInputError
 
 KEY_BYTES = 32
 MAX_FILE_BYTES = 64 << 10
@@ -64,25 +64,8 @@ def read_keys(path: Path) -> Keys:
 
 
 def write_keys(path: Path, keys: Keys) -> None:
-    """Replace them. NodeError."""
-    write_file(path, keys.encode().encode())
-
-
-def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replace a file whole, and make sure of it; nobody else can read it, not even while it is written. NodeError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.unlink(missing_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        new.rename(path)
-    except OSError as error:
-        raise NodeError(f"{path} cannot be written: {error.strerror}") from None
+    """Replace them. OSError."""
+    replace_file(path, keys.encode().encode())
 
 
 def read_contexts(settings: ClusterSettings) -> PeerContexts:

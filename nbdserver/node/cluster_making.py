@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from nbdserver.host.tls_network import CALL_PROTOCOL
+from nbdserver.host.whole_files import replace_file
 from nbdserver.node import cluster_files
 from nbdserver.node.authority import Authority, give_to_service, private_bytes
 from nbdserver.node.cluster_calls import call
@@ -108,10 +109,10 @@ async def join(token: Token, wishes: Wishes, again: bool) -> ClusterSettings:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     registry = _write_registry_files(directory, given["registry"])
     settings, text = _settings(wishes, token.cluster, registry) if member is None else (member, "")
-    cluster_files.write_file(settings.tls.ca, given["ca"].encode(), 0o644)
-    cluster_files.write_file(settings.tls.key, private_bytes(key))
-    cluster_files.write_file(settings.tls.certificate, given["certificate"].encode(), 0o644)
-    cluster_files.write_file(settings.key_file, given["keys"].encode())
+    replace_file(settings.tls.ca, given["ca"].encode(), 0o644)
+    replace_file(settings.tls.key, private_bytes(key))
+    replace_file(settings.tls.certificate, given["certificate"].encode(), 0o644)
+    replace_file(settings.key_file, given["keys"].encode())
     cluster_files.check(settings)
     _finish(wishes, text)
     return settings
@@ -173,12 +174,12 @@ def _write_registry_files(directory: Path, given: dict[str, Any]) -> dict[str, A
     tls = {"server_name": given["server_name"]} if given["server_name"] else {}
     for name, file in REGISTRY_FILES.items():
         if name in files:
-            cluster_files.write_file(directory / file, files[name].encode())
+            replace_file(directory / file, files[name].encode())
             tls[name] = str(directory / file)
     if tls:
         registry["tls"] = tls
     if "password" in files:
-        cluster_files.write_file(directory / PASSWORD_FILE, files["password"].encode())
+        replace_file(directory / PASSWORD_FILE, files["password"].encode())
         registry["password_file"] = str(directory / PASSWORD_FILE)
     return registry
 
@@ -234,7 +235,7 @@ def _finish(wishes: Wishes, text: str) -> None:
     if text:
         whole = f"{before.rstrip()}\n\n{text}" if before.strip() else text
         parse_settings(whole.encode(), str(config))
-        cluster_files.write_file(config, whole.encode(), 0o644)
+        replace_file(config, whole.encode(), 0o644)
     give_to_service(wishes.directory)
     for path in wishes.directory.iterdir():
         give_to_service(path)

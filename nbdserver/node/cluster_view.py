@@ -133,11 +133,12 @@ def _own(picture: Picture) -> Iterable[Finding]:
             "give one of them another cluster.node in node.yaml and restart it",
         )
     elif not picture.is_active and picture.in_this_state_s > GRACE_S:
+        voters = listed(sorted(picture.voters), 10) or "not known"
         yield Finding(
             NOW,
             "this node",
-            f"has not heard the cluster for {picture.in_this_state_s:.0f} s: what it shows of others is old",
-            f"look whether UDP and TCP reach {picture.master or 'the other nodes'}, and at nbdserver events on both",
+            f"has heard no master for {picture.in_this_state_s:.0f} s: what it shows of the cluster is old",
+            f"a majority of the voters ({voters}) has to run, and to reach each other, this node and the registry",
         )
 
 
@@ -153,13 +154,6 @@ def _registry(picture: Picture) -> Iterable[Finding]:
         )
     elif picture.registry_error:
         yield Finding(NOW, "", f"no master can be elected: {picture.registry_error}", "see nbdserver events")
-    if not picture.master and picture.in_this_state_s > GRACE_S:
-        yield Finding(
-            NOW,
-            "",
-            "the cluster has no master: nothing new is told to its nodes",
-            "a majority of the voters has to run, and to reach each other and the registry",
-        )
 
 
 def _others(picture: Picture) -> Iterable[Finding]:

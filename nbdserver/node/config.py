@@ -9,6 +9,7 @@ SIGHUP; the rest needs a restart.
 import difflib
 import os
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -145,6 +146,18 @@ class ConfigError(WrongInputError):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         super().__init__(problems[0] + more)
         self.problems = problems
+
+
+def put_over(settings: NodeSettings, overrides: Mapping[str, Any]) -> NodeSettings:
+    """`settings` with other values, which are checked already, by key: `listen`, or `http.listen`."""
+    changes: dict[str, Any] = {}
+    for key, value in overrides.items():
+        group, _, name = key.rpartition(".")
+        if group:
+            changes[group] = changes.get(group, getattr(settings, group)).model_copy(update={name: value})
+        else:
+            changes[name] = value
+    return settings.model_copy(update=changes)
 
 
 def load_settings(path: Path) -> NodeSettings:

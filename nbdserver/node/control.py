@@ -35,7 +35,7 @@ from nbdserver.node import program, systemd_notify
 from nbdserver.node.ballast import Ballast
 from nbdserver.node.capacity import Capacity
 from nbdserver.node.certificates import NodeTls
-from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings, too_many_workers
+from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings, put_over, too_many_workers
 from nbdserver.node.data_process import DataProcess
 from nbdserver.node.data_processes import DataProcesses
 from nbdserver.node.descriptors import LOCK
@@ -258,11 +258,7 @@ class Node:
     async def reload(self) -> None:
         """Take over what the settings file says now, as far as it can change without a restart (SIGHUP)."""
         try:
-            fresh = (
-                load_settings(self._config_path).model_copy(update=self._overrides)
-                if self._config_path
-                else self.settings
-            )
+            fresh = put_over(load_settings(self._config_path), self._overrides) if self._config_path else self.settings
             live = {name: getattr(fresh, name) for name in LIVE_KEYS if "." not in name}
             http = {"public_read": fresh.http.public_read, "token_file": fresh.http.token_file}
             old = self.settings

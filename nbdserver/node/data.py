@@ -155,7 +155,7 @@ class Worker:
             if address in there:
                 os.close(descriptor)  # a copy of the one that it has
             else:
-                self._network.inherit(address, descriptor, owned=False)
+                self._network.inherit(address, descriptor)
         for address in dict.fromkeys(addresses):
             self._server.listen(address)
         for gone in there - set(addresses):
@@ -197,7 +197,7 @@ class Worker:
             },
         }
         volumes, last = await self._families.figures(after)
-        return {"node": node, "volumes": volumes, "last": last}
+        return {"worker": self._place.worker, "node": node, "volumes": volumes, "last": last}
 
     async def do_clients(self) -> list[dict[str, Any]]:
         """Every connection."""
@@ -284,7 +284,12 @@ class Worker:
         if kind == "exports":
             for worker, listings in fields["workers"].items():
                 for name, listing in listings.items():
-                    self._exports.note_elsewhere(name, _elsewhere(int(worker), name, listing))
+                    if listing is None:
+                        self._exports.forget_elsewhere(int(worker), name)
+                    else:
+                        tls = TlsMode(listing["tls"])
+                        export = Elsewhere(int(worker), name, listing["description"], listing["allowed"], tls)
+                        self._exports.note_elsewhere(export)
 
     def _publish(self, name: str, export: Export | None) -> None:
         """Say to the other processes what clients may be told of an export."""
@@ -301,12 +306,6 @@ class Worker:
                 self._loop.call_soon(collect_garbage)
         if self.channel is not None:
             self.channel.notify(kind, fields)
-
-
-def _elsewhere(worker: int, name: str, listing: dict[str, Any] | None) -> Elsewhere | None:
-    if listing is None:
-        return None
-    return Elsewhere(worker, name, listing["description"], listing["allowed"], TlsMode(listing["tls"]))
 
 
 def end_on_defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -83,15 +83,14 @@ class DataProcesses:
     async def call(self, name: str, **arguments: Any) -> Any:
         """Ask the process of `family`, or all. Raises DataProcessError, also while it is not running."""
         family = arguments.get("family")
-        if family:
-            answer = await self._process_of(family).call(name, **arguments)
-        elif name in PARTIAL:
+        if not family and name in PARTIAL:
             return await self.ask(name, **arguments)
-        else:
-            answers = await asyncio.gather(*(process.call(name, **arguments) for process in self._all()))
-            answer = merged(name, answers)
-        await self._tell()
-        return answer
+        try:
+            if family:
+                return await self._process_of(family).call(name, **arguments)
+            return merged(name, await asyncio.gather(*(process.call(name, **arguments) for process in self._all())))
+        finally:
+            await self._tell()  # what was refused may have been half done
 
     async def ask(self, name: str, **arguments: Any) -> Any:
         """As `call`, for what is only looked at: answered soon or not at all (asking.py). What all are asked in

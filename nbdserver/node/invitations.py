@@ -19,7 +19,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nbdserver.node.cluster_files import write_file
+from nbdserver.host.whole_files import replace_file
 from nbdserver.node.errors import NodeError, WrongInputError
 
 PREFIX = "nbdj1."
@@ -73,7 +73,7 @@ class Invitations:
         if len(valid) >= MOST_TOKENS:
             raise NodeError(f"{MOST_TOKENS} tokens are valid already; wait until the first of them have ended")
         valid[_hash(secret)] = now_s + valid_s
-        write_file(self._path, json.dumps(valid, indent=1).encode())
+        replace_file(self._path, json.dumps(valid, indent=1).encode())
         return secret
 
     def has(self, secret: str, now_s: float) -> bool:

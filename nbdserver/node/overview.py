@@ -19,11 +19,11 @@ from typing import Any
 from metadata.registry import RegistryError
 from nbdserver.node.activity import IDLE, SLOT_S, Activity, Rates
 from nbdserver.node.errors import NodeError
-from nbdserver.node.events import EventLog
+from nbdserver.node.events import Event, EventLog
 
 SHORTEST_S = 1.0
 LOOKS_COST = 20
-MOST_EVENTS = 100
+MOST_EVENTS = 30
 MOST_SHOWN = 10
 """Of scrubs that are under way or failed, and of volumes with a limit."""
 
@@ -66,6 +66,8 @@ class Overview:
         self._seen_s = 0.0
         self._next_s = 0.0
         self._looking: asyncio.Task[None] | None = None
+        self._lines: list[Event] = []
+        self._told_sequence = 0
 
     async def watch(self) -> None:
         """Take the history, for ever."""
@@ -97,8 +99,13 @@ class Overview:
             "clients": sum(volume["clients"] for volume in volumes),
             "traffic": _shown(together[-1] if together else IDLE) | _history(together),
             "volumes": {"total": len(volumes), "matching": len(chosen), "rows": rows},
-            "events": self._events.since(0, MOST_EVENTS),
+            "events": self._told(),
         }
+
+    def _told(self) -> list[Event]:
+        if self._events.last_sequence != self._told_sequence:
+            self._lines, self._told_sequence = together(self._events.since(0)), self._events.last_sequence
+        return self._lines
 
     def load(self) -> dict[str, Any]:
         """How busy the node is, as of the last slot."""
@@ -152,6 +159,22 @@ def select(rows: Sequence[Row], match: str, sort: str) -> list[Row]:
     words = match.casefold().split()
     found = [row for row in rows if all(word in f"{row['name']} {row['description']}".casefold() for word in words)]
     return sorted(found, key=SORTS[sort])
+
+
+def together(events: Sequence[Event]) -> list[Event]:
+    """The newest MOST_EVENTS lines, newest first. What happens to the same thing again and again is one line, with how
+    often (`times`) and since when (`since`): a volume on the edge of being full does not hide what else there was."""
+    lines: dict[tuple[str, ...], Event] = {}
+    for event in reversed(events):
+        host = str(event.get("peer", "")).rpartition(":")[0]  # of a client that connects again the port is another
+        same = (host, *(str(event.get(field)) for field in ("kind", "volume", "export", "subject", "node", "reason")))
+        line = lines.get(same)
+        if line is not None:
+            line["times"] += 1
+            line["since"] = event["time"]
+        elif len(lines) < MOST_EVENTS:
+            lines[same] = {**event, "times": 1, "since": event["time"]}
+    return list(lines.values())
 
 
 def _trouble(row: Row) -> tuple[int, int]:

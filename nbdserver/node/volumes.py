@@ -28,6 +28,7 @@ from metadata.registry import (
     Volume,
     VolumeState,
 )
+from nbdserver.node.activity import NO_TRAFFIC
 from nbdserver.node.asking import SILENT
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
@@ -355,7 +356,7 @@ class Volumes:
             "family": family.id,
             "settings": {**asdict(volume.settings), "max_data": family.max_data},
             "clients": own.get("clients", 0),
-            "traffic": own.get("traffic"),
+            "traffic": own.get("traffic", NO_TRAFFIC) if own else None,
             "disk": disk,
         }
 

@@ -20,6 +20,7 @@ def merged(request: str, answers: Sequence[Any]) -> Any:
     if request == "counters":
         return {
             "node": _node([answer["node"] for answer in answers]),
+            "workers": {str(answer["worker"]): answer["node"] for answer in answers},
             "volumes": _union([answer["volumes"] for answer in answers]),
             "last": _last(answers),
         }

@@ -28,7 +28,7 @@ class ReplicaLog(Protocol):
     """One replica's log and maps, open. All methods are for the loop's thread."""
 
     incarnation: int
-    """Raised and persisted whenever it is opened."""
+    """Raised and persisted whenever it is opened; of an empty disk a random number, so that a replaced disk is told."""
     intact_since: int
     """Incarnation since which nothing appended can have been lost: that of the last opening after the host rebooted
     while the log was open, or of an empty disk. Persisted."""
@@ -91,9 +91,13 @@ class ReplicaLog(Protocol):
         """Take away everything behind `at`, durably, copies too. EINVAL if it is behind `last`, ENOENT below the last
         checkpoint. The log is opened anew for it: nothing else may be under way; taps end."""
 
-    def skip(self, to: Position, epochs: Epochs, regions: Runs, done: Done) -> None:
-        """In one durable step: the log goes on after `to` with this history, and these regions are to be fetched, with
-        those that were already. What was in the log before cannot be cut any more."""
+    @property
+    def tree(self) -> bytes:
+        """The rows of all layers as of `last`, as in a TREE record."""
+
+    def skip(self, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
+        """In one durable step: the log goes on after `to` with this history and this tree, and these regions are to be
+        fetched, with those that were already. What was in the log before cannot be cut any more."""
 
     # --- regions ---
 
@@ -115,11 +119,12 @@ class ReplicaLog(Protocol):
         """They are fetched: the copies are durable and cannot be cut away any more."""
 
     def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
-        """A region as it is at one txid: that of the call, or a later one."""
+        """A region, exactly as of what is `last` when `done` is called: who puts it into a stream does it in that very
+        call."""
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
-        """*Replace* the region, in the order of the calls of `append`: what the source lacks goes. A block whose txid
-        is higher than the copy's stays. The region has the source's txid then, or its own if that is higher."""
+        """*Replace* the region, in the order of the calls of `append`: what the source lacks goes, and the region has
+        the source's txid. ESTALE unless the copy is of `last`."""
 
 
 def common_position(one: Epochs, other: Epochs) -> Position:
@@ -147,6 +152,11 @@ def has_position(epochs: Epochs, position: Position) -> bool:
             return first_of_epoch < position.txid <= last_txid
         first_of_epoch = last_txid
     return False
+
+
+def position_of(epochs: Epochs, txid: int) -> Position:
+    """The position with this txid in a log with this history, which has it."""
+    return next((Position(epoch, txid) for epoch, last_txid in epochs if txid <= last_txid), BEGINNING)
 
 
 def runs_of(regions: Sequence[int]) -> Runs:

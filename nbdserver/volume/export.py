@@ -245,13 +245,15 @@ class Exports:
         known = self._known()
         return [known[name] for name in sorted(known) if known[name].admits(peer) is Admission.YES]
 
-    def note_elsewhere(self, name: str, export: Elsewhere | None) -> None:
-        """Another process has this export, or (None) no other process has one of this name any more."""
-        if export is None:
-            self._elsewhere.pop(name, None)
-        else:
-            export.inherit_tls(self._tls)
-            self._elsewhere[name] = export
+    def note_elsewhere(self, export: Elsewhere) -> None:
+        """Another process has this export."""
+        export.inherit_tls(self._tls)
+        self._elsewhere[export.name] = export
+
+    def forget_elsewhere(self, worker: int, name: str) -> None:
+        """That process does not have an export of this name any more; if another one has it, that stays known."""
+        if name in self._elsewhere and self._elsewhere[name].worker == worker:
+            del self._elsewhere[name]
 
     def _known(self) -> dict[str, Export | Elsewhere]:
         return {**self._elsewhere, **self._exports}

@@ -5,9 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +17,8 @@ from nbdserver.node.sizes import SizeError, parse_volume_size
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 
 from . import machine, measuring, profiler
+from .conditions import Conditions
 from .load import Sample, fio_command, fio_version
-from .memory_group import LEAST_BYTES, MemoryGroup
 from .outcome import RESULTS, DirectoryOption, ResultsOption, Run, console, run_of
 from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
@@ -73,34 +71,11 @@ def chosen_targets(names: str | None, directory: Path, size_bytes: int) -> list[
     return [TARGETS[name](directory, size_bytes) for name in wanted]
 
 
-def limit_bytes_of(text: str | None) -> int:
-    """0 is no limit."""
-    if text is None:
-        return 0
-    limit_bytes = size_bytes_of(text)
-    if limit_bytes < LEAST_BYTES:
-        raise BenchmarkError(f"a server needs a --memory of at least {LEAST_BYTES >> 20}M")
-    return limit_bytes
-
-
 def room_bytes(servers: list[Target]) -> int:
     """A disk for each."""
     return LEAST_ROOM_BYTES + sum(
         int(server.size_bytes * (ROOM_FACTOR if server.name == SUBJECT else 1)) for server in servers
     )
-
-
-@contextmanager
-def memory_limited(servers: list[Target], limit_bytes: int) -> Iterator[None]:
-    """Have each server start in a control group of its own; nothing for a limit of 0."""
-    try:
-        for server in servers if limit_bytes else ():
-            server.memory = MemoryGroup(server.name, limit_bytes)
-        yield
-    finally:
-        for server in servers:
-            if server.memory:
-                server.memory.remove()
 
 
 def refuse_a_slow_checksum() -> None:
@@ -139,27 +114,30 @@ def benchmark(
             return
         servers = chosen_targets(targets, bench.place, size_bytes)
         machine.check_room(bench.place, room_bytes(servers))
-        memory_bytes = limit_bytes_of(memory)
-        wanted = chosen_rows(rows, memory_is_limited=memory_bytes > 0)
+        conditions = Conditions(size_bytes, size_bytes_of(memory) if memory else 0)
+        wanted = chosen_rows(rows, memory_is_limited=memory is not None)
         counts = (2, 0.3) if quick else (rounds, seconds)
-        with memory_limited(servers, memory_bytes):
-            figures = run(servers, wanted, counts[0], counts[1], None if quick else results, search)
+        with conditions.put_on(servers):
+            figures = run(servers, conditions, wanted, counts[0], counts[1], None if quick else results, search)
         show(bench, figures, as_json)
 
 
 def run(
-    servers: list[Target], rows: list[Row], rounds: int, seconds: float, settings_in: Path | None, search: bool
+    servers: list[Target],
+    conditions: Conditions,
+    rows: list[Row],
+    rounds: int,
+    seconds: float,
+    settings_in: Path | None,
+    search: bool,
 ) -> dict[str, Any]:
     """Measure and return the result; the servers are stopped whatever happens."""
-    size_bytes = servers[0].size_bytes
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
         warning = f"the machine is busy (load {load:.2f}): expect noise, and wrong settings from a search"
         Console(stderr=True).print(warning, style="yellow", highlight=False, soft_wrap=True)
-    name = "peer-settings-limited.json" if servers[0].memory else "peer-settings.json"
-    path = settings_in / name if settings_in else Path("/nonexistent")
-    memory_bytes = servers[0].memory.limit_bytes if servers[0].memory else 0
-    kept = measuring.PeerSettings(path, servers, size_bytes, memory_bytes)
+    path = settings_in / conditions.settings_file if settings_in else Path("/nonexistent")
+    kept = measuring.PeerSettings(path, servers, conditions)
     if search:
         kept.found = {}
     to_search = kept.missing_rows(rows, servers) if settings_in else []
@@ -187,7 +165,7 @@ def run(
         finally:
             for server in servers:
                 server.stop()
-    options = {"size_bytes": size_bytes, "memory_bytes": memory_bytes, "rounds": rounds, "seconds": seconds}
+    options = {**asdict(conditions), "rounds": rounds, "seconds": seconds}
     return assemble(servers, rows, samples, kept, options)
 
 

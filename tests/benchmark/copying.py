@@ -2,11 +2,13 @@
 
 Each target holds one disk; in each round every target is copied to and from once, the first one changing. The image is
 random data in a file in the page cache, the other way goes to `null:`, so that what is measured is the server. Copying
-in ends with a flush. Peers run with the setting that is best for 128k sequential writes, if a search found one.
+in ends with a flush. Peers run with the settings that are best for 128k sequential writes, or reads, if a search of the
+benchmark found them. With --tls both sides show certificates.
 """
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -17,19 +19,30 @@ from rich.table import Table
 
 from . import machine
 from .__main__ import chosen_targets, size_bytes_of
+from .conditions import Conditions
 from .measuring import PeerSettings
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
 from .rows import ROWS_BY_NAME
-from .targets import SUBJECT, Target
+from .targets import CLIENT, SUBJECT, Target
 
-SEARCHED_SIZE_BYTES = 1 << 30  # of the benchmark's own search: the setting is what is best in memory
-LIKE = ROWS_BY_NAME["write-128k-d8"]
+SEARCHED = Conditions(1 << 30)  # by the benchmark: settings are what is best in memory
 PIECE_BYTES = 16 << 20
-WAYS = ("in", "out")
+WAYS = {"in": ROWS_BY_NAME["write-128k-d8"], "out": ROWS_BY_NAME["read-128k-d8"]}
+"""Each way, and the row whose settings it uses."""
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def make_certificates(directory: Path) -> Path:
+    """A CA, one for the server, one for the client, by the command that users have."""
+    for words in (["ca"], ["node", "localhost"], ["client", CLIENT]):
+        command = [sys.executable, "-m", "nbdserver", "cert", *words, "--dir", str(directory)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise BenchmarkError(f"no certificates: {made.stderr.strip()}")
+    return directory
 
 
 def make_image(path: Path, size_bytes: int) -> None:
@@ -51,7 +64,9 @@ def copy(target: Target, image: Path, way: str) -> dict[str, float]:
     return {"bytes_per_s": moved / seconds, "cpu_s_per_gib": (target.server.cpu_s() - cpu_s) / moved * 2**30}
 
 
-def measure(servers: list[Target], image: Path, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+def measure(
+    servers: list[Target], kept: PeerSettings, image: Path, rounds: int
+) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Way → target → one sample for each round."""
     samples: dict[str, dict[str, list[dict[str, float]]]] = {
         way: {server.name: [] for server in servers} for way in WAYS
@@ -59,7 +74,8 @@ def measure(servers: list[Target], image: Path, rounds: int) -> dict[str, dict[s
     for number in range(rounds):
         first = number % len(servers)
         for server in servers[first:] + servers[:first]:
-            for way in WAYS:
+            for way, like in WAYS.items():
+                server.start(kept.best(server, like))
                 samples[way][server.name].append(copy(server, image, way))
                 os.sync()
     return samples
@@ -89,6 +105,7 @@ def run(
     size: Annotated[str, typer.Option(help="Size of the image.")] = "4G",
     targets: Annotated[str | None, typer.Option(help="Comma-separated targets.  [default: all]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Copies of each target, each way.")] = 3,
+    tls: Annotated[bool, typer.Option(help="Over TLS, with certificates of both sides.")] = False,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
 ) -> None:
@@ -97,19 +114,28 @@ def run(
         size_bytes = size_bytes_of(size)
         servers = chosen_targets(targets, bench.place, size_bytes)
         machine.check_room(bench.place, size_bytes * (len(servers) + 3))
-        kept = PeerSettings(results / "peer-settings.json", servers, SEARCHED_SIZE_BYTES)
+        kept = PeerSettings(results / SEARCHED.settings_file, servers, SEARCHED)
+        certificates = make_certificates(bench.place / "tls") if tls else None
         image = bench.place / "image"
         make_image(image, size_bytes)
         try:
             for server in servers:
+                server.certificates = certificates
                 server.prepare()
-                server.start(kept.best(server, LIKE))
-            samples = measure(servers, image, rounds)
+            samples = measure(servers, kept, image, rounds)
         finally:
             for server in servers:
                 server.stop()
         console.print(show(servers, samples))
-        bench.keep({"versions": {server.name: server.version() for server in servers}, "samples": samples})
+        bench.keep(
+            {
+                "versions": {server.name: server.version() for server in servers},
+                "settings": {
+                    way: {server.name: kept.best(server, like).name for server in servers} for way, like in WAYS.items()
+                },
+                "samples": samples,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -105,15 +105,15 @@ def warm(target: Target) -> None:
                     pass
 
 
-def measure(target: Target, row: Row, duration_s: float, seed: int) -> Sample:
-    """Run the row once against a started target.
+def measure(target: Target, row: Row, duration_s: float, seed: int, command: list[str] | None = None) -> Sample:
+    """Run the row once against a started target, or instead of it another `command` of fio with one group of jobs.
 
     Dirty pages are written back after each run that wrote, so that no target pays for its predecessor's.
     """
     server = target.server
     if server is None:
         raise BenchmarkError(f"{target.name} is not running")
-    command = fio_command(row, target.uri, target.size_bytes, duration_s, seed)
+    command = command or fio_command(row, target.uri, target.size_bytes, duration_s, seed)
     server_before, client_before, machine_before = server.cpu_s(), _children_cpu_s(), busy_s()
     started_s = time.monotonic()
     job = run_fio(command, timeout_s=duration_s * 4 + 60)

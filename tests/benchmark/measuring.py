@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .conditions import Conditions
 from .load import START_UP_S, Sample, fio_version, measure, prefill, scatter, warm
 from .processes import BenchmarkError
 from .rows import Row
@@ -56,20 +57,18 @@ def prepare(targets: list[Target], advance: Advance) -> None:
 class PeerSettings:
     """The best setting of each peer in each row, kept in one JSON file and used again by later runs.
 
-    The file holds for one set of versions, one size and one limit of memory; anything else makes it void.
+    The file holds for one set of versions and conditions (size, limit of memory); anything else makes it void.
     """
 
-    def __init__(self, path: Path, targets: list[Target], size_bytes: int, memory_bytes: int = 0) -> None:
+    def __init__(self, path: Path, targets: list[Target], conditions: Conditions) -> None:
         self._path = path
-        self._memory_bytes = memory_bytes
         self._valid_for = {target.name: target.version() for target in targets if target.name != SUBJECT}
-        self._size_bytes = size_bytes
+        self._conditions = {"fio": fio_version(), **asdict(conditions)}
         self.found: dict[str, dict[str, dict[str, Any]]] = {}
         try:
             stored = json.loads(path.read_text())
             same = all(stored["versions"].get(name) == version for name, version in self._valid_for.items())
-            same = same and stored["fio"] == fio_version() and stored["size_bytes"] == size_bytes
-            if same and stored.get("memory_bytes", 0) == memory_bytes:
+            if same and stored["conditions"] == self._conditions:
                 self.found = stored["best"]
         except (OSError, ValueError, KeyError, AttributeError):
             pass
@@ -89,9 +88,7 @@ class PeerSettings:
     def save(self) -> None:
         content = {
             "versions": self._valid_for,
-            "fio": fio_version(),
-            "size_bytes": self._size_bytes,
-            "memory_bytes": self._memory_bytes,
+            "conditions": self._conditions,
             "searched": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "best": self.found,
         }

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from metadata.family_state import put_checkpoint, read_checkpoint
+from metadata.family_state import put_checkpoint, put_open_state, read_checkpoint, read_open_state
 from metadata.leveldb import LevelStore
 from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT
@@ -153,6 +153,7 @@ def _checkpoint(store: LevelStore, maps: Maps, segment: int, is_last: bool) -> N
             live_blocks=maps.live_blocks,
         )
         put_checkpoint(batch, position)
+        put_open_state(batch, replace(read_open_state(store), epoch=EPOCH))
     store.write(batch)
     for page_map in (maps.logical, maps.middle):
         page_map.thaw()

@@ -21,6 +21,7 @@ from .memory_group import MemoryGroup
 from .processes import BenchmarkError, Server
 
 EXPORT = "bench"
+CLIENT = "client"  # in its certificate
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,14 @@ class Target:
         self.server: Server | None = None
         self.setting = self.settings[0]
         self.memory: MemoryGroup | None = None
+        self.certificates: Path | None = None
+        """Of the server; those of the client lie below it. If given, the server speaks TLS only."""
 
     @property
     def uri(self) -> str:
+        if self.certificates:
+            mine = self.certificates / "clients" / CLIENT
+            return f"nbds+unix:///{EXPORT}?socket={self.socket_path}&tls-certificates={mine}"
         return f"nbd+unix:///{EXPORT}?socket={self.socket_path}"
 
     @classmethod
@@ -130,6 +136,14 @@ class Nbdserver(Target):
 
     def prepare(self) -> None:
         self.directory.mkdir(parents=True)
+        if self.certificates:
+            files = {"certificate": "server-cert.pem", "key": "server-key.pem", "client_ca": "ca-cert.pem"}
+            lines = [
+                "tls:",
+                "  mode: required",
+                *(f"  {key}: {self.certificates / file}" for key, file in files.items()),
+            ]
+            (self.directory.parent / "tls.yaml").write_text("\n".join([*lines, ""]))
 
     def command(self, setting: Setting) -> list[str]:
         entry = "import sys; sys.argv[0] = 'nbdserver'; from nbdserver.cli.main import main; sys.exit(main())"
@@ -137,7 +151,8 @@ class Nbdserver(Target):
 
     def _arguments(self, setting: Setting) -> list[str]:
         place = ["--data", str(self.directory), "--socket", str(self.socket_path), "--listen", f"127.0.0.1:{self.port}"]
-        return ["serve", *place, "--create", f"{EXPORT}={self.size_bytes}", *setting.arguments]
+        tls = ["--config", str(self.directory.parent / "tls.yaml")] if self.certificates else []
+        return ["serve", *place, "--create", f"{EXPORT}={self.size_bytes}", *tls, *setting.arguments]
 
     def shown_command(self, setting: Setting) -> str:
         return " ".join(["nbdserver", *self._arguments(setting)]).replace(f"{self.directory.parent}/", "")
@@ -163,6 +178,8 @@ class Nbdkit(Target):
         # nbdkit's own options stand before the plugin, the plugin's after it.
         options = [argument for argument in setting.arguments if argument.startswith("--")]
         plugin = [argument for argument in setting.arguments if not argument.startswith("--")]
+        if self.certificates:
+            options += ["--tls=require", f"--tls-certificates={self.certificates}", "--tls-verify-peer"]
         return ["nbdkit", "--foreground", f"--unix={self.socket_path}", *options, "file", str(self.file), *plugin]
 
 
@@ -184,6 +201,9 @@ class QemuNbd(Target):
 
     def command(self, setting: Setting) -> list[str]:
         place = [f"--format={self.image_format}", f"--socket={self.socket_path}", f"--export-name={EXPORT}"]
+        if self.certificates:
+            place += ["--object", f"tls-creds-x509,id=tls0,endpoint=server,dir={self.certificates},verify-peer=yes"]
+            place += ["--tls-creds=tls0"]
         return ["qemu-nbd", "--persistent", "--shared=20", *place, *setting.arguments, str(self.file)]
 
 
@@ -231,6 +251,9 @@ class NbdServer(Target):
 
     def _configuration(self, setting: Setting) -> list[str]:
         generic = ["[generic]", f"unixsock = {self.socket_path}"]
+        if self.certificates:
+            files = {"certfile": "server-cert.pem", "keyfile": "server-key.pem", "cacertfile": "ca-cert.pem"}
+            generic += [*(f"{key} = {self.certificates / file}" for key, file in files.items()), "force_tls = true"]
         export = [f"[{EXPORT}]", f"exportname = {self.file}", "flush = true", "fua = true"]
         for line in setting.arguments:
             (generic if line.startswith("max_threads") else export).append(line)

@@ -185,10 +185,11 @@ def test_starts_after_kill_9_are_measured(tmp_path: Path) -> None:
     assert 0 < row["rounds"][0]["seconds"] < 30
 
 
-def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", [[], ["--tls"]], ids=["in clear text", "over TLS"])
+def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path, over: list[str]) -> None:
     need("fio", "nbdkit", "nbdcopy")
     done = bench("--size", "16M", "--rounds", "1", "--targets", "nbdserver,nbdkit", "--results", str(tmp_path),
-                 module="tests.benchmark.copying")  # fmt: skip
+                 *over, module="tests.benchmark.copying")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = tmp_path.glob("copying-*.json")
     samples = json.loads(path.read_text())["samples"]
@@ -205,6 +206,18 @@ def test_what_snapshots_cost_is_measured_beside_a_volume_without(tmp_path: Path)
     row = json.loads(path.read_text())["rows"]["randread-4k-d16"]
     assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
     assert {name: len(taken["operations"]) for name, taken in row["samples"].items()} == {"with": 2, "without": 2}
+
+
+def test_several_volumes_are_measured_on_several_workers_beside_one(tmp_path: Path) -> None:
+    need("fio")
+    done = bench("--size", "16M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16",
+                 "--results", str(tmp_path), module="tests.benchmark.workers")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("workers-*.json")
+    row = json.loads(path.read_text())["rows"]["randread-4k-d16"]
+    assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
+    assert all(len(taken["operations"]) == 2 for taken in row["samples"].values())
+    assert row["at_most"] > 0
 
 
 def test_memory_and_metadata_of_scattered_writes_are_counted(tmp_path: Path) -> None:

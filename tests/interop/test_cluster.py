@@ -45,6 +45,7 @@ def test_nodes_form_a_cluster_outlive_their_master_take_another_in_and_let_one_g
     wait(lambda: n3.up() == ["n2", "n3"], "n1 is silent")
     assert "nbdserver node remove n1" in n3.findings()
     assert n3.ask("node", "show", "n1")["state"] == "silent"
+    assert n3.ask("status")["cluster"]["master"] == n3.cluster()["master"]
     assert n2.events("cluster-master")
     assert "n1 cannot be told of the key" in n2.refuses("cluster", "rotate-key")
 
@@ -53,18 +54,21 @@ def test_nodes_form_a_cluster_outlive_their_master_take_another_in_and_let_one_g
     wait(lambda: n1.up() == ["n1", "n2", "n3"], "n1 is back")
     n4 = rig.start("n4", "--site", "attic", "--fault-domain", "shelf")
     wait(lambda: n4.up() == ["n1", "n2", "n3", "n4"], "four nodes")
-    wait(lambda: n1.ask("node", "show", "n4")["fault_domain"] == "shelf", "what the fourth says of itself")
-    wait(lambda: n1.ask("node", "show", "n4")["fill_percent"] is not None, "the load that the fourth reports")
+    wait(lambda: n1.node("n4")["fault_domain"] == "shelf", "what the fourth says of itself")
+    far = rig.start("far", "--across-wan")
+    everybody = ["far", "n1", "n2", "n3", "n4"]
+    wait(lambda: far.up() == everybody, "one across a WAN")
+    wait(lambda: n1.node("n4")["fill_percent"] is not None, "the load that the fourth reports")
     before = n1.config.with_name("cluster").joinpath("cluster.key").read_text()
     n2.server.command("cluster", "rotate-key")
-    keys = {node.config.with_name("cluster").joinpath("cluster.key").read_text() for node in (*nodes, n4)}
+    keys = {node.config.with_name("cluster").joinpath("cluster.key").read_text() for node in (*nodes, n4, far)}
     assert len(keys) == 1
     assert before not in keys
 
     # What one is told all are told, under the new key; a drained node takes no new volume.
     assert "n4 is up" in n1.refuses("node", "remove", "n4")
     n1.server.command("node", "drain", "n4")
-    wait(lambda: n4.ask("node", "show", "n4")["draining"], "n4 hears that it is drained")
+    wait(lambda: n4.node("n4")["draining"], "n4 hears that it is drained")
     assert "n4 is being drained" in n4.refuses("volume", "create", "disk0", "--size", "1G")
     watching = processes.start(
         [*n3.server._program, "--data", str(n3.server.data), "directory", "watch", "drain/", "--json"],
@@ -75,17 +79,19 @@ def test_nodes_form_a_cluster_outlive_their_master_take_another_in_and_let_one_g
     assert json.loads(watching.stdout.readline())["key"] == "drain/n4"
     n2.server.command("node", "drain", "n4", "--end")
     assert json.loads(watching.stdout.readline()) == {"action": "delete", "key": "drain/n4"}
-    assert [entry["key"] for entry in n3.ask("directory", "list", "member/")] == [f"member/n{n}" for n in (1, 2, 3, 4)]
+    assert [entry["key"] for entry in far.ask("directory", "list", "member/")] == [
+        f"member/{name}" for name in everybody
+    ]
     assert json.loads(n3.ask("directory", "get", "node/n4")["value"])["site"] == "attic"
     assert "the directory has no node/n9" in n3.refuses("directory", "get", "node/n9")
 
     # It is stopped and removed, by a node that is not the master.
     n4.server.stop()
     asked = next(node for node in nodes if node.name != n1.cluster()["master"])
-    wait(lambda: all(node.ask("node", "show", "n4")["state"] == "silent" for node in nodes), "n4 is silent")
+    wait(lambda: all(node.node("n4")["state"] == "silent" for node in nodes), "n4 is silent")
     asked.server.command("node", "remove", "n4")
-    for node in nodes:
-        wait(lambda node=node: node.up() == ["n1", "n2", "n3"], "n4 is removed")  # type: ignore[misc]
+    for node in (*nodes, far):
+        wait(lambda node=node: node.up() == ["far", "n1", "n2", "n3"], "n4 is removed")  # type: ignore[misc]
     assert not asked.ask("directory", "list", "node/n4")
 
 

@@ -223,6 +223,7 @@ def large() -> dict[str, Any]:
     ]
     finding = {"urgency": "now", "subject": NASTY, "problem": "is silent", "remedy": "look at it"}
     event = {"sequence": 1, "time": "2026-01-01T00:00:00.000+00:00", "kind": "checksum-error", "volume": NASTY}
+    event |= {"times": 2, "since": "2026-01-01T00:00:00.000+00:00"}
     capacity = {"size_bytes": 4 << 40, "free_bytes": 1 << 40, "allocated_bytes": 3 << 40, "max_data_bytes": 0}
     return {
         "host": "node1",
@@ -249,7 +250,7 @@ def large() -> dict[str, Any]:
         "clients": 4000,
         "traffic": traffic,
         "volumes": {"total": 1000, "matching": 1000, "rows": rows},
-        "events": [event, event | {"sequence": 2, "time": "2026-01-01T01:00:00.000+00:00"}],
+        "events": [event],
     }
 
 

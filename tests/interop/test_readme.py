@@ -1,7 +1,7 @@
 """README.md is true, and what docs/operations.md says of volumes: their blocks are run as they stand there.
 
 A block opened by "```sh serve" is run in the background until Ctrl-C, one opened by "```sh test" must succeed while
-it runs. The only things that are changed are the port, because somebody may use 10809, and the folder: a copy of the
+it runs. The only things that are changed are the ports, because somebody may use these, and the folder: a copy of the
 checkout with this environment.
 """
 
@@ -36,16 +36,17 @@ def blocks(mark: str, page: str = "README.md") -> list[str]:
 class Newcomer:
     """Somebody in a checkout with `make run` in one terminal."""
 
-    def __init__(self, processes: Processes, checkout: Path, port: int) -> None:
+    def __init__(self, processes: Processes, checkout: Path, port: int, http_port: int) -> None:
         self._processes = processes
         self._checkout = checkout
         self._address = f"127.0.0.1:{port}"
+        self.page = f"127.0.0.1:{http_port}"
         self.printed = ""
 
     def serve(self) -> None:
         (block,) = blocks("serve")
         self._terminal = self._processes.start(
-            ["bash", "-c", f"exec {block.strip()} LISTEN={self._address}"],
+            ["bash", "-c", f"exec {block.strip()} LISTEN={self._address} HTTP={self.page}"],
             cwd=self._checkout,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -94,7 +95,7 @@ def newcomer(processes: Processes, tmp_path: Path, free_port: Callable[[], int])
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, checkout / name)
     (checkout / ".venv").symlink_to(environment)
-    return Newcomer(processes, checkout, free_port())
+    return Newcomer(processes, checkout, free_port(), free_port())
 
 
 def test_what_the_readme_says_to_type_works_and_ctrl_c_stops_it_cleanly(
@@ -103,6 +104,8 @@ def test_what_the_readme_says_to_type_works_and_ctrl_c_stops_it_cleanly(
     for program, package in (("nbdinfo", "libnbd-bin"), ("nbdcopy", "libnbd-bin"), ("qemu-io", "qemu-utils")):
         needs(program, package)
     newcomer.serve()
+    assert f"status page: http://{newcomer.page}/" in newcomer.printed
+    newcomer.run(f"curl --fail --silent http://{newcomer.page}/v1/overview | grep '\"disk0\"'")
     for block in blocks("test"):
         newcomer.run(block)
     for mark in ("volumes", "snapshots", "clones"):

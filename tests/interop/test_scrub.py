@@ -91,7 +91,7 @@ def test_rot_is_found_and_named_by_what_shows_it(server: Server) -> None:
     assert {(event["volume"], event["snapshot"], event["lba"]) for event in events} == {
         ("disk0", "", 3000), ("disk0", "monday", 10), ("disk0", "monday", 3000),
     }  # fmt: skip
-    assert "disk0: 3 damaged blocks in disk0, disk0@monday" in server.command("status")
+    assert "3 blocks in disk0, disk0@monday cannot be read" in server.command("status")
 
     # The volume's own is mended by writing it again; the snapshot's stays.
     write(server, first=200_000)

@@ -218,7 +218,7 @@ class Registers:
         at = self.tick()
         for lba, change in self._closed(changes):
             change.ordered = change.ordered or at
-            change.answered, change.happened = True, happened
+            change.answered, change.happened = True, happened or change.happened
             self.blocks[lba].collapse(at)
 
     def _closed(self, changes: Changes) -> Changes:
@@ -256,6 +256,15 @@ class Registers:
                 _judge(f"a read of block {lba}", lba, offset, data, allowed, self)
         for register, allowed in begun:
             register.readers = [each for each in register.readers if each is not allowed]
+
+    def shown(self, offset: int, data: bytes) -> None:
+        """An answer showed `data`: what is open and was seen by it certainly happens. For writes of whole blocks, each
+        with content of its own."""
+        for lba in _touched(offset, len(data)):
+            piece = data[(lba << 12) - offset :][:BLOCK_BYTES]
+            for change in self.block(lba).group:
+                if change.data == piece and any(piece):
+                    change.happened = True
 
     def read(self, offset: int, data: bytes) -> None:
         """A read was asked for and answered at this moment."""

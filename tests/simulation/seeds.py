@@ -6,11 +6,14 @@ Rules of this file
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests.simulation.cluster.cluster import ClusterRun
 from tests.simulation.cluster.directory import directory_run
 from tests.simulation.registers import ViolationError
+from tests.simulation.replication.replicated import replication_run
 from tests.simulation.run import Run, lies
 
 Story = Callable[[str], None]
@@ -50,15 +53,24 @@ def _disk(seed: int, story: Story | None) -> Tried:
 
 def _directory(seed: int, story: Story | None) -> Tried:
     scenario, run = directory_run(seed, story=story)
+    return _cluster("directory", seed, run, scenario.answers)
+
+
+def _replication(seed: int, story: Story | None) -> Tried:
+    scenario, run = replication_run(seed, story=story)
+    return _cluster("replication", seed, run, scenario.answers)
+
+
+def _cluster(world: str, seed: int, run: ClusterRun, answers: Counter[str]) -> Tried:
     began_s = time.process_time()
     wrong = _wrong(run.go)
     cluster = run.cluster
     summary = (
-        f"the faults: {cluster.mix}\nwhat happened: {dict(cluster.hits)}\nanswers: {dict(scenario.answers)};"
+        f"the faults: {cluster.mix}\nwhat happened: {dict(cluster.hits)}\nanswers: {dict(answers)};"
         f" converged in {run.converged_s:.1f} s"
     )
     return Tried(
-        "directory",
+        world,
         seed,
         wrong,
         cluster.scheduler.fingerprint,
@@ -69,7 +81,11 @@ def _directory(seed: int, story: Story | None) -> Tried:
     )
 
 
-WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {"disk": _disk, "directory": _directory}
+WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {
+    "disk": _disk,
+    "directory": _directory,
+    "replication": _replication,
+}
 
 
 def try_seed(world: str, seed: int, story: Story | None = None) -> Tried:

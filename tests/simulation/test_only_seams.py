@@ -48,6 +48,10 @@ SIMULATOR_ONLY = {
     "cluster.simulated_network": SEAM,
     "cluster.simulated_registry": SEAM,
     "cluster.simulated_streams": SEAM,
+    "replication.memory_log": SEAM,  # not one of the five: what the log disk is to a replica
+    "replication.plays": DRIVES,
+    "replication.replicated": DRIVES,
+    "replication.stage": DRIVES,
 }
 
 SEAM_MODULES = {f"tests.simulation.{name}" for name, what in SIMULATOR_ONLY.items() if what == SEAM}

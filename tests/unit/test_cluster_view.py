@@ -62,7 +62,7 @@ TWIN = (*WELL.members, member(9, "n1"))
 
 WRONG = [
     (replace(WELL, failure="its store is full"), NOW, "takes no part in the cluster any more: its store is full"),
-    (replace(WELL, is_active=False, in_this_state_s=LONG_S), NOW, "has not heard the cluster for 11 s"),
+    (replace(WELL, is_active=False, in_this_state_s=LONG_S), NOW, "has heard no master for 11 s"),
     (replace(WELL, members=TWIN, is_active=False), NOW, "another node calls itself n1, at 10.0.0.9:10810"),
     (
         replace(WELL, registry=Health(False, 0.0, "e1:2379", "refused", 0), registry_state_s=9.0),
@@ -70,7 +70,6 @@ WRONG = [
         "registry (etcd, e1:2379) has not answered for 9 s: refused",
     ),
     (replace(WELL, registry_error="it has lost its content"), NOW, "no master can be elected: it has lost its content"),
-    (replace(WELL, master="", in_this_state_s=LONG_S), NOW, "the cluster has no master"),
     (replace(WELL, silent_s={"n3": 20.0}), NOW, "node n3 has been silent for 20 s"),
     (replace(WELL, silent_s={"n3": 20.0}), NOW, "1 of 3 voters are silent: when one more goes there is no master"),
     (replace(WELL, voters=frozenset({"n1", "n2"})), SOON, "there are two voters"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nbdserver.node.config import ConfigError, NodeSettings, load_settings, parse_settings
+from nbdserver.node.config import ConfigError, NodeSettings, load_settings, parse_settings, put_over
 
 CLUSTER = """cluster:
   name: prod
@@ -161,3 +161,11 @@ def test_the_example_that_is_installed_is_good() -> None:
     assert nbdserver.node.__file__ is not None
     settings = load_settings(Path(nbdserver.node.__file__).parent / "systemd" / "node.yaml")
     assert settings.data == Path("/var/lib/nbdserver")
+
+
+def test_what_the_command_line_gives_is_put_over_the_file_by_key() -> None:
+    settings = parse_settings(b"http: {listen: '127.0.0.1:1', public_read: true}\ncache: 1G\n", "node.yaml")
+    changed = put_over(settings, {"listen": ["127.0.0.1:2"], "http.listen": "127.0.0.1:3"})
+    assert (changed.listen, changed.http.listen, changed.http.public_read) == (["127.0.0.1:2"], "127.0.0.1:3", True)
+    assert changed.cache == settings.cache
+    assert put_over(settings, {}) == settings

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -69,16 +70,17 @@ def test_pages_of_several_processes_bring_every_family_once_or_more_and_come_to_
 
 
 def test_figures_of_the_node_are_sums_but_for_the_longest_turn() -> None:
-    def answer(handshakes: int, longest_s: float, last: str) -> dict[str, object]:
+    def answer(worker: int, handshakes: int, longest_s: float, last: str) -> dict[str, Any]:
         gauges = {"connections": 2, "loop_longest_turn_seconds": longest_s}
-        return {"node": {"counters": {"tls_handshakes": handshakes}, "gauges": gauges}, "volumes": {}, "last": last}
+        node = {"counters": {"tls_handshakes": handshakes}, "gauges": gauges}
+        return {"worker": worker, "node": node, "volumes": {}, "last": last}
 
-    assert merged("counters", [answer(3, 0.1, ""), answer(4, 0.3, "ff")]) == answer(7, 0.3, "ff") | {
-        "node": {
-            "counters": {"tls_handshakes": 7},
-            "gauges": {"connections": 4, "loop_longest_turn_seconds": 0.3},
-        }
-    }
+    answers = [answer(0, 3, 0.1, ""), answer(1, 4, 0.3, "ff")]
+    together = merged("counters", answers)
+    assert together["node"]["counters"] == {"tls_handshakes": 7}
+    assert together["node"]["gauges"] == {"connections": 4, "loop_longest_turn_seconds": 0.3}
+    assert together["workers"] == {"0": answers[0]["node"], "1": answers[1]["node"]}
+    assert together["last"] == "ff"
 
 
 def test_clients_stand_by_number_and_one_that_was_disconnected_was_somewhere() -> None:

@@ -15,6 +15,7 @@ from metadata.family_state import Checkpoint, Family, OpenState, PendingHole
 from metadata.kept_lease import DRIFT
 from metadata.layers import Row as LayerRow
 from metadata.region_table import RegionTable
+from metadata.resync_table import ResyncTable
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.ordering import CRASH_POINTS, Rule
@@ -142,6 +143,9 @@ def keys_written() -> set[bytes]:
     epochs.put_epochs(batch, [(1, 1)])
     replica_state.put_replica_state(batch, replica_state.ReplicaState())
     replica_state.put_splice(batch, replica_state.Splice(5, 3, 2, bytes(8)))
+    resync = ResyncTable()
+    resync.add([(7, 1)])
+    resync.put_changes(batch)
     table = SegmentTable()
     table.begin(3, 1, bytes(8))
     list(table.encode(batch, table.freeze(3, 1 << 60, 1 << 60)))

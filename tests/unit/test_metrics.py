@@ -33,7 +33,7 @@ def test_counters_gauges_and_histograms_arrive_as_what_they_are() -> None:
 
 def test_volumes_with_different_figures_stand_side_by_side() -> None:
     volumes = {"a": Figures({"x": 1}), "b": Figures({"y": 2}), 'c"\n': Figures(gauges={"z": 3})}
-    found = samples(exposition(Figures(), volumes))
+    found = samples(exposition(Figures(), volumes, {}))
     assert found == {
         ("nbdserver_x_total", "a", ""): 1,
         ("nbdserver_y_total", "b", ""): 2,

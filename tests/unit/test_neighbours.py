@@ -1,126 +1,160 @@
-"""Blocks that lie side by side have MBAs side by side, in whatever order they were written after a snapshot."""
+"""What a node answers the others of its cluster, and whom."""
 
-import random
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from nbdserver.logdisk import neighbours
-from nbdserver.logdisk.neighbours import GROUP_BLOCKS
-from tests.unit.families import SimulatedFamily
-from tests.unit.test_layers import check, settled, snapshot
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
-BLOCKS = 1000
-
-
-def mbas(family: SimulatedFamily, first: int, count: int) -> list[int]:
-    """Of blocks of the first volume's head."""
-    maps = family.disk.maps
-    address = family.device.layer * (1 << 40) + first
-    found = []
-    for each in range(address, address + count):
-        page = maps.page(each >> 8)
-        assert page is not None
-        found.append(page[each & 255])
-    return found
-
-
-def written_then_snapshot() -> SimulatedFamily:
-    family = SimulatedFamily(size_bytes=64 << 20)
-    family.put(0, 1, count=BLOCKS)
-    snapshot(family, "before")
-    return family
+from metadata.directory.registry_keys import Member
+from metadata.directory.reports import Answer
+from nbdserver.cli.main import run
+from nbdserver.node import neighbours
+from nbdserver.node.cluster_files import Keys
+from nbdserver.node.config import load_settings
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
+from nbdserver.node.invitations import Token
+from nbdserver.node.neighbours import Neighbours
+from protocol.directory import NodeKind
 
 
-def write_in_random_order(family: SimulatedFamily, lbas: list[int], seed: int) -> None:
-    random.Random(seed).shuffle(lbas)
-    for lba in lbas:
-        family.put(lba, 10_000 + lba)
+class Rig:
+    """A node n1 with a member n2, which is silent if the test says so."""
+
+    def __init__(self, directory: Path, token: str) -> None:
+        settings = load_settings(directory / "node.yaml").cluster
+        assert settings is not None
+        self.secret = Token.decode(token).secret
+        self.silent: set[str] = set()
+        self.used: list[Keys] = []
+        self.events: list[str] = []
+        self.struck: list[str] = []
+        self.answers = [Answer.CONFIRMED]
+        members = {n: Member(n, NodeKind.FIRST, f"n{n}", "", f"127.0.0.{n}:9") for n in (1, 2)}
+        self.directory = SimpleNamespace(
+            members=members, master=object(), remove=self._remove, election=SimpleNamespace(state=None)
+        )
+        self.neighbours = Neighbours(
+            settings,
+            lambda: self.directory,  # type: ignore[arg-type, return-value]
+            lambda: Keys(b"k" * 32),
+            self.used.append,
+            lambda: self.silent,
+            lambda kind, fields: self.events.append(kind),
+        )
+
+    def _remove(self, name: str, done: Callable[[Answer], None]) -> None:
+        self.struck.append(name)
+        done(self.answers.pop(0))
+
+    def ask(self, certificate: str, **question: Any) -> dict[str, Any]:
+        return asyncio.run(self.neighbours.answer(certificate, "10.0.0.9:1", question))
+
+    def join(self, **changes: Any) -> dict[str, Any]:
+        return self.ask("", **{"do": "join", "secret": self.secret, "node": "n3", "request": request(), **changes})
 
 
-def test_groups_written_at_random_after_a_snapshot_have_rising_mbas() -> None:
-    family = written_then_snapshot()
-    write_in_random_order(family, list(range(BLOCKS)), seed=1)
-    for first in range(0, BLOCKS - GROUP_BLOCKS, GROUP_BLOCKS):
-        found = mbas(family, first, GROUP_BLOCKS)
-        assert found == list(range(found[0], found[0] + GROUP_BLOCKS))
-    assert [family.number_at(lba) for lba in range(BLOCKS)] == [10_000 + lba for lba in range(BLOCKS)]
+def request() -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    made = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return made.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def test_a_long_write_over_a_group_that_was_begun_goes_on_with_its_mbas() -> None:
-    family = written_then_snapshot()
-    family.put(7, 7)
-    family.put(100, 7)
-    family.put(0, 20_000, count=256)
-    assert mbas(family, 0, 32) == list(range(mbas(family, 0, 1)[0], mbas(family, 0, 1)[0] + 32))
-    assert [family.number_at(lba) for lba in range(256)] == [20_000 + lba for lba in range(256)]
-    settled(family)
+@pytest.fixture
+def rig(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Rig:
+    words = ["--config", str(tmp_path / "node.yaml"), "--node", "n1", "--address", "127.0.0.1:9", "--etcd", "e1:2379"]
+    assert run(["cluster", "init", "prod", *words, "--json"]) == 0
+    return Rig(tmp_path, json.loads(capsys.readouterr().out)["token"])
 
 
-def test_a_long_write_over_untouched_blocks_is_one_run_of_mbas() -> None:
-    family = written_then_snapshot()
-    family.put(5, 20_000, count=200)
-    found = mbas(family, 5, 200)
-    assert found == list(range(found[0], found[0] + 200))
+def test_who_knows_a_valid_secret_is_let_in_under_the_name_that_was_asked_for(rig: Rig) -> None:
+    ca = x509.load_pem_x509_certificate(rig.ask("", do="ca")["ca"].encode())
+    given = rig.join()
+    certificate = x509.load_pem_x509_certificate(given["certificate"].encode())
+    certificate.verify_directly_issued_by(ca)
+    assert certificate.subject.rfc4514_string() == "CN=n3"
+    assert given["registry"]["endpoints"] == ["e1:2379"]
+    assert Keys.decode(given["keys"], "")
+    assert rig.events == ["cluster-joining"]
 
 
-def test_an_mba_kept_before_a_checkpoint_and_used_after_it_survives_a_crash() -> None:
-    family = written_then_snapshot()
-    family.put(40, 1)  # takes a group
-    family.checkpoint()
-    family.put(41, 2)  # with an MBA that is lower than the checkpoint's next one
-    family.put(41, 3)
-    assert mbas(family, 41, 1)[0] < family.disk.maps.next_mba
-    family.crash()
-    family.open()
-    assert [family.number_at(lba) for lba in (39, 40, 41, 42)] == [40, 1, 3, 43]
-    family.close()
-    family._begin()
-    check(family)
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"secret": "guessed"}, WrongInputError, "the token is not valid"),
+        ({"secret": None}, WrongInputError, "the token is not valid"),
+        ({"node": "n2"}, ConflictError, "there is a node n2 already"),
+        ({"node": "../n3"}, WrongInputError, "has a name and a signing request"),
+        ({"node": 3}, WrongInputError, "has a name and a signing request"),
+        ({"request": "none"}, WrongInputError, "the signing request is none"),
+        ({"request": None}, WrongInputError, "has a name and a signing request"),
+    ],
+)
+def test_who_does_not_fit_is_not_let_in(
+    changes: dict[str, Any], error: type[NodeError], message: str, rig: Rig
+) -> None:
+    with pytest.raises(error, match=message):
+        rig.join(**changes)
+    assert "cluster-joining" not in rig.events
 
 
-def test_a_block_that_was_discarded_gets_another_mba_when_it_is_written_again() -> None:
-    family = written_then_snapshot()
-    family.put(40, 1)
-    family.put(41, 2)
-    (before,) = mbas(family, 41, 1)
-    assert family.discard(41 * 4096, 4096) == 0
-    family.put(41, 3)
-    assert mbas(family, 41, 1)[0] > before
-    assert mbas(family, 40, 1)[0] < before
+def test_a_node_that_has_joined_before_gets_its_certificate_again(rig: Rig) -> None:
+    assert rig.join(node="n2", again=True)["certificate"]
 
 
-def test_what_is_kept_is_bounded_and_forgotten_without_harm() -> None:
-    family = written_then_snapshot()
-    most, neighbours.MOST_GROUPS = neighbours.MOST_GROUPS, 2
-    try:
-        write_in_random_order(family, list(range(0, BLOCKS, 3)), seed=2)
-        assert len(family.disk.maps.neighbours._groups) == 2
-        write_in_random_order(family, list(range(BLOCKS)), seed=3)
-    finally:
-        neighbours.MOST_GROUPS = most
-    found = mbas(family, 0, BLOCKS)
-    assert len(set(found)) == BLOCKS
-    assert [family.number_at(lba) for lba in range(BLOCKS)] == [10_000 + lba for lba in range(BLOCKS)]
+@pytest.mark.parametrize("certificate", ["", "n9"])
+@pytest.mark.parametrize(
+    "question", [{"do": "keys", "keys": "5a" * 32}, {"do": "remove", "node": "n2"}, {"do": "what"}]
+)
+def test_nothing_else_is_answered_to_who_is_no_member(certificate: str, question: dict[str, Any], rig: Rig) -> None:
+    rig.silent = {"n2"}
+    with pytest.raises(WrongInputError, match="is no node of this cluster"):
+        rig.ask(certificate, **question)
+    assert (rig.used, rig.struck) == ([], [])
 
 
-def test_a_kept_mba_whose_page_is_out_of_memory_is_let_go() -> None:
-    family = written_then_snapshot()
-    family.put(40, 1)
-    family.checkpoint()
-    middle = family.disk.maps.middle
-    (mba,) = mbas(family, 40, 1)
-    middle.pages.pop(mba >> 8)
-    family.disk.maps.begin_epoch(family.epoch + 1)
-    family.put(41, 2)
-    assert mbas(family, 41, 1)[0] >= (family.epoch + 1) << 40
-    assert [family.number_at(lba) for lba in (40, 41)] == [1, 2]
+def test_a_member_brings_keys_and_wrong_ones_are_refused(rig: Rig) -> None:
+    rig.ask("n2", do="keys", keys=Keys(b"a" * 32, b"b" * 32).encode())
+    assert rig.used == [Keys(b"a" * 32, b"b" * 32)]
+    for wrong in ("", "5a", None, ["5a" * 32]):
+        with pytest.raises(WrongInputError, match="n2's keys"):
+            rig.ask("n2", do="keys", keys=wrong)
+    with pytest.raises(WrongInputError, match="does not know the question 'what'"):
+        rig.ask("n2", do="what")
+    assert len(rig.used) == 1
 
 
-def test_a_failed_batch_gives_its_mbas_to_nobody() -> None:
-    family = SimulatedFamily(size_bytes=64 << 20)
-    family.put(0, 1, count=BLOCKS)
-    snapshot(family, "before")
-    taken = family.disk.maps.neighbours
-    first, after = taken.take(family.device.layer << 40, family.disk.maps.next_mba)
-    taken.forget()
-    assert taken.take(family.device.layer << 40, family.disk.maps.next_mba) == (first, after)
-    taken.forget()
-    assert not taken.has_any(family.device.layer << 40, 256)
+def test_only_who_is_silent_is_struck_and_a_master_that_cannot_now_is_asked_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "REMOVE_RETRY_S", 0.001)
+    with pytest.raises(ConflictError, match="n2 is up: stop nbdserver on it first"):
+        asyncio.run(rig.neighbours.remove("n2"))
+    with pytest.raises(NotFoundError, match="there is no node n9"):
+        asyncio.run(rig.neighbours.remove("n9"))
+    with pytest.raises(ConflictError, match="n2 is not silent for the master"):
+        rig.ask("n2", do="remove", node="n2")
+    rig.silent = {"n2"}
+    rig.answers = [Answer.NOT_DONE, Answer.CONFIRMED]
+    asyncio.run(rig.neighbours.remove("n2"))
+    assert rig.struck == ["n2", "n2"]
+    assert rig.events == ["node-removed"]
+    rig.answers = [Answer.NOT_DONE] * neighbours.REMOVE_TRIES
+    with pytest.raises(NodeError, match="n2 cannot be struck now"):
+        asyncio.run(rig.neighbours.remove("n2"))
+
+
+def test_no_key_is_changed_while_somebody_cannot_be_told(rig: Rig) -> None:
+    rig.silent = {"n2"}
+    with pytest.raises(ConflictError, match="n2 cannot be told of the key"):
+        asyncio.run(rig.neighbours.rotate_key())
+    rig.silent = set()
+    with pytest.raises(NodeError, match=r"127\.0\.0\.2:9 cannot be asked"):
+        asyncio.run(rig.neighbours.rotate_key())
+    assert rig.used == []

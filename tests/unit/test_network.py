@@ -12,7 +12,7 @@ import pytest
 
 from metadata.seams import Connection, Receiver
 from nbdserver.host.completions import Completions
-from nbdserver.host.listening import socket_cookie
+from nbdserver.host.listening import listening_sockets, socket_cookie
 from nbdserver.host.network import SocketNetwork
 
 
@@ -459,38 +459,24 @@ def test_a_connection_is_detached_with_what_is_queued_and_goes_on_where_it_is_ad
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-def test_who_connects_while_nobody_accepts_waits_for_the_next_process(
+def test_a_listening_socket_of_another_process_is_used_and_outlives_its_use_here(
     loop: Loop, path: str, free_port: Callable[[], int], kind: str
 ) -> None:
     port = free_port()
     address = f"unix:{path}" if kind == "unix" else f"localhost:{port}"
-    loop.listen(address)
-    released = loop.call(loop.network.release_listening)
-    assert isinstance(released, list)
-    assert {one[2] for one in released} == {address}
+    (theirs, *_) = listening_sockets(address)
+    loop.call(lambda: loop.network.inherit(address, os.dup(theirs.fileno())))
+    stop = loop.listen(address)
     client = dial(path) if kind == "unix" else socket.create_connection(("127.0.0.1", port), 10)
     client.sendall(b"hello")
-    time.sleep(0.05)
-    assert not loop.echoes
-
-    def inherit() -> None:
-        for descriptor, _, _ in released:
-            loop.network.inherit(address, descriptor)
-
-    loop.call(inherit)
-    loop.listen(address)
     assert take(client, 5) == b"hello"
-
-
-def test_an_inherited_socket_that_nobody_wants_is_closed_with_its_file(loop: Loop, path: str) -> None:
-    loop.listen(f"unix:{path}")
-    released = loop.call(loop.network.release_listening)
-    assert isinstance(released, list)
-    loop.call(lambda: loop.network.inherit(f"unix:{path}", released[0][0]))
-    loop.call(loop.network.forget_inherited)
-    assert not Path(path).exists()
-    with pytest.raises(OSError):
-        dial(path)
+    loop.call(stop)
+    waiting = dial(path) if kind == "unix" else socket.create_connection(("127.0.0.1", port), 10)
+    waiting.sendall(b"hello")
+    loop.call(lambda: loop.network.inherit(address, os.dup(theirs.fileno())))
+    loop.listen(address)
+    assert take(waiting, 5) == b"hello"
+    theirs.close()
 
 
 def test_a_socket_whose_peer_has_gone_is_not_adopted(loop: Loop) -> None:

@@ -10,7 +10,7 @@ from nbdserver.api.page import Sort
 from nbdserver.node.activity import SLOT_S
 from nbdserver.node.errors import NodeError
 from nbdserver.node.events import EventLog
-from nbdserver.node.overview import LOOKS_COST, MOST_SHOWN, SORTS, Overview, select
+from nbdserver.node.overview import LOOKS_COST, MOST_EVENTS, MOST_SHOWN, SORTS, Overview, select, together
 
 
 def volume(number: int, **more: Any) -> dict[str, Any]:
@@ -155,6 +155,21 @@ def test_of_a_thousand_scrubs_and_limits_the_ones_that_matter_are_shown(tmp_path
     subjects = [fill["subject"] for fill in shown["fills"]]
     assert subjects[:4] == ["file system", "max_data", "volume v998", "volume v997"]
     assert len(subjects) == 2 + MOST_SHOWN
+
+
+def test_what_happens_again_and_again_does_not_hide_the_rest() -> None:
+    def event(sequence: int, kind: str, volume: str) -> dict[str, Any]:
+        return {"sequence": sequence, "time": f"t{sequence}", "kind": kind, "volume": volume, "free_bytes": sequence}
+
+    events = [event(1, "volume-created", "a")]
+    for sequence in range(2, 2000, 2):
+        events += [event(sequence, "disk-full", "a"), event(sequence + 1, "disk-has-room", "a")]
+    room, full, created = together(events)
+    assert (room["kind"], room["sequence"], room["times"], room["since"]) == ("disk-has-room", 1999, 999, "t3")
+    assert (full["kind"], full["sequence"], full["times"]) == ("disk-full", 1998, 999)
+    assert (created["kind"], created["times"], created["since"]) == ("volume-created", 1, "t1")
+    many = [event(number, "volume-created", f"v{number}") for number in range(100)]
+    assert [line["sequence"] for line in together(many)] == list(range(99, 99 - MOST_EVENTS, -1))
 
 
 ROWS = [

@@ -38,7 +38,7 @@ class Two:
             device = MemoryDevice(SIZE_BYTES << worker, self.clock.call_soon, False)
             self.processes[worker].add(Export(name, device, description=f"the {name} one", allowed=allowed))
             listing = Elsewhere(worker, name, f"the {name} one", allowed, TlsMode.INHERIT)
-            self.processes[1 - worker].note_elsewhere(name, listing)
+            self.processes[1 - worker].note_elsewhere(listing)
         self.moves: list[int] = []
         self.gone: list[str] = []
 
@@ -160,17 +160,26 @@ def test_who_may_not_use_an_export_is_refused_where_it_connects() -> None:
 def test_the_only_volume_is_the_default_wherever_it_is() -> None:
     two = Two()
     two.processes[0].remove("near")
-    two.processes[1].note_elsewhere("near", None)
+    two.processes[1].forget_elsewhere(0, "near")
     client = two.attach()
     client.feed(HELLO + option(Option.EXPORT_NAME, b""), 1 << 20)
     assert two.moves == [1]
     assert client.session.export is not None
 
 
+def test_a_process_that_does_not_have_an_export_any_more_takes_nothing_from_the_one_that_has_it() -> None:
+    exports = Exports()
+    exports.note_elsewhere(Elsewhere(1, "moved", "", (), TlsMode.INHERIT))
+    exports.forget_elsewhere(2, "moved")
+    assert isinstance(exports.find("moved"), Elsewhere)
+    exports.forget_elsewhere(1, "moved")
+    assert exports.find("moved") is None
+
+
 def test_processes_that_send_a_client_to_each_other_stop_at_some_time() -> None:
     two = Two()
     two.processes[1].remove("far")
-    two.processes[1].note_elsewhere("far", Elsewhere(0, "far", "", (), TlsMode.INHERIT))
+    two.processes[1].note_elsewhere(Elsewhere(0, "far", "", (), TlsMode.INHERIT))
     client = two.attach()
     client.feed(HELLO + named(Option.GO, "far"), 1 << 20)
     assert len(two.moves) == OPTION_LIMIT

@@ -70,7 +70,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Open, st.binary(min_size=16, max_size=16), u32, st.text("abcé-1", max_size=20)),
     st.builds(Opened, u64, u64, positions, positions, u64, u64, histories, runs),
     st.builds(Cut, positions),
-    st.builds(Skip, positions, histories, runs),
+    st.builds(Skip, positions, histories, runs, st.sampled_from([b"", bytes(3 * LAYER_ROW.size)])),
     st.builds(Append, u32, u64, u64, u64, u64, batches),
     st.builds(Appended, u64, positions, positions, u64),
     copies(),

@@ -152,7 +152,7 @@ class Node:
             admit,
         )
         asyncio.run(self.volumes.remove_scraps())
-        asyncio.run(self.volumes.open_all())
+        asyncio.run(self.volumes.open_all([self.families.all()]))
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_volume_that_cannot_be_opened_is_kept_and_said_to_have_failed(node: No
     assert (shown["state"], shown["reason"]) == ("failed", "open failed")
     assert "volume-not-opened" in node.events
     node.data.failing = set()
-    asyncio.run(node.volumes.open_all())
+    asyncio.run(node.volumes.open_all([node.families.all()]))
     (shown,) = asyncio.run(node.volumes.list())
     assert shown["reason"] == ""
     assert node.data.epochs == {node.known()[0]: [1, 2]}
@@ -202,7 +202,7 @@ def test_one_volume_that_fails_does_not_keep_the_next_from_opening(node: Node) -
     asyncio.run(node.volumes.create("disk0", SIZE))
     asyncio.run(node.volumes.create("disk1", SIZE))
     node.data.failing = {"open"}
-    asyncio.run(node.volumes.open_all())
+    asyncio.run(node.volumes.open_all([node.families.all()]))
     assert [shown["state"] for shown in asyncio.run(node.volumes.list())] == ["failed", "failed"]
     assert node.data.calls.count("open") == 4
 
@@ -275,7 +275,7 @@ def test_a_volume_whose_snapshots_have_clones_is_not_deleted_by_force_either(nod
 def test_a_size_that_the_registry_did_not_hear_of_is_noted_at_the_next_opening(node: Node) -> None:
     asyncio.run(node.volumes.create("disk0", SIZE))
     node.data.logs[node.known()[0]] = {1: 2 * SIZE}
-    asyncio.run(node.volumes.open_all())
+    asyncio.run(node.volumes.open_all([node.families.all()]))
     assert asyncio.run(node.volumes.show("disk0"))["size_bytes"] == 2 * SIZE
 
 

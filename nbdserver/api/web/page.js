@@ -3,7 +3,7 @@
 // Rules: one request at a time, none while nobody looks. Whoever looks sees how old what they see is: from the first
 // request that fails on, the page says so above everything else.
 
-import { bandwidth, clock, count, day, duration, event, latency, rate, size, together } from "./words.js";
+import { bandwidth, clock, count, day, duration, event, latency, rate, size } from "./words.js";
 import { bar, element, redraw, setText, sparkline, Table } from "./tables.js";
 
 const POLL_MS = 2000;
@@ -324,13 +324,11 @@ function showNode({ host, listen, data, pid, workers, tls, checksum, version }) 
 }
 
 function showEvents({ events }) {
-  const last = events.at(-1)?.sequence;
-  redraw(byId("events"), [last, new Date().toDateString()], () => events.length ? together(events).map(({ newest, oldest, times }) => {
-    const { what, about, bad } = event(newest);
-    const more = times > 1 ? ` (${times} times since ${clock(new Date(oldest.time))})` : "";
+  redraw(byId("events"), [events[0]?.sequence, new Date().toDateString()], () => events.length ? events.map((found) => {
+    const { what, about, bad } = event(found);
     return element("li", { class: bad ? "bad" : null },
-      element("time", { datetime: newest.time, title: newest.time }, clock(new Date(newest.time))),
-      element("b", {}, what), element("span", {}, about + more));
+      element("time", { datetime: found.time, title: found.time }, clock(new Date(found.time))),
+      element("b", {}, what), element("span", {}, about));
   }) : [element("li", {}, "Nothing has happened yet.")]);
 }
 

@@ -53,29 +53,19 @@ export function day(text) {
   return text ? text.slice(0, 10) : "";
 }
 
-const OWN = new Set(["sequence", "time", "kind", "family", "mba", "segment", "offset"]);
+const OWN = new Set(["sequence", "time", "kind", "times", "since", "family", "mba", "segment", "offset"]);
 
 // {what: the kind in words, about: its fields, bad: whether somebody should look}
 export function event(found) {
   const fields = Object.entries(found).filter(([name, value]) => !OWN.has(name) && value !== "");
   const about = fields.map(([name, value]) => `${name.replaceAll("_", " ").replace(/ (bytes|s)$/, "")} ${field(name, value)}`);
   const bad = /fail|error|damaged|not-|badly|alarm$|ended|full|raised|refused|lost|silent/.test(found.kind);
-  return { what: found.kind.replaceAll("-", " "), about: about.join(", "), bad };
+  const more = found.times > 1 ? ` (${found.times} times since ${clock(new Date(found.since))})` : "";
+  return { what: found.kind.replaceAll("-", " "), about: about.join(", ") + more, bad };
 }
 
 function field(name, value) {
   if (typeof value === "number" && name.endsWith("bytes")) return size(value);
   if (typeof value === "number" && name.endsWith("_s")) return `${value} s`;
   return typeof value === "object" ? JSON.stringify(value) : String(value);
-}
-
-// Events, newest first; what happens to the same thing again and again is one line with its newest and oldest.
-export function together(events) {
-  const lines = new Map();
-  for (const found of events.toReversed()) {
-    const key = [found.kind, found.volume, found.subject, found.peer, found.reason].join("\0");
-    const line = lines.get(key) ?? { newest: found, times: 0 };
-    lines.set(key, { ...line, oldest: found, times: line.times + 1 });
-  }
-  return [...lines.values()];
 }

@@ -104,6 +104,7 @@ class Machine(World):
         self.life: Life | None = None
         self.node: Node | None = None
         self.lives = 0
+        self.ended: Callable[[bool], None] = lambda power: None  # for what else the machine has
         self.is_powered = True
         self._wires = wires
         self._registry = registry
@@ -191,6 +192,7 @@ class Machine(World):
             self._files = self._store = None
         if power:
             self.is_powered = False
+        self.ended(power)
 
     def lose_disk(self) -> None:
         """The disk is replaced by an empty one; no process is running."""

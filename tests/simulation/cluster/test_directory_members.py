@@ -72,6 +72,21 @@ def test_a_member_that_is_struck_is_no_voter_any_more_and_the_others_need_it_no_
     assert gone in members.voters()
 
 
+def test_a_node_whose_master_is_gone_knows_that_it_hears_none_until_there_is_another() -> None:
+    members = Members(3)
+    assert all(node.hears_master for node in members.nodes())
+    gone = [members.master().settings.name]
+    gone += [members.another()]
+    for name in gone:
+        members.cluster.machines[name].end(power=True)
+    (left,) = members.nodes()
+    assert members.cluster.run_until(lambda: not left.hears_master, LIMIT_S)
+    members.cluster.run(10.0)
+    assert not left.hears_master
+    members.cluster.start(gone[1])
+    assert members.cluster.run_until(lambda: left.hears_master, LIMIT_S)
+
+
 def test_a_member_is_not_struck_while_too_few_others_have_everything() -> None:
     members = Members(3)
     first, second = (node.settings.name for node in members.nodes() if node.master is None)

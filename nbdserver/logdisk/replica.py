@@ -1,0 +1,276 @@
+"""One replica of a family as replication sees it: a ReplicaLog (nbdserver/replication/replica_log.py) over a log disk.
+
+Theory. A replica is a log disk that appends what another node has ordered, or orders itself once it has begun an
+epoch. What the two have in common is the log disk's; what a replica has besides is here: who it is (incarnation,
+promised epoch), the order of what is done to it (`Ordered`), its log read back, and that it can be cut and skip.
+
+A log is *cut* by opening it anew (opening.py). It *skips* by a checkpoint: the maps as they are, but at another's
+position and with its history, the layers made the other's, and the regions that differ noted as to be fetched, all in
+one batch (Rule.SKIP_NOTES_WHAT_IS_LACKING).
+
+Rules
+- Nothing is appended between the moment when a skip is frozen and the one when it is durable.
+- What is persisted here goes through `disk.store_writes`, in the order of the calls.
+- While regions are to be fetched no layer is taken apart: what a layer shows is not known.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from metadata.layers import Row, unpack_rows
+from metadata.region_table import REGION_SHIFT
+from metadata.replica_state import ReplicaState, put_replica_state
+from metadata.seams import Batch, Done, Files
+from nbdserver.logdisk.disk import DiskError, LogDisk
+from nbdserver.logdisk.log_reading import LogReading
+from nbdserver.logdisk.opening import Replicated
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.replica_append import Ordered, ReplicaAppend
+from nbdserver.logdisk.segments import CLIENTS_KEEP
+from protocol.disk import LAYER_ROW, NAMELESS
+from protocol.invariant import invariant
+from protocol.peer import Epochs, Modification, Position, Runs
+
+Opener = Callable[[Replicated], LogDisk]
+
+
+class Replica:
+    """One replica's log and maps, open. All methods are for the loop's thread; see ReplicaLog."""
+
+    def __init__(self, open_disk: Opener, files: Files) -> None:
+        """`open_disk` opens the family without an epoch; its DiskError is passed on."""
+        self._open_disk = open_disk
+        self._files = files
+        self._take(open_disk(Replicated()))
+
+    def _take(self, disk: LogDisk) -> None:
+        invariant(disk.replica_state is not None, "a replica is opened as one")
+        assert disk.replica_state is not None
+        self.disk = disk
+        self._state: ReplicaState = disk.replica_state
+        self._ordered = Ordered(disk)
+        self._appending = ReplicaAppend(disk, self._ordered)
+        self._reading = LogReading(disk, self._files)
+
+    # -- who and where
+
+    @property
+    def incarnation(self) -> int:
+        return self._state.incarnation
+
+    @property
+    def intact_since(self) -> int:
+        return self._state.intact_since
+
+    @property
+    def promised_epoch(self) -> int:
+        return self._state.promised_epoch
+
+    @property
+    def last(self) -> Position:
+        return self.disk.log.last
+
+    @property
+    def durable(self) -> Position:
+        return self.disk.log.durable
+
+    @property
+    def committed_txid(self) -> int:
+        return self.disk.log.committed.txid
+
+    @property
+    def room_bytes(self) -> int:
+        """What the open segment, the spare ones and those that can be made have room for, but for the reserve; at most
+        a few segments are looked at."""
+        disk = self.disk
+        pool = disk.pool
+        open_bytes = max(0, pool.segment_bytes - disk.log.offset) if disk.log.offset else 0
+        return open_bytes + pool.segments_to_be_had(CLIENTS_KEEP) * pool.segment_bytes
+
+    @property
+    def epochs(self) -> Epochs:
+        log = self.disk.log
+        return log.history.ends(log.txid)
+
+    @property
+    def tree(self) -> bytes:
+        """Of an owner: the rows of all layers, as they are at `last`."""
+        layers = self.disk.maps.tree.layers
+        return b"".join(layers[layer].row.pack() for layer in sorted(layers))
+
+    # -- an owner's
+
+    def begin_epoch(self, epoch: int) -> None:
+        """InvariantError if it is not later than every other, or was not promised."""
+        disk = self.disk
+        invariant(epoch <= self._state.promised_epoch, "an epoch is promised before it begins")
+        disk.log.begin_epoch(epoch)
+        disk.maps.begin_epoch(epoch)
+        disk.opened = replace(disk.opened, epoch=epoch)
+
+    def tap(self, tap: Callable[[Modification], None] | None) -> None:
+        self.disk.log.tap = tap
+
+    # -- a replica's
+
+    def promise(self, epoch: int, done: Done) -> None:
+        """EINVAL for one that is lower than what was promised."""
+        if epoch < self._state.promised_epoch:
+            self.disk.call_soon(lambda: done(errnos.EINVAL))
+            return
+        self._state = replace(self._state, promised_epoch=epoch)
+        self._persist(lambda batch: put_replica_state(batch, self._state), done)
+
+    def append(self, modifications: Sequence[Modification], done: Done) -> None:
+        self._appending.submit(modifications, done)
+
+    def set_committed(self, txid: int) -> None:
+        self.disk.log.committed.reach(txid)
+
+    def sync(self, done: Done) -> None:
+        self.disk.flush(done)
+
+    # -- logs that differ
+
+    def modifications(
+        self, after: Position, limit_bytes: int, done: Callable[[int, Sequence[Modification] | None], None]
+    ) -> None:
+        self._reading.read(after, limit_bytes, done)
+
+    def cut(self, at: Position, done: Done) -> None:
+        disk = self.disk
+        call_soon = disk.call_soon
+        if at == disk.log.last:
+            call_soon(lambda: done(0))
+        elif at > disk.log.last or disk.log.history.position(at.txid) != at:
+            call_soon(lambda: done(errnos.EINVAL))
+        elif at.txid < disk.checkpointer.synced_txid:
+            call_soon(lambda: done(errnos.ENOENT))
+        else:
+            disk.close(lambda: self._reopen(at, done))
+
+    def _reopen(self, at: Position, done: Done) -> None:
+        failed = bool(self.disk.failure)
+        try:
+            self._take(self._open_disk(Replicated(cut_at=at)))
+        except DiskError as error:
+            self.disk.report("not-cut", {"reason": str(error)})
+            failed = True
+        self.disk.call_soon(lambda: done(errnos.EIO if failed else 0))
+
+    def skip(self, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
+        """EINVAL if it would not go forward, or what it says does not hold together."""
+        is_done = False
+
+        def step() -> int | None:
+            nonlocal is_done
+            disk = self.disk
+            if is_done:
+                return 0
+            if disk.checkpointer.running:
+                disk.checkpointer.when_idle(self._ordered.go_on)
+                return None
+            if disk.tree_work.layer:
+                disk.slow_path.park(self._ordered.go_on)
+                return None
+            rows = unpack_rows(tree) if len(tree) % LAYER_ROW.size == 0 else []
+            if to.txid < disk.log.txid or not epochs or epochs[-1] != to or not _is_tree(rows):
+                return errnos.EINVAL
+            self._skip(to, epochs, regions, rows)
+            is_done = True
+            return None
+
+        self._ordered.submit(step, done)
+
+    def _skip(self, to: Position, epochs: Epochs, regions: Runs, rows: list[Row]) -> None:
+        disk = self.disk
+        disk.log.skip(to, epochs)
+        disk.log.committed.reach(to.txid)
+        tree = disk.maps.tree
+        kept = {row.layer for row in rows}
+        added = [row for row in rows if row.layer not in tree.layers]
+        if any(row.first_mba < disk.maps.next_mba for row in added):
+            # A layer that is not known here has absorbed one that is: what it shows is told by copies alone.
+            regions = (*regions, (0, (max(row.size_bytes for row in rows) >> REGION_SHIFT + 12) + 1))
+        if not rows[0].parent and rows[0] in added:
+            rows = [rows[0]._replace(parent=tree.root), *rows[1:]]
+        gone = [
+            layer.row._replace(kind=NAMELESS, name="", created_s=0)
+            for number, layer in tree.layers.items()
+            if number not in kept and layer.row.kind != NAMELESS
+        ]
+        # Those that are gone first: their names and volumes may be used again.
+        disk.tree_changes.apply(gone + rows)
+        resync = disk.resync
+        resync.add(regions)
+        if holds(Rule.SKIP_NOTES_WHAT_IS_LACKING):
+            disk.checkpointer.also = resync.put_changes
+        disk.checkpointer.when_done(self._skipped)
+
+    def _skipped(self) -> None:
+        crash_point("skip-after-batch")
+        self._ordered.go_on()
+
+    # -- regions
+
+    def regions_after(self, txid: int) -> Runs:
+        return _runs(self.disk.maps.regions.later_than(txid))
+
+    @property
+    def resync(self) -> Runs:
+        return _runs(self.disk.resync)
+
+    @property
+    def resync_count(self) -> int:
+        return len(self.disk.resync)
+
+    def resync_add(self, regions: Runs, done: Done) -> None:
+        self.disk.resync.add(regions)
+        self._persist(self.disk.resync.put_changes, done)
+
+    def resync_done(self, regions: Runs, done: Done) -> None:
+        self.disk.resync.remove(regions)
+        self._persist(self.disk.resync.put_changes, done)
+
+    # -- LevelDB
+
+    def _persist(self, put: Callable[[Batch], None], done: Done) -> None:
+        disk = self.disk
+        if disk.failure:
+            disk.call_soon(lambda: done(errnos.EIO))
+            return
+        batch = disk.store_batch()
+        put(batch)
+
+        def written(errno: int) -> None:
+            if errno:
+                disk.fail(f"LevelDB could not be written (errno {errno})")
+            done(errnos.EIO if errno else 0)
+
+        disk.store_writes.write_later(batch, written)
+
+
+def _runs(regions: Iterable[int]) -> Runs:
+    """Regions in order, as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for region in regions:
+        if runs and sum(runs[-1]) == region:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((region, 1))
+    return tuple(runs)
+
+
+def _is_tree(rows: Sequence[Row]) -> bool:
+    """Whether they are layers of one family: in order, and each stands on one before it, but for the root."""
+    known: set[int] = set()
+    last = 0
+    for row in rows:
+        if row.layer <= last or (row.parent not in known if known else row.parent):
+            return False
+        known.add(row.layer)
+        last = row.layer
+    return bool(known)

@@ -1,0 +1,292 @@
+"""What another node has ordered, appended here: the same records, the same logical maps, the same MBAs.
+
+Theory. A modification is appended as it was ordered, body and all, and then does to the maps what it did at the owner.
+Replicas differ in the middle map alone, and in how far the background has taken their layers apart: a nameless layer
+that one has merged into its child, the other may still have. It shows what its child shows, so that makes no
+difference, but for one thing. Where the owner still shares a block with such a layer, an overwrite gets a new MBA;
+where the layer is merged already the old one has no other user, and is freed here.
+
+Rules
+- A modification is appended only if it follows the last one (Rule.APPEND_FOLLOWS_LAST); ESTALE otherwise.
+- What does not hold together, or has a block with a wrong checksum, is refused with EBADMSG and changes nothing.
+- Everything is done in the order of the calls: what has to wait for a map page, a checkpoint or room holds up what
+  comes after it. The map pages come first, then the record, then the maps: a checkpoint never sees half of it.
+- It may use the reserve of segments but for the last: whoever orders stops before (Replica.room_bytes).
+
+Known weakness: blocks are looked at one by one where their MBAs are not those that the page has already.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from metadata.layers import Row, unpack_rows
+from metadata.logical_map import ADDRESS_SHIFT
+from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
+from metadata.seams import Done
+from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS, Need
+from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.pacing import guarded
+from nbdserver.logdisk.records import extents_of_array, parse_write_body, wrong_blocks
+from nbdserver.logdisk.segments import CLEANER_KEEPS, DISCARDS_KEEP
+from protocol.disk import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    EXTENT_HOLE,
+    HEAD,
+    RECORD_HEADER_BYTES,
+    SEAL_BYTES,
+    SEGMENT_HEADER_BYTES,
+    TREE,
+    WRITE,
+    WRITE_BLOCK_BYTES,
+    body_bytes,
+)
+from protocol.peer import Modification
+
+if TYPE_CHECKING:
+    from nbdserver.logdisk.disk import LogDisk
+
+_TRIES = 3  # to have all pages of a record in memory together, before the cache may grow for it
+_ROOM = 4  # times what the record touches, then
+
+Step = Callable[[], int | None]
+"""Does something and returns 0 or an errno; None: it has to wait, and `Ordered.go_on` will be called."""
+
+
+class Ordered:
+    """Steps that happen one after the other, whatever they wait for."""
+
+    def __init__(self, disk: LogDisk) -> None:
+        self._disk = disk
+        self._waiting: deque[tuple[Step, Done]] = deque()
+        self._busy = False
+        self.go_on = guarded(disk.fail, self._go_on)
+
+    def submit(self, step: Step, done: Done) -> None:
+        """Take the step behind all that were submitted before; `done` with what it returned, from the loop."""
+        self._waiting.append((step, done))
+        if len(self._waiting) == 1:
+            self.go_on()
+
+    def _go_on(self) -> None:
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._waiting:
+                step, done = self._waiting[0]
+                errno = errnos.EIO if self._disk.failure else step()
+                if errno is None:
+                    return
+                self._waiting.popleft()
+                self._disk.call_soon(lambda done=done, errno=errno: done(errno))  # type: ignore[misc]
+        finally:
+            self._busy = False
+
+
+class ReplicaAppend:
+    """Appends modifications to the log of one replica."""
+
+    def __init__(self, disk: LogDisk, ordered: Ordered) -> None:
+        self._disk = disk
+        self._maps = disk.maps
+        self._ordered = ordered
+        self._tries = 0
+
+    def submit(self, modifications: Sequence[Modification], done: Done) -> None:
+        """Append them one after the other; none: `done` when all that came before is appended."""
+        left = deque(modifications)
+
+        def step() -> int | None:
+            while left:
+                errno = self._try(left[0])
+                if errno is None:
+                    return None
+                if self._tries:
+                    self._tries = 0
+                    self._maps.set_cache_bytes(self._disk.settings.cache_bytes)
+                if errno:
+                    return errno
+                left.popleft()
+            return 0
+
+        self._ordered.submit(step, done)
+
+    def _try(self, modification: Modification) -> int | None:
+        disk = self._disk
+        last = disk.log.last
+        follows = modification.txid == last.txid + 1 and modification.epoch >= last.epoch
+        if not follows and holds(Rule.APPEND_FOLLOWS_LAST):
+            return errnos.ESTALE
+        if disk.background.must_wait_for_checkpoint():
+            disk.checkpointer.when_done(self._ordered.go_on)
+            return None
+        if len(modification.body) != body_bytes(modification.kind, modification.extents, modification.blocks):
+            return errnos.EBADMSG
+        if modification.kind == WRITE:
+            return self._try_write(modification)
+        return self._try_tree(modification) if modification.kind == TREE else errnos.EBADMSG
+
+    # -- changes of the tree
+
+    def _try_tree(self, modification: Modification) -> int | None:
+        disk = self._disk
+        rows = unpack_rows(modification.body)
+        if modification.blocks or not rows or not self._hold_together(rows):
+            return errnos.EBADMSG
+        return self._append(modification, lambda _: disk.tree_changes.apply(rows))
+
+    def _hold_together(self, rows: Sequence[Row]) -> bool:
+        known = set(self._maps.tree.layers)
+        for row in rows:
+            if row.layer not in known and (row.parent not in known or row.parent >= row.layer):
+                return False
+            known.add(row.layer)
+        return True
+
+    # -- writes
+
+    def _try_write(self, modification: Modification) -> int | None:
+        maps, layer = self._maps, modification.layer
+        found = maps.tree.layers.get(layer)
+        extents, mbas, checksums = parse_write_body(modification.body, modification.extents, modification.blocks)
+        if found is None or found.row.kind != HEAD or not self._is_sound(modification, extents, checksums):
+            return errnos.EBADMSG
+        long_holes = sum(
+            kind == EXTENT_HOLE and count > SMALL_HOLE_BLOCKS for _, count, kind in extents_of_array(extents)
+        )
+        if long_holes and len(maps.holes) >= MAX_PENDING_HOLES:
+            self._disk.slow_path.park(self._ordered.go_on)
+            return None
+        need = self._needed(layer, extents, mbas)
+        if need:
+            self._load(need, len(mbas))
+            return None
+        return self._append(modification, lambda offset: self._apply(modification, extents, mbas, checksums, offset))
+
+    def _is_sound(self, modification: Modification, extents: array[int], checksums: array[int]) -> bool:
+        blocks = 0
+        for lba, count, kind in extents_of_array(extents):
+            if not count or lba + count > 1 << ADDRESS_SHIFT or kind > EXTENT_HOLE:
+                return False
+            blocks += count if kind != EXTENT_HOLE else 0
+        room = self._disk.pool.segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
+        size_bytes = modification.extents * EXTENT_BYTES + blocks * (BLOCK_BYTES + WRITE_BLOCK_BYTES)
+        if blocks != modification.blocks or size_bytes > room:
+            return False
+        return sum(map(len, modification.data)) == blocks * BLOCK_BYTES and are_right(modification.data, checksums)
+
+    def _needed(self, layer: int, extents: array[int], mbas: array[int]) -> Need:
+        maps = self._maps
+        first_mba = maps.tree.first_mba(layer)
+        need: Need = []
+        for lba, count, kind in extents_of_array(extents):
+            if kind != EXTENT_HOLE or count <= SMALL_HOLE_BLOCKS:
+                need += maps.needed((layer << ADDRESS_SHIFT) + lba, count, count + PAGE_BLOCKS, first_mba)
+        # Of pages behind the last MBA LevelDB has nothing.
+        last_page = (maps.next_mba - 1) >> PAGE_SHIFT
+        for number in sorted({mba >> PAGE_SHIFT for mba in mbas}):
+            if maps.middle.get(number) is None:
+                if number > last_page:
+                    maps.middle.create(number)
+                else:
+                    need.append((maps.middle, number))
+        return list(dict.fromkeys(need))
+
+    def _load(self, need: Need, blocks: int) -> None:
+        maps = self._maps
+        self._tries += 1
+        if self._tries > _TRIES:
+            pages = _ROOM * (len(need) + blocks + MAX_PENDING_HOLES)
+            maps.logical.limit_pages = max(maps.logical.limit_pages, pages)
+            maps.middle.limit_pages = max(maps.middle.limit_pages, pages)
+        maps.load(need, self._ordered.go_on)
+
+    def _apply(
+        self, modification: Modification, extents: array[int], mbas: array[int], checksums: array[int], offset: int
+    ) -> None:
+        maps = self._maps
+        first_address = modification.layer << ADDRESS_SHIFT
+        first_mba = maps.tree.first_mba(modification.layer)
+        block = 0
+        unused: list[int] = []
+        for lba, count, kind in extents_of_array(extents):
+            maps.regions.mark(lba, count, modification.txid)
+            if kind != EXTENT_HOLE:
+                self._set_logical(first_address + lba, mbas[block : block + count], first_mba, unused)
+                block += count
+            elif count > SMALL_HOLE_BLOCKS:
+                maps.add_hole(first_address + lba, count)
+                self._disk.appending.check_background()
+            else:
+                maps.clear(first_address + lba, count)
+        if mbas:
+            self._disk.head(maps.tree.layers[modification.layer].row.volume).writer.point(mbas, checksums, offset)
+            maps.next_mba = max(maps.next_mba, max(mbas) + 1)
+        for mba in unused:
+            maps.free(mba)
+
+    def _set_logical(self, address: int, mbas: array[int], first_mba: int, unused: list[int]) -> None:
+        """Point blocks at their MBAs; those that no layer shows any more become `unused`."""
+        maps = self._maps
+        at = 0
+        while at < len(mbas):
+            page = maps.page((address + at) >> PAGE_SHIFT)
+            assert page is not None  # `_needed` has looked
+            index = (address + at) & PAGE_MASK
+            count = min(len(mbas) - at, PAGE_BLOCKS - index)
+            wanted = mbas[at : at + count]
+            held = page[index : index + count]
+            if held != wanted:
+                for step, (old, mba) in enumerate(zip(held, wanted, strict=True)):
+                    if old != mba:
+                        maps.set_logical(address + at + step, 1, mba)
+                        if old >= first_mba:
+                            unused.append(old)
+            at += count
+
+    # -- the log
+
+    def _append(self, modification: Modification, apply: Callable[[int], None]) -> int | None:
+        disk = self._disk
+        try:
+            has_room = self._has_room(modification)
+            if not has_room:
+                if disk.background.can_gain_room():
+                    disk.slow_path.park(self._ordered.go_on)
+                    return None
+                return errnos.ENOSPC
+            crash_point("replica-before-append")
+            offset = disk.log.append_replicated(modification)
+            crash_point("replica-after-append")
+            apply(offset)
+        except OSError as error:
+            return disk.append_failed(error)
+        except Exception as error:
+            disk.parted(error)
+            raise
+        disk.appending.appended(None)
+        return 0
+
+    def _has_room(self, modification: Modification) -> bool:
+        appending = self._disk.appending
+        if modification.kind == TREE:
+            return appending.make_room_for_rows(modification.extents, DISCARDS_KEEP)
+        keep = CLEANER_KEEPS if modification.blocks else DISCARDS_KEEP
+        return appending.make_room(modification.extents, keep, modification.blocks)
+
+
+def are_right(data: Sequence[bytes | bytearray | memoryview], checksums: array[int]) -> bool:
+    """Whether blocks, in buffers of whole ones, have these checksums."""
+    block = 0
+    for buffer in data:
+        count = len(buffer) // BLOCK_BYTES
+        if len(buffer) % BLOCK_BYTES or wrong_blocks(buffer, checksums[block : block + count]):
+            return False
+        block += count
+    return True

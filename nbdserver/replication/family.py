@@ -1,0 +1,179 @@
+"""One replicated family on one node: its replica, and its owner when this node is that.
+
+Theory. A node that has a replica follows the family's value in the registry and obeys whoever owns it. It becomes the
+owner when it is asked to (a client attaches here, the owner's node is drained), never by itself. Replica, candidate and
+owner share one log; at any time at most one of them moves it.
+
+     following ─► candidate ─► owner ─► following (deposed)
+
+Rules
+- A stream with a higher epoch ends the candidate and the owner before it is obeyed.
+"""
+
+from collections.abc import Callable, Mapping
+
+from metadata.registry_calls import Event, Reading, Unavailable
+from metadata.replica_set import ReplicaSet, ReplicaSetError, replica_set_key
+from metadata.seams import Clock, Network, Registry
+from nbdserver.replication.link import Link
+from nbdserver.replication.owner import Owner, Report
+from nbdserver.replication.peer_stream import PeerStream
+from nbdserver.replication.replica import Replica
+from nbdserver.replication.replica_log import ReplicaLog
+from nbdserver.replication.takeover import Takeover
+from protocol.peer import Open
+
+Taken = Callable[[str], None]
+"""Called with why it was not taken over, empty if it was."""
+
+
+class ReplicatedFamily:
+    """See above. `address_of(node)` is where a node listens to its peers."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        network: Network,
+        registry: Registry,
+        log: ReplicaLog,
+        family: bytes,
+        node: str,
+        address_of: Callable[[str], str],
+        report: Report,
+    ) -> None:
+        self.family = family
+        self.log = log
+        self.value: ReplicaSet | None = None
+        """As it was heard of last."""
+        self.owner: Owner | None = None
+        self.replica = Replica(clock, log, self._higher_epoch)
+        self._clock = clock
+        self._network = network
+        self._registry = registry
+        self._key = replica_set_key(family)
+        self._node = node
+        self._address_of = address_of
+        self._report = report
+        self._takeover: Takeover | None = None
+        self._taken: list[Taken] = []
+        self._closed = False
+        self._watch = registry.watch(self._key, self._heard)
+
+    def accept(self, stream: PeerStream, frame: Open) -> None:
+        """A peer has opened a stream for this family."""
+        self.replica.open(stream, frame)
+
+    def close(self) -> None:
+        """End everything; the log is the caller's."""
+        self._closed = True
+        self._watch.cancel()
+        self._end_takeover("the node stops")
+        if self.owner is not None:
+            self.owner.depose("the node stops")
+        self.replica.close()
+
+    # --- the registry ---
+
+    def _heard(self, event: Event) -> None:
+        for key, value in event.changes:
+            if key != self._key or value is None:
+                continue
+            try:
+                self.changed(ReplicaSet.decode(value))
+            except ReplicaSetError as error:
+                self._report("replica-set-unreadable", {"reason": str(error)})
+
+    def changed(self, value: ReplicaSet) -> None:
+        """The registry shows this value (OwnerEvents too)."""
+        if self.value is None or value.number > self.value.number:
+            self.value = value
+            if self.owner is not None:
+                self.owner.heard(value)
+
+    # --- taking over ---
+
+    def take_over(self, done: Taken) -> None:
+        """Become the owner. `done` is never called from inside."""
+        if self.owner is not None:
+            self._clock.call_soon(lambda: done(""))
+            return
+        self._taken.append(done)
+        if len(self._taken) == 1:
+            self._registry.get_later(self._key, self._read)
+
+    def _read(self, answer: Reading | Unavailable) -> None:
+        if self._closed or self._takeover is not None or not self._taken:
+            return
+        if isinstance(answer, Unavailable):
+            self._tell_taken(f"the registry does not answer: {answer.reason}")
+            return
+        try:
+            value = ReplicaSet.decode(answer.items[0][1]) if answer.items else None
+        except ReplicaSetError as error:
+            self._tell_taken(f"the registry's value cannot be used: {error}")
+            return
+        reason = self._why_not(value)
+        if reason or value is None:
+            self._tell_taken(reason)
+            return
+        self.changed(value)
+        self._takeover = Takeover(self._clock, self._registry, self._key, self._node, self.replica, value, self)
+
+    def _why_not(self, value: ReplicaSet | None) -> str:
+        """Why this node cannot be a candidate."""
+        if value is None:
+            return "the registry does not know the family"
+        if value.member(self._node) is None:
+            return f"{self._node} is not in sync"
+        if self.log.resync_count:
+            return f"{self._node} has regions to fetch"
+        return ""
+
+    def _tell_taken(self, reason: str) -> None:
+        taken, self._taken = self._taken, []
+        for done in taken:
+            done(reason)
+
+    def links(self, value: ReplicaSet, events: Takeover) -> Mapping[str, Link]:
+        """TakeoverEvents."""
+        return {
+            node: Link(
+                self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of(node)
+            )
+            for node in value.placement
+            if node != self._node
+        }
+
+    def taken(self, value: ReplicaSet, links: Mapping[str, Link]) -> None:
+        """TakeoverEvents."""
+        self._takeover = None
+        self._report("owner", {"epoch": value.epoch, "generation": value.generation})
+        self.owner = Owner(
+            self._clock, self._registry, self._key, self._node, self.log, value, links, self, self._report
+        )
+        self.changed(value)
+        self._tell_taken("")
+
+    def not_taken(self, reason: str) -> None:
+        """TakeoverEvents."""
+        self._takeover = None
+        self.replica.give_again()
+        self._report("not-taken-over", {"reason": reason})
+        self._tell_taken(reason)
+
+    def deposed(self, reason: str) -> None:
+        """OwnerEvents."""
+        self.owner = None
+        self.replica.give_again()
+
+    def _higher_epoch(self, epoch: int) -> None:
+        """A stream with a higher epoch than any before was opened here."""
+        reason = f"epoch {epoch} was opened here"
+        self._end_takeover(reason)
+        if self.owner is not None:
+            self.owner.depose(reason)
+
+    def _end_takeover(self, reason: str) -> None:
+        if self._takeover is not None:
+            self._takeover.cancel()
+            self.not_taken(reason)

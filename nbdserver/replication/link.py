@@ -1,0 +1,437 @@
+"""An owner's link to one replica: opens it, makes its log follow ours, keeps it there.
+
+Theory. A link is always on its way to *streaming*: the replica's log is ours up to what was sent, and what is ordered
+goes out with the next frame. It comes there from whatever the replica has. Its log is cut at the last common position.
+If our log goes back that far, what follows is read from it and sent; otherwise the replica skips to our committed txid,
+and the regions that changed meanwhile are copied while the stream goes on. A replica that is too slow for the stream is
+brought along from the log again.
+
+Rules (docs/replication.md has the reasons)
+- Frames are numbered; a grant counts from when the answered one was sent (rule 2).
+- Skipping is to a committed position only: it is never cut away.
+- A copy is sent at the very place in the stream that it is of (14), so only while streaming.
+- At most COPIES_AT_ONCE copies and BACKLOG_LIMIT_BYTES of modifications are under way.
+
+Known weakness: a region is sent whole, however little of it differs.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+from functools import partial
+from typing import Protocol
+
+from metadata.seams import Clock, Connection, Network, Timer
+from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
+from nbdserver.replication.peer_stream import PeerStream
+from nbdserver.replication.replica_log import ReplicaLog, common_position, history_up_to, position_of
+from protocol.peer import (
+    BEGINNING,
+    MODIFICATIONS_LIMIT,
+    Append,
+    Appended,
+    Copied,
+    Copy,
+    Cut,
+    Fetch,
+    Fetched,
+    Frame,
+    Modification,
+    Open,
+    Opened,
+    Position,
+    Refused,
+    Skip,
+)
+
+FRAME_BYTES = 4 << 20  # of modifications, unless one alone is larger
+BACKLOG_LIMIT_BYTES = 64 << 20
+COPIES_AT_ONCE = 4
+RECONNECT_S = 0.2
+OPEN_TIMEOUT_S = 2.0
+SILENCE_S = 10.0  # after which a stream is given up that nobody has said is lost
+
+
+class State(Enum):
+    """Where a link is."""
+
+    CONNECTING = "connecting"
+    OPENING = "opening"
+    OPEN = "open"  # a candidate looks before it decides
+    ALIGNING = "aligning"
+    CATCHING_UP = "catching up"
+    STREAMING = "streaming"
+    CLOSED = "closed"
+
+
+class LinkEvents(Protocol):
+    """Whose link it is."""
+
+    epoch: int
+    durable_txid: int
+    sync_txid: int
+
+    def opened(self, link: "Link") -> None:
+        """OPENED has come: call `follow` when the replica shall follow our log."""
+
+    def appended(self, link: "Link") -> None:
+        """The replica has answered."""
+
+    def refused(self, link: "Link", refused: Refused) -> None:
+        """It obeys a higher epoch, or has no room, or has failed."""
+
+    def aligned(self, link: "Link", frame: Cut | Skip) -> None:
+        """It was told to cut its log, or to skip to a later position."""
+
+    def copied(self, link: "Link") -> None:
+        """It has fetched what it lacked."""
+
+    @property
+    def is_tree_committed(self) -> bool:
+        """Whether the tree of layers as it is is that of the committed position."""
+
+
+class Link:
+    """One replica, as its owner sees it."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        network: Network,
+        log: ReplicaLog,
+        events: LinkEvents,
+        family: bytes,
+        us: str,
+        node: str,
+        address: str,
+    ) -> None:
+        self.node = node
+        self.state = State.CONNECTING
+        self.opened: Opened | None = None  # what it said last
+        self.appended = BEGINNING
+        self.durable_txid = 0
+        self.room_bytes = 0
+        self.granted_until_s = 0.0
+        self.heard_s = clock.now()
+        self.events = events
+        self._clock = clock
+        self._network = network
+        self._log = log
+        self._family = family
+        self._us = us
+        self._address = address
+        self._stream: PeerStream | None = None
+        self._give_up: Callable[[], None] | None = None
+        self._timer: Timer | None = None
+        self._sent = BEGINNING  # position of the last modification sent
+        self._number = 0
+        self._sent_s: deque[tuple[int, float, int]] = deque()  # (number, when, bytes) of frames not answered
+        self._last_sent_s = 0.0
+        self._backlog_bytes = 0
+        self._pending: list[Modification] = []
+        self._is_reading = False
+        self._may_skip = False  # nothing was sent since it was opened
+        self._to_copy: list[int] = []
+        self._copies: set[int] = set()  # under way
+        self._fetched: Callable[[Fetched | None], None] | None = None
+        self._connect()
+
+    # --- the stream ---
+
+    def _connect(self) -> None:
+        self._timer = None
+        self.state = State.CONNECTING
+
+        def connected(connection: Connection) -> PeerStream:
+            self._give_up = None
+            stream = self._stream = PeerStream(connection, self._received, self._lost)
+            self.state = State.OPENING
+            self._sent_s.clear()
+            self._number = self._backlog_bytes = 0
+            self.heard_s = self._clock.now()
+            stream.send(Open(self._family, self.events.epoch, self._us))
+            self._timer = self._clock.call_later(OPEN_TIMEOUT_S, partial(self._open_timed_out, stream))
+            return stream
+
+        def failed(reason: str) -> None:
+            self._give_up = None
+            self._connect_later()
+
+        self._give_up = self._network.connect(self._address, connected, failed, OPEN_TIMEOUT_S)
+
+    def _connect_later(self) -> None:
+        if self.state is not State.CLOSED:
+            self.state = State.CONNECTING
+            self._cancel_timer()
+            self._timer = self._clock.call_later(RECONNECT_S, self._connect)
+
+    def _open_timed_out(self, stream: PeerStream) -> None:
+        self._timer = None
+        if stream is self._stream and self.state is State.OPENING:
+            self.reopen()
+
+    def reopen(self) -> None:
+        """Begin again with a new stream."""
+        if self.state is not State.CLOSED:
+            self._forget_stream()
+            self._connect_later()
+
+    def close(self) -> None:
+        """No more of it; idempotent."""
+        self.state = State.CLOSED
+        self._forget_stream()
+
+    def _forget_stream(self) -> None:
+        self._cancel_timer()
+        stream, self._stream = self._stream, None
+        if self._give_up is not None:
+            self._give_up()
+            self._give_up = None
+        if stream is not None:
+            stream.close()
+        self._pending.clear()
+        self._copies.clear()
+        self._to_copy = []
+        fetched, self._fetched = self._fetched, None
+        if fetched is not None:
+            self._clock.call_soon(partial(fetched, None))
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _lost(self, stream: PeerStream, reason: str) -> None:
+        if stream is self._stream:
+            self._forget_stream()
+            self._connect_later()
+
+    def _received(self, stream: PeerStream, frame: Frame) -> None:
+        if stream is not self._stream:
+            return
+        self.heard_s = self._clock.now()
+        match frame:
+            case Appended():
+                self._appended(frame)
+            case Copied():
+                self._copied(frame)
+            case Opened():
+                self._opened(frame)
+            case Fetched():
+                fetched, self._fetched = self._fetched, None
+                if fetched is not None:
+                    fetched(frame)
+            case Refused():
+                self._forget_stream()
+                self._connect_later()
+                self.events.refused(self, frame)
+            case _:
+                self.reopen()
+
+    # --- opening: its log becomes the beginning of ours ---
+
+    def _opened(self, frame: Opened) -> None:
+        self._cancel_timer()
+        self.opened = frame
+        self.appended = self._sent = frame.last
+        self.durable_txid = frame.durable.txid
+        self.room_bytes = frame.room_bytes
+        self.state = State.OPEN
+        self.events.opened(self)
+
+    @property
+    def is_open(self) -> bool:
+        """It has said where it stands, and the stream is there."""
+        return self.opened is not None and self.state not in (State.CONNECTING, State.OPENING, State.CLOSED)
+
+    def fetch(self, after: Position, limit_bytes: int, done: Callable[[Fetched | None], None]) -> None:
+        """Read its log; None if the stream is lost. One at a time, of a link that is OPEN."""
+        stream = self._stream
+        if stream is None or self.state is not State.OPEN:
+            self._clock.call_soon(partial(done, None))
+            return
+        self._fetched = done
+        stream.send(Fetch(after, limit_bytes))
+
+    def follow(self) -> None:
+        """Bring it to where our log is, and keep it there."""
+        opened, stream = self.opened, self._stream
+        if opened is None or stream is None or self.state is not State.OPEN:
+            return
+        common = common_position(self._log.epochs, opened.epochs)
+        if common < opened.last:
+            self._align(stream, Cut(common))
+            return
+        self._to_copy = [region for first, count in opened.resync for region in range(first, first + count)]
+        self._to_copy.reverse()
+        self.state = State.CATCHING_UP
+        self._may_skip = True
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Send what our log has after what was sent."""
+        stream = self._stream
+        if stream is None or self.state is not State.CATCHING_UP or self._is_reading:
+            return
+        if self._sent == self._log.last:
+            self.state = State.STREAMING
+            self._copy_more()
+            return
+        if self._backlog_bytes >= BACKLOG_LIMIT_BYTES:
+            return  # goes on with the next answer
+        self._is_reading = True
+
+        def read(errno: int, modifications: Sequence[Modification] | None) -> None:
+            self._is_reading = False
+            if stream is not self._stream:
+                self._catch_up()
+                return
+            if self.state is not State.CATCHING_UP or errno:
+                return
+            if modifications is None:
+                if self._may_skip:
+                    self._skip(stream)
+                else:
+                    self.reopen()
+                return
+            self._send(modifications)
+            self._catch_up()
+
+        self._log.modifications(self._sent, FRAME_BYTES, read)
+
+    def _skip(self, stream: PeerStream) -> None:
+        """Our log does not go back to what it has."""
+        log = self._log
+        if not self.events.is_tree_committed:
+            return  # again with the next beat
+        to = position_of(log.epochs, log.committed_txid)
+        regions = log.regions_after(self._sent.txid)
+        self._align(stream, Skip(to, history_up_to(log.epochs, to), regions, log.tree))
+
+    def _align(self, stream: PeerStream, frame: Cut | Skip) -> None:
+        self.state = State.ALIGNING
+        stream.send(frame)
+        self.events.aligned(self, frame)
+
+    # --- streaming ---
+
+    def ordered(self, modification: Modification) -> None:
+        """It goes out with the next `flush`."""
+        if self.state is State.STREAMING:
+            self._pending.append(modification)
+
+    def flush(self) -> None:
+        """Send what was ordered since the last time."""
+        if self.state is State.STREAMING and self._pending:
+            pending, self._pending = self._pending, []
+            self._send(pending)
+            if self._backlog_bytes > BACKLOG_LIMIT_BYTES:
+                self.state = State.CATCHING_UP
+
+    def beat(self) -> None:
+        """Keep the grant, and tell what is committed, if nothing else does; every BEAT_S."""
+        if self.state not in (State.ALIGNING, State.STREAMING, State.CATCHING_UP):
+            return
+        now_s = self._clock.now()
+        if now_s - self.heard_s > SILENCE_S:
+            self.reopen()
+            return
+        self._copy_more()
+        self._catch_up()
+        if self.state is not State.ALIGNING and now_s - self._last_sent_s >= BEAT_S / 2:
+            self._send(())
+
+    def tell(self) -> None:
+        """A beat now, for what it carries."""
+        if self.state in (State.STREAMING, State.CATCHING_UP):
+            self._send(())
+
+    def _send(self, modifications: Sequence[Modification]) -> None:
+        """In frames of bounded size."""
+        first, size_bytes = 0, 0
+        for index, each in enumerate(modifications):
+            if index > first and (size_bytes + each.size_bytes > FRAME_BYTES or index - first == MODIFICATIONS_LIMIT):
+                self._send_frame(modifications[first:index], size_bytes)
+                first, size_bytes = index, 0
+            size_bytes += each.size_bytes
+        self._send_frame(modifications[first:], size_bytes)
+
+    def _send_frame(self, modifications: Sequence[Modification], size_bytes: int) -> None:
+        stream, events = self._stream, self.events
+        assert stream is not None
+        self._number += 1
+        self._last_sent_s = self._clock.now()
+        self._sent_s.append((self._number, self._last_sent_s, size_bytes))
+        self._backlog_bytes += size_bytes
+        if modifications:
+            self._may_skip = False
+            self._sent = modifications[-1].position
+        stream.send(
+            Append(
+                events.epoch,
+                self._number,
+                self._log.committed_txid,
+                events.durable_txid,
+                events.sync_txid,
+                modifications,
+            )
+        )
+
+    def _appended(self, frame: Appended) -> None:
+        sent_s = self._sent_s
+        while sent_s and sent_s[0][0] <= frame.number:
+            _, at_s, size_bytes = sent_s.popleft()
+            self._backlog_bytes -= size_bytes
+            self.granted_until_s = at_s + OWNER_COUNTS_S
+        self.appended = frame.last
+        self.durable_txid = frame.durable.txid
+        self.room_bytes = frame.room_bytes
+        self.events.appended(self)
+        self._catch_up()
+
+    @property
+    def is_following(self) -> bool:
+        """What it has appended is the beginning of our log."""
+        return self.state in (State.CATCHING_UP, State.STREAMING)
+
+    @property
+    def is_streaming(self) -> bool:
+        """It has been sent everything."""
+        return self.state is State.STREAMING
+
+    @property
+    def is_congested(self) -> bool:
+        """So much is under way that no more should be ordered."""
+        return self.state is State.STREAMING and self._backlog_bytes > BACKLOG_LIMIT_BYTES // 2
+
+    # --- copies ---
+
+    @property
+    def regions_left(self) -> int:
+        """That it has still to fetch."""
+        return len(self._to_copy) + len(self._copies)
+
+    def _copy_more(self) -> None:
+        stream = self._stream
+        while self.state is State.STREAMING and self._to_copy and len(self._copies) < COPIES_AT_ONCE:
+            region = self._to_copy.pop()
+            self._copies.add(region)
+            self._log.read_region(region, partial(self._region_read, stream, region))
+
+    def _region_read(self, stream: PeerStream | None, region: int, errno: int, copy: Copy | None) -> None:
+        if stream is None or stream is not self._stream or region not in self._copies:
+            return
+        self.flush()
+        if errno or copy is None or self.state is not State.STREAMING or self._sent.txid != copy.txid:
+            self._copies.discard(region)
+            self._to_copy.append(region)
+            return  # again when it streams, or with the next answer
+        stream.send(copy)
+
+    def _copied(self, frame: Copied) -> None:
+        self._copies.discard(frame.region)
+        if frame.errno:
+            self._to_copy.append(frame.region)
+        self._copy_more()
+        if not self.regions_left:
+            self.events.copied(self)

@@ -1,0 +1,389 @@
+"""The owner of a family: orders, acknowledges, and says who is in sync.
+
+Theory. What the owner's own log has appended is *ordered*; what every needed replica has appended too is *committed*.
+The committed txid only rises, and everything that anybody waits for is a txid: an acknowledgement, a read that shows
+what is not acknowledged yet, a flush (by the durable txid of all). One comparison releases them all, in order.
+
+*Needed* are the other members, and a replica from the request to add it on. Whoever is not needed follows all the same.
+
+Rules (docs/replication.md has the reasons)
+- Nothing is answered without authority: the beginning is committed (rule 5), and every needed replica's grant is valid
+  at this moment (2).
+- A member is needed until the registry has answered that it is none (8); a new one from the request on (9).
+- A member that is not whole any more is removed like one that is silent (16).
+- Once deposed it answers nothing, ever: who waits is told ESHUTDOWN, which means *unknown*.
+
+Known weakness: one change of the set at a time: two replicas that die together are two swaps.
+"""
+
+import errno as errnos
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+from metadata.replica_set import Change, Member, ReplicaSet
+from metadata.seams import Clock, Done, Registry, Timer
+from nbdserver.replication.grants import BEAT_S, CANDIDATE_S, GRANT_S
+from nbdserver.replication.link import Link
+from nbdserver.replication.replica_log import ReplicaLog
+from protocol.disk import TREE
+from protocol.peer import Cut, Modification, Opened, Refusal, Refused, Skip
+
+Report = Callable[[str, dict[str, object]], None]
+
+
+class OwnerEvents(Protocol):
+    """Whose owner it is."""
+
+    def deposed(self, reason: str) -> None:
+        """It is over: nothing more is answered."""
+
+    def changed(self, value: ReplicaSet) -> None:
+        """The registry has a new value."""
+
+
+def is_whole(member: Member, incarnation: int, intact_since: int) -> bool:
+    """Whether a replica still is what the registry says that it was."""
+    return intact_since <= member.incarnation <= incarnation
+
+
+class Owner:
+    """One family, as long as this node owns it."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        registry: Registry,
+        key: str,
+        node: str,
+        log: ReplicaLog,
+        value: ReplicaSet,
+        links: Mapping[str, Link],
+        events: OwnerEvents,
+        report: Report,
+    ) -> None:
+        """Begin with the value that names this node, and links under its epoch that have not followed yet."""
+        self.epoch = value.epoch
+        self.value = value
+        self.links = links
+        self.sync_txid = 0
+        self.durable_txid = 0
+        self.is_deposed = False
+        self._clock = clock
+        self._registry = registry
+        self._key = key
+        self._node = node
+        self._log = log
+        self._events = events
+        self._report = report
+        self._begun_s = clock.now()
+        self._begin_txid = log.last.txid
+        self._committed_txid = log.committed_txid
+        self._change: Change | None = None
+        self._adding = ""  # node of the replica that is being added
+        self._candidates: set[str] = set()  # members that want to own the family
+        self._waiting: deque[tuple[int, Done]] = deque()
+        self._flushes: deque[tuple[int, Done]] = deque()
+        self._unacknowledged: deque[tuple[int, Modification]] = deque()
+        self._is_flushing_links = False
+        self._is_syncing = False
+        self._set_needed()
+        log.begin_epoch(value.epoch)
+        log.tap(self._ordered)
+        for link in links.values():
+            link.events = self
+            link.follow()
+        self._timer: Timer | None = clock.call_later(BEAT_S, self._tick)
+        self._commit()
+
+    # --- authority ---
+
+    def _set_needed(self) -> None:
+        others = [member.node for member in self.value.in_sync if member.node != self._node]
+        if self._adding and self._adding not in others:
+            others.append(self._adding)
+        self._needed = [self.links[node] for node in others if node in self.links]
+        self._has_link_to_all = len(self._needed) == len(others)
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether anything may be answered at this moment. To be asked after a request has come, before its answer."""
+        if self.is_deposed or self._committed_txid < self._begin_txid or not self._has_link_to_all:
+            return False
+        if not self._needed:
+            return True
+        now_s = self._clock.now()
+        return all(link.granted_until_s > now_s for link in self._needed)
+
+    def depose(self, reason: str) -> None:
+        """Another node owns the family, or this one cannot go on. Idempotent."""
+        if self.is_deposed:
+            return
+        self.is_deposed = True
+        self._report("owner-deposed", {"epoch": self.epoch, "reason": reason})
+        self._log.tap(None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._change is not None:
+            self._change.cancel()
+        for link in self.links.values():
+            link.close()
+        waiting = [done for _, done in (*self._waiting, *self._flushes)]
+        self._waiting.clear()
+        self._flushes.clear()
+        self._unacknowledged.clear()
+        for done in waiting:
+            self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
+        self._events.deposed(reason)
+
+    # --- for clients ---
+
+    def room_bytes(self) -> int:
+        """That may still be ordered; 0 while the links are congested. To be asked before ordering (rule 18)."""
+        if self.is_deposed or any(link.is_congested for link in self._needed):
+            return 0
+        return min([self._log.room_bytes, *(link.room_bytes for link in self._needed)])
+
+    def when_committed(self, txid: int, done: Done) -> None:
+        """`done(0)` when everything up to `txid` is acknowledged, ESHUTDOWN if that is never known. In order of the
+        calls; never from inside one. 0: as soon as anything may be answered."""
+        if self.is_deposed:
+            self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
+            return
+        self._waiting.append((txid, done))
+        if txid <= self._committed_txid:
+            self._clock.call_soon(self._release)
+
+    def flush(self, done: Done) -> None:
+        """`done(0)` when everything acknowledged so far is durable on every member."""
+        if self.is_deposed:
+            self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
+            return
+        self._flushes.append((self._committed_txid, done))
+        self.sync_txid = self._committed_txid
+        self._sync()
+        for link in self._needed:
+            link.tell()
+        self._clock.call_soon(self._release)
+
+    def unacknowledged(self, layer: int, lba: int, count: int) -> int:
+        """Txid of the newest modification of these blocks that is not acknowledged, 0 if all are (rule 17)."""
+        if not self._unacknowledged:
+            return 0
+        newest = 0
+        for txid, modification in self._unacknowledged:
+            if modification.kind == TREE or _touches(modification, lba, count):
+                newest = txid
+        return newest
+
+    # --- ordering ---
+
+    def _ordered(self, modification: Modification) -> None:
+        self._unacknowledged.append((modification.txid, modification))
+        for link in self.links.values():
+            link.ordered(modification)
+        if not self._is_flushing_links:
+            self._is_flushing_links = True
+            self._clock.call_soon(self._flush_links)
+
+    def _flush_links(self) -> None:
+        """One frame a wake a replica."""
+        self._is_flushing_links = False
+        if self.is_deposed:
+            return
+        for link in self.links.values():
+            link.flush()
+        if not self._needed:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Everything that all needed replicas have appended is committed."""
+        if not self._has_link_to_all:
+            return
+        txid = self._log.last.txid
+        for link in self._needed:
+            if not link.is_following:
+                return
+            if link.appended.txid < txid:
+                txid = link.appended.txid
+        if txid > self._committed_txid:
+            self._committed_txid = txid
+            self._log.set_committed(txid)
+        self._release()
+
+    def _release(self) -> None:
+        """Answer who waits for what is committed and durable now, if anything may be answered."""
+        if not (self._waiting or self._flushes or self._unacknowledged) or not self.has_authority:
+            return
+        committed_txid = self._committed_txid
+        unacknowledged = self._unacknowledged
+        while unacknowledged and unacknowledged[0][0] <= committed_txid:
+            unacknowledged.popleft()
+        waiting = self._waiting
+        ready: list[Done] = []
+        while waiting and waiting[0][0] <= committed_txid:
+            ready.append(waiting.popleft()[1])
+        while self._flushes and self._flushes[0][0] <= self.durable_txid:
+            ready.append(self._flushes.popleft()[1])
+        for done in ready:
+            done(0)
+
+    # --- durability ---
+
+    def _sync(self) -> None:
+        if self._is_syncing:
+            return
+        self._is_syncing = True
+
+        def synced(errno: int) -> None:
+            self._is_syncing = False
+            if errno:
+                self.depose(f"the log could not be synced (errno {errno})")
+                return
+            self._durable()
+            if self._flushes and self._log.durable.txid < self._flushes[-1][0]:
+                self._sync()
+
+        self._log.sync(synced)
+
+    def _durable(self) -> None:
+        """What is synced on every member."""
+        if not self._has_link_to_all or not all(link.is_following for link in self._needed):
+            return
+        txid = min([self._log.durable.txid, *(link.durable_txid for link in self._needed)])
+        if txid > self.durable_txid:
+            self.durable_txid = txid
+            self._release()
+
+    # --- what links say ---
+
+    def opened(self, link: Link) -> None:
+        """LinkEvents."""
+        opened = link.opened
+        assert opened is not None
+        self._candidates.discard(link.node)
+        member = self.value.member(link.node)
+        if member is not None and not self._is_still_member(member, opened):
+            self._remove(link.node, "it has lost what it had")
+        link.follow()
+
+    def _is_still_member(self, member: Member, opened: Opened) -> bool:
+        return is_whole(member, opened.incarnation, opened.intact_since) and opened.last.txid >= self._committed_txid
+
+    def appended(self, link: Link) -> None:
+        """LinkEvents."""
+        if link in self._needed:
+            self._durable()
+            self._commit()
+        self._add_if_ready(link)
+
+    def aligned(self, link: Link, frame: Cut | Skip) -> None:
+        """LinkEvents."""
+        if isinstance(frame, Cut):
+            self._report("replica-cut", {"node": link.node, "at": frame.at})
+        else:
+            regions = sum(count for _, count in frame.regions)
+            self._report("replica-skipped", {"node": link.node, "to": frame.to, "regions": regions})
+
+    @property
+    def is_tree_committed(self) -> bool:
+        """LinkEvents."""
+        return self._committed_txid >= self._begin_txid and not any(
+            modification.kind == TREE for _, modification in self._unacknowledged
+        )
+
+    def copied(self, link: Link) -> None:
+        """LinkEvents."""
+        self._add_if_ready(link)
+
+    def refused(self, link: Link, refused: Refused) -> None:
+        """LinkEvents."""
+        if refused.reason is Refusal.EPOCH and refused.epoch > self.epoch:
+            self.depose(f"{link.node} obeys epoch {refused.epoch}")
+        elif refused.reason is Refusal.CANDIDATE:
+            self._candidates.add(link.node)
+        elif refused.reason in (Refusal.NO_ROOM, Refusal.FAILED) and self.value.member(link.node) is not None:
+            self._remove(link.node, f"it refuses: {refused.reason.name}")
+
+    def heard(self, value: ReplicaSet) -> None:
+        """The registry shows this value."""
+        if value.epoch > self.epoch or (value.epoch == self.epoch and value.owner != self._node):
+            self.depose(f"{value.owner} owns epoch {value.epoch}")
+
+    # --- the in-sync set ---
+
+    def _tick(self) -> None:
+        self._timer = self._clock.call_later(BEAT_S, self._tick)
+        for link in list(self.links.values()):
+            link.beat()
+        now_s = self._clock.now()
+        if now_s - self._begun_s > GRANT_S:
+            for link in self._needed:
+                patience_s = CANDIDATE_S if link.node in self._candidates else 0.0
+                if link.granted_until_s + patience_s <= now_s and self.value.member(link.node) is not None:
+                    self._remove(link.node, "it is silent")
+        for link in self.links.values():
+            self._add_if_ready(link)
+        if self._log.durable < self._log.last:
+            self._sync()
+        self._release()
+
+    def _remove(self, node: str, reason: str) -> None:
+        member = self.value.member(node)
+        if self._change is None and member is not None and len(self.value.in_sync) > 1:
+            self._report("replica-removed", {"node": node, "reason": reason})
+            self._make(self.value.without(node))
+
+    def _add_if_ready(self, link: Link) -> None:
+        """Ask for a replica to be a member when it has everything."""
+        if self._change is not None or self.is_deposed or self.value.member(link.node) is not None:
+            return
+        opened = link.opened
+        if opened is None or not link.is_streaming or link.regions_left or link.appended.epoch > self.epoch:
+            return
+        if link.appended.txid < self._committed_txid or link.granted_until_s <= self._clock.now():
+            return
+        if self._committed_txid < self._begin_txid:
+            return
+        self._report("replica-added", {"node": link.node})
+        self._adding = link.node
+        self._set_needed()
+        self._make(self.value.with_member(Member(link.node, opened.incarnation)))
+
+    def _make(self, new: ReplicaSet) -> None:
+        self._change = Change(self._clock, self._registry, self._key, self.value, new, self._made)
+
+    def _made(self, made: bool, there: ReplicaSet | None) -> None:
+        self._change = None
+        if there is None:
+            self.depose("the registry has lost the family's value")
+            return
+        if there.epoch != self.epoch or there.owner != self._node:
+            self.depose(f"{there.owner} owns epoch {there.epoch}")
+            return
+        self._adding = ""
+        self.value = there
+        self._set_needed()
+        self._events.changed(there)
+        self._check_members()
+        self._durable()
+        self._commit()
+
+    def _check_members(self) -> None:
+        """A member that was asked for may be another one by now."""
+        for member in self.value.in_sync:
+            link = self.links.get(member.node)
+            opened = link.opened if link is not None and link.is_open else None
+            if opened is not None and not is_whole(member, opened.incarnation, opened.intact_since):
+                self._remove(member.node, "it has lost what it had")
+
+
+def _touches(modification: Modification, lba: int, count: int) -> bool:
+    """Whether a WRITE has any of these blocks."""
+    values = memoryview(modification.body)[: 16 * modification.extents].cast("Q")
+    return any(
+        values[index] < lba + count and lba < values[index] + (values[index + 1] & 0xFFFFFFFF)
+        for index in range(0, 2 * modification.extents, 2)
+    )

@@ -1,0 +1,69 @@
+"""One end of a stream between peers: bytes in, frames out.
+
+Rules
+- What is no good frame ends the stream; whoever opened it opens another one.
+- `lost` is said once, and never after `close`.
+"""
+
+from collections.abc import Callable
+
+from metadata.seams import Connection
+from protocol.peer import Frame, PeerFrameError
+from protocol.peer_frames import FrameBuffer, encode
+
+Received = Callable[["PeerStream", Frame], None]
+Lost = Callable[["PeerStream", str], None]
+
+
+class PeerStream:
+    """The Receiver of a connection."""
+
+    def __init__(self, connection: Connection, received: Received, lost: Lost) -> None:
+        self.connection = connection
+        self.received_frame = received  # replaced when the stream was opened
+        self.lost_stream = lost
+        self.is_open = True
+        self._frames = FrameBuffer()
+
+    def send(self, frame: Frame) -> None:
+        """Send or queue it; nothing happens once the stream is over."""
+        if self.is_open:
+            self.connection.send(encode(frame))
+
+    def close(self, last: Frame | None = None) -> None:
+        """End it, after `last`; idempotent."""
+        if self.is_open:
+            self.is_open = False
+            if last is None:
+                self.connection.abort()
+            else:
+                self.connection.send(encode(last))
+                self.connection.close()
+
+    # --- Receiver ---
+
+    def buffer(self) -> memoryview:
+        return self._frames.writable()
+
+    def received(self, size_bytes: int) -> None:
+        try:
+            for frame in self._frames.received(size_bytes):
+                if not self.is_open:
+                    return
+                self.received_frame(self, frame)
+        except PeerFrameError as error:
+            self._end(str(error))
+
+    def drained(self) -> None:
+        """Nobody waits for it: what a stream may have under way is bounded by its frames."""
+
+    def lost(self, reason: str) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.lost_stream(self, reason)
+
+    def _end(self, reason: str) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.connection.abort()
+            self.lost_stream(self, reason)

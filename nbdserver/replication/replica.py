@@ -1,0 +1,351 @@
+"""A replica: follows whoever owns its family.
+
+Theory. It obeys one stream at a time: that of the highest epoch, and of one epoch the newest. What comes on it is done
+in its order by the log, which answers in its order; so "all frames up to this number are appended" is one number.
+
+     OPEN ─► promise the epoch, let what was under way end ─► OPENED ─► APPEND, COPY, ... ─► APPENDED, COPIED
+
+Rules (docs/replication.md has the reasons)
+- The epoch is persisted before OPENED (rule 4); a lower one is refused; what comes from older streams is dropped.
+- Only what follows the last position is appended (7).
+- A grant is counted from each answer; a process that has just started counts as having granted (3).
+- While this node is a candidate it grants nothing to epochs up to the one that it wants to replace (3).
+- A region's bit is cleared when its copy can neither be lost nor be cut away (13).
+
+Known weakness: appends that wait for a slow device hold up the answers to beats: the owner then removes this replica,
+as it would a dead one.
+"""
+
+import errno as errnos
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from metadata.seams import Clock, Timer
+from nbdserver.replication.grants import REPLICA_COUNTS_S
+from nbdserver.replication.peer_stream import PeerStream
+from nbdserver.replication.replica_log import ReplicaLog, runs_of
+from protocol.peer import (
+    OLDEST_VERSION,
+    VERSION,
+    Append,
+    Appended,
+    Copied,
+    Copy,
+    Cut,
+    Fetch,
+    Fetched,
+    Frame,
+    Modification,
+    Open,
+    Opened,
+    Refusal,
+    Refused,
+    Skip,
+)
+
+SYNC_S = 1.0
+FETCH_LIMIT_BYTES = 16 << 20
+
+
+CopyPlace = tuple[int, int]
+"""(region, txid of the last modification before the copy in the log)."""
+
+
+class Replica:
+    """One family's replica on this node. `higher_epoch(epoch)` is called when a stream with one is opened."""
+
+    def __init__(self, clock: Clock, log: ReplicaLog, higher_epoch: Callable[[int], None]) -> None:
+        self.log = log
+        self.granted_until_s = clock.now() + REPLICA_COUNTS_S
+        self._clock = clock
+        self._higher_epoch = higher_epoch
+        self._withheld_epoch = 0  # grants nothing to owners of it, or of lower ones
+        self._epoch = log.promised_epoch  # of the stream that is obeyed
+        self._stream: PeerStream | None = None
+        self._is_opening = False
+        self._number = 0  # of the last frame whose modifications are appended
+        self._queued = log.last  # position of the last modification given to the log
+        self._applied: list[CopyPlace] = []  # copies that are not durable yet
+        self._durable: list[CopyPlace] = []  # copies behind the committed txid
+        self._clearing = 0  # bits being cleared
+        self._is_syncing = False
+        self._sync_again = False
+        self._answer_due = False
+        self._timer: Timer | None = clock.call_later(SYNC_S, self._sync_by_itself)
+
+    # --- for the node ---
+
+    def open(self, stream: PeerStream, frame: Open) -> None:
+        """A stream has begun with OPEN for this family."""
+        if frame.epoch < self._epoch:
+            stream.close(Refused(self._epoch, Refusal.EPOCH))
+            return
+        if frame.epoch <= self._withheld_epoch:
+            stream.close(Refused(self._epoch, Refusal.CANDIDATE))
+            return
+        if not (frame.oldest_version <= VERSION and frame.newest_version >= OLDEST_VERSION):
+            stream.close(Refused(self._epoch, Refusal.VERSION))
+            return
+        self._drop_stream()
+        stream.received_frame, stream.lost_stream = self._received, self._lost
+        self._stream, self._is_opening = stream, True
+        if frame.epoch > self._epoch:
+            self._epoch = frame.epoch
+            self._higher_epoch(frame.epoch)
+
+        def promised(errno: int) -> None:
+            if self._stream is not stream:
+                return
+            if errno:
+                self._refuse(Refusal.FAILED)
+            else:
+                self.log.append((), ended)  # what was under way for an older stream comes first
+
+        def ended(errno: int) -> None:
+            if self._stream is stream:
+                self._opened(errno)
+
+        if self.log.promised_epoch < frame.epoch:
+            self.log.promise(frame.epoch, promised)
+        else:
+            promised(0)
+
+    def withhold(self, epoch: int) -> None:
+        """Obey nobody of this epoch any more, nor of lower ones: this node is a candidate."""
+        self._withheld_epoch = epoch
+        if self._epoch <= epoch:
+            self._refuse(Refusal.CANDIDATE)
+            self._drop_stream()
+
+    def give_again(self) -> None:
+        """It is not a candidate any more, nor an owner."""
+        self._withheld_epoch = 0
+
+    def own(self, epoch: int) -> None:
+        """This node owns the family under this epoch."""
+        self._drop_stream()
+        self._epoch = self._withheld_epoch = epoch
+
+    def close(self) -> None:
+        """Obey nobody, do nothing by itself any more."""
+        self._drop_stream()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def is_obeying(self) -> bool:
+        """Whether there is an owner's stream."""
+        return self._stream is not None
+
+    def _drop_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        self._is_opening = False
+        self._forget_copies()
+        if stream is not None:
+            stream.close()
+
+    # --- the stream ---
+
+    def _opened(self, errno: int) -> None:
+        """The log stands still; say where."""
+        log, stream = self.log, self._stream
+        if self._clearing:
+            # A bit that is set again by what follows must not be cleared by what went before.
+            self._clock.call_later(0.001, partial(self._opened_if, stream, errno))
+            return
+        if errno and errno != errnos.ESTALE:
+            self._refuse(Refusal.FAILED)
+            return
+        assert stream is not None
+        self._is_opening = False
+        self._number = 0
+        self._queued = log.last
+        stream.send(
+            Opened(
+                log.incarnation,
+                log.intact_since,
+                log.last,
+                log.durable,
+                log.committed_txid,
+                log.room_bytes,
+                log.epochs,
+                log.resync,
+            )
+        )
+
+    def _opened_if(self, stream: PeerStream | None, errno: int) -> None:
+        if stream is not None and stream is self._stream:
+            self._opened(errno)
+
+    def _lost(self, stream: PeerStream, reason: str) -> None:
+        if stream is self._stream:
+            self._drop_stream()
+
+    def _refuse(self, reason: Refusal) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close(Refused(self._epoch, reason))
+
+    def _received(self, stream: PeerStream, frame: Frame) -> None:
+        if stream is not self._stream:
+            return
+        if self._is_opening:
+            self._refuse(Refusal.NOT_NEXT)  # an owner waits for OPENED
+            return
+        match frame:
+            case Append():
+                self._append(stream, frame)
+            case Copy():
+                self._copy(stream, frame)
+            case Cut() | Skip():
+                self._align(stream, frame)
+            case Fetch():
+                self._fetch(stream, frame)
+            case _:
+                self._refuse(Refusal.NOT_NEXT)
+
+    def _append(self, stream: PeerStream, frame: Append) -> None:
+        log = self.log
+        if frame.epoch != self._epoch:
+            self._refuse(Refusal.EPOCH)
+            return
+        if frame.modifications and not self._follows(frame.modifications):
+            self._refuse(Refusal.NOT_NEXT)
+            return
+        if frame.modifications:
+            self._queued = frame.modifications[-1].position
+        number = frame.number
+
+        def appended(errno: int) -> None:
+            if stream is not self._stream:
+                return
+            if errno:
+                self._refuse(Refusal.NO_ROOM if errno == errnos.ENOSPC else Refusal.FAILED)
+                return
+            self._number = number
+            log.set_committed(frame.committed_txid)
+            self._clear_bits()
+            if frame.sync_txid > log.durable.txid:
+                self._sync()
+            self._answer_soon()
+
+        log.append(frame.modifications, appended)
+
+    def _follows(self, modifications: Sequence[Modification]) -> bool:
+        """Whether they follow what was appended last, and each other."""
+        last = self._queued
+        for each in modifications:
+            if each.txid != last.txid + 1 or each.epoch < last.epoch:
+                return False
+            last = each.position
+        return True
+
+    def _answer_soon(self) -> None:
+        """One answer a wake, however many frames."""
+        if not self._answer_due:
+            self._answer_due = True
+            self._clock.call_soon(self._answer)
+
+    def _answer(self) -> None:
+        self._answer_due = False
+        stream, log = self._stream, self.log
+        if stream is None or self._is_opening:
+            return
+        self.granted_until_s = self._clock.now() + REPLICA_COUNTS_S
+        stream.send(Appended(self._number, log.last, log.durable, log.room_bytes))
+
+    # --- logs that differ ---
+
+    def _align(self, stream: PeerStream, frame: Cut | Skip) -> None:
+        self._is_opening = True
+        self._forget_copies()
+
+        def aligned(errno: int) -> None:
+            if stream is self._stream:
+                self._opened(errno)
+
+        if isinstance(frame, Cut):
+            self.log.cut(frame.at, aligned)
+        else:
+            self.log.skip(frame.to, frame.epochs, frame.regions, frame.tree, aligned)
+
+    def _fetch(self, stream: PeerStream, frame: Fetch) -> None:
+        def read(errno: int, modifications: Sequence[Modification] | None) -> None:
+            if stream is not self._stream:
+                return
+            if errno:
+                self._refuse(Refusal.FAILED)
+            else:
+                stream.send(Fetched(modifications or (), is_gone=modifications is None))
+
+        self.log.modifications(frame.after, min(frame.limit_bytes, FETCH_LIMIT_BYTES), read)
+
+    # --- copies ---
+
+    def _copy(self, stream: PeerStream, frame: Copy) -> None:
+        place = self._queued
+
+        def applied(errno: int) -> None:
+            if stream is not self._stream:
+                return
+            if errno:
+                stream.send(Copied(frame.region, errno))
+                return
+            self._applied.append((frame.region, place.txid))
+            self._sync()
+
+        self.log.apply_copy(frame, applied)
+
+    def _forget_copies(self) -> None:
+        """Their bits stay: they are made again."""
+        self._applied.clear()
+        self._durable.clear()
+
+    def _clear_bits(self) -> None:
+        """Of the regions whose copies are durable, and not behind the committed txid."""
+        committed_txid, stream = self.log.committed_txid, self._stream
+        regions = sorted({region for region, txid in self._durable if txid <= committed_txid})
+        if not regions or stream is None:
+            return
+        self._durable = [each for each in self._durable if each[1] > committed_txid]
+        self._clearing += 1
+
+        def cleared(errno: int) -> None:
+            self._clearing -= 1
+            if stream is self._stream:
+                for region in regions:
+                    stream.send(Copied(region, errno))
+
+        self.log.resync_done(runs_of(regions), cleared)
+
+    # --- durability ---
+
+    def _sync_by_itself(self) -> None:
+        self._timer = self._clock.call_later(SYNC_S, self._sync_by_itself)
+        if self.log.durable < self.log.last:
+            self._sync()
+
+    def _sync(self) -> None:
+        """One at a time; who asks meanwhile has the next one."""
+        if self._is_syncing:
+            self._sync_again = True
+            return
+        self._is_syncing = True
+        applied = self._applied[:]
+
+        def synced(errno: int) -> None:
+            self._is_syncing = False
+            if errno:
+                self._refuse(Refusal.FAILED)
+                return
+            if applied and self._applied[: len(applied)] == applied:
+                del self._applied[: len(applied)]
+                self._durable += applied
+                self._clear_bits()
+            if self._sync_again:
+                self._sync_again = False
+                self._sync()
+            self._answer_soon()
+
+        self.log.sync(synced)

@@ -1,0 +1,399 @@
+"""The log of a replica, in memory: the twin of the log disk behind the `ReplicaLog` protocol.
+
+Theory. A `MemoryDisk` outlives processes: a base, which is the last checkpoint, and the records behind it. A
+`MemoryLog` is one opening of it. What the log says is what replaying the records onto the base gives; a cut drops
+records, a power loss those that were not synced, and nothing else ever changes them.
+
+Rules of this file
+- Appends and copies have one lane, what is persisted has another; in each, calls are answered in their order, late.
+- A checkpoint moves the base forward at any time, but not past what is synced and committed.
+- A region has REGION_BLOCKS blocks here, so that a small volume has many.
+"""
+
+import errno
+import random
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from metadata.seams import Clock, Done
+from nbdserver.replication.replica_log import Tap, runs_of
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE
+from protocol.invariant import invariant
+from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
+
+REGION_BLOCKS = 4
+CAPACITY_BYTES = 1 << 30
+
+
+class Image:
+    """What a replica shows: blocks and regions, each with the txid of its last modification."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[int, bytes | None]] = {}
+        self.region_txids: dict[int, int] = {}
+        self.last = BEGINNING
+        self.epochs: Epochs = ()
+
+    def copy(self) -> "Image":
+        image = Image()
+        image.blocks, image.region_txids = dict(self.blocks), dict(self.region_txids)
+        image.last, image.epochs = self.last, self.epochs
+        return image
+
+    def apply(self, record: Modification | Copy) -> None:
+        if isinstance(record, Copy):
+            self._apply_copy(record)
+            return
+        position = record.position
+        data = b"".join(record.data)
+        at = 0
+        values = array("Q", record.body[: 16 * record.extents])
+        for lba, packed in zip(values[::2], values[1::2], strict=True):
+            for block in range(lba, lba + (packed & 0xFFFFFFFF)):
+                content = None
+                if packed >> 32 == EXTENT_DATA:
+                    content = data[at : at + BLOCK_BYTES]
+                    at += BLOCK_BYTES
+                self.blocks[block] = (position.txid, content)
+                self.region_txids[block // REGION_BLOCKS] = position.txid
+        self.last = position
+        kept = self.epochs[:-1] if self.epochs and self.epochs[-1].epoch == position.epoch else self.epochs
+        self.epochs = (*kept, position)
+
+    def _apply_copy(self, copy: Copy) -> None:
+        entries = array("Q", copy.entries)
+        data = b"".join(copy.data)
+        theirs: dict[int, tuple[int, bytes | None]] = {}
+        for index, (lba, txid) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
+            theirs[lba] = (txid, data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+        first = copy.region * REGION_BLOCKS
+        for lba in range(first, first + REGION_BLOCKS):
+            if lba in theirs:
+                self.blocks[lba] = theirs[lba]
+            else:
+                self.blocks.pop(lba, None)
+        self.region_txids[copy.region] = max(copy.region_txid, self.region_txids.get(copy.region, 0))
+
+    def read(self, lba: int) -> bytes:
+        return self.blocks.get(lba, (0, None))[1] or bytes(BLOCK_BYTES)
+
+
+class MemoryDisk:
+    """A disk that holds one replica."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.base = Image()
+        self.records: list[Modification | Copy] = []
+        self.dropped = 0  # records that are in the base
+        self.synced = 0  # records, those that were dropped too
+        self.incarnation = rng.randrange(1 << 40, 1 << 50)
+        self.intact_since = self.incarnation + 1
+        self.promised_epoch = 0
+        self.resync: set[int] = set()
+        self.has_lost_power = False
+
+    def crash(self, rng: random.Random, power: bool) -> None:
+        """The process ends; without power what was not synced may be gone, from some record on."""
+        if power:
+            self.has_lost_power = True
+            del self.records[rng.randint(self.synced - self.dropped, len(self.records)) :]
+
+    def forget_unsynced(self) -> None:
+        """The power loss that is to come takes all that it can."""
+        del self.records[self.synced - self.dropped :]
+
+    def sync_all(self) -> None:
+        """The power loss that is to come takes nothing."""
+        self.synced = self.dropped + len(self.records)
+
+    def replay(self) -> Image:
+        image = self.base.copy()
+        for record in self.records:
+            image.apply(record)
+        return image
+
+
+class MemoryLog:
+    """`ReplicaLog`."""
+
+    def __init__(self, disk: MemoryDisk, clock: Clock, rng: random.Random, slow: float = 0.0) -> None:
+        self.disk = disk
+        self._clock = clock
+        self._random = rng
+        self._slow = slow
+        self._tap: Tap | None = None
+        self._lanes: dict[str, deque[tuple[Callable[[], int], Done]]] = {"log": deque(), "store": deque()}
+        self._committed_txid = 0
+        self.is_full = False
+        self.epoch = 0
+        self._open()
+        self._checkpoint_sometimes()
+
+    def _open(self) -> None:
+        disk = self.disk
+        disk.incarnation += 1
+        if disk.has_lost_power:
+            disk.intact_since = disk.incarnation
+            disk.has_lost_power = False
+        disk.synced = disk.dropped + len(disk.records)  # the recovered tail is written anew
+        self.image = disk.replay()
+        self._durable = self.image.last
+
+    # --- what it says of itself ---
+
+    @property
+    def incarnation(self) -> int:
+        return self.disk.incarnation
+
+    @property
+    def intact_since(self) -> int:
+        return self.disk.intact_since
+
+    @property
+    def promised_epoch(self) -> int:
+        return self.disk.promised_epoch
+
+    @property
+    def last(self) -> Position:
+        return self.image.last
+
+    @property
+    def durable(self) -> Position:
+        return self._durable
+
+    @property
+    def committed_txid(self) -> int:
+        return max(self._committed_txid, self.disk.base.last.txid)
+
+    @property
+    def room_bytes(self) -> int:
+        return 0 if self.is_full else CAPACITY_BYTES
+
+    @property
+    def epochs(self) -> Epochs:
+        return self.image.epochs
+
+    # --- lanes ---
+
+    def _later(self, lane: str, act: Callable[[], int], done: Done) -> None:
+        queue = self._lanes[lane]
+        queue.append((act, done))
+        if len(queue) == 1:
+            self._clock.call_later(self._latency_s(lane), lambda: self._next(lane))
+
+    def _latency_s(self, lane: str) -> float:
+        if self._slow and self._random.random() < self._slow:
+            return 0.2 * self._random.random()
+        return 0.002 * self._random.random() if lane == "store" or self._random.random() < 0.1 else 0.0
+
+    def _next(self, lane: str) -> None:
+        queue = self._lanes[lane]
+        act, done = queue[0]
+        result = act()
+        queue.popleft()
+        if queue:
+            self._clock.call_later(self._latency_s(lane), lambda: self._next(lane))
+        done(result)
+
+    # --- an owner's ---
+
+    def begin_epoch(self, epoch: int) -> None:
+        invariant(epoch <= self.promised_epoch, "an epoch is promised before it begins")
+        self.epoch = epoch
+
+    def tap(self, tap: Tap | None) -> None:
+        self._tap = tap
+
+    def order(self, lba: int, blocks: Sequence[bytes | None]) -> Modification:
+        """Blocks one after the other are written, or discarded (None), as an owner's client asked for it."""
+        invariant(self._tap is not None, "nobody owns this log")
+        extents = array("Q")
+        for index, content in enumerate(blocks):
+            extents.extend((lba + index, 1 | (EXTENT_HOLE if content is None else EXTENT_DATA) << 32))
+        data = [content for content in blocks if content is not None]
+        body = extents.tobytes() + array("Q", [0] * len(data)).tobytes() + array("I", map(crc32c, data)).tobytes()
+        txid = self.last.txid + 1
+        modification = Modification(self.epoch, txid, WRITE, 1, len(blocks), len(data), body, data)
+        self._take(modification)
+        assert self._tap is not None
+        self._tap(modification)
+        return modification
+
+    def _take(self, record: Modification | Copy) -> None:
+        self.disk.records.append(record)
+        self.image.apply(record)
+
+    # --- a replica's ---
+
+    def promise(self, epoch: int, done: Done) -> None:
+        def act() -> int:
+            self.disk.promised_epoch = max(epoch, self.disk.promised_epoch)
+            return 0
+
+        self._later("store", act, done)
+
+    def append(self, modifications: Sequence[Modification], done: Done) -> None:
+        def act() -> int:
+            if modifications and self.is_full:
+                return errno.ENOSPC
+            for each in modifications:
+                if each.txid != self.last.txid + 1 or each.epoch < self.last.epoch:
+                    return errno.ESTALE
+                self._take(each)
+            return 0
+
+        self._later("log", act, done)
+
+    def set_committed(self, txid: int) -> None:
+        self._committed_txid = max(txid, self._committed_txid)
+
+    def sync(self, done: Done) -> None:
+        disk, last, incarnation = self.disk, self.last, self.incarnation
+        number = disk.dropped + len(disk.records)
+
+        def act() -> int:
+            if incarnation == self.incarnation:  # it was not cut since
+                disk.synced = max(disk.synced, number)
+                self._durable = max(self._durable, last)
+            return 0
+
+        self._later("store", act, done)
+
+    # --- logs that differ ---
+
+    def modifications(
+        self, after: Position, limit_bytes: int, done: Callable[[int, Sequence[Modification] | None], None]
+    ) -> None:
+        def answer() -> None:
+            base = self.disk.base.last
+            if after < base:
+                done(0, None)
+                return
+            found: list[Modification] = []
+            size_bytes = 0
+            for record in self.disk.records:
+                if isinstance(record, Modification) and record.position > after and size_bytes < limit_bytes:
+                    found.append(record)
+                    size_bytes += record.size_bytes
+            done(0, found)
+
+        self._clock.call_later(0.002 * self._random.random(), answer)
+
+    def cut(self, at: Position, done: Done) -> None:
+        def act() -> int:
+            if at < self.disk.base.last:
+                return errno.ENOENT
+            if at > self.last:
+                return errno.EINVAL
+            kept = 0
+            if at != self.disk.base.last:
+                positions = [getattr(record, "position", None) for record in self.disk.records]
+                invariant(at in positions, f"{at} is not in the log")
+                kept = positions.index(at) + 1
+            del self.disk.records[kept:]
+            self._tap = None
+            self._open()
+            return 0
+
+        self._later("log", act, done)
+
+    @property
+    def tree(self) -> bytes:
+        return b""  # this log has one layer
+
+    def skip(self, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
+        def act() -> int:
+            image = self.image
+            image.last, image.epochs = to, epochs
+            self.disk.resync.update(region for first, count in regions for region in range(first, first + count))
+            self._rebase(image.copy(), len(self.disk.records))
+            self._durable = to
+            return 0
+
+        self._later("log", act, done)
+
+    def _rebase(self, base: Image, dropped: int) -> None:
+        disk = self.disk
+        disk.base = base
+        del disk.records[:dropped]
+        disk.dropped += dropped
+        disk.synced = max(disk.synced, disk.dropped)
+
+    def _checkpoint_sometimes(self) -> None:
+        self._clock.call_later(5.0 * self._random.random(), self._checkpoint_sometimes)
+        self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Move the base to the last record that may not be cut away any more."""
+        disk = self.disk
+        taken = 0
+        for index, record in enumerate(disk.records[: disk.synced - disk.dropped]):
+            if isinstance(record, Modification):
+                if record.txid > self.checkpoint_limit_txid:
+                    break
+                taken = index + 1  # copies behind it go with a cut: they stay records
+        if taken and self._random.random() < 0.7:
+            base = disk.base.copy()
+            for record in disk.records[:taken]:
+                base.apply(record)
+            self._rebase(base, taken)
+
+    @property
+    def checkpoint_limit_txid(self) -> int:
+        """No checkpoint passes it."""
+        return self._committed_txid
+
+    # --- regions ---
+
+    def regions_after(self, txid: int) -> Runs:
+        return runs_of(sorted(region for region, last in self.image.region_txids.items() if last > txid))
+
+    @property
+    def resync(self) -> Runs:
+        return runs_of(sorted(self.disk.resync))
+
+    @property
+    def resync_count(self) -> int:
+        return len(self.disk.resync)
+
+    def resync_add(self, regions: Runs, done: Done) -> None:
+        def act() -> int:
+            self.disk.resync.update(region for first, count in regions for region in range(first, first + count))
+            return 0
+
+        self._later("store", act, done)
+
+    def resync_done(self, regions: Runs, done: Done) -> None:
+        def act() -> int:
+            for first, count in regions:
+                self.disk.resync.difference_update(range(first, first + count))
+            return 0
+
+        self._later("store", act, done)
+
+    def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
+        def answer() -> None:
+            first = region * REGION_BLOCKS
+            entries, data = array("Q"), []
+            for lba in range(first, first + REGION_BLOCKS):
+                txid, content = self.image.blocks.get(lba, (0, None))
+                if content is not None:
+                    entries.extend((lba, txid))
+                    data.append(content)
+            checksums = array("I", map(crc32c, data)).tobytes()
+            region_txid = self.image.region_txids.get(region, 0)
+            copy = Copy(region, self.last.txid, region_txid, entries.tobytes(), checksums, data)
+            done(0, copy)
+
+        self._clock.call_later(self._random.choice([0.001, 0.01, 0.2]) * self._random.random(), answer)
+
+    def apply_copy(self, copy: Copy, done: Done) -> None:
+        def act() -> int:
+            if copy.txid != self.last.txid:
+                return errno.ESTALE
+            self._take(copy)
+            return 0
+
+        self._later("log", act, done)

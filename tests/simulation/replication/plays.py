@@ -1,0 +1,206 @@
+"""Plays: for each rule that chance meets too rarely, the few steps after which it is all that stands.
+
+Each raises ViolationError if something is wrong in the end, or on the way.
+"""
+
+from tests.simulation.registers import ViolationError
+from tests.simulation.replication.stage import Stage
+
+
+def the_owner_is_cut_off_and_somebody_attaches_at_once() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.isolate(1)
+    stage.scenario.attach_at(stage.node(2))
+    stage.run(0.5)
+
+
+def somebody_attaches_elsewhere_while_all_is_well() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.attach(2)
+    stage.end()
+
+
+def a_member_is_started_anew_and_the_owner_does_not_hear_of_it() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.isolate(1)
+    stage.kill(2)
+    stage.start(2)
+    stage.scenario.attach_at(stage.node(2))
+    stage.run(0.5)
+
+
+def a_new_owner_reads_what_only_it_has() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    mend = stage.block((1,), (3,))
+    stage.write(1, 0)
+    stage.until(lambda: stage.node(2).log.last == stage.node(1).log.last)
+    stage.kill(1, power=True)
+    mend()
+    stage.scenario.attach_at(stage.node(2))
+    stage.until(lambda: stage.node(2).family.owner is not None)
+    mend = stage.block((2,), (3,))
+    stage.read(2, 0)
+    stage.run(0.1)
+    stage.kill(2, power=True)
+    mend()
+    stage.attach(3)
+    stage.read(3, 0)
+    stage.run(0.1)
+
+
+def a_replica_is_added_and_the_owner_does_not_hear_of_it() -> None:
+    stage = Stage(2)
+    stage.kill(2)
+    stage.until(lambda: stage.in_sync() == {1})
+    stage.start(2)
+    stage.until(lambda: stage.owner(1)._adding != "")
+    stage.cluster.registry.unknown = 1.0
+    stage.until(lambda: stage.in_sync() == {1, 2}, 60.0)
+    mend = stage.isolate(1)
+    stage.write(1, 0)
+    stage.run(0.5)
+    stage.cluster.registry.unknown = 0.0
+    stage.attach(2)
+    stage.read(2, 0)
+    stage.run(0.1)
+    mend()
+    stage.end()
+
+
+def away_for_long(stage: Stage) -> None:
+    """Node 3 was away, and the logs of the others do not go back any more."""
+    stage.write_everywhere(1)
+    stage.kill(3)
+    stage.until(lambda: stage.in_sync() == {1, 2})
+    stage.write_everywhere(1)
+    stage.forget_log(1)
+    stage.start(3)
+
+
+def a_replica_dies_when_it_has_skipped() -> None:
+    stage = Stage()
+    away_for_long(stage)
+    stage.until(lambda: stage.node(3).log.last == stage.node(1).log.last)
+    stage.kill(3)
+    stage.start(3)
+    stage.end()
+
+
+def a_replica_loses_its_power_when_it_has_fetched_a_region() -> None:
+    stage = Stage()
+    away_for_long(stage)
+    stage.until(lambda: stage.node(3).log.resync_count > 1)
+    left = stage.node(3).log.resync_count
+    stage.until(lambda: stage.node(3).log.resync_count < left)
+    stage.kill(3, power=True)
+    stage.start(3)
+    stage.end()
+
+
+def a_region_is_fetched_with_what_is_never_committed() -> None:
+    stage = Stage()
+    away_for_long(stage)
+    stage.until(lambda: stage.node(3).log.resync_count > 0)
+    stage.block((1,), (2,))
+    for lba in range(0, 24, 4):
+        stage.write(1, lba)
+    stage.cluster.run_until(lambda: stage.node(3).log.resync_count == 0, 0.7)
+    stage.kill(1, power=True)
+    stage.attach(2)
+    stage.end()
+
+
+def what_is_read_dies_with_the_owner() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.block((1,), (2, 3))
+    stage.write(1, 0)
+    stage.read(1, 0)
+    stage.run(0.1)
+    stage.kill(1, power=True)
+    stage.attach(2)
+    stage.read(2, 0)
+    stage.run(0.1)
+
+
+def a_flush_is_all_that_is_left() -> None:
+    stage = Stage(slow=(2, 3))
+    stage.write(1, 0)
+    stage.until(lambda: not stage.node(1).open)
+    stage.scenario.flush(stage.owner(1))
+    stage.until(lambda: stage.scenario.answers["flush"] == 1)
+    for number in (2, 3):
+        stage.node(number).log.disk.forget_unsynced()
+    for number in (1, 2, 3):
+        stage.kill(number, power=True)
+    stage.cluster.machines["node-1"].lose_disk()
+    for number in (1, 2, 3):
+        stage.start(number)
+    stage.attach(2)
+    stage.end()
+
+
+def the_longest_log_is_not_the_candidates() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    before = stage.node(1).log.image.read(0)
+    stage.run(2.0)  # synced
+    stage.write(1, 0)
+    stage.until(lambda: not stage.node(1).open)
+    after = stage.node(1).log.image.read(0)
+    stage.node(3).log.disk.sync_all()
+    for number in (1, 2):
+        stage.node(number).log.disk.forget_unsynced()
+    for number in (1, 2, 3):
+        stage.kill(number, power=True)
+    for number in (1, 2, 3):
+        stage.start(number)
+    stage.attach(2)
+    stage.end()
+    assert before != after
+    if stage.node(1).log.image.read(0) != after:
+        raise ViolationError("what a replica still had is gone")
+
+
+def a_member_has_no_room() -> None:
+    stage = Stage()
+    stage.node(3).log.is_full = True
+    stage.run(1.0)
+    stage.write(1, 0)
+    stage.run(2.0)
+    if stage.in_sync() != {1, 2, 3}:
+        raise ViolationError("a full replica was given what it cannot take")
+    stage.node(3).log.is_full = False
+    stage.run(1.0)
+    stage.write(1, 0)
+    stage.until(lambda: stage.scenario.answers["write"] == 1)
+    stage.end()
+
+
+def an_old_owner_comes_back_with_a_tail() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    mend = stage.isolate(1)
+    stage.write(1, 0)
+    stage.run(0.1)
+    stage.attach(2)
+    stage.write(2, 4)
+    stage.run(1.0)
+    mend()
+    stage.end()
+    assert stage.scenario.reports["replica-cut"]
+
+
+def the_owner_sleeps_and_is_asked_when_it_wakes() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.cluster.machines["node-1"].pause()
+    stage.attach(2)
+    stage.write_everywhere(2)
+    stage.cluster.machines["node-1"].resume()
+    stage.read(1, 0)
+    stage.end()

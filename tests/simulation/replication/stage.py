@@ -1,0 +1,132 @@
+"""A stage for plays: a replicated volume without faults of chance, and a script that makes exactly one thing happen.
+
+Chance finds what nobody thought of; what a rule is there for is sometimes too rare for it. A play leads there in a few
+steps. The judge is the same as in every run: the registers, and the comparison of all replicas in the end.
+"""
+
+import random
+from collections.abc import Callable
+
+from nbdserver.replication.owner import Owner
+from tests.simulation.cluster.cluster import Cluster
+from tests.simulation.cluster.faults import Mix
+from tests.simulation.registers import ViolationError
+from tests.simulation.replication.memory_log import REGION_BLOCKS
+from tests.simulation.replication.replicated import BLOCKS, ReplicaNode, ReplicatedScenario
+
+CHECK_S = 0.001
+
+
+class Stage:
+    """The nodes `1` to `count`, the first of which owns the volume."""
+
+    def __init__(self, count: int = 3, slow: tuple[int, ...] = ()) -> None:
+        self.scenario = ReplicatedScenario(random.Random("stage"), trouble=0.0, count=count)
+        self.cluster = Cluster(7, Mix(), self.scenario.start)
+        self.scenario.slow = {f"node-{number}" for number in slow}
+        self.scenario.begin(self.cluster)
+        self.attach(1)
+        self.until(lambda: self.in_sync() == set(range(1, count + 1)))
+
+    # --- who is there ---
+
+    def node(self, number: int) -> ReplicaNode:
+        node = self.cluster.machines[f"node-{number}"].node
+        assert isinstance(node, ReplicaNode)
+        return node
+
+    def owner(self, number: int) -> Owner:
+        owner = self.node(number).family.owner
+        assert owner is not None
+        return owner
+
+    def in_sync(self) -> set[int]:
+        return {int(member.node.removeprefix("node-")) for member in self.scenario.value().in_sync}
+
+    # --- time ---
+
+    def run(self, duration_s: float) -> None:
+        """Let time go by, and look often."""
+        until_s = self.cluster.now_s + duration_s
+        while self.cluster.now_s < until_s:
+            self.cluster.run(CHECK_S)
+            self.scenario.check()
+
+    def until(self, holds: Callable[[], bool], limit_s: float = 10.0) -> None:
+        """Run to the very event after which it holds."""
+        if not self.cluster.run_until(holds, limit_s):
+            raise ViolationError(f"{limit_s:g} s went by without what should happen")
+
+    # --- what happens ---
+
+    def attach(self, number: int) -> None:
+        """Somebody attaches there until that node answers."""
+        for _ in range(10):
+            self.scenario.attach_at(self.node(number))
+            if self.cluster.run_until(lambda: self.answers(number), 3.0):
+                return
+        raise ViolationError(f"node-{number} does not become the owner")
+
+    def answers(self, number: int) -> bool:
+        owner = self.node(number).family.owner
+        return owner is not None and owner.has_authority
+
+    def write(self, number: int, lba: int, count: int = 1) -> None:
+        """Through that node; it is not waited for."""
+        self.scenario.write(self.node(number), self.owner(number), lba, count, discards=False)
+
+    def write_everywhere(self, number: int) -> None:
+        """A block in every region, and wait until that is acknowledged."""
+        for lba in range(0, BLOCKS, REGION_BLOCKS):
+            self.write(number, lba)
+        self.until(lambda: not self.node(number).open)
+
+    def read(self, number: int, lba: int) -> None:
+        self.scenario.read(self.node(number), self.owner(number), lba, 1)
+
+    def block(self, sources: tuple[int, ...], targets: tuple[int, ...]) -> Callable[[], None]:
+        """What one half sends does not reach the other; returns what mends it."""
+        paths = self.cluster.wires.paths([f"node-{each}" for each in sources], [f"node-{each}" for each in targets])
+        for path in paths:
+            path.block()
+
+        def mend() -> None:
+            for path in paths:
+                path.unblock()
+
+        return mend
+
+    def isolate(self, number: int) -> Callable[[], None]:
+        """A node hears nobody, nor does anybody hear it, the registry neither."""
+        others = tuple(each for each in range(1, len(self.cluster.machines) + 1) if each != number)
+        mends = [self.block((number,), others), self.block(others, (number,))]
+        self.cluster.registry.cuts[f"node-{number}"] += 1
+
+        def mend() -> None:
+            self.cluster.registry.cuts[f"node-{number}"] -= 1
+            for each in mends:
+                each()
+
+        return mend
+
+    def kill(self, number: int, power: bool = False) -> None:
+        self.cluster.machines[f"node-{number}"].end(power)
+
+    def start(self, number: int) -> None:
+        self.cluster.start(f"node-{number}")
+
+    def forget_log(self, number: int) -> None:
+        """A checkpoint: the log does not go back any more."""
+        self.run(2.0)  # everybody knows what is committed, and has synced
+        for _ in range(30):
+            self.node(number).log.checkpoint()
+
+    def end(self) -> None:
+        """All that run must come to be in sync and hold the same."""
+        for _ in range(120):
+            if not self.scenario.missing():
+                break
+            self.cluster.run(0.5)
+        else:
+            raise ViolationError(self.scenario.missing())
+        self.scenario.end()

@@ -1,0 +1,379 @@
+"""Simulated replicated volumes: no answer is ever wrong, and all replicas are the same when all is healed.
+
+Each rule of docs/replication.md has a canary: the rule is taken away, and the simulator must notice.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+from metadata.registry_calls import Outcome, Swap
+from metadata.replica_set import Change
+from metadata.seams import Done
+from nbdserver.replication import owner as owner_module
+from nbdserver.replication import takeover as takeover_module
+from nbdserver.replication.link import Link
+from nbdserver.replication.owner import Owner
+from nbdserver.replication.peer_stream import PeerStream
+from nbdserver.replication.replica import Replica
+from nbdserver.replication.takeover import Takeover
+from protocol.peer import Append, Copy, Epochs, Frame, Position, Runs
+from tests.simulation.cluster.faults import Mix
+from tests.simulation.registers import ViolationError
+from tests.simulation.replication import plays
+from tests.simulation.replication.memory_log import REGION_BLOCKS, Image, MemoryLog
+from tests.simulation.replication.replicated import replication_run
+from tests.simulation.seeds import try_seed
+
+SEEDS = 30
+CHUNK = 5
+TRIES = 60  # runs in which a canary must be found
+WORLD = "replication"
+Patch = Callable[[pytest.MonkeyPatch], None]
+Play = Callable[[], None]
+PLAYS: list[Play] = [
+    play
+    for play in vars(plays).values()
+    if isinstance(play, FunctionType) and play.__module__ == plays.__name__ and not play.__code__.co_argcount
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_nothing_wrong_is_seen_and_all_replicas_are_the_same_when_it_is_healed(first: int) -> None:
+    tried = [try_seed(WORLD, seed) for seed in range(first, first + CHUNK)]
+    wrong = [f"seed {each.seed}: {each.wrong}\n    {each.again}" for each in tried if each.wrong]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_few_seeds_meet_everything_that_can_happen_to_a_replica() -> None:
+    met: Counter[str] = Counter()
+    for seed in range(20):
+        scenario, run = replication_run(seed)
+        run.go()
+        met.update(scenario.answers)
+        met.update(scenario.reports)
+    for name in (
+        "write", "write unknown", "read at once", "read later", "flush", "taken over", "not taken over", "generation",
+        "conspiracy", "owner-deposed", "replica-removed", "replica-added", "replica-cut", "replica-skipped",
+    ):  # fmt: skip
+        assert met[name], f"nobody met {name!r}"
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    prints = {try_seed(WORLD, 7).fingerprint for _ in range(2)}
+    assert len(prints) == 1
+    assert try_seed(WORLD, 8).fingerprint not in prints
+
+
+@pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.__name__)
+def test_a_play_ends_well(play: Play) -> None:
+    play()
+
+
+# --- canaries ---------------------------------------------------------------------------------------------------------
+
+
+def acknowledged_by_the_owner_alone(patch: pytest.MonkeyPatch) -> None:  # rule 1
+    def commit(self: Owner) -> None:
+        self._committed_txid = self._log.last.txid
+        self._log.set_committed(self._committed_txid)
+        self._release()
+
+    patch.setattr(Owner, "_commit", commit)
+
+
+def grants_are_not_needed(patch: pytest.MonkeyPatch) -> None:  # rule 2
+    def has_authority(self: Owner) -> bool:
+        return not self.is_deposed and self._committed_txid >= self._begin_txid
+
+    patch.setattr(Owner, "has_authority", property(has_authority))
+
+
+def a_candidate_does_not_wait(patch: pytest.MonkeyPatch) -> None:  # rule 3
+    patch.setattr(takeover_module, "OPEN_WAIT_S", 0.0)  # which alone would be long enough
+    honest = Takeover._wait
+
+    def wait(self: Takeover) -> None:
+        self._replica.granted_until_s = 0.0
+        honest(self)
+
+    patch.setattr(Takeover, "_wait", wait)
+
+
+def a_candidate_goes_on_granting(patch: pytest.MonkeyPatch) -> None:  # rule 3
+    patch.setattr(Replica, "withhold", lambda self, epoch: None)
+
+
+def who_starts_has_granted_nothing(patch: pytest.MonkeyPatch) -> None:  # rule 3
+    patch.setattr(takeover_module, "OPEN_WAIT_S", 0.0)
+    honest = Replica.__init__
+
+    def init(self: Replica, *arguments: Any) -> None:
+        honest(self, *arguments)
+        self.granted_until_s = 0.0
+
+    patch.setattr(Replica, "__init__", init)
+
+
+def a_new_owner_answers_at_once(patch: pytest.MonkeyPatch) -> None:  # rule 5, and the grants that hide it
+    patch.setattr(Owner, "has_authority", property(lambda self: not self.is_deposed))
+
+
+def what_does_not_follow_is_appended(patch: pytest.MonkeyPatch) -> None:  # rule 7
+    frames_get_lost(patch)
+    patch.setattr(Replica, "_follows", lambda self, modifications: True)
+
+    def append(self: MemoryLog, modifications: Any, done: Done) -> None:
+        def act() -> int:
+            for each in modifications:
+                self._take(each)
+            return 0
+
+        self._later("log", act, done)
+
+    patch.setattr(MemoryLog, "append", append)
+
+
+def frames_get_lost(patch: pytest.MonkeyPatch) -> None:
+    """No fault of the product: what a network might do that is worse than any."""
+    honest = PeerStream.send
+    count = 0
+
+    def send(self: PeerStream, frame: Frame) -> None:
+        nonlocal count
+        count += isinstance(frame, Append)
+        if not isinstance(frame, Append) or not frame.modifications or count % 50:
+            honest(self, frame)
+
+    patch.setattr(PeerStream, "send", send)
+
+
+def acknowledged_before_the_removal_is_known(patch: pytest.MonkeyPatch) -> None:  # rule 8
+    honest = Owner._remove
+
+    def remove(self: Owner, node: str, reason: str) -> None:
+        honest(self, node, reason)
+        self._needed = [link for link in self._needed if link.node != node]
+        self._commit()
+
+    patch.setattr(Owner, "_remove", remove)
+
+
+def who_is_being_added_is_not_needed(patch: pytest.MonkeyPatch) -> None:  # rule 9
+    honest = Owner._set_needed
+
+    def set_needed(self: Owner) -> None:
+        self._adding = ""
+        honest(self)
+
+    patch.setattr(Owner, "_set_needed", set_needed)
+
+
+def checkpoints_pass_the_committed_txid(patch: pytest.MonkeyPatch) -> None:  # rule 10
+    patch.setattr(MemoryLog, "checkpoint_limit_txid", 1 << 60)
+
+
+def a_divergent_tail_stays(patch: pytest.MonkeyPatch) -> None:  # rule 11
+    honest = Link.follow
+
+    def follow(self: Link) -> None:
+        if self.opened is not None:
+            patch.setattr(
+                "nbdserver.replication.link.common_position",
+                lambda ours, theirs: theirs[-1] if theirs else Position(0, 0),
+            )
+        honest(self)
+
+    patch.setattr(Link, "follow", follow)
+
+
+def regions_to_fetch_are_noted_later(patch: pytest.MonkeyPatch) -> None:  # rule 12
+    honest = MemoryLog.skip
+
+    def skip(self: MemoryLog, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
+        honest(self, to, epochs, (), tree, lambda errno: self.resync_add(regions, done))
+
+    patch.setattr(MemoryLog, "skip", skip)
+
+
+def a_bit_is_cleared_when_its_copy_is_applied(patch: pytest.MonkeyPatch) -> None:  # rule 13
+    honest = MemoryLog.apply_copy
+
+    def apply_copy(self: MemoryLog, copy: Copy, done: Done) -> None:
+        self.resync_done(((copy.region, 1),), lambda errno: None)
+        honest(self, copy, done)
+
+    patch.setattr(MemoryLog, "apply_copy", apply_copy)
+
+
+def a_bit_is_cleared_before_what_it_holds_is_committed(patch: pytest.MonkeyPatch) -> None:  # rule 13
+    honest = Replica._clear_bits
+
+    def clear_bits(self: Replica) -> None:
+        self._durable = [(region, 0) for region, _ in self._durable]
+        honest(self)
+
+    patch.setattr(Replica, "_clear_bits", clear_bits)
+
+
+def a_copy_is_older_than_its_place(patch: pytest.MonkeyPatch) -> None:  # rule 14
+    honest = MemoryLog.read_region
+
+    def read_region(self: MemoryLog, region: int, done: Callable[[int, Copy | None], None]) -> None:
+        def read(errno: int, copy: Copy | None) -> None:
+            self._clock.call_later(0.2, lambda: done(errno, copy and replace(copy, txid=self.last.txid)))
+
+        honest(self, region, read)
+
+    patch.setattr(MemoryLog, "read_region", read_region)
+
+
+def a_copy_only_adds(patch: pytest.MonkeyPatch) -> None:  # rule 15
+    honest = Image._apply_copy
+
+    def apply_copy(self: Image, copy: Copy) -> None:
+        first = copy.region * REGION_BLOCKS
+        before = {lba: self.blocks[lba] for lba in range(first, first + REGION_BLOCKS) if lba in self.blocks}
+        honest(self, copy)
+        for lba, block in before.items():
+            self.blocks.setdefault(lba, block)
+
+    patch.setattr(Image, "_apply_copy", apply_copy)
+
+
+def whoever_comes_back_is_whole(patch: pytest.MonkeyPatch) -> None:  # rule 16
+    for module in (owner_module, takeover_module):
+        patch.setattr(module, "is_whole", lambda member, incarnation, intact_since: True)
+
+
+def the_generation_stays(patch: pytest.MonkeyPatch) -> None:  # rule 16
+    honest = Takeover._settle_set
+
+    def settle_set(self: Takeover, nodes: Any, generation: int) -> None:
+        honest(self, nodes, self._value.generation)
+
+    patch.setattr(Takeover, "_settle_set", settle_set)
+
+
+def the_shortest_log_wins(patch: pytest.MonkeyPatch) -> None:  # rule 6
+    patch.setattr(
+        Takeover, "_longest", lambda self, complete: min(complete, key=lambda node: complete[node].last, default=None)
+    )
+
+
+def room_is_not_asked_for(patch: pytest.MonkeyPatch) -> None:  # rule 18
+    patch.setattr(Owner, "room_bytes", lambda self: 1 << 40)
+
+
+def what_is_not_acknowledged_is_read(patch: pytest.MonkeyPatch) -> None:  # rule 17
+    patch.setattr(Owner, "unacknowledged", lambda self, layer, lba, count: 0)
+
+
+def an_unknown_change_counts_as_made(patch: pytest.MonkeyPatch) -> None:
+    honest = Change._swapped
+
+    def swapped(self: Change, swap: Swap) -> None:
+        honest(self, Swap(Outcome.SWAPPED) if swap.outcome is Outcome.UNKNOWN else swap)
+
+    patch.setattr(Change, "_swapped", swapped)
+
+
+def a_lost_change_counts_as_made(patch: pytest.MonkeyPatch) -> None:
+    honest = Change._swapped
+
+    def swapped(self: Change, swap: Swap) -> None:
+        honest(self, Swap(Outcome.SWAPPED) if swap.outcome is Outcome.LOST else swap)
+
+    patch.setattr(Change, "_swapped", swapped)
+
+
+def a_flush_is_the_owners_alone(patch: pytest.MonkeyPatch) -> None:
+    def durable(self: Owner) -> None:
+        self.durable_txid = self._log.durable.txid
+        self._release()
+
+    patch.setattr(Owner, "_durable", durable)
+
+
+def a_sync_does_nothing(patch: pytest.MonkeyPatch) -> None:
+    def sync(self: MemoryLog, done: Done) -> None:
+        last = self.last
+
+        def act() -> int:
+            self._durable = max(self._durable, last)
+            return 0
+
+        self._later("store", act, done)
+
+    patch.setattr(MemoryLog, "sync", sync)
+
+
+CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
+    grants_are_not_needed: plays.the_owner_sleeps_and_is_asked_when_it_wakes,
+    a_candidate_does_not_wait: plays.the_owner_is_cut_off_and_somebody_attaches_at_once,
+    a_candidate_goes_on_granting: plays.somebody_attaches_elsewhere_while_all_is_well,
+    who_starts_has_granted_nothing: plays.a_member_is_started_anew_and_the_owner_does_not_hear_of_it,
+    a_new_owner_answers_at_once: plays.a_new_owner_reads_what_only_it_has,
+    the_shortest_log_wins: plays.the_longest_log_is_not_the_candidates,
+    who_is_being_added_is_not_needed: plays.a_replica_is_added_and_the_owner_does_not_hear_of_it,
+    a_divergent_tail_stays: plays.an_old_owner_comes_back_with_a_tail,
+    regions_to_fetch_are_noted_later: plays.a_replica_dies_when_it_has_skipped,
+    a_bit_is_cleared_when_its_copy_is_applied: plays.a_replica_loses_its_power_when_it_has_fetched_a_region,
+    a_bit_is_cleared_before_what_it_holds_is_committed: plays.a_region_is_fetched_with_what_is_never_committed,
+    what_is_not_acknowledged_is_read: plays.what_is_read_dies_with_the_owner,
+    a_flush_is_the_owners_alone: plays.a_flush_is_all_that_is_left,
+    room_is_not_asked_for: plays.a_member_has_no_room,
+}
+
+
+@pytest.mark.parametrize("canary", CAUGHT_IN_A_PLAY, ids=lambda canary: canary.__name__)
+def test_a_rule_that_is_taken_away_is_missed_in_a_play(canary: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary(monkeypatch)
+    with pytest.raises(ViolationError):
+        CAUGHT_IN_A_PLAY[canary]()
+
+
+DEATHS = {"kill": 600.0, "isolation": 600.0}
+CAUGHT_BY_CHANCE: dict[Patch, dict[str, float]] = {
+    acknowledged_by_the_owner_alone: DEATHS,
+    what_does_not_follow_is_appended: DEATHS,
+    acknowledged_before_the_removal_is_known: DEATHS | {"registry delay": 0.5, "registry outage": 600.0},
+    checkpoints_pass_the_committed_txid: DEATHS,
+    a_copy_is_older_than_its_place: DEATHS,
+    a_copy_only_adds: DEATHS,
+    whoever_comes_back_is_whole: {"power": 1200.0, "isolation": 600.0},
+    the_generation_stays: {"power of all": 600.0},
+    an_unknown_change_counts_as_made: DEATHS | {"registry unknown": 0.2},
+    a_lost_change_counts_as_made: DEATHS,
+    a_sync_does_nothing: {"power of all": 600.0},
+}
+
+
+@pytest.mark.parametrize("canary", CAUGHT_BY_CHANCE, ids=lambda canary: canary.__name__)
+def test_a_rule_that_is_taken_away_is_missed_by_chance(canary: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary(monkeypatch)
+    for seed in range(TRIES):
+        _, run = replication_run(seed, Mix(CAUGHT_BY_CHANCE[canary]), trouble=0.1)
+        try:
+            run.go()
+        except (Exception, ViolationError):
+            return
+    pytest.fail(f"nobody noticed in {TRIES} runs")
+
+
+def test_frames_that_get_lost_are_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames_get_lost(monkeypatch)
+    _, run = replication_run(4, Mix(DEATHS), trouble=0.1)
+    run.go()
