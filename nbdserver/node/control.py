@@ -46,6 +46,7 @@ from nbdserver.node.findings import findings
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.listeners import Listeners
 from nbdserver.node.overview import Overview
+from nbdserver.node.process_name import CONTROL, name_process
 from nbdserver.node.scrubs import Scrubs
 from nbdserver.node.sizes import round_size
 from nbdserver.node.snapshots import Snapshots
@@ -133,6 +134,7 @@ class Node:
             loop.add_signal_handler(number, self._stop_signal)
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
         program.unblock_signals()
+        name_process(CONTROL)
         for problem in self._inherited.problems:
             self._say(f"WARNING: {problem}")
         await self.volumes.remove_scraps()

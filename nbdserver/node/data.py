@@ -44,13 +44,14 @@ from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.garbage import collect_garbage
 from nbdserver.node.open_family import FamilyError, StoreThreads
 from nbdserver.node.passing import Passing
+from nbdserver.node.process_name import DATA, name_process
 from nbdserver.node.shared_figures import SharedBudget, SharedCensus, SharedFigures
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 DRAIN_TIMEOUT_S = 10.0
 """How long a stop waits for clients to take the replies to what they have asked."""
@@ -333,11 +334,10 @@ async def serve(sock: socket.socket, descriptors: socket.socket, watch: LoopWatc
 def main() -> None:
     """The data process."""
     parent, worker, workers, descriptor, descriptors, figures, _lock, *inboxes = map(int, sys.argv[1:])
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(PR_SET_NAME, b"nbdserver-data", 0, 0, 0)  # for `top`, and for whoever asks who has a port
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+    name_process(DATA)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
