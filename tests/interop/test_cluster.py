@@ -120,6 +120,13 @@ def test_who_does_not_belong_is_refused_with_an_event_and_an_etcd_that_is_gone_i
     assert "belongs to cluster test already" in done.stderr
     assert not run("cluster", "join", rig.token, "--config", str(config), "--again").returncode
     assert run("config", "check", str(config)).returncode == 0
+    assert n1.server.process is not None
+    n1.server.process.send_signal(signal.SIGHUP)
+    wait(lambda: n1.events("settings-reloaded"), "another certificate is taken")
+
+    # The program is replaced while it is a member.
+    n1.server.command("upgrade-in-place")
+    wait(lambda: n1.up() == ["n1"] and len(n1.events("node-started")) == 2, "the program after it joins again")
 
     # A node that has another key, and one of another cluster that was given our registry's place, are kept out.
     other_key = rig.make("n2")

@@ -1,15 +1,18 @@
 """`nbdserver cluster init`, `token` and `join` as far as they need no other node: files, their readers, refusals."""
 
 import json
+import ssl
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nbdserver.cli.main import run
-from nbdserver.node.cluster_files import check
+from nbdserver.node import cluster_making
+from nbdserver.node.cluster_files import check, read_etcd_settings, read_keys
 from nbdserver.node.config import load_settings
 from nbdserver.node.invitations import Token
 
@@ -112,6 +115,64 @@ def test_a_node_that_cannot_be_asked_is_told_and_nothing_is_made(config: Path, c
     token = Token("prod", "127.0.0.1:9", "ab" * 32, "x").encode()
     assert run(["cluster", "join", token, "--config", str(config), "--address", "10.0.0.6:10810"]) == 1
     assert "127.0.0.1:9 cannot be asked" in capsys.readouterr().err
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_a_node_that_joins_gets_what_it_needs_for_etcd_in_files_of_its_own(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ca", "certificate", "key", "password"):
+        (tmp_path / name).write_text(f"etcd's {name}\n")
+    etcd = ("--etcd-ca", "ca", "--etcd-certificate", "certificate", "--etcd-key", "key", "--etcd-user", "node")
+    monkeypatch.chdir(tmp_path)
+    first, second = tmp_path / "first" / "node.yaml", tmp_path / "second" / "node.yaml"
+    assert init(first, *etcd, "--etcd-password-file", "password") == 0
+    token = capsys.readouterr().out.partition("cluster join ")[2].split()[0]
+    settings = load_settings(first).cluster
+    assert settings is not None
+
+    async def call(address: str, context: ssl.SSLContext, question: dict[str, Any]) -> dict[str, Any]:
+        """The first node's answers, through JSON as on their way."""
+        if question["do"] == "ca":
+            return {"ca": settings.tls.ca.read_text()}
+        return dict(json.loads(json.dumps(cluster_making.let_in(settings, question["node"], question["request"]))))
+
+    monkeypatch.setattr(cluster_making, "call", call)
+    words = ["--config", str(second), "--node", "n2", "--address", "10.0.0.6:10810", "--site", "attic"]
+    assert run(["cluster", "join", token, *words]) == 0
+    joined = load_settings(second).cluster
+    assert joined is not None
+    check(joined)
+    assert (joined.name, joined.node, joined.site) == ("prod", "n2", "attic")
+    assert read_keys(joined.key_file) == read_keys(settings.key_file)
+    theirs, ours = read_etcd_settings(settings), read_etcd_settings(joined)
+    assert (ours.endpoints, ours.user, ours.password) == (theirs.endpoints, "node", "etcd's password")
+    assert ours.tls is not None
+    for name, path in (
+        ("ca", ours.tls.ca_file),
+        ("certificate", ours.tls.certificate_file),
+        ("key", ours.tls.key_file),
+    ):
+        assert path is not None
+        assert Path(path).parent == second.parent / "cluster"
+        assert Path(path).read_text() == f"etcd's {name}\n"
+        assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+
+
+def test_a_cluster_with_another_ca_than_the_token_says_is_told_no_secret(
+    config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def call(address: str, context: ssl.SSLContext, question: dict[str, Any]) -> dict[str, Any]:
+        asked.append(question)
+        return {"ca": "of somebody else"}
+
+    monkeypatch.setattr(cluster_making, "call", call)
+    token = Token("prod", "127.0.0.1:9", "ab" * 32, "secret").encode()
+    assert run(["cluster", "join", token, "--config", str(config), "--address", "10.0.0.6:10810"]) == 1
+    assert "has another CA than the token says" in capsys.readouterr().err
+    assert asked == [{"do": "ca"}]
     assert list(config.parent.iterdir()) == [config]
 
 
