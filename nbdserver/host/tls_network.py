@@ -8,7 +8,8 @@ move.
 Rules
 - A stream of nodes is delivered only when the other side has shown a certificate of the CA. Calls also come from a node
   that has none yet: `on_call` decides whom it answers.
-- A handshake has HANDSHAKE_S, whatever the peer does. What fails is told once, by `refused` and to who connects.
+- A handshake has HANDSHAKE_S, whatever the peer does; MOST_HANDSHAKES of those who connect are served at a time. What
+  fails is told once, by `refused` and to who connects.
 - Contexts are asked for at each stream, so that renewed certificates are for new streams.
 
 Known weakness: a handshake runs on the loop, as in `tls.py`; nodes keep their streams.
@@ -23,6 +24,7 @@ from metadata.seams import CONNECT_TIMEOUT_S, Clock, Connection, Datagrams, Netw
 from nbdserver.host.tls import INPUT_BYTES, TlsConnection, TlsError
 
 HANDSHAKE_S = 5.0
+MOST_HANDSHAKES = 128
 STREAM_PROTOCOL = "nbdserver-directory"
 CALL_PROTOCOL = "nbdserver-call"
 
@@ -94,6 +96,7 @@ class TlsNetwork:
         self._refused = refused
         self._on_call = on_call
         self._shared = memoryview(bytearray(INPUT_BYTES))
+        self._handshakes = 0
 
     def open_datagrams(self, address: str, received: Callable[[str, bytes], None]) -> Datagrams:
         """As the seam says."""
@@ -103,7 +106,11 @@ class TlsNetwork:
         """As the seam says."""
 
         def accept_below(connection: Connection) -> Receiver | None:
+            if self._handshakes >= MOST_HANDSHAKES:
+                return None
+
             def arrived(stream: TlsConnection) -> Receiver | None:
+                self._handshakes -= 1
                 if stream.application_protocol == CALL_PROTOCOL:
                     return self._on_call(stream)
                 if stream.application_protocol != STREAM_PROTOCOL or not stream.certificate:
@@ -112,7 +119,10 @@ class TlsNetwork:
                 return accept(stream)
 
             def failed(reason: str) -> None:
+                self._handshakes -= 1
                 self._refused(connection.peer_name, reason)
+
+            self._handshakes += 1
 
             return _Handshake(
                 self._clock, connection, self._contexts().server, True, self._shared, arrived, failed

@@ -214,7 +214,7 @@ class Cluster:
             me=self.settings.node,
             members=tuple(directory.members.values()),
             own_id=directory.me.node,
-            master=(directory.get(MASTER_KEY) or b"").decode() if directory.hears_master else "",
+            master=(directory.get(MASTER_KEY) or b"").decode(errors="replace") if directory.hears_master else "",
             epoch=directory.epoch,
             voters=frozenset(state.voters.values()) if state is not None else frozenset(),
             directory=dict(said),
@@ -272,10 +272,17 @@ class Cluster:
             now_s = self.clock.now()
             self._look(now_s)
             if now_s >= report_at_s:
-                value = json.dumps(self._measure(), separators=(",", ":")).encode()
-                self.directory.publish(LOAD_PREFIX + self.settings.node, value, expires_s=LOAD_EXPIRES_S)
+                self._report()
                 report_at_s = now_s + max(REPORT_S, len(self.directory.members) / NODES_A_S)
             await asyncio.sleep(LOOK_S)
+
+    def _report(self) -> None:
+        try:
+            load = self._measure()
+        except OSError:
+            return  # the file system cannot be asked: the last report ends by itself
+        value = json.dumps(load, separators=(",", ":")).encode()
+        self.directory.publish(LOAD_PREFIX + self.settings.node, value, expires_s=LOAD_EXPIRES_S)
 
     def _look(self, now_s: float) -> None:
         """Tell what has changed with this node."""
@@ -325,9 +332,9 @@ class Cluster:
         self._refused.append((now_s, host, reason))
         self._event("cluster-refused", {"peer": host, "reason": reason})
 
-    def _master_changed(self, _key: str, value: bytes | None) -> None:
-        if value is not None:
-            self._event("cluster-master", {"node": value.decode(), "epoch": self.directory.epoch})
+    def _master_changed(self, key: str, value: bytes | None) -> None:
+        if key == MASTER_KEY and value is not None:
+            self._event("cluster-master", {"node": value.decode(errors="replace"), "epoch": self.directory.epoch})
 
     def _member_changed(self, key: str, value: bytes | None) -> None:
         name = key.removeprefix(MEMBER_PREFIX)

@@ -203,7 +203,7 @@ def _care(picture: Picture) -> Iterable[Finding]:
         problem, _, remedy = picture.certificate_problem.partition("; ")
         yield Finding(SOON, "", problem, remedy)
     peers: dict[str, list[str]] = {}
-    for peer, reason in picture.refused:
+    for peer, reason in dict.fromkeys(picture.refused):
         peers.setdefault(reason, []).append(peer)
     for reason, refused in peers.items():
         yield Finding(

@@ -83,7 +83,7 @@ WRONG = [
     (replace(WELL, keys=2), SOON, "two cluster keys are valid"),
     (replace(WELL, certificate_problem="it expires; make another"), SOON, "it expires"),
     (
-        replace(WELL, refused=(("10.0.0.8", "another key"), ("10.0.0.9", "another key"))),
+        replace(WELL, refused=(("10.0.0.8", "another key"), ("10.0.0.8", "another key"), ("10.0.0.9", "another key"))),
         SOON,
         "refused what 10.0.0.8, 10.0.0.9 sent: another key",
     ),

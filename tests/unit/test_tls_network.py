@@ -155,6 +155,21 @@ def test_a_handshake_that_does_not_end_is_ended(
     loop.wait(lambda: silent.echo is not None and silent.echo.lost_reason)
 
 
+def test_no_more_handshakes_than_that_are_served_at_a_time(
+    loop: Loop, node: Node, contexts: dict[str, PeerContexts], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_network, "MOST_HANDSHAKES", 1)
+    first = Attempt(loop, address)
+    loop.wait(lambda: first.echo)
+    second = Attempt(loop, address)
+    loop.wait(lambda: second.echo is not None and second.echo.lost_reason)
+    assert first.echo is not None
+    loop.call(first.echo.connection.close)
+    loop.wait(lambda: node.refused)
+    third = Attempt(Node(loop, contexts["b"]), address)  # type: ignore[arg-type]
+    loop.wait(lambda: third.echo)
+
+
 def test_a_call_is_answered_refused_or_cut_off(
     loop: Loop, node: Node, contexts: dict[str, PeerContexts], address: str
 ) -> None:
