@@ -28,6 +28,9 @@ HOLE = 1  # extent flags, as in NBD's base:allocation
 ZERO = 2
 DIRTY = 1  # extent flag, as in qemu:dirty-bitmap
 
+IN_FLIGHT = -1
+"""Of `commit`: the batch is in the log here; whether it is acknowledged is told later."""
+
 
 class Operation(IntEnum):
     """What `BlockDevice.later` can be asked for."""
@@ -83,8 +86,13 @@ class BlockDevice(Protocol):
         but never covers less than one byte; or None: ask `later`."""
 
     def commit(self) -> int:
-        """Append the open batch to the log as one record. 0: all of it is acknowledged; an errno: the client has to
-        take all of it as failed, though a part may have happened."""
+        """Append the open batch to the log as one record. 0: all of it is acknowledged; IN_FLIGHT: `acknowledged` says;
+        an errno: the client has to take all of it as failed, though a part may have happened."""
+
+    def acknowledged(self, done: Done) -> None:
+        """After a commit that was IN_FLIGHT: `done(0)` when all that was committed so far is acknowledged, or `done`
+        with an errno as of `commit`. In the order of the calls. Never, if that cannot be known any more: whoever made
+        the device sees to it that its clients are disconnected."""
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

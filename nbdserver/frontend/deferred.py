@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from metadata.seams import Buffer, Clock, Done
-from nbdserver.block import BlockDevice, Extents, Operation
+from nbdserver.block import IN_FLIGHT, BlockDevice, Extents, Operation
 from nbdserver.volume.counters import Counters
 from protocol.contexts import Context
 from protocol.transmission import Replies
@@ -59,8 +59,12 @@ class _ZeroFill:
         size_bytes = min(ZERO_PIECE_BYTES - offset % ZERO_PIECE_BYTES, self._end - offset)
         self._position += size_bytes
         if self._device.write(offset, _ZEROS[:size_bytes]):
-            self._error = self._device.commit()
-            self._clock.call_soon(self.step)
+            error = self._device.commit()
+            if error == IN_FLIGHT:
+                self._device.acknowledged(lambda error: self._written(error, None))
+            else:
+                self._error = error
+                self._clock.call_soon(self.step)
         else:
             self._device.later(Operation.WRITE, offset, size_bytes, bytes(_ZEROS[:size_bytes]), self._written)
 

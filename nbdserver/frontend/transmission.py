@@ -12,6 +12,7 @@ Rules
   error.
 - Payloads are used in the receive buffer; they stay where they are until the commit, because only `buffer.used` and
   `buffer.reserve` move them, in `_end_batch`, and nothing is received before it.
+- A connection whose batch is IN_FLIGHT stands still until that is acknowledged; what comes meanwhile is its next batch.
 - Replies to inline reads leave before another connection has its turn: their memory is everybody's.
 - The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
 - Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing
@@ -24,7 +25,7 @@ Known weakness: a read of up to 32 MiB from memory is one piece of work for the 
 from collections.abc import Callable
 
 from metadata.seams import Clock, Connection, Timer
-from nbdserver.block import BLOCK_BYTES
+from nbdserver.block import BLOCK_BYTES, IN_FLIGHT
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import FEW_REQUESTS, RUN_LIMIT_BYTES, SLOTS, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
@@ -104,6 +105,7 @@ class Transmission:
         self._skip_bytes = 0
         self._missing_bytes = 0  # what the buffer must hold, from the first unused byte on, to go on
         self._stalled = False
+        self._held = False  # until the batch that is in flight is acknowledged
         self._ending = ""  # why the connection ends once nothing waits; "" while it goes on
         self._over = False
         self._continuing = False
@@ -119,7 +121,7 @@ class Transmission:
     @property
     def in_flight(self) -> int:
         """Requests that wait for the device."""
-        return self._deferred.operations
+        return self._deferred.operations + self._held
 
     def lost(self) -> None:
         """The connection is gone."""
@@ -225,6 +227,9 @@ class Transmission:
 
     def _committed(self, error: int) -> None:
         """The batch's changes are in the log, or none of them is; begin the flush that it asks for."""
+        if error == IN_FLIGHT:
+            self._hold()
+            return
         batch = self._batch
         acknowledged, forced, flushes = batch.acknowledged, batch.forced, batch.flushes
         batch.acknowledged, batch.forced, batch.flushes = [], [], []
@@ -241,6 +246,19 @@ class Transmission:
             waiting = flushes + [replies.unpack_success(reply) for reply in forced]
             self._deferred.flush(forced + [replies.success(*request) for request in flushes], waiting)
         self._end_batch()
+        if self._held:
+            self._held = False
+            if self._ending:
+                self._end(self._ending)
+            else:
+                self._go_on()
+
+    def _hold(self) -> None:
+        """What was read may be said; nothing more is done until the changes are acknowledged."""
+        if not self._over:
+            self._held = True
+            self._send_replies()
+            self._stall()
 
     def _end_batch(self) -> None:
         """Send the batch's replies, give its part of the buffer back, count it, and see how to go on."""
@@ -468,7 +486,7 @@ class Transmission:
     def _go_on(self) -> None:
         if self._ending or self._over:
             return  # what would be read now has nobody to process it
-        if self._stalled and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
+        if self._stalled and not self._held and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
             self._stalled = False
             self.process()
             self._read_on()
@@ -476,7 +494,7 @@ class Transmission:
     def _end(self, reason: str) -> None:
         """Finish, as soon as nothing waits for the device."""
         self._ending = reason
-        if self._deferred.operations:
+        if self._deferred.operations or self._held:
             self._stall()
         elif not self._over:
             self._over = True

@@ -168,6 +168,16 @@ class Owner:
             link.tell()
         self._clock.call_soon(self._release)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether everything that was ordered is acknowledged."""
+        return not self._unacknowledged
+
+    @property
+    def ordered_txid(self) -> int:
+        """Of the newest modification."""
+        return self._log.last.txid
+
     def unacknowledged(self, layer: int, lba: int, count: int) -> int:
         """Txid of the newest modification of these blocks that is not acknowledged, 0 if all are (rule 17)."""
         if not self._unacknowledged:

@@ -61,6 +61,7 @@ class Replica:
         self._higher_epoch = higher_epoch
         self._withheld_epoch = 0  # grants nothing to owners of it, or of lower ones
         self._epoch = log.promised_epoch  # of the stream that is obeyed
+        self._persisted_epoch = log.promised_epoch
         self._stream: PeerStream | None = None
         self._is_opening = False
         self._number = 0  # of the last frame whose modifications are appended
@@ -94,6 +95,8 @@ class Replica:
             self._higher_epoch(frame.epoch)
 
         def promised(errno: int) -> None:
+            if not errno:
+                self._persisted_epoch = max(frame.epoch, self._persisted_epoch)
             if self._stream is not stream:
                 return
             if errno:
@@ -105,7 +108,7 @@ class Replica:
             if self._stream is stream:
                 self._opened(errno)
 
-        if self.log.promised_epoch < frame.epoch:
+        if self._persisted_epoch < frame.epoch:
             self.log.promise(frame.epoch, promised)
         else:
             promised(0)

@@ -6,12 +6,14 @@ flushes that they ask for begin together.
 
 Rules
 - Whoever has joined is told exactly once, with the errno of the one commit; a connection joins at most once a round.
+  Before that it may be told that the commit is IN_FLIGHT; until it is told the errno it must not write.
 - A batch is committed in the call of the loop in which it was opened.
 """
 
 from collections.abc import Callable
+from functools import partial
 
-from nbdserver.block import BlockDevice
+from nbdserver.block import IN_FLIGHT, BlockDevice
 
 
 class OpenBatch:
@@ -31,5 +33,11 @@ class OpenBatch:
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             errno = self._device.commit()
-            for committed in waiting:
-                committed(errno)
+            if errno == IN_FLIGHT:
+                self._device.acknowledged(partial(_tell, waiting))
+            _tell(waiting, errno)
+
+
+def _tell(waiting: list[Callable[[int], None]], errno: int) -> None:
+    for committed in waiting:
+        committed(errno)

@@ -3,6 +3,7 @@
 In the mode `deferring` nothing is answered inline, so that every request goes through `later`; the blocks at the
 offsets in `cold` never are. `commit_error`,
 `flush_error` and `later_error` make the next one fail; `events` tells the order of commits, flushes and completions.
+With `in_flight` commits are acknowledged by `acknowledge(errno)`.
 `snapshot(name)` makes a bitmap; what differs from it is told by the content of whole grains.
 """
 
@@ -10,7 +11,7 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 
 from metadata.seams import Buffer, Done
-from nbdserver.block import BLOCK_BYTES, DIRTY, HOLE, ZERO, BlockRoom, Extents, Later, Operation, RunRoom
+from nbdserver.block import BLOCK_BYTES, DIRTY, HOLE, IN_FLIGHT, ZERO, BlockRoom, Extents, Later, Operation, RunRoom
 
 GRAIN_BYTES = 4096
 
@@ -25,6 +26,8 @@ class MemoryDevice:
         self.data = bytearray(size_bytes)
         self.written = bytearray(-(-size_bytes // GRAIN_BYTES))
         self.commit_error = 0
+        self.in_flight = False
+        self.unacknowledged: list[Done] = []
         self.flush_error = 0
         self.later_error = 0
         self.events: list[str] = []
@@ -81,7 +84,15 @@ class MemoryDevice:
         if not error:
             for offset, data, length in changes:
                 self._apply(offset, data, length)
-        return error
+        return error or (IN_FLIGHT if self.in_flight else 0)
+
+    def acknowledged(self, done: Done) -> None:
+        self.unacknowledged.append(done)
+
+    def acknowledge(self, error: int = 0) -> None:
+        waiting, self.unacknowledged = self.unacknowledged, []
+        for done in waiting:
+            done(error)
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1
