@@ -3,7 +3,6 @@
 Rules: init, token and join need no running node; each prints what to do next, to be copied and pasted.
 """
 
-import asyncio
 import os
 import shlex
 import socket
@@ -182,6 +181,8 @@ def join(
 
       nbdserver cluster join nbdj1.eyJjbHVz... --again
     """
+    import asyncio
+
     from nbdserver.node import cluster_making
     from nbdserver.node.invitations import Token
 

@@ -22,11 +22,14 @@ def list_nodes(context: typer.Context, data: DataOption = None, json_output: Jso
 
       nbdserver node list
     """
-    nodes = NodeClient(data_path(context, data)).get("/v1/nodes")
+    client = NodeClient(data_path(context, data))
+    nodes = client.get("/v1/nodes")
     if wants_json(context, json_output):
         print_json(nodes)
-    else:
-        print_nodes(nodes)
+        return
+    print_nodes(nodes)
+    if not client.get("/v1/cluster")["is_active"]:
+        print(coloured("WARNING: this node hears no master of the cluster: what it shows is old", "red"))
 
 
 def print_nodes(nodes: list[dict[str, Any]]) -> None:

@@ -38,8 +38,14 @@ from nbdserver.node import cluster_view
 from nbdserver.node.certificates import read_certificate
 from nbdserver.node.cluster_calls import CallServer
 from nbdserver.node.cluster_files import Keys, read_contexts, read_etcd_settings, read_keys, write_keys
-from nbdserver.node.cluster_settings import ClusterSettings
-from nbdserver.node.cluster_view import DRAIN_PREFIX, FACTS_PREFIX, LATE_S, LOAD_PREFIX, Picture
+from nbdserver.node.cluster_settings import (
+    DRAIN_PREFIX,
+    FACTS_PREFIX,
+    LOAD_PREFIX,
+    SAID_PREFIXES,
+    ClusterSettings,
+)
+from nbdserver.node.cluster_view import LATE_S, Picture
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
@@ -152,7 +158,7 @@ class Cluster:
             settings.address,
             settings.address,
             ClusterKeys(settings.name, self._keys.valid),
-            (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX, *settings.subscribe) if settings.across_wan else (),
+            (*SAID_PREFIXES, *settings.subscribe) if settings.across_wan else (),
         )
 
     def _publish_facts(self) -> None:
@@ -208,7 +214,7 @@ class Cluster:
         directory, now_s = self.directory, self.clock.now()
         state = directory.election.state
         health = self.registry.health()
-        said = [pair for prefix in (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX) for pair in directory.range(prefix)]
+        said = [pair for prefix in SAID_PREFIXES for pair in directory.range(prefix)]
         return Picture(
             cluster=self.settings.name,
             me=self.settings.node,
@@ -372,7 +378,7 @@ class Cluster:
     async def remove(self, name: str) -> None:
         """Strike a node that will not come back, and what it has said of itself. NodeError."""
         await self.neighbours.remove(name)
-        for prefix in (FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX):
+        for prefix in SAID_PREFIXES:
             if self.directory.get(prefix + name) is not None:
                 await self.publish(prefix + name, None, Confirm.SITE)
 

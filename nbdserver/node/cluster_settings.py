@@ -8,15 +8,18 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
-from metadata.directory.settings import OWN_PREFIXES_LIMIT
 from metadata.etcd_settings import MAX_ENDPOINTS
 from nbdserver.node.setting_values import Address, Model, NameValue, OwnAddress, PathValue, one_or_more
-from protocol.directory import KEY_LIMIT_BYTES
 
 DEFAULT_SITE = "main"
 
+FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX = SAID_PREFIXES = ("node/", "load/", "drain/")
+"""What every node hears of every other one."""
+
 
 def _text(value: object) -> str:
+    from protocol.directory import KEY_LIMIT_BYTES  # with construct: loaded by who has a cluster
+
     if not isinstance(value, str) or not value or "\0" in value or len(value.encode()) > KEY_LIMIT_BYTES:
         raise ValueError(f"{reprlib.repr(value)} is not a text of 1 to {KEY_LIMIT_BYTES} bytes; put it in quotes")
     return value
@@ -85,7 +88,7 @@ class ClusterSettings(Model):
     across_wan: StrictBool = Field(
         default=False, description="far from the site of the others: reached by TCP alone, never the master"
     )
-    subscribe: Annotated[list[Text], BeforeValidator(one_or_more), Field(max_length=OWN_PREFIXES_LIMIT)] = Field(
+    subscribe: Annotated[list[Text], BeforeValidator(one_or_more)] = Field(
         default=[], description="with across_wan: the beginnings of the directory's keys that it gets"
     )
     key_file: PathValue = Field(description="the cluster's key: one line of 64 hexadecimal digits, two in a rotation")
@@ -96,6 +99,11 @@ class ClusterSettings(Model):
     def _goes_together(self) -> "ClusterSettings":
         if self.subscribe and not self.across_wan:
             raise ValueError("subscribe is for nodes with across_wan: true; others get everything")
+        from metadata.directory.settings import OWN_PREFIXES_LIMIT
+
+        if len(self.subscribe) > OWN_PREFIXES_LIMIT - len(SAID_PREFIXES):
+            most = OWN_PREFIXES_LIMIT - len(SAID_PREFIXES)
+            raise ValueError(f"subscribe has {len(self.subscribe)} beginnings; name at most {most}, shorter ones")
         return self
 
     @property

@@ -16,13 +16,10 @@ from typing import Any
 
 from metadata.directory.registry_keys import Member
 from metadata.registry_calls import Health
+from nbdserver.node.cluster_settings import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX
 from nbdserver.node.errors import listed
 from nbdserver.node.findings import NOW, SOON, Finding
 from protocol.directory import NodeKind
-
-FACTS_PREFIX = "node/"
-LOAD_PREFIX = "load/"
-DRAIN_PREFIX = "drain/"
 
 FULL_PERCENT, FILLED_PERCENT = 95.0, 90.0
 LATE_S = 3.0

@@ -58,6 +58,11 @@ WRONG: list[tuple[str, str]] = [
     ("cluster: {}", r"node.yaml:1: cluster.name: is missing: the cluster's name"),
     (f"{CLUSTER}\n  nod: x", r"node.yaml:9: cluster.nod: unknown key; did you mean node\?"),
     (f"{CLUSTER}\n  subscribe: a/", r"cluster: subscribe is for nodes with across_wan: true"),
+    (
+        f"{CLUSTER}\n  across_wan: true\n  subscribe: [{', '.join(f'p{n}/' for n in range(80))}]",
+        r"cluster: subscribe has 80 beginnings; name at most 58, shorter ones",
+    ),
+    (f"{CLUSTER}\n  across_wan: true\n  subscribe: {'x' * 481}", r"cluster.subscribe.0: .* is not a text of 1 to 480"),
     (CLUSTER.replace("10.0.0.5:", "storage1:"), r"cluster.address: 'storage1:10810' has a host name; write the number"),
     (
         CLUSTER.replace("10.0.0.5:", "0.0.0.0:"),
