@@ -56,6 +56,11 @@ class RegionTable:
                 runs = [(min(run[0] for run in runs), max(run[1] for run in runs), txid)]
             self._recent_runs = runs
 
+    def raise_to(self, lba: int, txid: int) -> None:
+        """The region of a block was copied from where its last modification was `txid`."""
+        region = lba >> REGION_SHIFT
+        self.recent[region] = max(txid, self.txid_of(region))
+
     def txid_of(self, region: int) -> int:
         """Txid of the region's last modification, 0 if it was never modified."""
         page = self._pages.get(region >> _PAGE_SHIFT)

@@ -11,8 +11,8 @@ the segment header, so that neither the remains of a former life nor client data
 
 A body is, for WRITE: extents (lba, count | kind << 32) u64 pairs, then per block the MBA (u64), then per block the
 CRC-32C (u32); for MOVE: per block the MBA (u64), then per block old segment and old offset (u32 pairs), then per
-block the CRC-32C (u32); for SEAL: SealBody; for TREE: the rows of the layers that were made or changed. Data blocks
-follow the body, 4,096 bytes each, in the order of the MBAs, at whatever offset that is.
+block the CRC-32C (u32); for SEAL: SealBody; for TREE: the rows of the layers that were made or changed; for REGION:
+RegionBody. Data blocks follow the body, 4,096 bytes each, in the order of the MBAs, at whatever offset that is.
 """
 
 import sys
@@ -35,6 +35,7 @@ WRITE = 1
 MOVE = 2
 SEAL = 3
 TREE = 4
+REGION = 5
 
 EXTENT_DATA = 0
 EXTENT_HOLE = 1
@@ -104,6 +105,28 @@ LayerRow = Struct(
     "created_s" / Int64ul,  # of a snapshot
     "name" / Bytes(NAME_BYTES),  # of a snapshot
 )
+RegionHead = Struct(
+    "first_lba" / Int64ul,
+    "count" / Int32ul,
+    "reserved" / Int32ul,
+    "region_txid" / Int64ul,  # of the region's last modification where it was read
+)
+CopyRun = Struct(
+    "layer" / Int32ul,
+    "first" / Int32ul,  # from the first LBA on
+    "count" / Int32ul,
+    "reserved" / Int32ul,
+    "mba" / Int64ul,  # of the first; 0: none of them shows anything
+)
+RegionBody = Struct(
+    "first_lba" / Int64ul,
+    "count" / Int32ul,
+    "reserved" / Int32ul,
+    "region_txid" / Int64ul,
+    "runs" / Array(lambda this: this._.extents, CopyRun),
+    "mbas" / Array(lambda this: this._.blocks, Int64ul),
+    "checksums" / Array(lambda this: this._.blocks, Int32ul),
+)
 TreeBody = Struct("rows" / Array(lambda this: this._.extents, LayerRow))
 TreeState = Struct("next_layer" / Int32ul, "reserved" / Int32ul)
 
@@ -112,6 +135,8 @@ RECORD_HEADER = derive(RecordHeader)
 SEAL_BODY = derive(SealBody)
 LAYER_ROW = derive(LayerRow)
 TREE_STATE = derive(TreeState)
+REGION_HEAD = derive(RegionHead)
+COPY_RUN = derive(CopyRun)
 
 SEGMENT_HEADER_BYTES = SEGMENT_HEADER.size
 RECORD_HEADER_BYTES = RECORD_HEADER.size
@@ -129,6 +154,8 @@ def body_bytes(kind: int, extents: int, blocks: int) -> int:
         return EXTENT_BYTES * extents + WRITE_BLOCK_BYTES * blocks
     if kind == TREE:
         return LAYER_ROW.size * extents
+    if kind == REGION:
+        return REGION_HEAD.size + COPY_RUN.size * extents + WRITE_BLOCK_BYTES * blocks
     return MOVE_BLOCK_BYTES * blocks if kind == MOVE else SEAL_BODY_BYTES
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.segments import SegmentPool
-from protocol.disk import WRITE
+from protocol.disk import LAYER_ROW, WRITE
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.writer import Writer
@@ -64,8 +64,14 @@ class Appending:
 
     def make_room_for_rows(self, rows: int, keep: int) -> bool:
         """The same for a change of the tree of layers."""
+        return self.make_room_for_bytes(rows * LAYER_ROW.size, keep)
+
+    def make_room_for_bytes(self, size_bytes: int, keep: int) -> bool:
+        """The same for a record with so much body and data."""
         log = self.log
-        return log.begin_if_needed() and (log.has_room_for_rows(rows) or self.next_segment(keep))
+        if not log.begin_if_needed():
+            return False
+        return log.has_room_for_bytes(size_bytes) or (self.next_segment(keep) and log.has_room_for_bytes(size_bytes))
 
     def next_segment(self, keep: int) -> bool:
         """Go on in another segment, if one is to be had."""

@@ -39,10 +39,10 @@ from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
     EXTENT_BYTES,
-    LAYER_ROW,
     MOVE,
     MOVE_BLOCK_BYTES,
     RECORD_HEADER_BYTES,
+    REGION,
     SEAL,
     SEAL_BODY,
     SEAL_BYTES,
@@ -128,10 +128,10 @@ class Log:
         offset = self.offset or SEGMENT_HEADER_BYTES
         return max(0, self._pool.segment_bytes - SEAL_BYTES - offset) // MAX_BYTES_A_BLOCK
 
-    def has_room_for_rows(self, rows: int) -> bool:
-        """Whether a TREE record of so many rows fits into the open segment."""
+    def has_room_for_bytes(self, size_bytes: int) -> bool:
+        """Whether a record with so much body and data fits into the open segment."""
         offset = self.offset or SEGMENT_HEADER_BYTES
-        return offset + RECORD_HEADER_BYTES + rows * LAYER_ROW.size <= self._pool.segment_bytes - SEAL_BYTES
+        return offset + RECORD_HEADER_BYTES + size_bytes <= self._pool.segment_bytes - SEAL_BYTES
 
     def begin_if_needed(self) -> bool:
         """Begin the life of a family's first segment; False if there is no room for it."""
@@ -237,6 +237,10 @@ class Log:
             raise
         self.history.note(modification.epoch, modification.txid)
         return offset
+
+    def append_region(self, runs: int, blocks: int, body: bytes, data: Sequence[Buffer]) -> int:
+        """Append a part of a region as another replica has it; returns as `append_write`. Raises OSError."""
+        return self._append(REGION, 0, runs, blocks, body, data)
 
     def append_move(
         self, mbas: "array[int]", old: "array[int]", checksums: "array[int]", data: Sequence[Buffer]

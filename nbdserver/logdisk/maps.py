@@ -87,6 +87,11 @@ class Maps:
         self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
         self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
 
+    def hold(self, pages: int) -> None:
+        """Let so many pages of each map be in memory together, until `set_cache_bytes` is called again."""
+        self.logical.limit_pages = max(self.logical.limit_pages, 2 * pages)
+        self.middle.limit_pages = max(self.middle.limit_pages, 2 * pages)
+
     def needed(self, address: int, count: int, most: int = PAGE_BLOCKS, first_mba: int = 1) -> Need:
         """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`.
 

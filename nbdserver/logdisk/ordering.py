@@ -53,6 +53,7 @@ class Rule(Enum):
     SKIP_NOTES_WHAT_IS_LACKING = (
         "The batch in which a replica's log skips to another's position notes the regions that differ."
     )
+    REPLACED_WHERE_IT_WAS_READ = "A copy of a region is applied only at the txid at which it was read."
 
 
 CRASH_POINTS: dict[str, Rule] = {
@@ -80,6 +81,8 @@ CRASH_POINTS: dict[str, Rule] = {
     "splice-after-store": Rule.CUT_IS_DURABLE_FIRST,
     "replica-before-append": Rule.APPEND_FOLLOWS_LAST,
     "replica-after-append": Rule.APPEND_FOLLOWS_LAST,
+    "region-before-append": Rule.REPLACED_WHERE_IT_WAS_READ,
+    "region-after-append": Rule.REPLACED_WHERE_IT_WAS_READ,
     "skip-after-batch": Rule.SKIP_NOTES_WHAT_IS_LACKING,
 }
 """Name of each crash point and the rule whose two sides it stands between."""
@@ -90,6 +93,7 @@ OF_REPLICAS = frozenset(
         Rule.CUT_IS_DURABLE_FIRST,
         Rule.APPEND_FOLLOWS_LAST,
         Rule.SKIP_NOTES_WHAT_IS_LACKING,
+        Rule.REPLACED_WHERE_IT_WAS_READ,
     }
 )
 """Rules whose moment comes in replicated families only."""

@@ -17,6 +17,7 @@ from protocol.disk import (
     RECORD_HEADER,
     RECORD_HEADER_BYTES,
     RECORD_MAGIC,
+    REGION,
     SEAL,
     SEAL_BODY,
     SEGMENT_HEADER,
@@ -24,6 +25,7 @@ from protocol.disk import (
     SEGMENT_MAGIC,
     TREE,
     WRITE,
+    WRITE_BLOCK_BYTES,
     block_splitter,
     body_bytes,
     record_crc,
@@ -66,7 +68,7 @@ class Record:
     checksums: "array[int]"
     successor: int
     successor_salt: bytes
-    rows: bytes  # of a TREE
+    rows: bytes  # of a TREE; head and runs of a REGION
 
     @property
     def end(self) -> int:
@@ -93,7 +95,11 @@ def body_length(key: bytes, header: bytes) -> int | None:
     if len(header) < RECORD_HEADER_BYTES:
         return None
     fields = RECORD_HEADER.unpack(header)
-    if fields[0] != RECORD_MAGIC or record_crc(key, header) != fields[-1] or fields[1] not in (WRITE, MOVE, SEAL, TREE):
+    if (
+        fields[0] != RECORD_MAGIC
+        or record_crc(key, header) != fields[-1]
+        or fields[1] not in (WRITE, MOVE, SEAL, TREE, REGION)
+    ):
         return None
     return body_bytes(fields[1], fields[3], fields[4])
 
@@ -119,6 +125,11 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
         checksums.frombytes(body[16 * blocks :])
     elif kind == TREE:
         rows = body
+    elif kind == REGION:
+        cut = len(body) - WRITE_BLOCK_BYTES * blocks
+        rows = body[:cut]
+        mbas.frombytes(body[cut : cut + 8 * blocks])
+        checksums.frombytes(body[cut + 8 * blocks :])
     else:
         successor, _, successor_salt = SEAL_BODY.unpack(body)
     data_offset = offset + len(header) + len(body)

@@ -50,6 +50,7 @@ from nbdserver.logdisk.records import (
     parse_segment_header,
     wrong_blocks,
 )
+from nbdserver.logdisk.region_copies import show, unpack_views
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
 from nbdserver.logdisk.tree_changes import apply_rows
 from protocol.disk import (
@@ -59,6 +60,8 @@ from protocol.disk import (
     RECORD_HEADER,
     RECORD_HEADER_BYTES,
     RECORD_MAGIC,
+    REGION,
+    REGION_HEAD,
     SEAL,
     SEGMENT_HEADER_BYTES,
     TREE,
@@ -250,12 +253,13 @@ class Replay:
         blocks = 0
         for record in records:
             touched = _touched_blocks(record)
-            if group and (blocks + touched > self._group_blocks or record.kind == TREE):
+            alone = record.kind in (TREE, REGION)
+            if group and (blocks + touched > self._group_blocks or alone):
                 yield group
                 group, blocks = [], 0
             group.append(record)
             blocks += touched
-            if record.kind == TREE:
+            if alone:
                 yield group
                 group, blocks = [], 0
         if group:
@@ -366,10 +370,26 @@ class Replay:
             self._apply_write(record, segment)
         elif record.kind == MOVE:
             self._apply_move(record, segment)
+        elif record.kind == REGION:
+            self._apply_region(record, segment)
         elif record.kind == TREE:
             rows = unpack_rows(record.rows)
             apply_rows(self._maps.tree, rows)
             self._maps.next_mba = max(self._maps.next_mba, *(row.first_mba for row in rows))
+
+    def _apply_region(self, record: Record, segment: int) -> None:
+        maps = self._maps
+        first_lba, count, _, region_txid = REGION_HEAD.unpack_from(record.rows)
+        for block, mba in enumerate(record.mbas):
+            self._middle(mba)
+            maps.set_middle(mba, segment, record.data_offset + block * BLOCK_BYTES, record.checksums[block])
+            maps.next_mba = max(maps.next_mba, mba + 1)
+        try:
+            views = unpack_views(record.rows[REGION_HEAD.size :], count)
+        except ValueError as error:
+            raise RecoveryError(f"the log is damaged: record {record.lsn} does not hold together ({error})") from error
+        show(maps, first_lba, views, self._logical, self._middle)
+        maps.regions.raise_to(first_lba, region_txid)
 
     def _apply_write(self, record: Record, segment: int) -> None:
         maps = self._maps

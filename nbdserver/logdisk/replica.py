@@ -28,11 +28,12 @@ from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.log_reading import LogReading
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from nbdserver.logdisk.region_copies import CopyApplying, RegionReading
 from nbdserver.logdisk.replica_append import Ordered, ReplicaAppend
 from nbdserver.logdisk.segments import CLIENTS_KEEP
 from protocol.disk import LAYER_ROW, NAMELESS
 from protocol.invariant import invariant
-from protocol.peer import Epochs, Modification, Position, Runs
+from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
 
 Opener = Callable[[Replicated], LogDisk]
 
@@ -53,6 +54,7 @@ class Replica:
         self._state: ReplicaState = disk.replica_state
         self._ordered = Ordered(disk)
         self._appending = ReplicaAppend(disk, self._ordered)
+        self._copies = CopyApplying(disk, self._ordered)
         self._reading = LogReading(disk, self._files)
 
     # -- who and where
@@ -170,6 +172,8 @@ class Replica:
             disk = self.disk
             if is_done:
                 return 0
+            # What `to` follows is committed with it: a checkpoint that waits for that can end.
+            disk.log.committed.reach(min(to.txid, disk.log.txid))
             if disk.checkpointer.running:
                 disk.checkpointer.when_idle(self._ordered.go_on)
                 return None
@@ -177,7 +181,7 @@ class Replica:
                 disk.slow_path.park(self._ordered.go_on)
                 return None
             rows = unpack_rows(tree) if len(tree) % LAYER_ROW.size == 0 else []
-            if to.txid < disk.log.txid or not epochs or epochs[-1] != to or not _is_tree(rows):
+            if to.txid < disk.log.txid or (BEGINNING, *epochs)[-1] != to or not _is_tree(rows):
                 return errnos.EINVAL
             self._skip(to, epochs, regions, rows)
             is_done = True
@@ -234,6 +238,12 @@ class Replica:
     def resync_done(self, regions: Runs, done: Done) -> None:
         self.disk.resync.remove(regions)
         self._persist(self.disk.resync.put_changes, done)
+
+    def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
+        RegionReading(self.disk, self._files, region, done)
+
+    def apply_copy(self, copy: Copy, done: Done) -> None:
+        self._copies.submit(copy, done)
 
     # -- LevelDB
 

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 _TRIES = 3  # to have all pages of a record in memory together, before the cache may grow for it
-_ROOM = 4  # times what the record touches, then
 
 Step = Callable[[], int | None]
 """Does something and returns 0 or an errno; None: it has to wait, and `Ordered.go_on` will be called."""
@@ -202,9 +201,7 @@ class ReplicaAppend:
         maps = self._maps
         self._tries += 1
         if self._tries > _TRIES:
-            pages = _ROOM * (len(need) + blocks + MAX_PENDING_HOLES)
-            maps.logical.limit_pages = max(maps.logical.limit_pages, pages)
-            maps.middle.limit_pages = max(maps.middle.limit_pages, pages)
+            maps.hold(self._tries * (len(need) + blocks))
         maps.load(need, self._ordered.go_on)
 
     def _apply(

@@ -25,7 +25,7 @@ from .ratios import Ratio, ratio_to_best_peer
 from .rows import Row
 from .targets import EXPORT, Nbdserver, Setting
 
-ROWS = "randread-4k-d16,randwrite-4k-d16,fsync-4k-j1,read-128k-scattered"
+ROWS = "randread-4k-d16,randwrite-4k-d16,randread-4k-d1,fsync-4k-j1"
 FILL_S = 300
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -151,9 +151,6 @@ def run(
                 server.start(Setting("default"))
                 fill(server)
             for row in wanted:
-                if row.scattered:
-                    for server in servers:
-                        run_fio(server.fio(["--rw=randwrite", "--bs=4096", "--iodepth=16"]), FILL_S)
                 for number in range(rounds):
                     for server in servers if number % 2 else servers[::-1]:
                         samples[row.name][server.name].append(measure_volumes(server, row, seconds, number + 1))

@@ -1,7 +1,11 @@
 """Two log disks of one family under test, an owner and a replica, each with its own simulated machine."""
 
+import errno
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+from hypothesis import strategies as st
 
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_SHIFT
@@ -11,7 +15,7 @@ from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
 from protocol.disk import NAMELESS
 from protocol.peer import Modification
-from tests.unit.families import SETTINGS, SimulatedFamily
+from tests.unit.families import BLOCK_BYTES, SETTINGS, SimulatedFamily, block
 
 SIZE_BYTES = 64 << 20
 Shown = dict[int, tuple[object, ...]]
@@ -105,3 +109,119 @@ class ReplicaFamily(SimulatedFamily):
         result = check_family(self.files, self.store, quick=False)
         self.open()
         return [finding.sentence for finding in result.findings]
+
+
+BLOCKS = 600
+Step = tuple[Any, ...]
+LBA, COUNT = st.integers(0, BLOCKS - 1), st.sampled_from([1, 1, 1, 3, 40, 300])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(1, 3), LBA, COUNT),
+        st.tuples(st.just("write"), st.just(1), LBA, COUNT),
+        st.tuples(st.just("discard"), st.integers(1, 2), LBA, st.sampled_from([1, 7, 300, 9000])),
+        st.tuples(
+            st.sampled_from(["snapshot", "snapshot", "delete", "rollback", "clone", "resize"]), st.integers(0, 5)
+        ),
+        st.tuples(st.sampled_from(["checkpoint", "rest", "crash"]), st.sampled_from(["owner", "replica"])),
+        st.tuples(st.just("power"), st.just("replica")),
+    ),
+    max_size=30,
+)
+
+
+class Pair:
+    """An owner and a replica that is told everything at once."""
+
+    def __init__(self, cache_bytes: int = 0, scale: int = 1) -> None:
+        """Addresses of the steps are multiplied by `scale`."""
+        self.scale = scale
+        small = replace(SETTINGS, cache_bytes=cache_bytes)
+        self.owner = ReplicaFamily(settings=small, seed=1)
+        self.replica = ReplicaFamily(settings=small, seed=2)
+        self.told: list[Modification] = []
+        self.is_away = False  # the replica, which hears nothing
+        self.epoch = 0
+        self.number = 0
+        self.own()
+
+    def own(self) -> None:
+        self.epoch += 1
+        self.owner.own(self.epoch, self.told.append)
+
+    def tell(self) -> None:
+        if self.is_away:
+            self.owner.replica.set_committed(self.owner.replica.last.txid)
+            return
+        if self.told:
+            told = [replace(each, data=[bytes(buffer) for buffer in each.data]) for each in self.told]
+            self.told.clear()
+            assert self.replica.append(told) == 0
+        for each in (self.owner, self.replica):
+            each.replica.set_committed(self.owner.replica.last.txid)
+        assert self.replica.replica.last == self.owner.replica.last
+        assert self.replica.replica.epochs == self.owner.replica.epochs
+
+    def do(self, step: Step) -> None:
+        kind, which = step[0], step[1]
+        owner = self.owner
+        tree = owner.disk.maps.tree
+        if kind in ("write", "discard"):
+            if which not in tree.heads:
+                return
+            owner.device = owner.disk.head(which)
+            lba, count = step[2] * self.scale, step[3]
+            self.number += count
+            size = owner.device.size_bytes
+            length = min(count * BLOCK_BYTES, size - lba * BLOCK_BYTES)
+            if length > 0 and kind == "write":
+                data = b"".join(block(self.number + index) for index in range(count))[:length]
+                assert owner.write(lba * BLOCK_BYTES, data) == 0
+            elif length > 0:
+                assert owner.discard(lba * BLOCK_BYTES, length) == 0
+            owner.look()
+        elif kind in ("checkpoint", "rest", "crash", "power"):
+            self.machine(kind, getattr(self, which))
+        else:
+            self.change(kind, which)
+        self.tell()
+
+    def machine(self, kind: str, family: ReplicaFamily) -> None:
+        if kind == "checkpoint":
+            family.replica.set_committed(family.replica.last.txid)  # both have all that a replica has
+            family.checkpoint()
+        elif kind == "rest":
+            family.run(40.0)
+        else:
+            if kind == "power":
+                family.wait(lambda done: family.replica.sync(done))
+            family.crash(power=kind == "power")
+            family.open()
+            if family is self.owner:
+                self.own()
+
+    def change(self, kind: str, which: int) -> None:
+        owner = self.owner
+        snapshots = owner.disk.snapshots()
+        if kind == "snapshot":
+            assert owner.change("snapshot", 1, f"s{self.number}", which) in (0, errno.EEXIST)
+            self.number += 1
+        elif kind == "resize":
+            owner.change("resize", 1, (BLOCKS - 97 * which) * self.scale * BLOCK_BYTES)
+        elif snapshots:
+            layer = snapshots[which % len(snapshots)].layer
+            if kind == "delete":
+                assert owner.change("delete_snapshot", layer) == 0
+            elif kind == "rollback":
+                owner.change("rollback", 1, layer)
+            else:
+                owner.change("clone", layer, 2 + which % 2)
+            owner.look()
+
+    def compare(self) -> None:
+        assert self.replica.shown() == self.owner.shown()
+        assert self.replica.contents() == self.owner.contents()
+        assert self.replica.region_txids() == self.owner.region_txids()
+        for each in (self.owner, self.replica):
+            each.run(60.0)
+            assert each.findings() == []
+        assert self.replica.shown() == self.owner.shown()

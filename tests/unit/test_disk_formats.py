@@ -47,6 +47,8 @@ DERIVED = {
     "OpenState": "OPEN_STATE",
     "ReplicaState": "REPLICA_STATE",
     "Splice": "SPLICE",
+    "RegionHead": "REGION_HEAD",
+    "CopyRun": "COPY_RUN",
 }
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 SALT = st.binary(min_size=8, max_size=8)

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadata.seams import Connection
 from nbdserver.frontend.forwarding import BUFFER_BYTES, UNSENT_LIMIT_BYTES, Forwarding
-from nbdserver.frontend.server import ForwardingOver, Server
 from nbdserver.frontend.session import Session
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, Exports
@@ -285,85 +283,3 @@ def test_one_end_that_is_gone_closes_the_other_and_is_told_once(end: str) -> Non
     assert not other.aborted, "what was sent to it is still delivered"
     ends.forwarding.close()
     assert ends.over == [ends.forwarding]
-
-
-# --- a server with others beside it ---
-
-
-class Beside:
-    """A server whose clients of "far" are forwarded, and what it reports."""
-
-    def __init__(self) -> None:
-        self.two = Two()
-        self.reports: list[tuple[str, object]] = []
-        self.server = Server(
-            Nowhere(), self.two.clock, self.two.processes[0],  # type: ignore[arg-type]
-            lambda kind, fields: self.reports.append((kind, fields.get("reason", ""))), 2
-        )  # fmt: skip
-        self.server.pass_on = self.pass_on
-        self.refusal: OSError | None = None
-        self.locals: list[ListConnection] = []
-        self.forwarding: Forwarding | None = None
-
-    def pass_on(
-        self, connection: Connection, client: HandshakingClient, worker: int, over: ForwardingOver
-    ) -> Forwarding | None:
-        assert worker == 1
-        if self.refusal is not None:
-            raise self.refusal
-        self.locals.append(ListConnection("unix:"))
-        self.forwarding = Forwarding(connection, self.locals[-1], over)
-        return self.forwarding
-
-    def connect(self, asked: bytes) -> ListConnection:
-        connection = ListConnection(PEER)
-        session = self.server._accept(connection)
-        if session is not None:
-            session.buffer()[: len(asked)] = asked
-            session.received(len(asked))
-        return connection
-
-
-class Nowhere:
-    """A network at which nobody listens."""
-
-
-def test_a_client_that_was_passed_on_is_not_counted_here_any_more_and_gone_is_not_said_of_it() -> None:
-    beside = Beside()
-    for _ in range(4):
-        beside.connect(HELLO + named(Option.GO, "far"))
-    assert beside.server.clients() == []
-    assert [kind for kind, _ in beside.reports] == ["client-connected"] * 4
-
-
-def test_a_client_whose_process_takes_nobody_is_closed() -> None:
-    beside = Beside()
-    beside.refusal = BlockingIOError(11, "Resource temporarily unavailable")
-    connection = beside.connect(HELLO + named(Option.GO, "far"))
-    assert connection.closed
-    assert beside.reports[-1] == (
-        "client-gone",
-        "its export's process does not take it: Resource temporarily unavailable",
-    )
-    assert beside.server.clients() == []
-
-
-@pytest.mark.parametrize("ends", [True, False])
-def test_a_stop_waits_for_what_is_forwarded_and_not_for_ever(ends: bool) -> None:
-    beside = Beside()
-    client = beside.connect(HELLO + named(Option.GO, "far"))
-    stopped: list[bool] = []
-    beside.server.drain(5.0, lambda: stopped.append(True))
-    beside.two.clock.run()
-    assert not stopped
-    assert not client.closed, "the other process has replies for it"
-    assert beside.connect(HELLO) is not client
-    assert beside.reports[-1][0] == "client-refused"
-    if ends:
-        assert beside.forwarding is not None
-        beside.forwarding.server_end.lost("the server is shutting down")
-        beside.two.clock.run()
-    else:
-        beside.two.clock.advance(5.0)
-    assert stopped == [True]
-    assert client.closed

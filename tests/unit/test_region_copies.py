@@ -1,0 +1,188 @@
+"""A replica that was away skips to its owner's position, and copies of regions make it show what the owner shows."""
+
+import errno
+from array import array
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from nbdserver.logdisk.ordering import Rule, disabled
+from nbdserver.logdisk.region_copies import REGION_BLOCKS, distinct, pack_views, unpack_views
+from protocol.peer import Copy
+from tests.unit.replica_rig import STEPS, Pair, Step
+
+
+def returned(pair: Pair, crash: bool = False) -> None:
+    """The replica, which was told nothing for a while, comes back."""
+    owner, replica = pair.owner.replica, pair.replica
+    pair.told.clear()
+    lacks = owner.regions_after(replica.replica.last.txid)
+    to, epochs, tree = owner.last, owner.epochs, owner.tree
+    assert replica.wait(lambda done: replica.replica.skip(to, epochs, lacks, tree, done)) == (0,)
+    if crash:
+        replica.crash()
+        replica.open()
+    assert replica.replica.last == to
+    pair.tell()
+
+
+def copied(pair: Pair, region: int) -> Copy:
+    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(region, done))
+    assert error == 0
+    return copy  # type: ignore[no-any-return]
+
+
+def fetched(pair: Pair, region: int) -> None:
+    """One region is copied, in the stream."""
+    copy = copied(pair, region)
+    pair.tell()
+    replica = pair.replica
+    assert replica.wait(lambda done: replica.replica.apply_copy(copy, done)) == (0,)
+    assert replica.wait(lambda done: replica.replica.sync(done)) == (0,)
+    assert replica.wait(lambda done: replica.replica.resync_done(((region, 1),), done)) == (0,)
+
+
+def complete(pair: Pair) -> None:
+    while pair.replica.replica.resync:
+        fetched(pair, pair.replica.replica.resync[0][0])
+
+
+@settings(deadline=None, max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@given(STEPS, STEPS, STEPS, st.booleans())
+def test_a_replica_that_was_away_becomes_its_owners_like(
+    before: list[Step], away: list[Step], after: list[Step], crash: bool
+) -> None:
+    pair = Pair(scale=5)
+    for step in before[:12]:
+        pair.do(step)
+    pair.is_away = True
+    for step in away:
+        pair.do(step)
+    pair.is_away = False
+    returned(pair, crash)
+    for step in after[:12]:
+        pair.do(step)
+        if pair.replica.replica.resync:
+            fetched(pair, pair.replica.replica.resync[-1][0])
+    complete(pair)
+    pair.compare()
+
+
+def gone_and_back() -> Pair:
+    pair = Pair()
+    for lba in range(0, 3000, 100):
+        pair.owner.put(lba, lba + 1)
+    pair.tell()
+    pair.is_away = True
+    for lba in range(0, 2000, 100):
+        pair.owner.put(lba, lba + 2)
+    pair.owner.discard(100 * 4096, 4096)
+    pair.is_away = False
+    return pair
+
+
+def test_only_the_regions_that_changed_are_to_be_fetched() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    assert pair.replica.replica.resync == ((0, 2),)
+    assert pair.replica.replica.resync_count == 2
+    fetched(pair, 1)
+    assert pair.replica.replica.resync == ((0, 1),)
+    pair.replica.crash(power=True)
+    pair.replica.open()
+    assert pair.replica.replica.resync == ((0, 1),)
+    pair.tell()
+    complete(pair)
+    pair.compare()
+
+
+def test_what_is_lacking_is_noted_in_the_batch_of_the_skip() -> None:
+    def noted() -> int:
+        pair = gone_and_back()
+        returned(pair, crash=True)
+        return pair.replica.replica.resync_count
+
+    assert noted() == 2
+    with disabled(Rule.SKIP_NOTES_WHAT_IS_LACKING):
+        assert noted() == 0  # and nobody would ever fetch them
+
+
+def test_a_copy_that_comes_late_is_refused() -> None:
+    def late() -> tuple[int, int]:
+        pair = gone_and_back()
+        returned(pair)
+        copy = copied(pair, 0)
+        pair.owner.put(0, 77)
+        pair.tell()
+        answer = pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done))[0]
+        return answer, pair.replica.number_at(0)
+
+    assert late() == (errno.ESTALE, 77)
+    with disabled(Rule.REPLACED_WHERE_IT_WAS_READ):
+        assert late() == (0, 2)  # an acknowledged write went back
+
+
+def test_what_is_written_while_a_region_is_read_is_in_the_copy() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    owner = pair.owner
+    owner.disk.maps.set_cache_bytes(0)
+    answers: list[tuple[int, Copy | None]] = []
+    for count in range(40):
+        owner.replica.read_region(0, lambda error, copy: answers.append((error, copy)))
+        for lba in (count, 100, 500):
+            owner.put(lba, 10_000 + count)
+        while not answers:
+            owner.clock.step()
+            if count % 3 == 0 and not answers:
+                owner.put(500, 20_000 + count)
+        error, copy = answers.pop()
+        assert error == 0
+        assert copy is not None
+        assert copy.txid == owner.replica.last.txid
+        pair.tell()
+        assert pair.replica.wait(lambda done, copy=copy: pair.replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
+    complete(pair)
+    pair.compare()
+
+
+def test_a_rotten_block_is_not_copied() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    for file in pair.owner.drive.files.values():
+        at = bytes(file.content).find((502).to_bytes(8, "little") * 512)
+        if at >= 0:
+            file.content[at] ^= 1
+    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, done))
+    assert (error, copy) == (errno.EIO, None)
+
+
+def test_a_copy_that_does_not_hold_together_is_refused() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    copy = copied(pair, 0)
+    replica = pair.replica
+    end = replica.disk.log.lsn
+    for damaged in (
+        replace(copy, entries=copy.entries[:-1]),
+        replace(copy, entries=copy.entries[24:]),
+        replace(copy, checksums=copy.checksums[:-4]),
+        replace(copy, data=copy.data[1:]),
+        replace(copy, data=[*copy.data[:-1], bytes(4096)]),
+    ):
+        assert replica.wait(lambda done, damaged=damaged: replica.replica.apply_copy(damaged, done)) == (errno.EBADMSG,)  # type: ignore[misc]
+    assert replica.disk.log.lsn == end
+
+
+@given(st.dictionaries(st.integers(1, 9), st.lists(st.integers(0, 5), min_size=20, max_size=20), max_size=3))
+def test_views_outlive_packing(views: dict[int, list[int]]) -> None:
+    arrays = {layer: array("Q", mbas) for layer, mbas in views.items()}
+    assert unpack_views(pack_views(arrays), 20) == arrays
+    assert distinct(arrays) == sorted({mba for mbas in views.values() for mba in mbas} - {0})
+
+
+def test_runs_that_lead_nowhere_are_refused() -> None:
+    with pytest.raises(ValueError, match="half a run"):
+        unpack_views(b"x", REGION_BLOCKS)
