@@ -1,15 +1,16 @@
 """The control process: takes the data directory, keeps data processes alive, answers the API, stops cleanly.
 
 Order of a start: settings, data directory and lock, registry, data processes, every family opened, the clients of the
-process before, then the NBD addresses, then the API; only then `ready`. Order of a stop: NBD clients, families
-(closed cleanly), API, lock. A second SIGINT or SIGTERM stops waiting: the log makes that safe, the next start only
-has to replay it. Where systemd keeps descriptors for us, a stop gives it the clients instead of closing them: it drops
-them if no start follows.
+process before, then the NBD addresses, the cluster, the API; only then `ready`. Order of a stop: the cluster, NBD
+clients, families (closed cleanly), API, lock. A second SIGINT or SIGTERM stops waiting: the log makes that safe, the
+next start only has to replay it. Where systemd keeps descriptors for us, a stop gives it the clients instead of closing
+them: it drops them if no start follows.
 
-An upgrade in place: the program on disk is checked; changes of volumes are waited for and the API ends; checkpoints;
-the data processes hand their clients over and end; this process becomes the program on disk. Up to the moment when
-clients stand still a failure changes nothing; between that and the end of the data processes it costs the connections,
-and this program goes on; after it the new program answers for the rest. What was acknowledged is never lost.
+An upgrade in place: the program on disk is checked; changes of volumes are waited for, the API ends and the cluster is
+left; checkpoints; the data processes hand their clients over and end; this process becomes the program on disk. Up to
+the moment when clients stand still a failure changes nothing; between that and the end of the data processes it costs
+the connections, and this program goes on; after it the new program answers for the rest. What was acknowledged is never
+lost.
 
 Rules: nothing of a client's data passes here. A data process that dies is started again (data_processes.py), with the
 epochs of its families raised.
