@@ -9,7 +9,8 @@ for all who look, so that somebody who opens the status page sees at once what t
 Rules
 - Time is an argument. A slot is as long as it was: rates are divided by what passed, not by what should have.
 - Totals that have fallen are those of a data process that was started again: what they show is what came since.
-- A key that is not among the totals any more is forgotten.
+- A key that is not among the totals any more is forgotten. Where a total is not known (a data process hangs) nothing is
+  known to have been done.
 """
 
 from collections import deque
@@ -63,9 +64,10 @@ class Activity:
         self._slots: dict[str, deque[Rates]] = {}
         self._together: deque[Rates] = deque(maxlen=KEPT)
 
-    def take(self, now_s: float, totals: Mapping[str, Traffic]) -> None:
-        """Take what everything adds up to now: a slot ends."""
+    def take(self, now_s: float, told: Mapping[str, Traffic | None]) -> None:
+        """Take what everything adds up to now: a slot ends. Of what is None nothing is known."""
         before, before_s = self._totals, self._taken_s
+        totals = {key: total or before.get(key, NO_TRAFFIC) for key, total in told.items()}
         self._totals, self._taken_s = totals, now_s
         if before_s is None or now_s <= before_s:
             return

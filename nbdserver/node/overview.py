@@ -80,7 +80,7 @@ class Overview:
     async def show(self, match: str = "", sort: str = "trouble", limit: int = 50) -> dict[str, Any]:
         """What the page shows: of the volumes whose name or description has `match`, the first `limit` by one of
         SORTS."""
-        if self._now_s() >= self._next_s:
+        if not self._seen or self._now_s() >= self._next_s:
             await self._look()
         seen = self._seen
         if self._rows is None:
@@ -88,7 +88,7 @@ class Overview:
         volumes = self._rows
         chosen = select(volumes, match, sort)
         rows = [row | _history(self._activity.history(row["key"])) for row in chosen[:limit]]
-        together = self._activity.together()
+        slots = self._activity.together()
         return {
             **seen,
             **_of_scrubs(seen["scrubs"]),
@@ -97,7 +97,7 @@ class Overview:
             "slot_s": SLOT_S,
             "states": _counted([volume["state"] for volume in volumes]),
             "clients": sum(volume["clients"] for volume in volumes),
-            "traffic": _shown(together[-1] if together else IDLE) | _history(together),
+            "traffic": _shown(slots[-1] if slots else IDLE) | _history(slots),
             "volumes": {"total": len(volumes), "matching": len(chosen), "rows": rows},
             "events": self._told(),
         }
@@ -109,18 +109,15 @@ class Overview:
 
     def load(self) -> dict[str, Any]:
         """How busy the node is, as of the last slot."""
-        together = self._activity.together()
-        traffic = _shown(together[-1] if together else IDLE)
+        slots = self._activity.together()
+        traffic = _shown(slots[-1] if slots else IDLE)
         del traffic["bytes_per_s"]
         volumes = self._seen.get("volumes", ())
         return {"volumes": len(volumes), "clients": sum(volume["clients"] for volume in volumes), **traffic}
 
     def _take(self) -> None:
-        """A slot of the history ends; nothing does while nothing is known."""
-        if any(worker["pid"] is None or worker["silent_s"] for worker in self._seen["workers"]):
-            return
-        totals = {_key(volume): volume["traffic"] for volume in self._seen["volumes"] if volume["traffic"]}
-        self._activity.take(self._now_s(), totals)
+        """A slot of the history ends."""
+        self._activity.take(self._now_s(), {_key(volume): volume["traffic"] for volume in self._seen["volumes"]})
         self._rows = None
 
     async def _look(self) -> None:

@@ -1,12 +1,13 @@
 // The status page: asks the node for /v1/overview every POLL_MS and shows it.
 //
-// Rules: one request at a time, none while nobody looks. Whoever looks sees how old what they see is: from the first
-// request that fails on, the page says so above everything else.
+// Rules: one request at a time, and few while the tab is hidden: its title still says how many things are wrong. Whoever
+// looks sees how old what they see is: from the first request that fails on, the page says so above everything else.
 
 import { bandwidth, clock, count, day, duration, event, latency, rate, size } from "./words.js";
 import { bar, element, redraw, setText, sparkline, Table } from "./tables.js";
 
 const POLL_MS = 2000;
+const HIDDEN_MS = 30000;
 const ANSWER_MS = 10000;
 const ROWS = 50;
 const NODES = 12; // shown at once: the volumes stand below them
@@ -52,7 +53,7 @@ async function ask() {
     clearTimeout(late);
     if (mine === underWay) {
       underWay = null;
-      if (!document.hidden && byId("token-form").hidden) timer = setTimeout(ask, POLL_MS);
+      if (byId("token-form").hidden) timer = setTimeout(ask, document.hidden ? HIDDEN_MS : POLL_MS);
     }
   }
 }
@@ -78,7 +79,9 @@ byId("token-form").addEventListener("submit", (submitted) => {
   ask();
 });
 
-document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : ask()));
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && byId("token-form").hidden) ask();
+});
 
 // --- whether the node is there ---
 
