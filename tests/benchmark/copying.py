@@ -103,7 +103,9 @@ def show(servers: list[Target], samples: dict[str, dict[str, list[dict[str, floa
 @application.command()
 def run(
     size: Annotated[str, typer.Option(help="Size of the image.")] = "4G",
-    targets: Annotated[str | None, typer.Option(help="Comma-separated targets.  [default: all]")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Comma-separated targets.  [default: all but nbdkit-simple]")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Copies of each target, each way.")] = 3,
     tls: Annotated[bool, typer.Option(help="Over TLS, with certificates of both sides.")] = False,
     directory: DirectoryOption = None,

@@ -3,7 +3,9 @@
 Rules
 - One unix socket, one export, files on one file system, every byte written through NBD before anything is measured.
 - Settings that weaken what flush promises (`cache=unsafe`, no `flush` in nbd-server) are not candidates: every target's
-  flush is an fdatasync. Settings that no option of the server itself can give (patches, LD_PRELOAD) are not either.
+  flush is an fdatasync. Settings that no option of the server itself can give (patches, LD_PRELOAD) are not either,
+  nor are those that keep a part of the protocol from the clients: nbdkit without structured replies is a target of its
+  own, which is measured when it is asked for.
 - A peer runs in each row with the setting that was best for it in that row; ours has one setting for all rows.
 
 To add a target, write a subclass of Target and put it into TARGETS.
@@ -170,7 +172,6 @@ class Nbdkit(Target):
         Setting("threads=1", ("--threads=1",)),
         Setting("threads=2", ("--threads=2",)),
         Setting("threads=4", ("--threads=4",)),
-        Setting("threads=1, no structured replies", ("--threads=1", "--no-sr")),
         Setting("threads=4, fadvise=random", ("--threads=4", "fadvise=random")),
     )
 
@@ -181,6 +182,17 @@ class Nbdkit(Target):
         if self.certificates:
             options += ["--tls=require", f"--tls-certificates={self.certificates}", "--tls-verify-peer"]
         return ["nbdkit", "--foreground", f"--unix={self.socket_path}", *options, "file", str(self.file), *plugin]
+
+
+class NbdkitSimple(Nbdkit):
+    """nbdkit that offers no structured replies: less for its clients to parse, and less that it can tell them."""
+
+    name = "nbdkit-simple"
+    title = "nbdkit file, simple replies"
+    settings = tuple(
+        Setting(f"{setting.name}, no structured replies", (*setting.arguments, "--no-sr"))
+        for setting in Nbdkit.settings
+    )
 
 
 class QemuNbd(Target):
@@ -274,6 +286,7 @@ def free_port() -> int:
 
 
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (Nbdserver, Nbdkit, QemuNbd, QemuNbdQcow2, NbdServer)
+    target.name: target for target in (Nbdserver, Nbdkit, QemuNbd, QemuNbdQcow2, NbdServer, NbdkitSimple)
 }
+USUAL_TARGETS = tuple(name for name in TARGETS if name != NbdkitSimple.name)
 SUBJECT = Nbdserver.name
