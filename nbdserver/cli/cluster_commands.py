@@ -6,6 +6,7 @@ Rules: init, token and join need no running node; each prints what to do next, t
 import os
 import shlex
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nbdserver.node.cluster_settings import ClusterSettings
 
 TOKEN_MINUTES = 60
+MOST_TOKEN_LENGTH = 4096
 MAX_MINUTES = 7 * 24 * 60
 
 app = typer.Typer(no_args_is_help=True, help="Make a cluster of nodes, let nodes in, change its key.")
@@ -156,7 +158,12 @@ def token(
 def join(
     context: typer.Context,
     token: Annotated[
-        str, typer.Argument(metavar="TOKEN", help="What `cluster init` or `cluster token` printed.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="TOKEN",
+            help="What `cluster init` or `cluster token` printed; -: read from standard input.",
+            show_default=False,
+        ),
     ],
     address: AddressOption = None,
     node: NodeOption = None,
@@ -179,14 +186,14 @@ def join(
 
       nbdserver cluster join nbdj1.eyJjbHVz... --address 10.0.0.6:10810
 
-      nbdserver cluster join nbdj1.eyJjbHVz... --again
+      nbdserver cluster join - --again     (the token is seen by nobody who looks at processes)
     """
     import asyncio
 
     from nbdserver.node import cluster_making
     from nbdserver.node.invitations import Token
 
-    decoded = Token.decode(token)
+    decoded = Token.decode(sys.stdin.readline(MOST_TOKEN_LENGTH) if token == "-" else token)
     given = {"site": site, "fault_domain": fault_domain, "across_wan": across_wan or None}
     if not again:
         _demand(address)

@@ -1,5 +1,6 @@
 """`nbdserver cluster init`, `token` and `join` as far as they need no other node: files, their readers, refusals."""
 
+import io
 import json
 import ssl
 import stat
@@ -109,6 +110,13 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_made(
     assert message in error
     assert error.count("\n") == 1
     assert list(config.parent.iterdir()) == [config]
+
+
+def test_a_token_can_come_by_standard_input(config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = Token("prod", "127.0.0.1:9", "ab" * 32, "x").encode()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{token}\n"))
+    assert run(["cluster", "join", "-", "--config", str(config), "--address", "10.0.0.6:10810"]) == 1
+    assert "127.0.0.1:9 cannot be asked" in capsys.readouterr().err
 
 
 def test_a_node_that_cannot_be_asked_is_told_and_nothing_is_made(config: Path, capsys: Capture) -> None:
