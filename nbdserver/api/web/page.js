@@ -267,7 +267,8 @@ function showCluster({ cluster }) {
   found.sort((one, other) => place(one) - place(other) || one.name.localeCompare(other.name, "en", { numeric: true }));
   nodes.update(found.slice(0, mostNodes));
   const up = all.filter((node) => node.state === "up").length;
-  setText(byId("cluster-facts"), `Cluster ${cluster.name}: ${up} of ${count(all.length, "node")} up, master ${cluster.master || "none"}, `
+  const old = cluster.is_active ? "" : "Old, for this node does not hear the master. ";
+  setText(byId("cluster-facts"), `${old}Cluster ${cluster.name}: ${up} of ${count(all.length, "node")} up, master ${cluster.master || "none"}, `
     + `registry ${registry.kind} ${registry.is_connected ? "connected" : "not connected"}${registry.endpoint ? ` (${registry.endpoint})` : ""}`);
   const rows = Math.min(found.length, mostNodes);
   setText(byId("nodes-more"), rows < all.length ? `Showing ${rows} of ${count(all.length, "node")}.` : "");
