@@ -7,6 +7,8 @@ Rules (docs/replication.md has the reasons)
 - Who is not whole completes itself from a whole member first; if none is whole all members must be opened, the longest
   log wins, and the generation rises (16).
 - Members that could not be opened, or are not whole, are out of the set before anything is ordered (5).
+- If none was whole only those whose logs end where the longest does stay in the set; the others return like any that
+  were away.
 - A replica that has regions to fetch is not complete, whatever its log says.
 
 Known weakness: a log that the winner's does not go back to cannot be completed here; its holder has to take over.
@@ -226,9 +228,10 @@ class Takeover:
     def _settle_set(self, nodes: Sequence[str], generation: int) -> None:
         """We, and whoever is complete."""
         members = [Member(self._node, self._log.incarnation)]
+        none_was_whole = generation > self._value.generation
         for node in nodes:
             opened = self._opened(node)
-            if opened is not None:
+            if opened is not None and not (none_was_whole and opened.last != self._log.last):
                 members.append(Member(node, opened.incarnation))
         members.sort(key=lambda member: member.node)
         new = self._value.changed(in_sync=tuple(members), generation=generation)

@@ -204,3 +204,24 @@ def the_owner_sleeps_and_is_asked_when_it_wakes() -> None:
     stage.cluster.machines["node-1"].resume()
     stage.read(1, 0)
     stage.end()
+
+
+def all_lose_their_power_and_the_longest_log_does_not_go_back_to_the_others() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.node(1).log.disk.sync_all()
+    for _ in range(30):
+        stage.node(1).log.checkpoint()
+    stage.write(1, 0)
+    stage.until(lambda: not stage.node(1).open)
+    stage.node(1).log.disk.sync_all()
+    for number in (2, 3):
+        stage.node(number).log.disk.forget_unsynced()
+    for number in (1, 2, 3):
+        stage.kill(number, power=True)
+    for number in (1, 2, 3):
+        stage.start(number)
+    stage.attach(1)
+    stage.end()
+    if stage.scenario.value().generation != 2:
+        raise ViolationError("nobody says that acknowledged writes may be gone")

@@ -347,6 +347,11 @@ class ReplicatedScenario:
         ]
         if len(with_authority) > 1:
             raise ViolationError(f"{with_authority} answer at the same time")
+        value = self.value()
+        for node in self.nodes():
+            member, log = value.member(node.machine.name), node.log
+            if member is not None and is_whole(member, log.incarnation, log.intact_since) and log.resync_count:
+                raise ViolationError(f"{node.machine.name} is in sync and has regions to fetch")
 
     def core(self, rng: random.Random) -> set[str]:
         return set(self.cluster.machines)

@@ -4,7 +4,6 @@ Each rule of docs/replication.md has a canary: the rule is taken away, and the s
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FunctionType
@@ -30,7 +29,7 @@ from tests.simulation.replication.memory_log import REGION_BLOCKS, Image, Memory
 from tests.simulation.replication.replicated import replication_run
 from tests.simulation.seeds import try_seed
 
-SEEDS = 30
+SEEDS = 20
 CHUNK = 5
 TRIES = 60  # runs in which a canary must be found
 WORLD = "replication"
@@ -57,18 +56,18 @@ def test_nothing_wrong_is_seen_and_all_replicas_are_the_same_when_it_is_healed(f
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_few_seeds_meet_everything_that_can_happen_to_a_replica() -> None:
-    met: Counter[str] = Counter()
-    for seed in range(20):
-        scenario, run = replication_run(seed)
-        run.go()
-        met.update(scenario.answers)
-        met.update(scenario.reports)
-    for name in (
+def test_the_first_seeds_meet_everything_that_can_happen_to_a_replica() -> None:
+    missed = {
         "write", "write unknown", "read at once", "read later", "flush", "taken over", "not taken over", "generation",
         "conspiracy", "owner-deposed", "replica-removed", "replica-added", "replica-cut", "replica-skipped",
-    ):  # fmt: skip
-        assert met[name], f"nobody met {name!r}"
+    }  # fmt: skip
+    for seed in range(TRIES):
+        scenario, run = replication_run(seed, trouble=0.1)
+        run.go()
+        missed -= {*scenario.answers, *scenario.reports}
+        if not missed:
+            return
+    pytest.fail(f"nobody met {missed}")
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

@@ -1,0 +1,247 @@
+"""Owners and replicas over real log disks, on simulated files: what one node writes all nodes have.
+
+What the log in memory proves of the rules is not proved again here; this shows that the two fit together.
+"""
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from metadata.registry_calls import Change
+from metadata.replica_set import Member, ReplicaSet, replica_set_key
+from nbdserver.block import IN_FLIGHT, Operation
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.opening import Replicated
+from nbdserver.logdisk.replica import Replica
+from nbdserver.replication.device import ReplicatedDevice
+from nbdserver.replication.family import ReplicatedFamily
+from nbdserver.replication.owner import Owner
+from nbdserver.replication.peer_server import PeerServer
+from tests.simulation.cluster.cluster import Cluster
+from tests.simulation.cluster.faults import Mix
+from tests.simulation.cluster.machine import Machine, Seams
+from tests.simulation.registers import BLOCK_BYTES, pattern
+
+FAMILY = bytes(range(16))
+PORT = 702
+SIZE_BYTES = 1 << 20
+SEGMENT_BYTES = 4 << 20
+VOLUME = 1
+
+
+class LogNode:  # not ReplicaNode: what it writes goes through a block device
+    """One life of a node with a replica on its log disk."""
+
+    def __init__(self, stage: "LogStage", machine: Machine, seams: Seams) -> None:
+        self.stage = stage
+        self.seams = seams
+        self.boot_id = f"{stage.boots[machine.name]:036d}"
+        if not seams.files.list("."):
+            LogDisk.format(seams.files, seams.store, FAMILY, SIZE_BYTES, SEGMENT_BYTES, seams.random)
+        self.log = Replica(self._open, seams.files)
+        self.family = ReplicatedFamily(
+            seams.clock,
+            seams.network,
+            seams.registry,
+            self.log,  # type: ignore[arg-type]  # copies of regions are still to come
+            FAMILY,
+            machine.name,
+            stage.address_of,
+            lambda kind, fields: stage.reports.append((machine.name, kind, fields)),
+        )
+        self.server = PeerServer(seams.clock, seams.network, f"{machine.host}:{PORT}", lambda _: self.family.accept)
+
+    def _open(self, replicated: Replicated) -> LogDisk:
+        seams = self.seams
+        return LogDisk.open(
+            seams.files,
+            seams.store,
+            seams.clock,
+            seams.random,
+            DiskSettings(cache_bytes=1 << 20),
+            None,
+            self.boot_id,
+            lambda kind, fields: self.stage.reports.append(("disk", kind, fields)),
+            replicated=replicated,
+        )
+
+    @property
+    def owner(self) -> Owner:
+        assert self.family.owner is not None
+        return self.family.owner
+
+    def device(self) -> ReplicatedDevice:
+        head = self.log.disk.head(VOLUME)
+        return ReplicatedDevice(self.seams.clock, head, self.owner, lambda: head.layer)
+
+    def content(self, lba: int) -> bytes:
+        """What its own log shows."""
+        head = self.log.disk.head(VOLUME)
+        data = head.read(lba * BLOCK_BYTES, BLOCK_BYTES)
+        assert data is not None, "the maps of so small a volume are in memory"
+        return b"".join(data)
+
+    def close(self) -> None:
+        self.server.close()
+        self.family.close()
+
+
+class LogStage:
+    """Three nodes; the first owns the volume."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(11, Mix(), lambda machine, seams: LogNode(self, machine, seams))
+        self.boots: dict[str, int] = {}
+        self.reports: list[tuple[str, str, dict[str, object]]] = []
+        self.expected: dict[int, bytes] = {}
+        self.random = random.Random(5)
+        self._label = 0
+        names = ["node-1", "node-2", "node-3"]
+        for name in names:
+            machine = self.cluster.add(name)
+            self.boots[name] = 1
+            machine.ended = partial(self._ended, name)
+            self.cluster.start(name)
+        members = tuple(Member(name, self._node(name).log.incarnation) for name in names)
+        value = ReplicaSet(1, names[0], members, tuple(names))
+        self.cluster.registry.swap([Change(replica_set_key(FAMILY), None, value.encode())])
+        self.attach(1)
+
+    def _ended(self, name: str, power: bool) -> None:
+        self.boots[name] += power
+
+    def address_of(self, name: str) -> str:
+        return f"{self.cluster.machines[name].host}:{PORT}"
+
+    def _node(self, name: str) -> LogNode:
+        node = self.cluster.machines[name].node
+        assert isinstance(node, LogNode)
+        return node
+
+    def node(self, number: int) -> LogNode:
+        return self._node(f"node-{number}")
+
+    def until(self, holds: Callable[[], bool], limit_s: float = 10.0) -> None:
+        assert self.cluster.run_until(holds, limit_s), f"not within {limit_s} s; {self.reports[-5:]}"
+
+    def attach(self, number: int) -> None:
+        for _ in range(5):
+            self.node(number).family.take_over(lambda reason: None)
+            if self.cluster.run_until(lambda: self.answers(number), 3.0):
+                return
+        raise AssertionError(f"node-{number} does not become the owner; {self.reports[-5:]}")
+
+    def answers(self, number: int) -> bool:
+        owner = self.node(number).family.owner
+        return owner is not None and owner.has_authority
+
+    def write(self, number: int, lba: int, count: int = 1) -> list[int]:
+        """The errno once it is acknowledged."""
+        self._label += 1
+        data = pattern(self._label, lba * BLOCK_BYTES, count * BLOCK_BYTES)
+        device = self.node(number).device()
+        told: list[int] = []
+        if device.write(lba * BLOCK_BYTES, memoryview(data)):
+            assert device.commit() == IN_FLIGHT
+            device.acknowledged(told.append)
+        else:
+            device.later(Operation.WRITE, lba * BLOCK_BYTES, len(data), data, lambda errno, result: told.append(errno))
+        for index in range(count):
+            self.expected[lba + index] = data[index * BLOCK_BYTES :][:BLOCK_BYTES]
+        return told
+
+    def write_some(self, number: int, count: int = 20) -> None:
+        for _ in range(count):
+            told = self.write(number, self.random.randrange(60), self.random.choice([1, 1, 4]))
+            self.until(lambda told=told: told == [0])  # type: ignore[misc]
+
+    def all_in_sync(self) -> bool:
+        reading = self.cluster.registry.get(replica_set_key(FAMILY))
+        nodes = [machine.node for machine in self.cluster.machines.values()]
+        lasts = {node.log.last for node in nodes if isinstance(node, LogNode)}
+        return len(ReplicaSet.decode(reading.items[0][1]).in_sync) == len(nodes) and len(lasts) == 1
+
+    def end(self) -> None:
+        """All are in sync and hold what was acknowledged."""
+        self.until(self.all_in_sync, 30.0)
+        for number in (1, 2, 3):
+            node = self.node(number)
+            wrong = [lba for lba, data in self.expected.items() if node.content(lba) != data]
+            assert not wrong, f"node-{number} has other contents at {wrong}"
+
+
+@pytest.fixture
+def stage() -> LogStage:
+    return LogStage()
+
+
+def test_what_is_acknowledged_is_in_every_log(stage: LogStage) -> None:
+    stage.write_some(1)
+    stage.end()
+    told: list[int] = []
+    stage.node(1).device().flush(told.append)
+    stage.until(lambda: told == [0])
+    assert all(stage.node(number).log.durable.txid >= 20 for number in (1, 2, 3))
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "without power"])
+def test_a_replica_that_was_away_has_what_it_missed(stage: LogStage, power: bool) -> None:
+    stage.write_some(1)
+    stage.cluster.machines["node-3"].end(power)
+    told = stage.write(1, 0)
+    stage.until(lambda: told == [0])
+    stage.write_some(1)
+    stage.cluster.start("node-3")
+    stage.write_some(1)
+    stage.end()
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "without power"])
+def test_another_node_goes_on_when_the_owner_dies(stage: LogStage, power: bool) -> None:
+    stage.write_some(1)
+    stage.cluster.machines["node-1"].end(power)
+    stage.attach(2)
+    stage.write_some(2)
+    stage.cluster.start("node-1")
+    stage.write_some(2)
+    stage.end()
+    stage.attach(1)
+    stage.write_some(1)
+    stage.end()
+
+
+def test_an_old_owners_tail_is_cut_away(stage: LogStage) -> None:
+    stage.write_some(1)
+    paths = stage.cluster.wires.paths(["node-1"], ["node-2", "node-3"])
+    paths += stage.cluster.wires.paths(["node-2", "node-3"], ["node-1"])
+    for path in paths:
+        path.block()
+    stage.cluster.registry.cuts["node-1"] += 1
+    kept = dict(stage.expected)
+    told = stage.write(1, 0, 8)
+    stage.expected = kept
+    stage.attach(2)
+    stage.write_some(2)
+    assert told == []
+    stage.cluster.registry.cuts["node-1"] -= 1
+    for path in paths:
+        path.unblock()
+    stage.end()
+    assert any(kind == "replica-cut" for _, kind, _ in stage.reports)
+    assert told == []
+
+
+def test_all_lose_their_power_and_what_was_flushed_is_there(stage: LogStage) -> None:
+    stage.write_some(1)
+    flushed: list[int] = []
+    stage.node(1).device().flush(flushed.append)
+    stage.until(lambda: flushed == [0])
+    for number in (1, 2, 3):
+        stage.cluster.machines[f"node-{number}"].end(power=True)
+    for number in (1, 2, 3):
+        stage.cluster.start(f"node-{number}")
+    stage.attach(2)
+    assert stage.node(2).owner.value.generation == 2
+    stage.end()
