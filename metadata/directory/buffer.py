@@ -11,6 +11,7 @@ Rules
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from protocol.directory import Message
 from protocol.invariant import invariant
@@ -77,7 +78,7 @@ class MessageBuffer:
     def since(self, sequence: int) -> Iterator[Message]:
         """The messages above `sequence`, which must not be below the floor."""
         invariant(sequence + 1 >= self.floor, "messages below the floor are asked for")
-        return iter([message for message in self._messages if message.sequence > sequence])
+        return iter(list(islice(self._messages, sequence + 1 - self.floor, None)))
 
     # --- holds ---
 

@@ -22,6 +22,7 @@ from metadata.directory.map import DirectoryMap
 from protocol.directory import NOWHERE, Confirm, Position, Update
 from protocol.directory_control import Report
 
+INFINITY = float("inf")
 RETRY_S = 0.2
 RETRY_LIMIT_S = 2.0
 WAITING_LIMIT = 1024
@@ -73,6 +74,7 @@ class Reports:
         self._me = me
         self._number = incarnation << 32
         self._waiting: dict[int, Waiting] = {}
+        self._due_at_s: float | None = None  # of the earliest that waits; None: something has changed
         self._said: dict[str, Waiting] = {}
         """By key, what nobody waits for and this copy has had."""
 
@@ -86,6 +88,7 @@ class Reports:
     def add(self, update: Update, confirm: Confirm, done: Done | None, now_s: float) -> None:
         """Ask for it from now on."""
         self._said.pop(update.key, None)
+        self._due_at_s = None
         if done is None:
             for number, waiting in list(self._waiting.items()):
                 if waiting.done is None and waiting.update.key == update.key:
@@ -103,6 +106,7 @@ class Reports:
         waiting.update = waiting.update._replace(origin=self._me, number=number)
         waiting.seen = NOWHERE
         self._waiting[number] = waiting
+        self._due_at_s = None
 
     def _renumber(self, numbers: Iterable[int]) -> None:
         """These were overtaken by one that was published: the master does not take their numbers any more.
@@ -172,20 +176,23 @@ class Reports:
             is_enough = waiting.confirm is not Confirm.SITE or waiting.seen.sequence <= confirmed
             if is_enough and history.has(waiting.seen):
                 del self._waiting[number]
+                self._due_at_s = None
                 waiting.answer(Answer.CONFIRMED)
                 if waiting.done is None:
                     self._keep(waiting)
 
     @property
     def due_at_s(self) -> float:
-        if not self._waiting:
-            return float("inf")
-        return min(
-            (min(waiting.until_s, waiting.due_at_s) for waiting in self._waiting.values()), default=float("inf")
-        )  # fmt: skip
+        """When `due` has something to do again; infinity if never."""
+        if self._due_at_s is None:
+            self._due_at_s = min((min(one.until_s, one.due_at_s) for one in self._waiting.values()), default=INFINITY)
+        return self._due_at_s
 
     def due(self, epoch: int, now_s: float) -> list[Report]:
         """What to say to the master of `epoch` (0: there is none) now."""
+        if now_s < self.due_at_s:
+            return []
+        self._due_at_s = None
         for number, waiting in list(self._waiting.items()):
             if waiting.until_s <= now_s:
                 del self._waiting[number]
@@ -205,7 +212,7 @@ class Reports:
 
     def take_all(self) -> list[Waiting]:
         """This node is the master now: it publishes what its copy does not have itself."""
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._waiting, self._due_at_s = self._waiting, {}, None
         return [one for _, one in sorted(waiting.items())]
 
     def end(self) -> None:
@@ -213,3 +220,4 @@ class Reports:
         for waiting in self._waiting.values():
             waiting.answer(Answer.NOT_DONE)
         self._waiting.clear()
+        self._due_at_s = None

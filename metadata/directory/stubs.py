@@ -95,6 +95,7 @@ class StubQueue:
         self._window = WINDOW_START
         self._asked = 0
         self._shrunk_s = float("-inf")
+        self._due_at_s: float | None = None  # None: something has changed since it was looked for
 
     @property
     def missing(self) -> int:
@@ -116,6 +117,7 @@ class StubQueue:
         self.newest = max(self.newest, newest)
         end = min(self.newest, self.taken + STUBS_LIMIT)
         if end > self._highest:
+            self._due_at_s = None
             due_s = now_s + REORDER_S + SPREAD_S * self._random.random()
             for sequence in range(self._highest + 1, end + 1):
                 self._places[sequence] = _Place(due_s)
@@ -135,6 +137,7 @@ class StubQueue:
             self._window = min(WINDOW_MAX, self._window + WINDOW_GROWTH / self._window)
         place.move(Move.RESENT)
         place.message = message
+        self._due_at_s = None
         return True
 
     def take(self, now_s: float) -> Iterator[Message]:
@@ -142,6 +145,7 @@ class StubQueue:
         while (place := self._places.get(self.taken + 1)) is not None and place.message is not None:
             self.taken += 1
             del self._places[self.taken]
+            self._due_at_s = None
             yield place.message
         self.notice(self.newest, now_s)
 
@@ -161,8 +165,9 @@ class StubQueue:
 
     def due(self, now_s: float) -> list[tuple[Source, Ranges]]:
         """Requests to send now; their stubs are asked from here on."""
-        if not self._places:
+        if now_s < self.due_at_s:
             return []
+        self._due_at_s = None
         timed_out = False
         wanted: dict[Source, list[int]] = {Source.MASTER: [], Source.RELAY: []}
         for _, place in self._scan():
@@ -182,17 +187,17 @@ class StubQueue:
     @property
     def due_at_s(self) -> float:
         """When `due` has something to do again; infinity if never without news."""
-        if not self._places:
-            return float("inf")
-        is_full = self._asked >= int(self._window)
-        return min(
-            (
-                place.due_s
-                for _, place in self._scan()
-                if place.state is Stub.ASKED or (place.state is Stub.MISSING and not is_full)
-            ),
-            default=float("inf"),
-        )
+        if self._due_at_s is None:
+            is_full = self._asked >= int(self._window)
+            self._due_at_s = min(
+                (
+                    place.due_s
+                    for _, place in self._scan()
+                    if place.state is Stub.ASKED or (place.state is Stub.MISSING and not is_full)
+                ),
+                default=float("inf"),
+            )
+        return self._due_at_s
 
     def _scan(self) -> Iterator[tuple[int, _Place]]:
         for sequence in range(self.taken + 1, min(self._highest, self.taken + SCAN_LIMIT) + 1):
@@ -203,6 +208,7 @@ class StubQueue:
         place.tries += 1
         place.due_s = now_s
         self._asked -= 1
+        self._due_at_s = None
 
     def _shrink(self, now_s: float) -> None:
         """Ask for less at a time; what was lost together counts once."""
