@@ -42,6 +42,7 @@ SIMULATOR_ONLY = {
     "cluster.nemesis": DRIVES,
     "cluster.paths": SEAM,
     "cluster.registry_twin": SEAM,
+    "cluster.reruns": JUDGES,
     "cluster.scheduler": SEAM,
     "cluster.spread": DRIVES,
     "cluster.simulated_connecting": SEAM,
