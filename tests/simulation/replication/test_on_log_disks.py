@@ -26,8 +26,9 @@ from tests.simulation.registers import BLOCK_BYTES, pattern
 
 FAMILY = bytes(range(16))
 PORT = 702
-SIZE_BYTES = 1 << 20
-SEGMENT_BYTES = 4 << 20
+SIZE_BYTES = 16 << 20  # four regions
+REGION_BLOCKS = 1024
+SEGMENT_BYTES = 1 << 20
 VOLUME = 1
 
 
@@ -45,7 +46,7 @@ class LogNode:  # not ReplicaNode: what it writes goes through a block device
             seams.clock,
             seams.network,
             seams.registry,
-            self.log,  # type: ignore[arg-type]  # copies of regions are still to come
+            self.log,
             FAMILY,
             machine.name,
             stage.address_of,
@@ -152,9 +153,13 @@ class LogStage:
             self.expected[lba + index] = data[index * BLOCK_BYTES :][:BLOCK_BYTES]
         return told
 
+    def any_block(self, count: int) -> int:
+        """One of the first `count` of some region."""
+        return self.random.randrange(4) * REGION_BLOCKS + self.random.randrange(count)
+
     def write_some(self, number: int, count: int = 20) -> None:
         for _ in range(count):
-            told = self.write(number, self.random.randrange(60), self.random.choice([1, 1, 4]))
+            told = self.write(number, self.any_block(60), self.random.choice([1, 1, 4]))
             self.until(lambda told=told: told == [0])  # type: ignore[misc]
 
     def all_in_sync(self) -> bool:
@@ -244,4 +249,35 @@ def test_all_lose_their_power_and_what_was_flushed_is_there(stage: LogStage) -> 
         stage.cluster.start(f"node-{number}")
     stage.attach(2)
     assert stage.node(2).owner.value.generation == 2
+    stage.end()
+
+
+def away_for_long(stage: LogStage) -> None:
+    """Node 3 was away, and the logs of the others do not go back any more."""
+    stage.write_some(1)
+    stage.cluster.machines["node-3"].end(power=False)
+    for _ in range(2):
+        for _ in range(60):  # several segments, whose blocks are soon overwritten
+            told = stage.write(1, stage.any_block(44), 16)
+            stage.until(lambda told=told: told == [0])  # type: ignore[misc]
+        stage.cluster.run(2.0)
+        for number in (1, 2):
+            stage.node(number).log.disk.checkpointer.start()
+        stage.cluster.run(2.0)
+    stage.cluster.start("node-3")
+
+
+def test_regions_are_fetched_when_the_logs_do_not_go_back(stage: LogStage) -> None:
+    away_for_long(stage)
+    stage.write_some(1)
+    stage.end()
+    assert any(kind == "replica-skipped" for _, kind, _ in stage.reports)
+
+
+def test_a_replica_that_dies_while_it_fetches_regions_goes_on_with_them(stage: LogStage) -> None:
+    away_for_long(stage)
+    stage.until(lambda: stage.node(3).log.resync_count > 0)
+    stage.cluster.machines["node-3"].end(power=True)
+    stage.write_some(1)
+    stage.cluster.start("node-3")
     stage.end()
