@@ -47,7 +47,7 @@ class Offload(Protocol):
 class LevelSettings:
     """How one LevelDB is opened."""
 
-    block_cache_bytes: int = 64 * 1024 * 1024
+    block_cache_bytes: int = 8 * 1024 * 1024  # map pages have a cache of their own above it
     write_buffer_bytes: int = 16 * 1024 * 1024  # a checkpoint's batch should fit
     bloom_bits: int = 10  # per key: one in a hundred misses reads a block for nothing
     file_bytes: int = 8 * 1024 * 1024

@@ -10,15 +10,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from metadata.leveldb import LevelSettings, LevelStore
+from metadata.leveldb import LevelStore
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.segments import BALLAST
-
-_STORE_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
-"""The map pages have a cache of their own above it."""
 
 FULL_BYTES = 16 << 20
 """Below so much room a family's ballast goes: as much as it gives."""
@@ -52,7 +49,7 @@ class _Room:
         if self.files.free_bytes() < FULL_BYTES and BALLAST in self.files.list("."):
             self.files.unlink(BALLAST)  # LevelDB needs some room to be opened
         try:
-            self.store = LevelStore(os.path.join(directory, "maps"), threads.readers, threads.writer, _STORE_SETTINGS)
+            self.store = LevelStore(os.path.join(directory, "maps"), threads.readers, threads.writer)
         except BaseException:
             self.files.shut_down()
             raise

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from metadata.leveldb import LevelSettings, LevelStore
+from metadata.leveldb import LevelStore
 from nbdserver.node.control import NO_THREADS
 
 _TABLE_SUFFIXES = (".ldb", ".sst")
-_SETTINGS = LevelSettings(block_cache_bytes=8 << 20)
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def opened_copy(path: Path) -> Iterator[LevelStore]:
                 os.symlink(entry.absolute(), os.path.join(scratch, entry.name))
             elif entry.name != "LOCK":
                 shutil.copyfile(entry, os.path.join(scratch, entry.name))
-        store = LevelStore(scratch, NO_THREADS, NO_THREADS, _SETTINGS)
+        store = LevelStore(scratch, NO_THREADS, NO_THREADS)
         try:
             yield store
         finally:
