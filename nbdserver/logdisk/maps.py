@@ -240,6 +240,7 @@ class Maps:
     def begin_epoch(self, epoch: int) -> None:
         """MBAs of a new epoch begin in a page of their own."""
         self.next_mba = epoch << EPOCH_SHIFT
+        self.neighbours = Neighbours(self.middle)  # others may have ordered since
 
     def set_logical(self, address: int, count: int, mba: int) -> None:
         """Point blocks of one resident page at MBAs that rise by one."""

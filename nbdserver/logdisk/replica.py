@@ -195,12 +195,15 @@ class Replica:
         disk.log.committed.reach(to.txid)
         tree = disk.maps.tree
         kept = {row.layer for row in rows}
+        # What is not here any more was merged here already; it has no name and gets no further child.
+        rows = [row for row in rows if row.layer in tree.layers or row.layer >= tree.next_layer]
         added = [row for row in rows if row.layer not in tree.layers]
-        if any(row.first_mba < disk.maps.next_mba for row in added):
+        unsure = {layer.row.first_mba for number, layer in tree.layers.items() if number not in kept}
+        if any(row.first_mba < disk.maps.next_mba or row.first_mba in unsure for row in added):
             # A layer that is not known here has absorbed one that is: what it shows is told by copies alone.
             regions = (*regions, (0, (max(row.size_bytes for row in rows) >> REGION_SHIFT + 12) + 1))
-        if not rows[0].parent and rows[0] in added:
-            rows = [rows[0]._replace(parent=tree.root), *rows[1:]]
+        if added and not added[0].parent:
+            rows = [row._replace(parent=tree.root) if row is added[0] else row for row in rows]
         gone = [
             layer.row._replace(kind=NAMELESS, name="", created_s=0)
             for number, layer in tree.layers.items()
