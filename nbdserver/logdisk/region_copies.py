@@ -42,6 +42,7 @@ from protocol.disk import (
     COPY_RUN,
     HEAD,
     MAX_RECORD_EXTENTS,
+    NAMELESS,
     RECORD_HEADER_BYTES,
     REGION_HEAD,
     SEAL_BYTES,
@@ -50,6 +51,7 @@ from protocol.disk import (
     body_bytes,
 )
 from protocol.disk import REGION as REGION_KIND
+from protocol.invariant import invariant
 from protocol.peer import Copy
 
 if TYPE_CHECKING:
@@ -142,6 +144,10 @@ class RegionReading:
         if missing:
             self._load([(maps.middle, number) for number in sorted(missing)])
             return
+        nowhere = {mba for mba in mbas if not self._place(mba)[0]}
+        if nowhere:
+            views = self._without(views, nowhere)
+            mbas = distinct(views)
         lacking = {mba: place for mba in mbas if (place := self._place(mba)) != self._have.get(mba, (None,))[0]}
         if len(lacking) <= _INLINE_BLOCKS:
             lacking = {mba: place for mba, place in lacking.items() if not self._read_cached(mba, place)}
@@ -189,6 +195,15 @@ class RegionReading:
             self._load(need)
             return None
         return views
+
+    def _without(self, views: Views, nowhere: set[int]) -> Views:
+        """A layer that is being merged still shows blocks that were freed because its child hides them."""
+        layers = self._maps.tree.layers
+        found: Views = {}
+        for layer, view in views.items():
+            found[layer] = array("Q", (0 if mba in nowhere else mba for mba in view))
+            invariant(layers[layer].row.kind == NAMELESS or found[layer] == view, "what can be seen lies somewhere")
+        return found
 
     def _load(self, need: Need) -> None:
         self._loads += 1

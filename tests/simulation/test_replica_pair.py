@@ -7,7 +7,7 @@ import pytest
 from nbdserver.logdisk.ordering import CRASH_POINTS, OF_REPLICAS
 from tests.simulation.replica_pair import PairRun, try_pair
 
-SEEDS = 80
+SEEDS = 100
 CHUNK = 20
 
 

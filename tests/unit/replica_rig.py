@@ -13,6 +13,7 @@ from nbdserver.logdisk.check import check_family
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
+from nbdserver.replication.replica_log import ReplicaLog
 from protocol.disk import NAMELESS
 from protocol.peer import Modification
 from tests.unit.families import BLOCK_BYTES, SETTINGS, SimulatedFamily, block
@@ -33,6 +34,7 @@ class ReplicaFamily(SimulatedFamily):
 
     def _open_disk(self) -> None:
         self.replica = Replica(self._open_family, self.files)
+        self.log: ReplicaLog = self.replica  # it is one
         self.look()
 
     def _open_family(self, replicated: Replicated) -> LogDisk:
