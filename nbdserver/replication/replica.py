@@ -136,11 +136,6 @@ class Replica:
             self._timer.cancel()
             self._timer = None
 
-    @property
-    def is_obeying(self) -> bool:
-        """Whether there is an owner's stream."""
-        return self._stream is not None
-
     def _drop_stream(self) -> None:
         stream, self._stream = self._stream, None
         self._is_opening = False

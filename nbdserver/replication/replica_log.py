@@ -142,18 +142,6 @@ def history_up_to(epochs: Epochs, at: Position) -> Epochs:
     return (*kept, at) if at.txid else ()
 
 
-def has_position(epochs: Epochs, position: Position) -> bool:
-    """Whether a log with this history has the modification; every log has BEGINNING."""
-    if position == BEGINNING:
-        return True
-    first_of_epoch = 0
-    for epoch, last_txid in epochs:
-        if epoch == position.epoch:
-            return first_of_epoch < position.txid <= last_txid
-        first_of_epoch = last_txid
-    return False
-
-
 def position_of(epochs: Epochs, txid: int) -> Position:
     """The position with this txid in a log with this history, which has it."""
     return next((Position(epoch, txid) for epoch, last_txid in epochs if txid <= last_txid), BEGINNING)

@@ -149,7 +149,7 @@ class Takeover:
         now_s = self._clock.now()
         if len(opened) == len(others) or ((complete or are_we_complete) and now_s >= self._looks_until_s):
             self._is_looking = False
-            self._decide(dict_of(opened), complete, are_we_complete)
+            self._decide({member.node: each for member, each in opened}, complete, are_we_complete)
         elif now_s >= self._looks_longest_s:
             self._fail("no whole member can be opened")
         else:
@@ -269,8 +269,3 @@ class Takeover:
         """Another candidate is further."""
         if refused.reason is Refusal.EPOCH and refused.epoch > self.epoch:
             self._fail(f"{link.node} obeys epoch {refused.epoch}")
-
-
-def dict_of(opened: Sequence[tuple[Member, Opened]]) -> dict[str, Opened]:
-    """By node."""
-    return {member.node: each for member, each in opened}
