@@ -1,7 +1,8 @@
 """What goes on beside the clients: when a checkpoint, the cleaner, the hole worker and the pool of files get their
 turn.
 
-Theory. One place decides, from a few numbers, on each new segment, every some records, and four times a second:
+Theory. One place decides, from a few numbers, on each new segment, every some records, and four times a second while
+something happens:
 - a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be
   freed, or after `checkpoint_interval_s` with any change;
 - the taking apart of layers that nothing needs (tree_work.py);
@@ -9,6 +10,10 @@ Theory. One place decides, from a few numbers, on each new segment, every some r
   or when the disk is full;
 - writes are *blocked* (sent to the slow path, where they wait or get ENOSPC) while no further segment can be had for
   clients or the pages that wait for a checkpoint fill the cache.
+
+A family at rest is looked at less and less often, down to once in _LONGEST_TICK_S: a node may have a thousand of them.
+What may bring work ends that (`stir`): a new segment, 64 records, a request that had to wait, a page read from LevelDB,
+another limit. A few records alone do not: what they bring is at most _LONGEST_TICK_S late.
 
 The hole worker settles what lies under pending holes (maps.py), the pages in memory first, then those that LevelDB has.
 """
@@ -26,8 +31,9 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 _TICK_S = 0.25
+_LONGEST_TICK_S = 8.0  # at rest
 _CALM_SHARE = 0.125  # of a segment appended in a tick: below it there is time to write files ahead
-_TRIM_SPARE_TICKS = 80  # 20 s: what lay unused for two looks is gone within a minute
+_TRIM_SPARE_S = 20.0  # what lay unused for two looks is gone within a minute
 _PINNED_SHARE = 0.5  # of the cache's pages that may wait for a checkpoint before one starts
 _BLOCKING_SHARE = 0.9
 _WORTHWHILE_GAIN = 0.02  # of the live data: less garbage than that is not cleaned up even on a full disk
@@ -46,11 +52,13 @@ class Background:
         self._clock = clock
         self._overrun = False
         self._stopped = False
-        self._ticks = 0
         self._last_txid = disk.log.txid
         self._last_appended = disk.log.appended_bytes
+        self._last_trim_s = clock.now()
+        self._seen = self._numbers()
+        self._tick_s = _TICK_S
         self._tick = guarded(disk.fail, self._tick_once)
-        self.check = guarded(disk.fail, self._check)
+        self.check = guarded(disk.fail, self._check_when_asked)
         self._timer: Timer = clock.call_later(_TICK_S, self._tick)
 
     def stop(self) -> None:
@@ -58,7 +66,18 @@ class Background:
         self._stopped = True
         self._timer.cancel()
 
+    def stir(self) -> None:
+        """Something happens: look often again."""
+        if self._tick_s > _TICK_S and not self._stopped:
+            self._timer.cancel()
+            self._tick_s = _TICK_S
+            self._timer = self._clock.call_later(_TICK_S, self._tick)
+
     # -- deciding
+
+    def _check_when_asked(self) -> None:
+        self.stir()
+        self._check()
 
     def _check(self) -> None:
         """Start what is due."""
@@ -136,20 +155,54 @@ class Background:
         disk = self._disk
         if self._stopped or disk.failure:
             return
-        self.check()
+        self._check()
         disk.pool.guard_metadata()
         disk.pool.trim_to_budget()
         if disk.log.offset:  # a volume that was never written takes no room
             appended_bytes = disk.log.appended_bytes - self._last_appended
             disk.pool.keep_ready(calm=appended_bytes < _CALM_SHARE * disk.pool.segment_bytes)
-        self._ticks += 1
-        if self._ticks % _TRIM_SPARE_TICKS == 0:
-            disk.pool.trim_spare(disk.maps.live_blocks << 12)
+        now_s = self._clock.now()
+        if now_s - self._last_trim_s >= _TRIM_SPARE_S:
+            self._last_trim_s = now_s
+            disk.pool.trim_spare(disk.maps.live_blocks * BLOCK_BYTES)
             if self._empty_segments() > 0:
                 disk.checkpointer.start()
         self._last_txid = disk.log.txid
         self._last_appended = disk.log.appended_bytes
-        self._timer = self._clock.call_later(_TICK_S, self._tick)
+        numbers = self._numbers()
+        at_rest = numbers == self._seen and not self._is_at_work()
+        self._seen = numbers
+        self._tick_s = min(2 * self._tick_s, _LONGEST_TICK_S) if at_rest else _TICK_S
+        self._timer = self._clock.call_later(self._tick_s, self._tick)
+
+    def _numbers(self) -> tuple[int, ...]:
+        """They change when anything happens."""
+        disk = self._disk
+        maps, pool = disk.maps, disk.pool
+        return (
+            disk.log.lsn,
+            disk.checkpointer.count,
+            len(pool.spare),
+            pool.unlinked,
+            maps.logical.resident_pages,
+            maps.middle.resident_pages,
+            maps.logical.loads + maps.middle.loads,
+        )
+
+    def _is_at_work(self) -> bool:
+        """Whether something is under way, or waits for its turn."""
+        disk = self._disk
+        return bool(
+            disk.checkpointer.running
+            or disk.cleaner.running
+            or disk.pool.preparing
+            or self.busy
+            or disk.tree_work.layer
+            or disk.slow_path.under_way
+            or disk.appending.blocked
+            or self._empty_segments() > 0
+            or disk.pool.has_surplus(disk.maps.live_blocks * BLOCK_BYTES)
+        )
 
     # -- holes
 

@@ -139,6 +139,7 @@ class Changed:
         numbers = {layer << LAYER_SHIFT | page for layer in (self._device.layer, self._since)}
         need = [(maps.logical, number) for number in sorted(numbers) if maps.page(number) is None]
         if need and not self._disk.failure:
+            self._disk.background.stir()
             maps.load(list(need), self._go_on)
         else:
             self._go_on()

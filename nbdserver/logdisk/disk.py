@@ -276,6 +276,7 @@ class LogDisk:
                 self.fail(f"LevelDB could not be read (errno {errno})")
             done(items if not errno else [[] for _ in ranges])
 
+        self.background.stir()
         self._store.range_later(ranges, arrived, limit)
 
     def store_batch(self) -> Batch:

@@ -260,11 +260,17 @@ class SegmentPool:
 
     def trim_spare(self, live_bytes: int) -> None:
         """Unlink spare files that were not needed since the last call, down to what may stay."""
-        stay = max(SPARE_SEGMENTS, int(live_bytes * SPARE_FRACTION) // self.segment_bytes)
-        surplus = min(self._lowest_spare, len(self.spare)) - stay
+        surplus = min(self._lowest_spare, len(self.spare)) - self._may_stay(live_bytes)
         for _ in range(surplus):
             self._drop(self.spare.pop(0))  # the longest unused one
         self._lowest_spare = len(self.spare)
+
+    def has_surplus(self, live_bytes: int) -> bool:
+        """Whether `trim_spare` will unlink files if they are not needed."""
+        return len(self.spare) > self._may_stay(live_bytes)
+
+    def _may_stay(self, live_bytes: int) -> int:
+        return max(SPARE_SEGMENTS, int(live_bytes * SPARE_FRACTION) // self.segment_bytes)
 
     def guard_metadata(self) -> None:
         """Give the ballast's room to LevelDB if others have filled the file system."""

@@ -62,6 +62,7 @@ class SlowPath:
     ) -> None:
         """See BlockDevice.later."""
         self.under_way += 1
+        self._disk.background.stir()
         _Waiting(self, device, operation, offset, length, data, done, limit)
 
     def wake(self) -> None:

@@ -146,6 +146,8 @@ class FamilyRequests:
         """Change what the segment files of a family may take, or those of all together; 0: no limit."""
         budget = self._family(family).disk.pool.budget if family else self.budget
         budget.limit_bytes = max_data_bytes
+        for disk in self.disks():
+            disk.background.stir()
 
     async def do_room(self) -> dict[str, dict[str, int]]:
         """Of each open family: what its segment files take, and what of that cannot be cleaned away."""

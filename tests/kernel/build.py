@@ -289,8 +289,19 @@ def product_files() -> list[Path]:
         except importlib.metadata.PackageNotFoundError:
             continue  # only for another platform or Python
         wanted += distribution.requires or []
-        files += [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
+        files += installed_files(distribution)
     return [path for path in files if path.is_file() and ".." not in path.parts]
+
+
+def installed_files(distribution: importlib.metadata.Distribution) -> list[Path]:
+    """A pip before 23.1 that has no `wheel` installs source packages the old way, with a list of their own, of paths from
+    the .egg-info on; `files` shows the sources' names then."""
+    old_list = distribution.read_text("installed-files.txt")
+    if old_list is not None:
+        names = [line.removeprefix("../") for line in old_list.splitlines()]
+    else:
+        names = [str(file) for file in distribution.files or []]
+    return [Path(str(distribution.locate_file(name))) for name in names]
 
 
 def copy(path: Path, tree: Path) -> None:

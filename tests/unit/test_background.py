@@ -1,10 +1,13 @@
 """When checkpoints come, what blocks writers, and that a clean end leaves nothing to replay."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from nbdserver.logdisk.check import check_family
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.ordering import Rule, disabled
 from tests.simulation.faults import FaultMix
-from tests.unit.families import BLOCK_BYTES, SimulatedFamily
+from tests.unit.families import BLOCK_BYTES, SETTINGS, SimulatedFamily
 
 TIB = 1 << 40
 
@@ -109,3 +112,32 @@ def test_a_volume_that_was_never_written_takes_no_room() -> None:
     family.run(120.0)
     assert [path for path in family.drive.files if path.endswith(".seg")] == []
     assert family.read(0, BLOCK_BYTES) == bytes(BLOCK_BYTES)
+
+
+def test_a_family_at_rest_is_hardly_looked_at_and_wakes_up_for_what_comes() -> None:
+    family = SimulatedFamily(settings=replace(SETTINGS, checkpoint_interval_s=30.0))
+    looks = 0
+
+    def counted(look: Callable[[], None]) -> Callable[[], None]:
+        def counting() -> None:
+            nonlocal looks
+            looks += 1
+            look()
+
+        return counting
+
+    background = family.disk.background
+    background._tick = counted(background._tick)
+    for lba in range(20):
+        family.put(lba, lba + 1)
+    family.run(120.0)
+    assert family.disk.log.lsn == family.disk.checkpointer.last_lsn, "the checkpoint is made all the same"
+    looks = 0
+    family.run(800.0)
+    assert looks <= 101
+    for lba in range(64):
+        family.put(lba, 100 + lba)
+    family.run(0.0)
+    looks = 0
+    family.run(0.3)
+    assert looks == 1
