@@ -294,8 +294,8 @@ def product_files() -> list[Path]:
 
 
 def installed_files(distribution: importlib.metadata.Distribution) -> list[Path]:
-    """A pip before 23.1 that has no `wheel` installs source packages the old way, with a list of their own, of paths from
-    the .egg-info on; `files` shows the sources' names then."""
+    """A pip before 23.1 that has no `wheel` installs source packages the old way, with a list of their own, of paths
+    from the .egg-info on; `files` shows the sources' names then."""
     old_list = distribution.read_text("installed-files.txt")
     if old_list is not None:
         names = [line.removeprefix("../") for line in old_list.splitlines()]
