@@ -255,7 +255,8 @@ class PageMap:
                 page = self.get(number) or taken_out.get(number)
             invariant(page is not None, "a frozen page is resident")
             assert page is not None
-            stamp = 0 if number in unstamped else stamps.get(self.group_of(number), 0)
+            group = self.group_of(number)  # for each page: it notes that LevelDB has it
+            stamp = 0 if number in unstamped else stamps.get(group, 0)
             yield self._encode_page(batch, number, page, sorted(set(changes)), stamp)
             # Written: later changes of it need no copy.
             self._frozen[number] = _WRITTEN
