@@ -40,6 +40,7 @@ from metadata.directory.term import Term
 from metadata.registry_calls import Outcome, Swap
 from protocol import sealed_frames
 from protocol.directory import NOWHERE, Heartbeat, Position, Updates
+from protocol.directory_control import Promise
 from tests.simulation.cluster.directory import directory_run
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
@@ -94,6 +95,27 @@ def the_winner_keeps_its_own_copy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Collecting, "_take_newest", take_newest)
 
 
+def messages_of_an_epoch_that_was_not_entered_are_taken(patch: pytest.MonkeyPatch) -> None:
+    honest = Follower.updates
+    patch.setattr(
+        Follower,
+        "updates",
+        lambda self, updates, now_s: honest(self, replace(updates, epoch=self.epoch), now_s),
+    )
+    patch.setattr(Replica, "insert", lambda self, message, now_s: self.queue.insert(message, now_s))
+
+
+def a_snapshot_is_used_before_it_is_exact(patch: pytest.MonkeyPatch) -> None:
+    honest = Replica.stage_end
+
+    def stage_end(self: Replica, end: Position, now_s: float) -> None:
+        if self.staging is not None:
+            end = self.staging.begin
+        honest(self, end, now_s)
+
+    patch.setattr(Replica, "stage_end", stage_end)
+
+
 def a_snapshot_has_holes(patch: pytest.MonkeyPatch) -> None:
     honest = Delegate._next
 
@@ -144,6 +166,16 @@ def nothing_expires(patch: pytest.MonkeyPatch) -> None:
 
 def what_is_kept_is_not_in_the_registry(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Kept, "change", lambda self, update, taken, failed: taken())
+
+
+def one_promise_is_a_majority(patch: pytest.MonkeyPatch) -> None:
+    honest = Collecting.promised
+
+    def promised(self: Collecting, node: int, promise: Promise) -> None:
+        honest(self, node, promise)
+        self._majority_at_s = self._majority_at_s or self._clock.now()
+
+    patch.setattr(Collecting, "promised", promised)
 
 
 def a_voter_goes_on_listening_after_its_promise(patch: pytest.MonkeyPatch) -> None:
@@ -242,6 +274,7 @@ CANARIES: dict[Patch, tuple[dict[str, float], str, int]] = {
     a_candidate_does_not_need_the_registry: (ROUGH | {"registry delay": 0.5}, "publish in epoch", 24),
     one_voter_is_a_majority: (ROUGH, "was confirmed", 20),
     what_is_taken_counts_as_persisted: (ROUGH | {"power of all": 240.0, "slow disk": 0.3}, "was confirmed", 16),
+    one_promise_is_a_majority: (ROUGH | {"isolation": 600.0, "registry delay": 0.5}, "was confirmed", 20),
     a_voter_goes_on_listening_after_its_promise: (TWO_MASTERS, "was confirmed", 23),
     the_winner_keeps_its_own_copy: (ROUGH, "was confirmed", 1),
     a_process_goes_on_in_the_epoch_of_its_former_life: (
@@ -250,6 +283,8 @@ CANARIES: dict[Patch, tuple[dict[str, float], str, int]] = {
         3,
     ),
     every_history_is_the_masters: (ROUGH, "has not what others have|another message|was confirmed", 0),
+    messages_of_an_epoch_that_was_not_entered_are_taken: (TWO_MASTERS, "another message|has not what others", 50),
+    a_snapshot_is_used_before_it_is_exact: ({"loss": 0.3}, "has not what others have", 19),
     a_snapshot_has_holes: ({}, "has not what others have there", 0),
     a_snapshots_deletions_are_taken_before_its_entries: (ROUGH, "has not what others have", 0),
     a_missing_message_is_skipped: ({"loss": 0.1}, "InvariantError|took message|has not what others have", 0),
