@@ -4,9 +4,15 @@ from array import array
 
 import pytest
 
+from metadata.layers import Row
+from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.maps import Maps
+from protocol.disk import HEAD, SNAPSHOT
+from tests.simulation.faults import FaultMix
+from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
+from tests.simulation.world import SimulatedClock, World
 from tests.unit.families import SimulatedFamily, block
 
 TIB = 1 << 40
@@ -110,3 +116,20 @@ def test_new_mbas_begin_a_page_of_their_own_in_each_epoch(family: SimulatedFamil
     page = maps.page(PAGES + ((1 << 20) >> 8))
     assert page is not None
     assert page == array("Q", range(family.epoch << 40, (family.epoch << 40) + 256))
+
+
+def test_a_page_that_is_set_aside_when_a_checkpoint_writes_it_is_noted_as_stored() -> None:
+    world = World(1)
+    store = SimulatedStore(SimulatedTable(world), SimulatedClock(world), FaultMix(), lambda: False)
+    maps = Maps(store, 1 << 20, lambda reason: None)
+    maps.tree.apply(Row(1, 0, 0, 1 << 30, 1, SNAPSHOT, 0, "base"))
+    maps.tree.apply(Row(2, 1, 1, 1 << 30, 1, HEAD))
+    maps.tree.layers[2].stored = set()
+    number = 2 << LAYER_SHIFT | 5
+    page = maps.logical.create(number)
+    maps.logical.first_change(number).append(7)
+    page[7] = 9
+    maps.logical.freeze()
+    batch = store.batch()
+    list(maps.logical.encode(batch, {2: 4}, {}, frozenset({number})))
+    assert maps.tree.layers[2].stored == {5}, "otherwise nobody looks for it once it is evicted"
