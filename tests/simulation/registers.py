@@ -21,6 +21,7 @@ from nbdserver.block import ZERO
 BLOCK_BYTES = 4096
 ZEROS = bytes(BLOCK_BYTES)
 MOST_OPEN = 4  # operations of one group that are open at a time: orders grow with the factorial
+MOST_CONTENTS = 64  # that a block may have at a time: each write of a part of it that fails doubles them
 
 
 class ViolationError(BaseException):
@@ -170,8 +171,12 @@ class Registers:
         changes.append((lba, change))
 
     def is_busy(self, offset: int, length: int) -> bool:
-        """Whether a block of the range has as many open changes as the judge can take."""
-        return any(len(self.blocks[lba].group) >= MOST_OPEN for lba in self._known(offset, length))
+        """Whether a block of the range has as many open changes, or is as doubtful, as the judge can take. A read of it
+        ends the doubt."""
+        return any(
+            len(self.blocks[lba].group) >= MOST_OPEN or len(self.blocks[lba].states[-1].final) >= MOST_CONTENTS
+            for lba in self._known(offset, length)
+        )
 
     def _known(self, offset: int, length: int) -> list[int]:
         """The blocks of the range that were ever asked about; the others are zeros."""

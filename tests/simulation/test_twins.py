@@ -8,7 +8,7 @@ import pytest
 
 from metadata.seams import Clock, Files, Store
 from tests.simulation.faults import FaultMix
-from tests.simulation.registers import BLOCK_BYTES, ZEROS, Registers, ViolationError, pattern
+from tests.simulation.registers import BLOCK_BYTES, MOST_CONTENTS, ZEROS, Registers, ViolationError, pattern
 from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.world import SimulatedClock, SimulatedCrash, World
@@ -224,3 +224,16 @@ def test_the_judge_remembers_an_open_discard_of_blocks_it_meets_later() -> None:
     registers.read(0, ZEROS)
     with pytest.raises(ViolationError):
         registers.read(0, data)
+
+
+def test_a_block_whose_content_is_too_doubtful_is_busy_until_it_was_read() -> None:
+    registers = Registers()
+    for number in range(100):
+        if registers.is_busy(0, BLOCK_BYTES):
+            break
+        changes = registers.ask(f"write {number}", 16 * number, bytes([number + 1]) * 16, 16)
+        registers.doubt(changes)
+    (register,) = registers.blocks.values()
+    assert len(register.now()) == MOST_CONTENTS
+    registers.read(0, min(register.now()))
+    assert not registers.is_busy(0, BLOCK_BYTES)
