@@ -28,6 +28,9 @@ HOLE = 1  # extent flags, as in NBD's base:allocation
 ZERO = 2
 DIRTY = 1  # extent flag, as in qemu:dirty-bitmap
 
+SPARSE_READ_BYTES = 256 << 10
+"""Reads from here on are told which parts are holes."""
+
 IN_FLIGHT = -1
 """Of `commit`: the batch is in the log here; whether it is acknowledged is told later."""
 
@@ -73,7 +76,8 @@ class BlockDevice(Protocol):
 
     def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
         """Fill `blocks` blocks of `room` from number `first` on with what begins at `offset`, a multiple of the
-        block. False: ask `read`; they may have been written to."""
+        block. False, and always if there are holes in SPARSE_READ_BYTES or more: ask `extents` and `read`; the room may
+        have been written to."""
 
     def write(self, offset: int, data: memoryview) -> bool:
         """Add to the open batch, or False: ask `later` (with a copy of the data)."""

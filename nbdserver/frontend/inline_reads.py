@@ -94,14 +94,12 @@ class InlineReads:
         self,
         style: ReplyStyle,
         device: BlockDevice,
-        most_bytes: int,
         send: Callable[[Sequence[Buffer]], None],
     ) -> None:
-        """Reads of up to `most_bytes`; `send` takes replies that leave before the batch is complete."""
+        """`send` takes replies that leave before the batch is complete."""
         self.count = 0
         self.size_bytes = 0
         self._replies: list[Buffer] = []
-        self._most_bytes = most_bytes
         self._style = style
         self._device = device
         self._send = send
@@ -135,7 +133,7 @@ class InlineReads:
             most_bytes // BLOCK_BYTES + 1,
         )
         asked = self._requests(view[position : position + count * self._request_bytes])
-        device_bytes, longest_bytes, plain_read = self._device.size_bytes, self._most_bytes, self._plain_read
+        device_bytes, plain_read = self._device.size_bytes, self._plain_read
         cookies: list[int] = []
         offsets: list[int] = []
         runs = run_bytes = 0
@@ -146,7 +144,7 @@ class InlineReads:
             if length == BLOCK_BYTES:
                 cookies.append(cookie)
                 offsets.append(offset)
-            elif offsets or not 0 < length <= longest_bytes or run_bytes > most_bytes:
+            elif offsets or not 0 < length <= RUN_LIMIT_BYTES or run_bytes > most_bytes:
                 break
             elif self._take_run(cookie, offset, length):
                 runs += 1

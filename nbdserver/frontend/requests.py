@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from metadata.seams import Buffer
-from nbdserver.block import ZERO, BlockDevice, Extents
+from nbdserver.block import SPARSE_READ_BYTES, ZERO, BlockDevice, Extents
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.volume.counters import Counters
 from protocol.contexts import Context
@@ -21,7 +21,6 @@ from protocol.handshake import Agreement, ReplyStyle
 from protocol.nbd import Command, CommandFlag
 from protocol.transmission import parse_status_payload, replies_of, shortened
 
-SPARSE_READ_BYTES = 256 << 10  # reads from here on look for holes first
 EXTENT_LIMIT = 512  # extents in one BLOCK_STATUS reply, chunks of one sparse read
 EXTENT_COST_BYTES = 2 << 10  # what one extent counts as replied data: half a microsecond, like copying so much
 

@@ -27,9 +27,9 @@ from collections.abc import Callable
 from metadata.seams import Clock, Connection, Timer
 from nbdserver.block import BLOCK_BYTES, IN_FLIGHT
 from nbdserver.frontend.deferred import Deferred
-from nbdserver.frontend.inline_reads import FEW_REQUESTS, RUN_LIMIT_BYTES, SLOTS, InlineReads
+from nbdserver.frontend.inline_reads import FEW_REQUESTS, SLOTS, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
-from nbdserver.frontend.requests import SPARSE_READ_BYTES, Batch, Requests
+from nbdserver.frontend.requests import Batch, Requests
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
 from nbdserver.volume.limits import Throttle
@@ -81,12 +81,7 @@ class Transmission:
         self._replies = replies_of(agreement.style)
         self._extended = agreement.style is ReplyStyle.EXTENDED
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
-        self._inline_reads = InlineReads(
-            agreement.style,
-            export.device,
-            min(RUN_LIMIT_BYTES, SPARSE_READ_BYTES - 1),
-            connection.send,
-        )
+        self._inline_reads = InlineReads(agreement.style, export.device, connection.send)
         self._bound = (  # what `_walk` needs and what never changes on a connection
             self._request.unpack_from,
             self._request.size,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.seams import Buffer, Files
-from nbdserver.block import HOLE, ZERO, BlockRoom, Extents, RunRoom
+from nbdserver.block import HOLE, SPARSE_READ_BYTES, ZERO, BlockRoom, Extents, RunRoom
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
 from nbdserver.logdisk.runs import run_length, same_length
 from nbdserver.logdisk.segments import SegmentPool
@@ -84,11 +84,14 @@ class Reader:
         lba = offset >> 12
         stop = first + blocks
         at = first
+        tells_holes = blocks >= SPARSE_READ_BYTES // BLOCK_BYTES
         try:
             while at < stop:
                 page = self._logical_pages[(lba >> PAGE_SHIFT) + self._first_page]
                 index = lba & PAGE_MASK
                 mbas = page[index : index + min(stop - at, PAGE_BLOCKS - index)]
+                if tells_holes and 0 in mbas:
+                    return False
                 self._read_run_in_page(mbas, room, at)
                 lba += len(mbas)
                 at += len(mbas)

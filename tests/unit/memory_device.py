@@ -11,7 +11,19 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 
 from metadata.seams import Buffer, Done
-from nbdserver.block import BLOCK_BYTES, DIRTY, HOLE, IN_FLIGHT, ZERO, BlockRoom, Extents, Later, Operation, RunRoom
+from nbdserver.block import (
+    BLOCK_BYTES,
+    DIRTY,
+    HOLE,
+    IN_FLIGHT,
+    SPARSE_READ_BYTES,
+    ZERO,
+    BlockRoom,
+    Extents,
+    Later,
+    Operation,
+    RunRoom,
+)
 
 GRAIN_BYTES = 4096
 
@@ -58,6 +70,8 @@ class MemoryDevice:
         if self.deferring:
             return False
         length = blocks * BLOCK_BYTES
+        if length >= SPARSE_READ_BYTES and any(flags for _, flags in self._extents(offset, length, 2)):
+            return False
         room.view[first * BLOCK_BYTES : first * BLOCK_BYTES + length] = self._view[offset : offset + length]
         return True
 

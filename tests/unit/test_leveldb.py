@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,14 @@ def _outcomes_of_cutting_the_manifest(directory: Path) -> set[str]:
     directory.mkdir()
     for numbers in (range(4), range(4, 14)):  # the second life fills one table, too few for a compaction
         store = LevelStore(str(kept), NO_THREADS, NO_THREADS, settings)
+        tables = len(list(kept.glob("*.ldb")))
         for number in numbers:
             batch = store.batch()
             batch.put(b"k%03d" % number, bytes(10_000))
             store.write(batch)
+        deadline_s = time.monotonic() + 10
+        while len(numbers) > 4 and len(list(kept.glob("*.ldb"))) == tables and time.monotonic() < deadline_s:
+            time.sleep(0.001)  # its thread fills a table
         store.close()
     manifest = max(path.name for path in kept.glob("MANIFEST*"))
     outcomes = set()

@@ -166,6 +166,15 @@ def test_a_run_of_data_and_holes_is_read_into_the_room_that_is_given(family: Sim
     family.put(10, 900)
     family.put(300, 1000, 20)
     family.discard(20 * BLOCK_BYTES, BLOCK_BYTES)
-    for first, blocks in ((0, 64), (9, 3), (19, 3), (60, 10), (20, 1), (250, 60), (256, 100)):
+    for first, blocks in ((0, 63), (9, 3), (19, 3), (60, 10), (20, 1), (250, 60), (256, 63)):
         expected = family.read(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
         assert read_run(family, first, blocks) == expected
+
+
+def test_a_long_run_is_read_into_the_room_unless_it_has_holes_to_be_told_of(family: SimulatedFamily) -> None:
+    family.put(0, 1, 300)
+    assert read_run(family, 200, 100) == family.read(200 * BLOCK_BYTES, 100 * BLOCK_BYTES)
+    family.discard(270 * BLOCK_BYTES, BLOCK_BYTES)
+    assert read_run(family, 200, 63) is not None
+    assert read_run(family, 200, 100) is None
+    assert read_run(family, 271, 100) is None
