@@ -27,6 +27,7 @@ SIMULATOR_ONLY = {
     "clones": JUDGES,
     "faults": DRIVES,
     "registers": JUDGES,
+    "replica_pair": DRIVES,
     "run": DRIVES,
     "seeds": DRIVES,
     "simulated_files": SEAM,
