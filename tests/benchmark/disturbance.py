@@ -124,10 +124,12 @@ def nothing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A disturbance: `begin` happens before the measurement, `beside` during it; `shows` counts that it happened."""
+    """A disturbance: `begin` happens before the measurement, `beside` during it; `shows` counts that it happened, since
+    the measurement began or (`anew`) since the disturbance did."""
 
     title: str
     shows: str
+    anew: bool = False
     begin: Callable[[Node], None] = lambda node: None
     beside: Callable[[Node], Any] = lambda node: nothing()
 
@@ -136,7 +138,7 @@ ALONE = Case("alone", "disk_checkpoints_total")
 CASES = (
     ALONE,
     Case("the cleaner", "disk_cleaner_blocks_moved_total", begin=lambda node: scatter(node.target)),
-    Case("a scrub", "scrub_done_bytes", beside=lambda node: node.scrubbing()),
+    Case("a scrub", "scrub_done_bytes", anew=True, beside=lambda node: node.scrubbing()),
     Case("/metrics every second", "", beside=lambda node: every_second(node.read_metrics)),
     Case("list of all volumes every second", "", beside=lambda node: every_second(node.list_volumes)),
 )
@@ -155,7 +157,7 @@ def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> 
         "--output-format=json",
     ]
     with case.beside(node):
-        before = node.figure(case.shows) if case.shows else 0
+        before = node.figure(case.shows) if case.shows and not case.anew else 0
         job = run_fio(command, timeout_s=seconds + 60)
         shown = node.figure(case.shows) - before if case.shows else 0
     side = job["write" if pattern == "randwrite" else "read"]

@@ -68,7 +68,7 @@ def test_the_page_shows_the_node_and_what_changes_and_asks_nobody_else(browser: 
     browser.open(site.url)
     is_live(browser)
     assert browser.text("#verdict") == "All is well: 2 volumes served to 0 client connections."
-    assert NASTY in browser.text("#volume-rows")
+    browser.wait(f"document.querySelector('#volume-rows').innerText.includes({json.dumps(NASTY)})")
     client = Client(("127.0.0.1", site.server.port), "disk0")
     site.server.command("volume", "create", "late", "--size", "1G")
     browser.wait("document.querySelector('#volume-rows').innerText.includes('late')")

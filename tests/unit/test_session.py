@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserver.block import DIRTY
@@ -122,9 +122,10 @@ AT_HAND, ODD, OUTSIDE, WITH_FLAG, FLUSH, CACHE, COLD = range(7)
             st.sampled_from([AT_HAND] * 40 + [ODD, OUTSIDE, WITH_FLAG, FLUSH, CACHE, COLD]), min_size=1, max_size=70
         ),
         min_size=1,
-        max_size=4,
+        max_size=3,
     )
 )
+@settings(max_examples=30)
 def test_batches_of_reads_and_what_looks_like_them_are_answered_like_each_alone(
     style: ReplyStyle, batches: list[list[int]]
 ) -> None:
