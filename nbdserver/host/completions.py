@@ -35,6 +35,8 @@ class Completions:
         """Calls that workers were given and that are not delivered yet."""
         self.alone_since_s = 0.0
         """When another connection than the one that is served now was served last."""
+        self.held_until_s = 0.0
+        """When work that waits for a device was last done on the loop itself: what came before that was not seen."""
 
     def call_soon(self, callback: Callable[..., None], *arguments: Any) -> None:
         """Call on the loop's thread, soon, from there."""

@@ -159,7 +159,7 @@ class SocketNetwork:
     def _wake(self) -> None:
         """Serve what is ready, round by round, and spin for what is about to come."""
         now_s = monotonic()
-        self._spinning.woken(now_s)
+        self._spinning.woken(now_s, self._threads.held_until_s)
         self._serve(self._epoll.poll(0, EVENTS_A_ROUND), now_s)
 
     def _spin_after_reply(self) -> None:

@@ -27,9 +27,9 @@ class Spinning:
         self._batch_ended_s = 0.0
         self._rest_until_s = 0.0
 
-    def woken(self, now_s: float) -> None:
-        """Data came after a sleep."""
-        self._judge(now_s - self._batch_ended_s < SPIN_S, now_s)
+    def woken(self, now_s: float, held_until_s: float = 0.0) -> None:
+        """Data came after a sleep, or while something else held the loop until a time."""
+        self._judge(now_s - max(self._batch_ended_s, held_until_s) < SPIN_S, now_s)
 
     def batch_ended(self, now_s: float) -> None:
         """All that was there is served."""

@@ -53,6 +53,7 @@ class Syncer:
 
     def _on_loop(self, handles: tuple[int, ...], done: Done) -> None:
         error, took_s, _ = _sync_all(handles, done)
+        self._completions.held_until_s = monotonic()
         self._judge(took_s)
         done(error)
 

@@ -62,3 +62,19 @@ def test_an_interrupted_spin_means_that_the_processor_is_needed_elsewhere() -> N
     day.arrive(REST_S)
     day.arrive(SOON_S)
     assert day.spinning.wanted
+
+
+def test_what_came_while_the_loop_was_held_came_soon() -> None:
+    """A sync on the loop: the request that came meanwhile is no reason to sleep before the next one."""
+    spinning = Spinning()
+    now_s = 1000.0
+    for _ in range(100):
+        spinning.batch_ended(now_s)
+        spinning.woken(now_s + LATE_S, held_until_s=now_s + LATE_S - SOON_S)
+        assert spinning.wanted
+        now_s += 2 * LATE_S
+    for _ in range(CREDIT_LIMIT):
+        spinning.batch_ended(now_s)
+        spinning.woken(now_s + LATE_S, held_until_s=now_s - LATE_S)
+        now_s += 2 * LATE_S
+    assert not spinning.wanted
