@@ -46,7 +46,7 @@ names = DiskSettings.__init__.__code__.co_varnames[1 : 1 + len(defaults)]
 defaults[names.index("checkpoint_interval_s")] = {CHECKPOINT_EVERY_S}
 DiskSettings.__init__.__defaults__ = tuple(defaults)
 """
-API_TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0
 PATTERNS = ("randread", "randwrite")
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,11 +58,8 @@ class Node:
     def __init__(self, target: Nbdserver) -> None:
         self.target = target
         self._api = NodeClient(target.directory)
-        deadline = time.monotonic() + API_TIMEOUT_S
-        while not (target.directory / "api.sock").exists():  # it comes a moment after the clients' sockets
-            if time.monotonic() > deadline:
-                raise BenchmarkError("the server's API does not answer")
-            time.sleep(0.05)
+        # It comes a moment after the clients' sockets.
+        wait_until((target.directory / "api.sock").exists, "the server's API does not answer")
 
     def figure(self, name: str) -> float:
         """One of its metrics, of all volumes together; a counter's name ends in `_total`."""
@@ -98,6 +95,14 @@ class Node:
     def make_volumes(self, count: int) -> None:
         for number in range(count):
             self._api.post("/v1/volumes", {"name": f"other{number}", "size_bytes": 1 << 30})
+
+
+def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not holds():
+        if time.monotonic() > deadline_s:
+            raise BenchmarkError(otherwise)
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -157,6 +162,8 @@ def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> 
         "--output-format=json",
     ]
     with case.beside(node):
+        if case.anew:
+            wait_until(lambda: node.figure(case.shows) > 0, f"{case.title} does not begin")
         before = node.figure(case.shows) if case.shows and not case.anew else 0
         job = run_fio(command, timeout_s=seconds + 60)
         shown = node.figure(case.shows) - before if case.shows else 0

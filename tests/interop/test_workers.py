@@ -253,7 +253,7 @@ def test_limits_hold_for_all_processes_together(node: Node) -> None:
     node.write_settings(2, "max_connections: 6", "max_data: 192M")
     assert node.server.stop() == 0
     node.server.start()
-    clients = [node.attach(name) for name in (*VOLUMES, *VOLUMES[:2])]
+    clients = [node.attach_again(name) for name in (*VOLUMES, *VOLUMES[:2])]
     for _ in range(CLIENTS_EACH):
         with pytest.raises(OSError):
             node.attach("disk2")
