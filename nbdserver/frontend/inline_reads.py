@@ -33,8 +33,6 @@ from protocol.handshake import ReplyStyle
 from protocol.layout import derive
 
 SLOTS = 64
-FEW_REQUESTS = 6  # up to here `take_block` one by one is quicker than `take`
-REST_BATCHES = 8  # after one that was not at hand as a whole: what was read of it was read in vain
 RUN_BLOCKS = 132  # four replies of 128 KiB; a megabyte costs 5 % more a reply, as it leaves the second-level cache
 RUN_LIMIT_BYTES = (RUN_BLOCKS - 1) * BLOCK_BYTES
 
@@ -114,7 +112,6 @@ class InlineReads:
         self._head = _HEAD[style]
         self._rooms = rooms(self._header_bytes)
         self._extended = extended
-        self._rest = 0  # batches that are not tried as a whole
         self._slots_used = 0
         self._run_blocks_used = 0
         self._window = SLOTS  # requests looked at at once: few after one that was not at hand, as the next ones may be
@@ -160,27 +157,12 @@ class InlineReads:
         self.size_bytes += taken_bytes
         return position + taken * self._request_bytes, taken_bytes
 
-    def take_block(self, cookie: int, offset: int) -> bool:
-        """Answer one plain read of one block, which lies in the device; False if it is not at hand.
-
-        For a few, this is quicker than to look at a run of them.
-        """
-        slot = self._slots_used
-        if slot == SLOTS or not self._device.read_blocks((offset,), self._rooms.blocks, slot):
-            return False
-        self._pack_header(self._rooms.slots, slot * self._rooms.stride_bytes, cookie, offset, BLOCK_BYTES)
-        self._slots_used = slot + 1
-        self.count += 1
-        self.size_bytes += BLOCK_BYTES
-        return True
-
     def whole_batch(self, data: bytearray, count: int) -> Sequence[Buffer] | None:
         """The replies to `count` requests at the start of `data`, which are all of a batch, if they are plain reads of
         one block each, and all at hand; None, and nothing done, if not."""
         if count == 1:
             return self._lone_read(data)
-        if self._rest:
-            self._rest -= 1
+        if count > self._window:
             return None
         fields = _requests(self._extended, count).unpack_from(data)
         offsets = fields[2::4]
@@ -192,7 +174,7 @@ class InlineReads:
         ):
             return None
         if self._device.read_blocks(offsets, self._rooms.blocks, 0) != count:
-            self._rest = REST_BATCHES
+            self._window = 1
             return None
         self._pack_headers(fields[1::4], offsets, 0)
         return self._rooms.first_slots[count]

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from metadata.seams import Clock, Connection, Timer
 from nbdserver.block import BLOCK_BYTES, IN_FLIGHT
 from nbdserver.frontend.deferred import Deferred
-from nbdserver.frontend.inline_reads import FEW_REQUESTS, SLOTS, InlineReads
+from nbdserver.frontend.inline_reads import SLOTS, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.requests import Batch, Requests
 from nbdserver.volume.counters import Counters
@@ -88,7 +88,6 @@ class Transmission:
             nbd.EXTENDED_REQUEST_MAGIC if self._extended else nbd.REQUEST_MAGIC,
             int(CommandFlag.PAYLOAD_LEN) if self._extended else 0,
             self._inline_reads.take,
-            self._inline_reads.take_block,
             export.device.write,
         )
         self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
@@ -334,7 +333,7 @@ class Transmission:
         data, view, position, end = buffer.data, buffer.view, buffer.start, buffer.end
         if self._skip_bytes:
             position = self._skip(position, end, self._skip_bytes)
-        unpack, header_bytes, magic_expected, write_flags, take_reads, take_block, write = self._bound
+        unpack, header_bytes, magic_expected, write_flags, take_reads, write = self._bound
         extended = self._extended
         size_bytes = self._device.size_bytes
         writable = not (self._export.read_only or self._agreement.offer.read_only)
@@ -353,18 +352,7 @@ class Transmission:
             if magic != magic_expected:
                 self._ending = f"a request starts with {magic:#010x}: the stream is out of step"
                 break
-            if command == 0 and last - position < FEW_REQUESTS * header_bytes and length == BLOCK_BYTES:
-                if (
-                    flags == 0
-                    and not offset & (BLOCK_BYTES - 1)
-                    and offset + BLOCK_BYTES <= size_bytes
-                    and take_block(cookie, offset)
-                ):
-                    position += header_bytes
-                    left -= 1
-                    self._batch.size_bytes += BLOCK_BYTES
-                    continue
-            elif command == 0:
+            if command == 0:
                 after, taken_bytes = take_reads(view, position, end, left, most_bytes - self._batch.size_bytes)
                 if after != position:
                     left -= (after - position) // header_bytes
