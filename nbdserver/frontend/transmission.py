@@ -190,12 +190,9 @@ class Transmission:
             return False
         buffer.end = 0
         self._connection.send(replies)
-        counters.batches += 1
-        counters.requests += count
         counters.reads += count
         counters.read_bytes += count * BLOCK_BYTES
-        counters.batch_requests.add(count)
-        counters.latency_us.add(int((self._clock.now() - started_s) * 1e6), count)
+        counters.add_batch(count, self._clock.now() - started_s)
         if self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
             self._stall()
         return True
@@ -261,10 +258,7 @@ class Transmission:
         requests, self._requests = self._requests, 0
         if requests:
             counters = self._counters
-            counters.batches += 1
-            counters.requests += requests
-            counters.batch_requests.add(requests)
-            counters.latency_us.add(int((self._clock.now() - self._started_s) * 1e6), requests)
+            counters.add_batch(requests, self._clock.now() - self._started_s)
             if self._export.throttle is not None:
                 moved_bytes = counters.read_bytes + counters.write_bytes
                 self._export.throttle.take(requests, moved_bytes - self._charged_bytes)

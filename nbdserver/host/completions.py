@@ -25,7 +25,8 @@ Job = tuple[Callable[..., None], Work, tuple[Any, ...]]
 
 
 class Completions:
-    """Calls handed from any thread to the loop's thread, one wake for many."""
+    """Calls handed from any thread to the loop's thread, one wake for many; and what those who share the loop tell
+    each other of how it is used."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -63,6 +63,13 @@ class Counters:
         self.batch_requests = Histogram()  # requests a batch
         self.latency_us = Histogram()  # from the bytes' arrival to the reply's sending, deferred ones included
 
+    def add_batch(self, requests: int, took_s: float) -> None:
+        """Count a batch of so many requests, answered in so long."""
+        self.batches += 1
+        self.requests += requests
+        self.batch_requests.add(requests)
+        self.latency_us.add(int(took_s * 1e6), requests)
+
     def include(self, other: "Counters") -> None:
         """Add all of `other`."""
         for name in self.__slots__:
