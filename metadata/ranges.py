@@ -1,4 +1,5 @@
-"""Sets of numbers as disjoint ranges: an immutable tuple of (first, stop) pairs in order, which never touch.
+"""Sets of numbers as disjoint ranges: an immutable tuple of (first, stop) pairs in order, which never touch. In
+messages they are runs, (first, count).
 
 They are immutable so that a checkpoint can keep one while it goes on being changed. Everything here is linear in the
 number of ranges, which the owner bounds.
@@ -23,3 +24,14 @@ def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
 def within(ranges: Ranges, first: int, stop: int) -> list[tuple[int, int]]:
     """What of the ranges lies in first <= number < stop."""
     return [(max(start, first), min(end, stop)) for start, end in ranges if start < stop and end > first]
+
+
+def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Rising numbers as runs: (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and sum(runs[-1]) == number:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return tuple(runs)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from enum import Enum
 from random import Random
 
+from metadata.ranges import runs_of
 from protocol.directory import RANGES_LIMIT, Message, Ranges
 from protocol.invariant import invariant
 
@@ -224,11 +225,6 @@ def _backoff_s(first_s: float, tries: int) -> float:
 
 def _ranges(sequences: list[int]) -> Iterator[Ranges]:
     """Rising sequences as runs, at most RANGES_LIMIT in one."""
-    runs: list[tuple[int, int]] = []
-    for sequence in sequences:
-        if runs and sum(runs[-1]) == sequence:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((sequence, 1))
+    runs = runs_of(sequences)
     for start in range(0, len(runs), RANGES_LIMIT):
-        yield tuple(runs[start : start + RANGES_LIMIT])
+        yield runs[start : start + RANGES_LIMIT]

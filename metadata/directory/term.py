@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from metadata.directory.confirmations import Confirmations
 from metadata.directory.outbox import Outbox
 from metadata.directory.replica import Replica
+from metadata.ranges import runs_of
 from protocol.directory import (
     UPDATES_ROOM_BYTES,
     Heartbeat,
@@ -90,18 +91,7 @@ class Resending:
         for reason, sequences in refused.items():
             self.refused += len(sequences)
             # At most as many ranges as were asked for in one request, split by the budget once: they fit.
-            self._outbox.send(node, Refusal(epoch, reason, buffer.floor, runs(sequences)))
-
-
-def runs(sequences: Sequence[int]) -> Ranges:
-    """Rising sequences as (first, count)."""
-    found: list[tuple[int, int]] = []
-    for sequence in sequences:
-        if found and sum(found[-1]) == sequence:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((sequence, 1))
-    return tuple(found)
+            self._outbox.send(node, Refusal(epoch, reason, buffer.floor, runs_of(sequences)))
 
 
 def frames(messages: Sequence[Message]) -> list[tuple[Message, ...]]:

@@ -17,10 +17,11 @@ Rules
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from metadata.layers import Row, unpack_rows
+from metadata.ranges import runs_of
 from metadata.region_table import REGION_SHIFT
 from metadata.replica_state import ReplicaState, put_replica_state
 from metadata.seams import Batch, Done, Files
@@ -224,11 +225,11 @@ class Replica:
     # -- regions
 
     def regions_after(self, txid: int) -> Runs:
-        return _runs(self.disk.maps.regions.later_than(txid))
+        return runs_of(self.disk.maps.regions.later_than(txid))
 
     @property
     def resync(self) -> Runs:
-        return _runs(self.disk.resync)
+        return runs_of(self.disk.resync)
 
     @property
     def resync_count(self) -> int:
@@ -264,17 +265,6 @@ class Replica:
             done(errnos.EIO if errno else 0)
 
         disk.store_writes.write_later(batch, written)
-
-
-def _runs(regions: Iterable[int]) -> Runs:
-    """Regions in order, as (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for region in regions:
-        if runs and sum(runs[-1]) == region:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((region, 1))
-    return tuple(runs)
 
 
 def _is_tree(rows: Sequence[Row]) -> bool:

@@ -20,10 +20,11 @@ import errno as errnos
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from metadata.ranges import runs_of
 from metadata.seams import Clock, Timer
 from nbdserver.replication.grants import REPLICA_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
-from nbdserver.replication.replica_log import ReplicaLog, runs_of
+from nbdserver.replication.replica_log import ReplicaLog
 from protocol.peer import (
     OLDEST_VERSION,
     VERSION,

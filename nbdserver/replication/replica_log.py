@@ -145,14 +145,3 @@ def history_up_to(epochs: Epochs, at: Position) -> Epochs:
 def position_of(epochs: Epochs, txid: int) -> Position:
     """The position with this txid in a log with this history, which has it."""
     return next((Position(epoch, txid) for epoch, last_txid in epochs if txid <= last_txid), BEGINNING)
-
-
-def runs_of(regions: Sequence[int]) -> Runs:
-    """Regions in order, as runs."""
-    runs: list[tuple[int, int]] = []
-    for region in regions:
-        if runs and runs[-1][0] + runs[-1][1] == region:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((region, 1))
-    return tuple(runs)

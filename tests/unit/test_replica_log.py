@@ -5,7 +5,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserver.replication.replica_log import common_position, history_up_to, position_of, runs_of
+from nbdserver.replication.replica_log import common_position, history_up_to, position_of
 from protocol.peer import BEGINNING, Epochs, Position
 
 steps = st.lists(st.integers(0, 2), max_size=8)
@@ -52,8 +52,3 @@ def test_a_txid_of_a_log_has_one_position(rises: list[int]) -> None:
     log = line(rises, 1)
     assert [position_of(history(log), position.txid) for position in log] == log
     assert position_of(history(log), len(log) + 1) == BEGINNING
-
-
-def test_neighbouring_regions_are_one_run() -> None:
-    assert runs_of([]) == ()
-    assert runs_of([1, 2, 3, 7, 9, 10]) == ((1, 3), (7, 1), (9, 2))

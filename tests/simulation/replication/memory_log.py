@@ -16,8 +16,9 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from metadata.ranges import runs_of
 from metadata.seams import Clock, Done
-from nbdserver.replication.replica_log import Tap, runs_of
+from nbdserver.replication.replica_log import Tap
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE
 from protocol.invariant import invariant
