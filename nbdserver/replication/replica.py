@@ -103,11 +103,8 @@ class Replica:
             if errno:
                 self._refuse(Refusal.FAILED)
             else:
-                self.log.append((), ended)  # what was under way for an older stream comes first
-
-        def ended(errno: int) -> None:
-            if self._stream is stream:
-                self._opened(errno)
+                # What was under way for an older stream comes first.
+                self.log.append((), partial(self._opened, stream))
 
         if self._persisted_epoch < frame.epoch:
             self.log.promise(frame.epoch, promised)
@@ -146,17 +143,18 @@ class Replica:
 
     # --- the stream ---
 
-    def _opened(self, errno: int) -> None:
-        """The log stands still; say where."""
-        log, stream = self.log, self._stream
+    def _opened(self, stream: PeerStream, errno: int) -> None:
+        """The log stands still; say where, if the stream still is the one."""
+        if stream is not self._stream:
+            return
         if self._clearing:
             # A bit that is set again by what follows must not be cleared by what went before.
-            self._clock.call_later(0.001, partial(self._opened_if, stream, errno))
+            self._clock.call_later(0.001, partial(self._opened, stream, errno))
             return
         if errno and errno != errnos.ESTALE:
             self._refuse(Refusal.FAILED)
             return
-        assert stream is not None
+        log = self.log
         self._is_opening = False
         self._number = 0
         self._queued = log.last
@@ -172,10 +170,6 @@ class Replica:
                 log.resync,
             )
         )
-
-    def _opened_if(self, stream: PeerStream | None, errno: int) -> None:
-        if stream is not None and stream is self._stream:
-            self._opened(errno)
 
     def _lost(self, stream: PeerStream, reason: str) -> None:
         if stream is self._stream:
@@ -259,11 +253,7 @@ class Replica:
     def _align(self, stream: PeerStream, frame: Cut | Skip) -> None:
         self._is_opening = True
         self._forget_copies()
-
-        def aligned(errno: int) -> None:
-            if stream is self._stream:
-                self._opened(errno)
-
+        aligned = partial(self._opened, stream)
         if isinstance(frame, Cut):
             self.log.cut(frame.at, aligned)
         else:
