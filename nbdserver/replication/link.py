@@ -107,7 +107,7 @@ class Link:
     ) -> None:
         self.node = node
         self.state = State.CONNECTING
-        self.opened: Opened | None = None  # what it said last
+        self.opened: Opened | None = None  # what it said last on the stream that is there
         self.appended = BEGINNING
         self.durable_txid = 0
         self.room_bytes = 0
@@ -130,7 +130,6 @@ class Link:
         self._backlog_bytes = 0
         self._pending: list[Modification] = []
         self._is_reading = False
-        self._may_skip = False  # nothing was sent since it was opened
         self._to_copy: list[int] = []
         self._copies: set[int] = set()  # under way
         self._fetched: Callable[[Fetched | None], None] | None = None
@@ -172,9 +171,8 @@ class Link:
 
     def reopen(self) -> None:
         """Begin again with a new stream."""
-        if self.state is not State.CLOSED:
-            self._forget_stream()
-            self._connect_later()
+        self._forget_stream()
+        self._connect_later()
 
     def close(self) -> None:
         """No more of it; idempotent."""
@@ -184,6 +182,7 @@ class Link:
     def _forget_stream(self) -> None:
         self._cancel_timer()
         stream, self._stream = self._stream, None
+        self.opened = None
         if self._give_up is not None:
             self._give_up()
             self._give_up = None
@@ -203,8 +202,7 @@ class Link:
 
     def _lost(self, stream: PeerStream, reason: str) -> None:
         if stream is self._stream:
-            self._forget_stream()
-            self._connect_later()
+            self.reopen()
 
     def _received(self, stream: PeerStream, frame: Frame) -> None:
         if stream is not self._stream:
@@ -222,8 +220,7 @@ class Link:
                 if fetched is not None:
                     fetched(frame)
             case Refused():
-                self._forget_stream()
-                self._connect_later()
+                self.reopen()
                 self.events.refused(self, frame)
             case _:
                 self.reopen()
@@ -238,11 +235,6 @@ class Link:
         self.room_bytes = frame.room_bytes
         self.state = State.OPEN
         self.events.opened(self)
-
-    @property
-    def is_open(self) -> bool:
-        """It has said where it stands, and the stream is there."""
-        return self.opened is not None and self.state not in (State.CONNECTING, State.OPENING, State.CLOSED)
 
     def fetch(self, after: Position, limit_bytes: int, done: Callable[[Fetched | None], None]) -> None:
         """Read its log; None if the stream is lost. One at a time, of a link that is OPEN."""
@@ -265,7 +257,6 @@ class Link:
         self._to_copy = [region for first, count in opened.resync for region in range(first, first + count)]
         self._to_copy.reverse()
         self.state = State.CATCHING_UP
-        self._may_skip = True
         self._catch_up()
 
     def _catch_up(self) -> None:
@@ -288,14 +279,13 @@ class Link:
                 return
             if self.state is not State.CATCHING_UP or errno:
                 return
-            if modifications is None:
-                if self._may_skip:
-                    self._skip(stream)
-                else:
-                    self.reopen()
-                return
-            self._send(modifications)
-            self._catch_up()
+            if modifications is not None:
+                self._send(modifications)
+                self._catch_up()
+            elif self.opened is not None and self._sent == self.opened.last:
+                self._skip(stream)  # nothing was sent since it was opened
+            else:
+                self.reopen()
 
         self._log.modifications(self._sent, FRAME_BYTES, read)
 
@@ -364,7 +354,6 @@ class Link:
         self._sent_s.append((self._number, self._last_sent_s, size_bytes))
         self._backlog_bytes += size_bytes
         if modifications:
-            self._may_skip = False
             self._sent = modifications[-1].position
         stream.send(
             Append(

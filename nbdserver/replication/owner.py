@@ -385,7 +385,7 @@ class Owner:
         """A member that was asked for may be another one by now."""
         for member in self.value.in_sync:
             link = self.links.get(member.node)
-            opened = link.opened if link is not None and link.is_open else None
+            opened = link.opened if link is not None else None
             if opened is not None and not is_whole(member, opened.incarnation, opened.intact_since):
                 self._remove(member.node, "it has lost what it had")
 

@@ -157,7 +157,7 @@ class Takeover:
 
     def _opened(self, node: str) -> Opened | None:
         link = self._links.get(node)
-        return link.opened if link is not None and link.is_open else None
+        return link.opened if link is not None else None
 
     def _is_complete(self, member: Member, opened: Opened) -> bool:
         return is_whole(member, opened.incarnation, opened.intact_since) and not opened.resync
