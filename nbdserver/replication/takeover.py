@@ -15,6 +15,7 @@ Known weakness: a log that the winner's does not go back to cannot be completed 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from metadata.replica_set import Change, Member, ReplicaSet
@@ -102,18 +103,23 @@ class Takeover:
         if wait_s > 0:
             self._timer = self._clock.call_later(wait_s, self._wait)
             return
-        new = self._value.changed(owner=self._node, epoch=self._value.epoch + 1)
-        self._change = Change(self._clock, self._registry, self._key, self._value, new, self._swapped)
+        self._make(self._value.changed(owner=self._node, epoch=self._value.epoch + 1), self._swapped)
 
-    def _swapped(self, made: bool, there: ReplicaSet | None) -> None:
-        self._change = None
-        if not made or there is None:
-            self._fail("the registry's value was changed by another")
-            return
-        self._value = there
-        self.epoch = there.epoch
-        self._replica.own(there.epoch)
-        self._log.promise(there.epoch, self._promised)
+    def _make(self, new: ReplicaSet, then: Callable[[ReplicaSet], None]) -> None:
+        def made(is_made: bool, there: ReplicaSet | None) -> None:
+            self._change = None
+            if is_made and there is not None:
+                then(there)
+            else:
+                self._fail("the registry's value was changed by another")
+
+        self._change = Change(self._clock, self._registry, self._key, self._value, new, made)
+
+    def _swapped(self, value: ReplicaSet) -> None:
+        self._value = value
+        self.epoch = value.epoch
+        self._replica.own(value.epoch)
+        self._log.promise(value.epoch, self._promised)
 
     def _promised(self, errno: int) -> None:
         if self._is_over:
@@ -171,24 +177,21 @@ class Takeover:
         if self._log.resync_count:
             self._fail("it has regions to fetch")
             return
-        nodes = list(complete)
+        settle_set = partial(self._settle_set, list(complete), generation)
         winner = self._longest(complete)
         is_ours_good = are_we_complete or generation > self._value.generation
         if winner is None or (is_ours_good and complete[winner].last <= self._log.last):
-            self._settle_set(nodes, generation)
+            settle_set()
             return
         target = complete[winner]
         link = self._links[winner]
         common = common_position(self._log.epochs, target.epochs)
 
-        def completed() -> None:
-            self._settle_set(nodes, generation)
-
         def aligned(errno: int) -> None:
             if errno:
                 self._fail(f"the log could not be cut (errno {errno})")
             elif not self._is_over:
-                self._fetch(link, target.last, completed)
+                self._fetch(link, target.last, settle_set)
 
         if common < self._log.last:
             self._log.cut(common, aligned)
@@ -234,16 +237,11 @@ class Takeover:
             if opened is not None and not (none_was_whole and opened.last != self._log.last):
                 members.append(Member(node, opened.incarnation))
         members.sort(key=lambda member: member.node)
-        new = self._value.changed(in_sync=tuple(members), generation=generation)
-        self._change = Change(self._clock, self._registry, self._key, self._value, new, self._settled)
+        self._make(self._value.changed(in_sync=tuple(members), generation=generation), self._settled)
 
-    def _settled(self, made: bool, there: ReplicaSet | None) -> None:
-        self._change = None
-        if not made or there is None:
-            self._fail("the registry's value was changed by another")
-            return
+    def _settled(self, value: ReplicaSet) -> None:
         self._is_over = True
-        self._events.taken(there, self._links)
+        self._events.taken(value, self._links)
 
     # --- LinkEvents ---
 
