@@ -45,17 +45,16 @@ class Ordering(Protocol):
 
     def flush(self, done: Done) -> None: ...
 
-    def unacknowledged(self, layer: int, lba: int, count: int) -> int: ...
+    def unacknowledged(self, lba: int, count: int) -> int: ...
 
 
 class ReplicatedDevice:
-    """`BlockDevice` of one head, on its owner. `layer()` is that of the head."""
+    """`BlockDevice` of one head, on its owner."""
 
-    def __init__(self, clock: Clock, inner: BlockDevice, owner: Ordering, layer: Callable[[], int]) -> None:
+    def __init__(self, clock: Clock, inner: BlockDevice, owner: Ordering) -> None:
         self._clock = clock
         self._inner = inner
         self._owner = owner
-        self._layer = layer
         self._room_bytes = 0  # that the open batch may still take
         self._is_open = False  # there is an open batch
         self._look_at_room()
@@ -76,7 +75,7 @@ class ReplicatedDevice:
         """Txid that has to be acknowledged before the range may be shown."""
         first = offset // BLOCK_BYTES
         count = (offset + length + BLOCK_BYTES - 1) // BLOCK_BYTES - first
-        return self._owner.unacknowledged(self._layer(), first, count)
+        return self._owner.unacknowledged(first, count)
 
     def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
         return self._inner.read(offset, length) if self._may_show(offset, length) else None

@@ -85,7 +85,7 @@ class Owner:
         self._candidates: set[str] = set()  # members that want to own the family
         self._waiting: deque[tuple[int, Done]] = deque()
         self._flushes: deque[tuple[int, Done]] = deque()
-        self._unacknowledged: deque[tuple[int, Modification]] = deque()
+        self._unacknowledged: deque[Modification] = deque()
         self._is_flushing_links = False
         self._is_syncing = False
         self._set_needed()
@@ -178,20 +178,18 @@ class Owner:
         """Of the newest modification."""
         return self._log.last.txid
 
-    def unacknowledged(self, layer: int, lba: int, count: int) -> int:
-        """Txid of the newest modification of these blocks that is not acknowledged, 0 if all are (rule 17)."""
-        if not self._unacknowledged:
-            return 0
-        newest = 0
-        for txid, modification in self._unacknowledged:
+    def unacknowledged(self, lba: int, count: int) -> int:
+        """Txid of the newest modification of these blocks, in whichever layer, that is not acknowledged, 0 if all are
+        (rule 17)."""
+        for modification in reversed(self._unacknowledged):
             if modification.kind == TREE or _touches(modification, lba, count):
-                newest = txid
-        return newest
+                return modification.txid
+        return 0
 
     # --- ordering ---
 
     def _ordered(self, modification: Modification) -> None:
-        self._unacknowledged.append((modification.txid, modification))
+        self._unacknowledged.append(modification)
         for link in self.links.values():
             link.ordered(modification)
         if not self._is_flushing_links:
@@ -229,7 +227,7 @@ class Owner:
             return
         committed_txid = self._committed_txid
         unacknowledged = self._unacknowledged
-        while unacknowledged and unacknowledged[0][0] <= committed_txid:
+        while unacknowledged and unacknowledged[0].txid <= committed_txid:
             unacknowledged.popleft()
         waiting = self._waiting
         ready: list[Done] = []
@@ -301,7 +299,7 @@ class Owner:
     def is_tree_committed(self) -> bool:
         """LinkEvents."""
         return self._committed_txid >= self._begin_txid and not any(
-            modification.kind == TREE for _, modification in self._unacknowledged
+            modification.kind == TREE for modification in self._unacknowledged
         )
 
     def copied(self, link: Link) -> None:

@@ -42,7 +42,7 @@ class Ordered:
     def flush(self, done: Done) -> None:
         self.flushes.append(done)
 
-    def unacknowledged(self, layer: int, lba: int, count: int) -> int:
+    def unacknowledged(self, lba: int, count: int) -> int:
         newest = max(self.blocks.get(block, 0) for block in range(lba, lba + count))
         return newest if newest > self.committed_txid else 0
 
@@ -66,7 +66,7 @@ class Rig:
         self.clock = HandClock()
         self.inner = MemoryDevice(SIZE_BYTES, self.clock.call_soon)
         self.owner = Ordered()
-        self.device = ReplicatedDevice(self.clock, self.inner, self.owner, lambda: 1)
+        self.device = ReplicatedDevice(self.clock, self.inner, self.owner)
 
     def write(self, block: int) -> int:
         assert self.device.write(block * BLOCK_BYTES, memoryview(b"x" * BLOCK_BYTES))

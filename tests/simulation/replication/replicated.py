@@ -306,7 +306,7 @@ class ReplicatedScenario:
         offset = lba * BLOCK_BYTES
         begun = self.registers.begin_read(offset, count * BLOCK_BYTES)
         data = b"".join(node.log.image.read(block) for block in range(lba, lba + count))
-        newest = owner.unacknowledged(1, lba, count)
+        newest = owner.unacknowledged(lba, count)
         if not newest and owner.has_authority:
             self.registers.end_read(begun, offset, data)
             self.registers.read(offset, data)

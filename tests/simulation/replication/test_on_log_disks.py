@@ -74,8 +74,7 @@ class LogNode:  # not ReplicaNode: what it writes goes through a block device
         return self.family.owner
 
     def device(self) -> ReplicatedDevice:
-        head = self.log.disk.head(VOLUME)
-        return ReplicatedDevice(self.seams.clock, head, self.owner, lambda: head.layer)
+        return ReplicatedDevice(self.seams.clock, self.log.disk.head(VOLUME), self.owner)
 
     def content(self, lba: int) -> bytes:
         """What its own log shows."""

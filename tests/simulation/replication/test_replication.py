@@ -277,7 +277,7 @@ def room_is_not_asked_for(patch: pytest.MonkeyPatch) -> None:  # rule 18
 
 
 def what_is_not_acknowledged_is_read(patch: pytest.MonkeyPatch) -> None:  # rule 17
-    patch.setattr(Owner, "unacknowledged", lambda self, layer, lba, count: 0)
+    patch.setattr(Owner, "unacknowledged", lambda self, lba, count: 0)
 
 
 def an_unknown_change_counts_as_made(patch: pytest.MonkeyPatch) -> None:
