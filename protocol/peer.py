@@ -96,9 +96,8 @@ AppendedBody = Struct(
     "last_epoch" / Int32ul,
     "durable_epoch" / Int32ul,
 )
-PositionBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul)
+PositionBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul)  # of CUT, and each of a history
 SkipBody = Struct("epoch" / Int32ul, "epochs" / Int32ul, "txid" / Int64ul, "runs" / Int32ul, "rows" / Int32ul)
-EpochEnd = Struct("epoch" / Int32ul, "reserved" / Int32ul, "last_txid" / Int64ul)
 RegionRun = Struct("first" / Int64ul, "count" / Int64ul)
 CopyBody = Struct(
     "region" / Int64ul,
@@ -120,7 +119,6 @@ MODIFICATION_HEADER = derive(ModificationHeader)
 APPENDED_BODY = derive(AppendedBody)
 POSITION_BODY = derive(PositionBody)
 SKIP_BODY = derive(SkipBody)
-EPOCH_END = derive(EpochEnd)
 REGION_RUN = derive(RegionRun)
 COPY_BODY = derive(CopyBody)
 COPIED_BODY = derive(CopiedBody)

@@ -18,7 +18,6 @@ from protocol.peer import (
     APPENDED_BODY,
     COPIED_BODY,
     COPY_BODY,
-    EPOCH_END,
     EPOCHS_LIMIT,
     FETCH_BODY,
     FETCHED_BODY,
@@ -151,7 +150,7 @@ def _pack_opened(frame: Opened) -> bytes:
 
 def _pack_epochs(epochs: Epochs) -> bytes:
     invariant(len(epochs) <= EPOCHS_LIMIT, "a history has too many epochs")
-    return b"".join(EPOCH_END.pack(epoch, 0, txid) for epoch, txid in epochs)
+    return b"".join(POSITION_BODY.pack(epoch, 0, txid) for epoch, txid in epochs)
 
 
 def _pack_runs(runs: Runs) -> bytes:
@@ -304,7 +303,8 @@ def _opened(reader: _Reader) -> Opened:
 def _epochs(reader: _Reader, count: int) -> Epochs:
     if count > EPOCHS_LIMIT:
         raise PeerFrameError("a history in it has too many epochs")
-    return tuple(Position(epoch, txid) for epoch, _, txid in EPOCH_END.iter_unpack(reader.take(count * EPOCH_END.size)))
+    packed = reader.take(count * POSITION_BODY.size)
+    return tuple(Position(epoch, txid) for epoch, _, txid in POSITION_BODY.iter_unpack(packed))
 
 
 def _runs(reader: _Reader, count: int) -> Runs:
