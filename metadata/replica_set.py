@@ -97,14 +97,14 @@ class Change:
     """One change of the value, made again until it is known what became of it."""
 
     def __init__(
-        self, clock: Clock, registry: Registry, key: str, old: ReplicaSet | None, new: ReplicaSet, done: Settled
+        self, clock: Clock, registry: Registry, key: str, old: ReplicaSet, new: ReplicaSet, done: Settled
     ) -> None:
         """`done` is called once, unless it is cancelled."""
-        self.new = new
+        self._new = new
         self._clock = clock
         self._registry = registry
         self._key = key
-        self._swap = KeyChange(key, None if old is None else old.encode(), new.encode())
+        self._swap = KeyChange(key, old.encode(), new.encode())
         self._done: Settled | None = done
         self._timer: Timer | None = None
         self._try()
@@ -125,7 +125,7 @@ class Change:
 
     def _swapped(self, swap: Swap) -> None:
         if swap.outcome is Outcome.SWAPPED:
-            self._settle(True, self.new)
+            self._settle(True, self._new)
         elif swap.outcome is Outcome.LOST:
             self._registry.get_later(self._key, self._read)
         else:
@@ -137,7 +137,7 @@ class Change:
             return
         value = answer.items[0][1] if answer.items else None
         if value == self._swap.new:
-            self._settle(True, self.new)  # an earlier try was made
+            self._settle(True, self._new)  # an earlier try was made
             return
         try:
             self._settle(False, None if value is None else ReplicaSet.decode(value))

@@ -277,11 +277,6 @@ class Copy:
     checksums: bytes
     data: Sequence[bytes | memoryview]
 
-    @property
-    def size_bytes(self) -> int:
-        """On the wire."""
-        return COPY_BODY.size + len(self.entries) + len(self.checksums) // 4 * (BLOCK_BYTES + 4)
-
 
 @dataclass(frozen=True, slots=True)
 class Copied:

@@ -62,13 +62,13 @@ Buffer = bytes | memoryview
 _SPLIT_BLOCKS = 256
 
 
-def encode(frame: Frame, version: int = VERSION) -> list[Buffer]:
+def encode(frame: Frame) -> list[Buffer]:
     """The frame as buffers to send one after the other; blocks are not copied."""
     kind, meta, data = _parts(frame)
     data_bytes = sum(len(each) for each in data)
     size_bytes = len(meta) + data_bytes
     invariant(size_bytes <= FRAME_LIMIT_BYTES, f"a frame of {size_bytes} bytes is too large")
-    unsigned = PEER_HEADER.pack(MAGIC, version, kind, 0, size_bytes, len(meta), 0)[:-4]
+    unsigned = PEER_HEADER.pack(MAGIC, VERSION, kind, 0, size_bytes, len(meta), 0)[:-4]
     return [unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta, *data]
 
 

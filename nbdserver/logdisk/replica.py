@@ -235,10 +235,6 @@ class Replica:
     def resync_count(self) -> int:
         return len(self.disk.resync)
 
-    def resync_add(self, regions: Runs, done: Done) -> None:
-        self.disk.resync.add(regions)
-        self._persist(self.disk.resync.put_changes, done)
-
     def resync_done(self, regions: Runs, done: Done) -> None:
         self.disk.resync.remove(regions)
         self._persist(self.disk.resync.put_changes, done)

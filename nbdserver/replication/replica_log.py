@@ -112,9 +112,6 @@ class ReplicaLog(Protocol):
     def resync_count(self) -> int:
         """How many they are."""
 
-    def resync_add(self, regions: Runs, done: Done) -> None:
-        """More of them."""
-
     def resync_done(self, regions: Runs, done: Done) -> None:
         """They are fetched: the copies are durable and cannot be cut away any more."""
 

@@ -359,13 +359,6 @@ class MemoryLog:
     def resync_count(self) -> int:
         return len(self.disk.resync)
 
-    def resync_add(self, regions: Runs, done: Done) -> None:
-        def act() -> int:
-            self.disk.resync.update(region for first, count in regions for region in range(first, first + count))
-            return 0
-
-        self._later("store", act, done)
-
     def resync_done(self, regions: Runs, done: Done) -> None:
         def act() -> int:
             for first, count in regions:

@@ -202,7 +202,11 @@ def regions_to_fetch_are_noted_later(patch: pytest.MonkeyPatch) -> None:  # rule
     honest = MemoryLog.skip
 
     def skip(self: MemoryLog, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
-        honest(self, to, epochs, (), tree, lambda errno: self.resync_add(regions, done))
+        def note() -> int:
+            self.disk.resync.update(region for first, count in regions for region in range(first, first + count))
+            return 0
+
+        honest(self, to, epochs, (), tree, lambda errno: self._later("store", note, done))
 
     patch.setattr(MemoryLog, "skip", skip)
 
