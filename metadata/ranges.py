@@ -5,7 +5,7 @@ They are immutable so that a checkpoint can keep one while it goes on being chan
 number of ranges, which the owner bounds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -35,3 +35,8 @@ def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((number, 1))
     return tuple(runs)
+
+
+def numbers_of(runs: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """The numbers of runs."""
+    return (number for first, count in runs for number in range(first, first + count))

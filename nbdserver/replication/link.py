@@ -21,6 +21,7 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
+from metadata.ranges import numbers_of
 from metadata.seams import Clock, Connection, Network, Timer
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
@@ -254,7 +255,7 @@ class Link:
         if common < opened.last:
             self._align(stream, Cut(common))
             return
-        self._to_copy = [region for first, count in opened.resync for region in range(first, first + count)]
+        self._to_copy = list(numbers_of(opened.resync))
         self._to_copy.reverse()
         self.state = State.CATCHING_UP
         self._catch_up()

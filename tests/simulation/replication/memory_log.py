@@ -16,7 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from metadata.ranges import runs_of
+from metadata.ranges import numbers_of, runs_of
 from metadata.seams import Clock, Done
 from nbdserver.replication.replica_log import Tap
 from protocol.checksum import crc32c
@@ -308,7 +308,7 @@ class MemoryLog:
         def act() -> int:
             image = self.image
             image.last, image.epochs = to, epochs
-            self.disk.resync.update(region for first, count in regions for region in range(first, first + count))
+            self.disk.resync.update(numbers_of(regions))
             self._rebase(image.copy(), len(self.disk.records))
             self._durable = to
             return 0
@@ -361,8 +361,7 @@ class MemoryLog:
 
     def resync_done(self, regions: Runs, done: Done) -> None:
         def act() -> int:
-            for first, count in regions:
-                self.disk.resync.difference_update(range(first, first + count))
+            self.disk.resync.difference_update(numbers_of(regions))
             return 0
 
         self._later("store", act, done)

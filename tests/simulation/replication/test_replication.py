@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from metadata.ranges import numbers_of
 from metadata.registry_calls import Outcome, Swap
 from metadata.replica_set import Change
 from metadata.seams import Done
@@ -203,7 +204,7 @@ def regions_to_fetch_are_noted_later(patch: pytest.MonkeyPatch) -> None:  # rule
 
     def skip(self: MemoryLog, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
         def note() -> int:
-            self.disk.resync.update(region for first, count in regions for region in range(first, first + count))
+            self.disk.resync.update(numbers_of(regions))
             return 0
 
         honest(self, to, epochs, (), tree, lambda errno: self._later("store", note, done))
