@@ -16,6 +16,8 @@ RegionBody. Data blocks follow the body, 4,096 bytes each, in the order of the M
 """
 
 import sys
+from array import array
+from collections.abc import Iterator, Sequence
 from functools import cache
 from struct import Struct as Packer
 
@@ -30,6 +32,7 @@ if sys.byteorder != "little":
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4096
+_SPLIT_BLOCKS = 256
 
 WRITE = 1
 MOVE = 2
@@ -194,6 +197,27 @@ def block_splitter(blocks: int) -> Packer:
     """A packer whose `unpack_from` cuts a buffer into that many `bytes` of one block, in one call."""
     invariant(0 < blocks <= 8192, "a run has 1 to 8,192 blocks")
     return derive(Struct(*(f"block{index}" / Bytes(BLOCK_BYTES) for index in range(blocks))))
+
+
+def wrong_blocks(data: bytes | bytearray | memoryview, checksums: "array[int]") -> list[int]:
+    """Indexes of the blocks in `data` whose CRC is not the one given; missing bytes are wrong."""
+    wrong: list[int] = []
+    whole = len(data) // BLOCK_BYTES
+    for first in range(0, whole, _SPLIT_BLOCKS):
+        count = min(_SPLIT_BLOCKS, whole - first)
+        blocks = block_splitter(count).unpack_from(data, first * BLOCK_BYTES)
+        found = array("I", map(crc32c, blocks))
+        expected = checksums[first : first + count]
+        if found != expected:
+            wrong += [first + index for index in range(count) if found[index] != expected[index]]
+    return wrong + list(range(whole, len(checksums)))
+
+
+def extents_of_array(values: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(lba, count, kind) of extents as in a body: (lba, count | kind << 32) pairs."""
+    for index in range(0, len(values), 2):
+        packed = values[index + 1]
+        yield values[index], packed & 0xFFFFFFFF, packed >> 32
 
 
 # LevelDB values: version, CRC-32C of key and payload, payload. The key is covered, so that a misdirected value is told.

@@ -8,10 +8,11 @@ Rules
 Known weakness: a frame is copied once when it is complete.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 from protocol.checksum import crc32c
-from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, block_splitter, body_bytes
+from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, body_bytes, wrong_blocks
 from protocol.invariant import invariant
 from protocol.peer import (
     APPEND_BODY,
@@ -59,7 +60,6 @@ from protocol.peer import (
 )
 
 Buffer = bytes | memoryview
-_SPLIT_BLOCKS = 256
 
 
 def encode(frame: Frame) -> list[Buffer]:
@@ -220,12 +220,8 @@ class _Reader:
         if not count:
             return ()
         data = self._view[begin:end]
-        wanted = memoryview(checksums).cast("I")
-        for first in range(0, count, _SPLIT_BLOCKS):
-            some = min(_SPLIT_BLOCKS, count - first)
-            found = map(crc32c, block_splitter(some).unpack_from(data, first * BLOCK_BYTES))
-            if list(found) != wanted[first : first + some].tolist():
-                raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
+        if wrong_blocks(data, array("I", checksums)):
+            raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
         return (data,)
 
     @property

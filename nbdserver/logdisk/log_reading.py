@@ -22,8 +22,17 @@ from typing import TYPE_CHECKING
 
 from metadata.seams import Files
 from nbdserver.logdisk.pacing import guarded
-from nbdserver.logdisk.records import Record, next_record, wrong_blocks
-from protocol.disk import BLOCK_BYTES, LAYER_ROW, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, TREE, WRITE, chain_key
+from nbdserver.logdisk.records import Record, next_record
+from protocol.disk import (
+    BLOCK_BYTES,
+    LAYER_ROW,
+    RECORD_HEADER_BYTES,
+    SEGMENT_HEADER_BYTES,
+    TREE,
+    WRITE,
+    chain_key,
+    wrong_blocks,
+)
 from protocol.peer import Modification, Position
 
 if TYPE_CHECKING:

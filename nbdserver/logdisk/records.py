@@ -26,12 +26,10 @@ from protocol.disk import (
     TREE,
     WRITE,
     WRITE_BLOCK_BYTES,
-    block_splitter,
     body_bytes,
+    extents_of_array,
     record_crc,
 )
-
-_SPLIT_BLOCKS = 256
 
 
 @dataclass(slots=True)
@@ -165,27 +163,6 @@ def next_record(key: bytes, data: Buffer, base: int, at: int) -> Record | int:
     return record if record.end - base <= len(data) else record.end - base - at
 
 
-def wrong_blocks(data: Buffer, checksums: "array[int]") -> list[int]:
-    """Indexes of the blocks in `data` whose CRC is not the one given; missing bytes are wrong."""
-    wrong: list[int] = []
-    whole = len(data) // BLOCK_BYTES
-    for first in range(0, whole, _SPLIT_BLOCKS):
-        count = min(_SPLIT_BLOCKS, whole - first)
-        blocks = block_splitter(count).unpack_from(data, first * BLOCK_BYTES)
-        found = array("I", map(crc32c, blocks))
-        expected = checksums[first : first + count]
-        if found != expected:
-            wrong += [first + index for index in range(count) if found[index] != expected[index]]
-    return wrong + list(range(whole, len(checksums)))
-
-
 def extents_of(record: Record) -> Iterator[tuple[int, int, int]]:
     """(lba, count, kind) of a WRITE record."""
     return extents_of_array(record.extents)
-
-
-def extents_of_array(values: "array[int]") -> Iterator[tuple[int, int, int]]:
-    """The same from (lba, count | kind << 32) pairs."""
-    for index in range(0, len(values), 2):
-        packed = values[index + 1]
-        yield values[index], packed & 0xFFFFFFFF, packed >> 32

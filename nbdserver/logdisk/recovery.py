@@ -48,7 +48,6 @@ from nbdserver.logdisk.records import (
     body_length,
     extents_of,
     parse_segment_header,
-    wrong_blocks,
 )
 from nbdserver.logdisk.region_copies import show, unpack_views
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, SegmentPool
@@ -67,6 +66,7 @@ from protocol.disk import (
     TREE,
     WRITE,
     chain_key,
+    wrong_blocks,
 )
 from protocol.peer import Position
 

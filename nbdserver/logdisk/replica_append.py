@@ -31,7 +31,7 @@ from metadata.seams import Done
 from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import guarded
-from nbdserver.logdisk.records import extents_of_array, parse_write_body, wrong_blocks
+from nbdserver.logdisk.records import parse_write_body
 from nbdserver.logdisk.segments import CLEANER_KEEPS, DISCARDS_KEEP
 from protocol.disk import (
     BLOCK_BYTES,
@@ -45,6 +45,8 @@ from protocol.disk import (
     WRITE,
     WRITE_BLOCK_BYTES,
     body_bytes,
+    extents_of_array,
+    wrong_blocks,
 )
 from protocol.peer import Modification
 

@@ -42,9 +42,9 @@ from metadata.seams import Buffer, Clock, Files, Timer
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET
 from nbdserver.logdisk.pacing import Job, Pace
 from nbdserver.logdisk.page_walk import PageWalk
-from nbdserver.logdisk.records import Record, extents_of, next_record, wrong_blocks
+from nbdserver.logdisk.records import Record, extents_of, next_record
 from protocol.checksum import crc32c
-from protocol.disk import BLOCK_BYTES, EXTENT_DATA, SEAL, SEGMENT_HEADER_BYTES, WRITE, chain_key
+from protocol.disk import BLOCK_BYTES, EXTENT_DATA, SEAL, SEGMENT_HEADER_BYTES, WRITE, chain_key, wrong_blocks
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk

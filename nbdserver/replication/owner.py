@@ -27,7 +27,7 @@ from metadata.seams import Clock, Done, Registry, Timer
 from nbdserver.replication.grants import BEAT_S, CANDIDATE_S, GRANT_S
 from nbdserver.replication.link import Link
 from nbdserver.replication.replica_log import ReplicaLog
-from protocol.disk import TREE
+from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
 from protocol.peer import Cut, Modification, Opened, Refusal, Refused, Skip
 
 Report = Callable[[str, dict[str, object]], None]
@@ -390,8 +390,5 @@ class Owner:
 
 def _touches(modification: Modification, lba: int, count: int) -> bool:
     """Whether a WRITE has any of these blocks."""
-    values = memoryview(modification.body)[: 16 * modification.extents].cast("Q")
-    return any(
-        values[index] < lba + count and lba < values[index] + (values[index + 1] & 0xFFFFFFFF)
-        for index in range(0, 2 * modification.extents, 2)
-    )
+    extents = memoryview(modification.body)[: EXTENT_BYTES * modification.extents].cast("Q")
+    return any(first < lba + count and lba < first + blocks for first, blocks, _ in extents_of_array(extents))

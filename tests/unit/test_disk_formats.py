@@ -9,7 +9,7 @@ from construct import Bytes, Const, Container
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserver.logdisk.records import body_length, extents_of, parse_record, parse_segment_header, wrong_blocks
+from nbdserver.logdisk.records import body_length, extents_of, parse_record, parse_segment_header
 from protocol import disk
 from protocol.checksum import portable_crc32c
 from protocol.disk import (
@@ -31,6 +31,7 @@ from protocol.disk import (
     pack_segment_header,
     pack_value,
     unpack_value,
+    wrong_blocks,
 )
 
 DERIVED = {

@@ -20,7 +20,7 @@ from metadata.ranges import numbers_of, runs_of
 from metadata.seams import Clock, Done
 from nbdserver.replication.replica_log import Tap
 from protocol.checksum import crc32c
-from protocol.disk import BLOCK_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE
+from protocol.disk import BLOCK_BYTES, EXTENT_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE, extents_of_array
 from protocol.invariant import invariant
 from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
 
@@ -50,11 +50,10 @@ class Image:
         position = record.position
         data = b"".join(record.data)
         at = 0
-        values = array("Q", record.body[: 16 * record.extents])
-        for lba, packed in zip(values[::2], values[1::2], strict=True):
-            for block in range(lba, lba + (packed & 0xFFFFFFFF)):
+        for lba, count, kind in extents_of_array(array("Q", record.body[: EXTENT_BYTES * record.extents])):
+            for block in range(lba, lba + count):
                 content = None
-                if packed >> 32 == EXTENT_DATA:
+                if kind == EXTENT_DATA:
                     content = data[at : at + BLOCK_BYTES]
                     at += BLOCK_BYTES
                 self.blocks[block] = (position.txid, content)
