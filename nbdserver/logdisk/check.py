@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, pairwise
 
-from metadata.epochs import read_epochs
+from metadata.epochs import EpochHistory
 from metadata.family_state import Checkpoint, read_checkpoint, read_family, read_open_state, read_pending_holes
 from metadata.layers import CUT_KEYS, ROW_KEYS, STATE_KEY
 from metadata.logical_map import LBA_OF_ADDRESS
@@ -471,9 +471,13 @@ class _FamilyCheck:
         position = self._checkpoint
         if position.offset and (position.segment >= len(pool.handles) or pool.handles[position.segment] < 0):
             return  # its file is missing, and reported
-        epochs = read_epochs(self._store, position.epoch, position.txid)
-        splices = read_splices(self._store)
-        walk = _TailWalk(self._files, self._store, pool, self._maps, self._family, epochs, splices, lambda _: None)
+        try:
+            splices = read_splices(self._store)
+        except DamagedValueError:
+            return  # reported: where the log goes on is not known
+        walk = _TailWalk(
+            self._files, self._store, pool, self._maps, self._family, EpochHistory(), splices, lambda _: None
+        )
         recovered = walk.run(position)
         self.result.records_to_replay, self.result.blocks_to_replay = recovered.records, recovered.blocks
         if self._is_clean and recovered.records and self._store.get(REPLICA_KEY) is None:
@@ -483,7 +487,10 @@ class _FamilyCheck:
 
 
 class _TailWalk(Replay):
-    """Recovery's own walk along the chain, which does nothing again."""
+    """Recovery's own walk along the chain, which does nothing again: it needs no page and no history for that."""
+
+    def _bring(self, group: list[Record]) -> None:
+        pass
 
     def _apply(self, record: Record, segment: int) -> None:
         pass

@@ -22,6 +22,7 @@ from nbdserver.node.control import NO_THREADS
 from nbdserver.node.store_copy import opened_copy
 from protocol.disk import pack_value, unpack_value
 from tests.unit.families import RealFamily, SimulatedFamily
+from tests.unit.replica_rig import ReplicaFamily
 
 SETTINGS = DiskSettings(cache_bytes=0, checkpoint_bytes=4 << 20, checkpoint_interval_s=3600.0)
 FIRST_MBA = 1 << EPOCH_SHIFT
@@ -207,8 +208,9 @@ def test_a_truncated_segment_file_is_found(family: RealFamily) -> None:
     assert {"chain", "data"} <= kinds(checked(family.directory))
 
 
-def test_a_value_with_a_wrong_checksum_is_found(family: RealFamily) -> None:
-    key = middle_key(family, FIRST_MBA)
+@pytest.mark.parametrize("kind", [b"M", b"E"])
+def test_a_value_with_a_wrong_checksum_is_found(family: RealFamily, kind: bytes) -> None:
+    key = middle_key(family, FIRST_MBA) if kind == b"M" else kind
     with store_of(family) as store:
         value = bytearray(store.get(key) or b"")
         value[-1] ^= 1
@@ -216,6 +218,22 @@ def test_a_value_with_a_wrong_checksum_is_found(family: RealFamily) -> None:
         batch.put(key, bytes(value))
         store.write(batch)
     result = checked(family.directory)
+    assert kinds(result) == {"value"}
+    assert not result.is_complete
+
+
+def test_a_replicas_damaged_splice_is_found() -> None:
+    family = ReplicaFamily()
+    family.own(1)
+    for lba in range(20):
+        family.put(lba, lba + 1)
+    family.crash()
+    family.open()
+    family.close()
+    (key,) = (key for key in family.table.values if key.startswith(b"J"))
+    family.table.values[key] = family.table.values[key][:-1] + b"?"
+    family._begin()
+    result = check_family(family.files, family.store, quick=False)
     assert kinds(result) == {"value"}
     assert not result.is_complete
 
