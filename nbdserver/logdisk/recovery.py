@@ -373,9 +373,7 @@ class Replay:
         elif record.kind == REGION:
             self._apply_region(record, segment)
         elif record.kind == TREE:
-            rows = unpack_rows(record.rows)
-            apply_rows(self._maps.tree, rows)
-            self._maps.next_mba = max(self._maps.next_mba, *(row.first_mba for row in rows))
+            apply_rows(self._maps, unpack_rows(record.rows))
 
     def _apply_region(self, record: Record, segment: int) -> None:
         maps = self._maps

@@ -23,7 +23,7 @@ import errno as errnos
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from metadata.layers import MOST_LAYERS, MOST_VOLUMES, Row, Tree, check_name
+from metadata.layers import MOST_LAYERS, MOST_VOLUMES, Row, check_name
 from metadata.seams import Done
 from nbdserver.block import Operation
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
@@ -32,6 +32,7 @@ from protocol.disk import HEAD, NAMELESS, SNAPSHOT
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
+    from nbdserver.logdisk.maps import Maps
 
 MOST_BYTES = 1 << 52  # of a volume: 2^40 blocks
 
@@ -174,9 +175,7 @@ class TreeChanges:
         """Do what a TREE record says that was just appended."""
         disk, tree = self._disk, self._tree
         volumes = {row.volume for row in rows}
-        apply_rows(tree, rows)
-        maps = disk.maps
-        maps.next_mba = max(maps.next_mba, *(row.first_mba for row in rows))  # rises where another node made them
+        apply_rows(disk.maps, rows)
         for volume in volumes:
             layer = tree.heads.get(volume)
             if layer is None:
@@ -186,8 +185,9 @@ class TreeChanges:
         disk.appending.check_background()
 
 
-def apply_rows(tree: Tree, rows: Sequence[Row]) -> None:
+def apply_rows(maps: Maps, rows: Sequence[Row]) -> None:
     """Do what a TREE record says, when it happens and at replay."""
+    tree = maps.tree
     for row in rows:
         is_new = row.layer not in tree.layers
         tree.apply(row)
@@ -195,3 +195,4 @@ def apply_rows(tree: Tree, rows: Sequence[Row]) -> None:
         layer.dirty_since = tree.next_checkpoint  # it holds all that the layer has by now
         if is_new:
             layer.stored = set()
+        maps.next_mba = max(maps.next_mba, row.first_mba)  # rises where another node made them
