@@ -40,9 +40,7 @@ from protocol.disk import (
     BLOCK_BYTES,
     MOVE,
     MOVE_BLOCK_BYTES,
-    RECORD_HEADER_BYTES,
     SEAL,
-    SEAL_BYTES,
     SEGMENT_HEADER_BYTES,
     chain_key,
 )
@@ -94,8 +92,7 @@ class Cleaner:
         self._offset = 0
         self._stopped = False
         # Of blocks that were moved one by one: a segment that holds so many has no garbage.
-        room = pool.segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
-        self._capacity_blocks = max(1, room // (BLOCK_BYTES + MOVE_BLOCK_BYTES))
+        self._capacity_blocks = max(1, pool.record_bytes // (BLOCK_BYTES + MOVE_BLOCK_BYTES))
 
     # -- when and what
 

@@ -43,10 +43,7 @@ from protocol.disk import (
     HEAD,
     MAX_RECORD_EXTENTS,
     NAMELESS,
-    RECORD_HEADER_BYTES,
     REGION_HEAD,
-    SEAL_BYTES,
-    SEGMENT_HEADER_BYTES,
     WRITE_BLOCK_BYTES,
     body_bytes,
 )
@@ -378,7 +375,7 @@ class CopyApplying:
 
     def _parts(self, views: Views) -> Iterator[tuple[int, Views]]:
         """The range in pieces that fit into a segment each: (offset in the region, views)."""
-        room = self._disk.pool.segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
+        room = self._disk.pool.record_bytes
         first, step = 0, REGION_BLOCKS
         while first < REGION_BLOCKS and views:
             part = {layer: view[first : first + step] for layer, view in views.items()}

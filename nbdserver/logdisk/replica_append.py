@@ -35,15 +35,10 @@ from nbdserver.logdisk.records import parse_write_body
 from nbdserver.logdisk.segments import CLEANER_KEEPS, DISCARDS_KEEP
 from protocol.disk import (
     BLOCK_BYTES,
-    EXTENT_BYTES,
     EXTENT_HOLE,
     HEAD,
-    RECORD_HEADER_BYTES,
-    SEAL_BYTES,
-    SEGMENT_HEADER_BYTES,
     TREE,
     WRITE,
-    WRITE_BLOCK_BYTES,
     body_bytes,
     extents_of_array,
     wrong_blocks,
@@ -176,9 +171,7 @@ class ReplicaAppend:
             if not count or lba + count > 1 << ADDRESS_SHIFT or kind > EXTENT_HOLE:
                 return False
             blocks += count if kind != EXTENT_HOLE else 0
-        room = self._disk.pool.segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
-        size_bytes = modification.extents * EXTENT_BYTES + blocks * (BLOCK_BYTES + WRITE_BLOCK_BYTES)
-        if blocks != modification.blocks or size_bytes > room:
+        if blocks != modification.blocks or _log_bytes(modification) > self._disk.pool.record_bytes:
             return False
         return sum(map(len, modification.data)) == blocks * BLOCK_BYTES and are_right(modification.data, checksums)
 
@@ -254,8 +247,8 @@ class ReplicaAppend:
     def _append(self, modification: Modification, apply: Callable[[int], None]) -> int | None:
         disk = self._disk
         try:
-            has_room = self._has_room(modification)
-            if not has_room:
+            keep = CLEANER_KEEPS if modification.blocks else DISCARDS_KEEP
+            if not disk.appending.make_room_for_bytes(_log_bytes(modification), keep):
                 if disk.background.can_gain_room():
                     disk.slow_path.park(self._ordered.go_on)
                     return None
@@ -272,12 +265,10 @@ class ReplicaAppend:
         disk.appending.appended(None)
         return 0
 
-    def _has_room(self, modification: Modification) -> bool:
-        appending = self._disk.appending
-        if modification.kind == TREE:
-            return appending.make_room_for_rows(modification.extents, DISCARDS_KEEP)
-        keep = CLEANER_KEEPS if modification.blocks else DISCARDS_KEEP
-        return appending.make_room(modification.extents, keep, modification.blocks)
+
+def _log_bytes(modification: Modification) -> int:
+    """Of body and data."""
+    return len(modification.body) + modification.blocks * BLOCK_BYTES
 
 
 def are_right(data: Sequence[bytes | bytearray | memoryview], checksums: array[int]) -> bool:

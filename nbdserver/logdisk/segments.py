@@ -22,6 +22,7 @@ from functools import partial
 from metadata.seams import Files
 from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
+from protocol.disk import RECORD_HEADER_BYTES, SEAL_BYTES, SEGMENT_HEADER_BYTES
 
 CLIENTS_KEEP = 3  # of the spare files, by those who append for clients
 WRITTEN_AHEAD = 2  # beyond those, for clients
@@ -47,6 +48,8 @@ class SegmentPool:
     def __init__(self, files: Files, segment_bytes: int, report: Callable[[str, dict[str, object]], None]) -> None:
         self.handles: list[int] = [-1]
         self.segment_bytes = segment_bytes
+        # The most that one record can have of body and data.
+        self.record_bytes = segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
         self.spare: list[int] = []  # a stack
         self.created = 0
         self.recycled = 0
