@@ -5,8 +5,9 @@ Rules: whatever goes wrong becomes one line and an exit code. httpx is imported 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from nbdserver.host.data_directory import is_locked
@@ -48,47 +49,47 @@ class NodeClient:
 
     def lines(self, path: str, **query: Any) -> Iterator[str]:
         """What the API answers, line by line, as it comes; empty lines are left out. Raises NodeError."""
+        with self._failures("has ended the answer"), self._http.stream("GET", path, params=query) as response:
+            if response.status_code >= 400:
+                response.read()
+                raise _refusal(response)
+            yield from filter(None, response.iter_lines())
+
+    def _request(self, method: str, path: str, **arguments: Any) -> Any:
+        with self._failures("did not answer"):
+            response = self._http.request(method, path, **arguments)
+        if response.status_code >= 400:
+            raise _refusal(response)
+        return response.json() if response.content else None
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        """Raises NodeError for what httpx raises; `what` the node did if it was reached."""
         import httpx
 
         try:
-            with self._http.stream("GET", path, params=query) as response:
-                if response.status_code >= 400:
-                    response.read()
-                    self._raise_refusal(response)
-                yield from filter(None, response.iter_lines())
-        except httpx.ConnectError:
+            yield
+        except httpx.ConnectError as error:
+            if "Permission" in str(error):
+                raise NodeError(f"{self._socket} may not be opened by this user; try with sudo") from None
             raise NotRunningError(self._why_not()) from None
         except httpx.HTTPError as error:
-            raise NodeError(f"the node on {self._data} has ended the answer: {error or type(error).__name__}") from None
+            raise NodeError(f"the node on {self._data} {what}: {error or type(error).__name__}") from None
 
     def _why_not(self) -> str:
         if is_locked(self._data):
             return f"the node on {self._data} is starting, stopping or being checked; try again in a moment"
         return f"no node is running on {self._data}; start one with: nbdserver serve --data {self._data}"
 
-    def _request(self, method: str, path: str, **arguments: Any) -> Any:
-        import httpx
 
-        try:
-            response = self._http.request(method, path, **arguments)
-        except httpx.ConnectError as error:
-            if "Permission" in str(error):
-                raise NodeError(f"{self._socket} may not be opened by this user; try with sudo") from None
-            raise NotRunningError(self._why_not()) from None
-        except httpx.HTTPError as error:
-            raise NodeError(f"the node on {self._data} did not answer: {error or type(error).__name__}") from None
-        if response.status_code < 400:
-            return response.json() if response.content else None
-        self._raise_refusal(response)
-        return None
-
-    def _raise_refusal(self, response: "httpx.Response") -> NoReturn:
-        try:
-            message = str(response.json()["error"])
-        except (ValueError, KeyError, TypeError):
-            message = f"the node answered {response.status_code} without a reason; its output says more"
-        kinds = {404: NotFoundError, 409: ConflictError}
-        raise kinds.get(response.status_code, WrongInputError if response.status_code < 500 else NodeError)(message)
+def _refusal(response: "httpx.Response") -> NodeError:
+    """What the node says of a request that it refuses."""
+    try:
+        message = str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        message = f"the node answered {response.status_code} without a reason; its output says more"
+    kinds = {404: NotFoundError, 409: ConflictError}
+    return kinds.get(response.status_code, WrongInputError if response.status_code < 500 else NodeError)(message)
 
 
 def volume_path(name: str) -> str:
