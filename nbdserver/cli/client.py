@@ -95,3 +95,8 @@ def _refusal(response: "httpx.Response") -> NodeError:
 def volume_path(name: str) -> str:
     """Return the API's path of a volume; any name can be asked for, also one that cannot exist."""
     return f"/v1/volumes/{quote(name, safe='')}"
+
+
+def node_path(name: str) -> str:
+    """Return the API's path of a node of the cluster, whatever the name."""
+    return f"/v1/nodes/{quote(name, safe='')}"

@@ -1,11 +1,10 @@
 """`nbdserver node ...`: the nodes of the cluster."""
 
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 
-from nbdserver.cli.client import NodeClient
+from nbdserver.cli.client import NodeClient, node_path
 from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, print_table, wants_json
 from nbdserver.node.sizes import round_size
 
@@ -88,7 +87,7 @@ def show(context: typer.Context, name: NameArgument, data: DataOption = None, js
 
       nbdserver node show n2
     """
-    node = NodeClient(data_path(context, data)).get(f"/v1/nodes/{quote(name, safe='')}")
+    node = NodeClient(data_path(context, data)).get(node_path(name))
     if wants_json(context, json_output):
         print_json(node)
         return
@@ -118,7 +117,7 @@ def remove(
 
       nbdserver node remove n2
     """
-    NodeClient(data_path(context, data)).delete(f"/v1/nodes/{quote(name, safe='')}")
+    NodeClient(data_path(context, data)).delete(node_path(name))
     if wants_json(context, json_output):
         print_json({"removed": name})
     else:
@@ -143,7 +142,7 @@ def drain(
 
       nbdserver node drain n2 --end
     """
-    node = NodeClient(data_path(context, data)).post(f"/v1/nodes/{quote(name, safe='')}/drain", {"drain": not end})
+    node = NodeClient(data_path(context, data)).post(f"{node_path(name)}/drain", {"drain": not end})
     if wants_json(context, json_output):
         print_json(node)
     elif end:
