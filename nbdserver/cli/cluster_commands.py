@@ -119,7 +119,7 @@ def init(
     settings = cluster_making.init(name, wishes, registry)
     token = cluster_making.make_token(settings, 60.0 * minutes, time.time())
     if wants_json(context, json_output):
-        print_json({"config": str(wishes.config), "token": token, "cluster": cluster_making.as_json(settings)})
+        print_json({"config": str(wishes.config), "token": token, "cluster": settings.model_dump(mode="json")})
         return
     _tell(settings, wishes)
     _tell_token(token, minutes)
@@ -200,7 +200,7 @@ def join(
     wishes = _wishes(config, node, address, given)
     settings = asyncio.run(cluster_making.join(decoded, wishes, again))
     if wants_json(context, json_output):
-        print_json({"config": str(wishes.config), "cluster": cluster_making.as_json(settings)})
+        print_json({"config": str(wishes.config), "cluster": settings.model_dump(mode="json")})
     else:
         _tell(settings, wishes)
 

@@ -10,7 +10,6 @@ Rules
 """
 
 import hashlib
-import json
 import os
 import secrets
 import ssl
@@ -239,9 +238,3 @@ def _finish(wishes: Wishes, text: str) -> None:
     give_to_service(wishes.directory)
     for path in wishes.directory.iterdir():
         give_to_service(path)
-
-
-def as_json(settings: ClusterSettings) -> dict[str, Any]:
-    """What the commands print with --json."""
-    content: dict[str, Any] = json.loads(settings.model_dump_json())
-    return content
