@@ -64,7 +64,7 @@ def default_config() -> Path:
 def init(name: str, wishes: Wishes, registry: dict[str, Any]) -> ClusterSettings:
     """Make a cluster whose first node this is; `registry` is that part of the settings. NodeError."""
     directory = wishes.directory
-    _refuse_member(wishes.config)
+    _refuse(_member_of(wishes.config), wishes.config)
     settings, text = _settings(wishes, name, registry)
     cluster_files.read_etcd_settings(settings)
     authority = Authority(directory, overwrite=True)  # what a broken-off init has left is worth nothing
@@ -93,10 +93,10 @@ async def join(token: Token, wishes: Wishes, again: bool) -> ClusterSettings:
     """Join the cluster that the token is for; `again`: this node belongs to it, and gets key and certificate anew.
     NodeError."""
     member = _member_of(wishes.config)
-    if again and member is None:
+    if not again:
+        _refuse(member, wishes.config)
+    elif member is None:
         raise WrongInputError(f"{wishes.config} names no cluster yet: join without --again, with --address IP:PORT")
-    if member is None or not again:
-        _refuse_member(wishes.config)
     elif member.name != token.cluster:
         raise ConflictError(f"{wishes.config} belongs to cluster {member.name}, and the token to {token.cluster}")
     else:
@@ -195,8 +195,7 @@ def _member_of(config: Path) -> ClusterSettings | None:
     return load_settings(config).cluster if config.exists() else None
 
 
-def _refuse_member(config: Path) -> None:
-    member = _member_of(config)
+def _refuse(member: ClusterSettings | None, config: Path) -> None:
     if member is not None:
         raise ConflictError(
             f"{config} belongs to cluster {member.name} already, as {member.node}; name another file with --config"
