@@ -84,10 +84,7 @@ def make_context(certificate: Path, key: Path, client_ca: Path | None, verify_cl
     for what, path in (("certificate", certificate), ("key", key), ("client_ca", client_ca)):
         if path is not None:
             _check_readable(what, path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
-    context.num_tickets = 0
+    context = server_context(ssl.TLSVersion.TLSv1_2)
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except ssl.SSLError as error:
@@ -105,6 +102,15 @@ def make_context(certificate: Path, key: Path, client_ca: Path | None, verify_cl
         except ssl.SSLError as error:
             raise TlsError(f"tls.client_ca: {client_ca} has no certificate in PEM ({_reason(error)})") from None
         context.verify_mode = ssl.CERT_REQUIRED if verify_clients else ssl.CERT_OPTIONAL
+    return context
+
+
+def server_context(least: ssl.TLSVersion) -> ssl.SSLContext:
+    """A server's, without certificates yet: no renegotiation, no session tickets."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = least
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+    context.num_tickets = 0
     return context
 
 

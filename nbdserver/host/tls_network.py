@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metadata.seams import CONNECT_TIMEOUT_S, Clock, Connection, Datagrams, Network, Receiver, Timer
-from nbdserver.host.tls import INPUT_BYTES, TlsConnection, TlsError
+from nbdserver.host.tls import INPUT_BYTES, TlsConnection, TlsError, server_context
 
 HANDSHAKE_S = 5.0
 MOST_HANDSHAKES = 128
 STREAM_PROTOCOL = "nbdserver-directory"
 CALL_PROTOCOL = "nbdserver-call"
+LEAST_VERSION = ssl.TLSVersion.TLSv1_3
 
 Accept = Callable[[Connection], Receiver | None]
 
@@ -41,9 +42,8 @@ class PeerContexts:
 
 def make_peer_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
     """Both ends' contexts of a node. TlsError."""
-    server = _context(ssl.PROTOCOL_TLS_SERVER, ca, certificate, key)
-    server.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
-    server.num_tickets = 0
+    server = server_context(LEAST_VERSION)
+    _load(server, ca, certificate, key)
     server.verify_mode = ssl.CERT_OPTIONAL
     server.set_alpn_protocols([STREAM_PROTOCOL, CALL_PROTOCOL])
     return PeerContexts(server, make_client_context(ca, certificate, key, STREAM_PROTOCOL))
@@ -51,16 +51,21 @@ def make_peer_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
 
 def make_client_context(ca: Path, certificate: Path, key: Path, protocol: str) -> ssl.SSLContext:
     """For streams of this protocol to other nodes. TlsError."""
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, ca, certificate, key)
+    context = make_nameless_context(protocol)
+    _load(context, ca, certificate, key)
+    return context
+
+
+def make_nameless_context(protocol: str) -> ssl.SSLContext:
+    """For streams of this protocol to nodes, of who has no certificate and knows no CA yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = LEAST_VERSION
+    context.check_hostname = False  # the CA signs nodes of this cluster and nobody else
     context.set_alpn_protocols([protocol])
     return context
 
 
-def _context(role: int, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(role)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    if role == ssl.PROTOCOL_TLS_CLIENT:
-        context.check_hostname = False
+def _load(context: ssl.SSLContext, ca: Path, certificate: Path, key: Path) -> None:
     for path in (ca, certificate, key):
         try:
             path.read_bytes()
@@ -74,7 +79,6 @@ def _context(role: int, ca: Path, certificate: Path, key: Path) -> ssl.SSLContex
         context.load_cert_chain(certificate, key, password=b"")
     except ssl.SSLError:
         raise TlsError(f"{certificate} and {key} are not a certificate and its key in PEM without a password") from None
-    return context
 
 
 class TlsNetwork:

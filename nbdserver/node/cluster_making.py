@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from nbdserver.host.tls_network import CALL_PROTOCOL
+from nbdserver.host.tls_network import CALL_PROTOCOL, make_nameless_context
 from nbdserver.host.whole_files import replace_file
 from nbdserver.node import cluster_files
 from nbdserver.node.authority import Authority, give_to_service, private_bytes
@@ -119,12 +119,12 @@ async def join(token: Token, wishes: Wishes, again: bool) -> ClusterSettings:
 
 async def _ask(token: Token, node: str, key: ec.EllipticCurvePrivateKey, again: bool) -> dict[str, Any]:
     """First for the CA, which the token knows; then, over TLS that the CA has vouched for, with the secret."""
-    unknown = _context()
+    unknown = make_nameless_context(CALL_PROTOCOL)
     unknown.verify_mode = ssl.CERT_NONE
     ca = str((await call(token.address, unknown, {"do": "ca"})).get("ca", ""))
     if not token.ca_sha256 or _fingerprint(ca) != token.ca_sha256:
         raise NodeError(f"{token.address} has another CA than the token says: it is not the cluster that you mean")
-    context = _context()
+    context = make_nameless_context(CALL_PROTOCOL)
     context.load_verify_locations(cadata=ca)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
@@ -136,14 +136,6 @@ async def _ask(token: Token, node: str, key: ec.EllipticCurvePrivateKey, again: 
         "request": request.public_bytes(serialization.Encoding.PEM).decode(),
     }
     return await call(token.address, context, question) | {"ca": ca}
-
-
-def _context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # the CA signs nodes of this cluster and nobody else
-    context.set_alpn_protocols([CALL_PROTOCOL])
-    return context
 
 
 def let_in(settings: ClusterSettings, node: str, request: str) -> dict[str, Any]:
