@@ -35,6 +35,9 @@ CLOCK_SKEW = timedelta(hours=1)  # a client's clock may be late
 COMMON_NAME_LIMIT = 64  # of X.509
 
 
+Ca = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
+
+
 @dataclass(frozen=True)
 class Made:
     """What was made."""
@@ -95,7 +98,7 @@ class Authority:
             raise WrongInputError("the signing request is none") from None
         if not asked.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
             raise WrongInputError("the signing request is not signed by an ECDSA key of its own")
-        certificate = self._sign(key, name, _alternatives([name]), MEMBER_PURPOSES, lifetime)
+        certificate = _sign(self._load_ca(), key, name, _alternatives([name]), MEMBER_PURPOSES, lifetime)
         return certificate.public_bytes(serialization.Encoding.PEM)
 
     def make_client(self, name: str, lifetime: timedelta) -> Made:
@@ -115,34 +118,15 @@ class Authority:
         lifetime: timedelta,
         files: tuple[Path, Path],
     ) -> Made:
-        self._load_ca()
+        ca = self._load_ca()
         self._refuse_to_overwrite(files)
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._sign(key.public_key(), name, alternatives, purposes, lifetime)
+        certificate = _sign(ca, key.public_key(), name, alternatives, purposes, lifetime)
         replace_file(files[1], private_bytes(key))
         replace_file(files[0], certificate.public_bytes(serialization.Encoding.PEM), 0o644)
         return Made(files, certificate.not_valid_after_utc)
 
-    def _sign(
-        self,
-        key: ec.EllipticCurvePublicKey,
-        name: str,
-        alternatives: x509.SubjectAlternativeName | None,
-        purposes: Sequence[x509.ObjectIdentifier],
-        lifetime: timedelta,
-    ) -> x509.Certificate:
-        ca, ca_key = self._load_ca()
-        builder = _builder(_subject(name), ca.subject, key, lifetime, ca.not_valid_after_utc)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=False)
-        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
-        builder = builder.add_extension(issuer, critical=False)
-        if alternatives is not None:
-            builder = builder.add_extension(alternatives, critical=False)
-        return builder.sign(ca_key, hashes.SHA256())
-
-    def _load_ca(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    def _load_ca(self) -> Ca:
         try:
             certificate = x509.load_pem_x509_certificate(self.ca_certificate.read_bytes())
             key = serialization.load_pem_private_key(self._ca_key.read_bytes(), None)
@@ -162,6 +146,26 @@ class Authority:
         there = [file for file in files if file.exists()]
         if there and not self._overwrite:
             raise ConflictError(f"{there[0]} is there already; add --force to replace it")
+
+
+def _sign(
+    issuer: Ca,
+    key: ec.EllipticCurvePublicKey,
+    name: str,
+    alternatives: x509.SubjectAlternativeName | None,
+    purposes: Sequence[x509.ObjectIdentifier],
+    lifetime: timedelta,
+) -> x509.Certificate:
+    ca, ca_key = issuer
+    builder = _builder(_subject(name), ca.subject, key, lifetime, ca.not_valid_after_utc)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(_key_usage(signs_certificates=False), critical=False)
+    builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    builder = builder.add_extension(identifier, critical=False)
+    if alternatives is not None:
+        builder = builder.add_extension(alternatives, critical=False)
+    return builder.sign(ca_key, hashes.SHA256())
 
 
 def _subject(name: str) -> x509.Name:
