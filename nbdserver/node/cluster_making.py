@@ -83,9 +83,8 @@ def make_token(settings: ClusterSettings, valid_s: float, now_s: float) -> str:
         raise WrongInputError(
             f"{directory / 'ca-key.pem'} is not here: tokens are made where `nbdserver cluster init` was run"
         )
-    invitations = directory / "tokens.json"
-    secret = Invitations(invitations).add(valid_s, now_s)
-    give_to_service(invitations)
+    secret = Invitations(settings.tokens_file).add(valid_s, now_s)
+    give_to_service(settings.tokens_file)
     return Token(settings.name, settings.address, _fingerprint(settings.tls.ca.read_text()), secret).encode()
 
 

@@ -4,6 +4,7 @@ Rules: it needs no etcd and loads nothing that speaks to one. Files are named he
 """
 
 import reprlib
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
@@ -113,3 +114,8 @@ class ClusterSettings(Model):
     @property
     def namespace(self) -> str:
         return self.registry.namespace or f"nbdserver/{self.name}/"
+
+    @property
+    def tokens_file(self) -> Path:
+        """Of the tokens that are valid: beside the CA's key, on the node that has it."""
+        return self.tls.ca.parent / "tokens.json"

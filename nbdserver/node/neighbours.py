@@ -75,7 +75,7 @@ class Neighbours:
 
     def _let_in(self, peer: str, question: dict[str, Any]) -> dict[str, Any]:
         node, request = question.get("node"), question.get("request")
-        invitations = Invitations(self._settings.tls.ca.parent / "tokens.json")
+        invitations = Invitations(self._settings.tokens_file)
         if not invitations.has(str(question.get("secret")), time.time()):
             self._event("cluster-join-refused", {"peer": peer, "node": str(node)[:64], "reason": "no valid token"})
             raise WrongInputError("the token is not valid, or not any more; make another: nbdserver cluster token")
