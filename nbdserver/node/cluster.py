@@ -175,7 +175,15 @@ class Cluster:
 
     def describe(self) -> dict[str, Any]:
         """The cluster as this node sees it."""
+        return self._describe(self._picture())
+
+    def status(self) -> tuple[dict[str, Any], list[Finding]]:
+        """The same, and what is wrong with it: for the status of the node."""
         picture = self._picture()
+        described = self._describe(picture)
+        return described, cluster_view.cluster_findings(picture, described["nodes"])
+
+    def _describe(self, picture: Picture) -> dict[str, Any]:
         health = picture.registry
         return {
             "name": picture.cluster,
@@ -205,10 +213,6 @@ class Cluster:
             "cluster_registry_connected": int(self.registry.health().is_connected),
             "cluster_refused": self.directory.routes.refused,
         }
-
-    def findings(self) -> list[Finding]:
-        """What is wrong with the cluster."""
-        return cluster_view.cluster_findings(self._picture())
 
     def _picture(self) -> Picture:
         directory, now_s = self.directory, self.clock.now()

@@ -10,7 +10,7 @@ Rules
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,9 +106,9 @@ def _number(load: Mapping[str, Any], key: str) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def cluster_findings(picture: Picture) -> list[Finding]:
-    """What is wrong with the cluster, and what to do about it."""
-    return [*_own(picture), *_registry(picture), *_others(picture), *_votes(picture), *_care(picture)]
+def cluster_findings(picture: Picture, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """What is wrong with the cluster, and what to do about it; `rows` are its nodes."""
+    return [*_own(picture), *_registry(picture), *_others(picture, rows), *_votes(picture), *_care(picture)]
 
 
 def _own(picture: Picture) -> Iterable[Finding]:
@@ -153,7 +153,7 @@ def _registry(picture: Picture) -> Iterable[Finding]:
         yield Finding(NOW, "", f"no master can be elected: {picture.registry_error}", "see nbdserver events")
 
 
-def _others(picture: Picture) -> Iterable[Finding]:
+def _others(picture: Picture, rows: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
     for name, silent_s in sorted(picture.silent_s.items()):
         yield Finding(
             NOW,
@@ -161,7 +161,6 @@ def _others(picture: Picture) -> Iterable[Finding]:
             f"has been silent for {silent_s:.0f} s",
             f"look at it; if it does not come back: nbdserver node remove {name}",
         )
-    rows = nodes(picture)
     for row in rows:
         percent = row["fill_percent"]
         if row["name"] != picture.me and percent is not None and percent >= FILLED_PERCENT:

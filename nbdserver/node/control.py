@@ -193,6 +193,7 @@ class Node:
         """Return what `nbdserver status` shows, also while the data process does not answer."""
         await self.capacity.look()
         volumes = await self.volumes.list()
+        cluster, of_cluster = self.cluster.status() if self.cluster else (None, [])
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -208,10 +209,9 @@ class Node:
             "tls": self.tls.status(),
             "scrubs": self.scrubs.status(),
             "handover": self.handover,
-            "cluster": self.cluster.describe() if self.cluster else None,
+            "cluster": cluster,
             "volumes": volumes,
         }
-        of_cluster = self.cluster.findings() if self.cluster else []
         found = findings(status, self.events.since(0), datetime.now(UTC), of_cluster)
         return status | {"findings": [asdict(finding) for finding in found]}
 

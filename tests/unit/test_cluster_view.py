@@ -7,8 +7,9 @@ import pytest
 
 from metadata.directory.registry_keys import Member
 from metadata.registry_calls import Health
-from nbdserver.node.cluster_view import GRACE_S, Picture, cluster_findings, nodes
-from nbdserver.node.findings import NOW, SOON
+from nbdserver.node import cluster_view
+from nbdserver.node.cluster_view import GRACE_S, Picture, nodes
+from nbdserver.node.findings import NOW, SOON, Finding
 from protocol.directory import NodeKind
 
 
@@ -18,6 +19,10 @@ def member(node: int, name: str) -> Member:
 
 def load(percent: float) -> bytes:
     return json.dumps({"volumes": 3, "requests_per_s": 12.5, "fill_percent": percent}).encode()
+
+
+def cluster_findings(picture: Picture) -> list[Finding]:
+    return cluster_view.cluster_findings(picture, nodes(picture))
 
 
 WELL = Picture(
