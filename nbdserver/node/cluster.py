@@ -386,15 +386,10 @@ class Cluster:
             if self.directory.get(prefix + name) is not None:
                 await self.publish(prefix + name, None, Confirm.SITE)
 
-    @property
-    def is_draining(self) -> bool:
-        """True while this node shall get nothing new."""
-        return self.directory.get(DRAIN_PREFIX + self.settings.node) is not None
-
     def refuse_if_draining(self) -> None:
         """Raise ConflictError while this node shall get nothing new."""
-        if self.is_draining:
-            name = self.settings.node
+        name = self.settings.node
+        if self.directory.get(DRAIN_PREFIX + name) is not None:
             raise ConflictError(
                 f"{name} is being drained: it gets no new volume; end that with: nbdserver node drain {name} --end"
             )

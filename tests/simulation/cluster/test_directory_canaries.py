@@ -269,7 +269,6 @@ def a_new_stream_across_a_wan_goes_on_where_the_last_one_was(patch: pytest.Monke
 
 ROUGH = {"loss": 0.1, "kill": 240.0, "split": 120.0, "isolation": 240.0}
 TWO_MASTERS = {"bridge": 240.0, "registry delay": 0.5}
-CHANGES = {"registry delay": 0.5, "registry unknown": 0.2, "kill": 360.0, "disk lost": 60.0}
 CANARIES: dict[Patch, tuple[dict[str, float], str, int]] = {
     a_candidate_does_not_need_the_registry: (ROUGH | {"registry delay": 0.5}, "publish in epoch", 24),
     one_voter_is_a_majority: (ROUGH, "was confirmed", 20),
