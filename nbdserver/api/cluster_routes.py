@@ -93,15 +93,14 @@ async def _changes(cluster: "Cluster", prefix: str) -> AsyncIterator[str]:
     changed: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
     def watcher(key: str, value: bytes | None) -> None:
-        if changed.qsize() < WATCHED_LIMIT:
-            changed.put_nowait(change(key, value))
-        else:
-            changed.put_nowait(None)
+        waiting = changed.qsize()
+        if waiting <= WATCHED_LIMIT:
+            changed.put_nowait(change(key, value) if waiting < WATCHED_LIMIT else None)
 
-    for key, value in cluster.directory.range(prefix):
-        changed.put_nowait(change(key, value))
     stop_watching = cluster.directory.watch(prefix, watcher)
     try:
+        for key, value in cluster.directory.range(prefix):
+            yield json.dumps(change(key, value)) + "\n"
         while True:
             try:
                 one = await asyncio.wait_for(changed.get(), SIGN_OF_LIFE_S)
