@@ -29,6 +29,7 @@ from typing import Any, NoReturn, Protocol
 import plyvel
 
 from metadata.seams import Batch, Done
+from protocol.invariant import InvariantError
 
 Items = list[tuple[bytes, bytes]]
 
@@ -41,6 +42,16 @@ class Offload(Protocol):
     """Threads beside the loop: `work(*arguments)` runs in one of them, `done` gets the tuple it returns on the loop."""
 
     def run(self, done: Callable[..., None], work: Callable[..., tuple[Any, ...]], *arguments: Any) -> None: ...
+
+
+class _NoThreads:
+    """Of a store that is read and written on the caller's thread: nothing is handed to another."""
+
+    def run(self, done: Callable[..., None], work: Callable[..., tuple[Any, ...]], *arguments: Any) -> None:
+        raise InvariantError("this store has no threads")
+
+
+NO_THREADS = _NoThreads()
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from metadata.leveldb import LevelSettings, LevelStore
-from metadata.registry import Families, Family, RegistryError
-from metadata.registry_table import RegistryTable
-from metadata.seams import Batch
+from metadata.registry import Families, Family
 from nbdserver.node import program, systemd_notify
-from nbdserver.node.ballast import Ballast
 from nbdserver.node.capacity import Capacity
 from nbdserver.node.certificates import NodeTls
 from nbdserver.node.config import LIVE_KEYS, NodeSettings, load_settings, put_over, too_many_workers
@@ -46,6 +42,7 @@ from nbdserver.node.events import EventLog
 from nbdserver.node.findings import findings
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.listeners import Listeners
+from nbdserver.node.local_registry import open_registry
 from nbdserver.node.overview import Overview
 from nbdserver.node.process_name import CONTROL, name_process
 from nbdserver.node.scrubs import Scrubs
@@ -53,7 +50,6 @@ from nbdserver.node.sizes import round_size
 from nbdserver.node.snapshots import Snapshots
 from nbdserver.node.succession import Succession
 from nbdserver.node.volumes import Volumes
-from protocol.invariant import InvariantError
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
@@ -490,41 +486,3 @@ class Node:
 def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
     for task in tasks:
         task.cancel()
-
-
-def open_registry(directory: DataDirectory) -> RegistryTable:
-    """Open, or make, the registry of a data directory. Raises NodeError."""
-    try:
-        store = _RegistryStore(directory)
-        if next(store.range(b"a", b"z"), None) is None and any(directory.families.iterdir()):
-            store.close()
-            raise RegistryError(f"it is empty, yet there are volumes in {directory.families}: it is damaged")
-        return RegistryTable(store)
-    except (OSError, RegistryError) as error:
-        raise NodeError(f"the registry in {directory.registry} cannot be opened: {error}") from None
-
-
-class _NoThreads:
-    """The registry is read and written on the caller's thread: nothing is handed to another."""
-
-    def run(self, done: Callable[..., None], work: Callable[..., tuple[Any, ...]], *arguments: Any) -> None:
-        raise InvariantError("the registry has no threads")
-
-
-NO_THREADS = _NoThreads()
-
-
-class _RegistryStore(LevelStore):
-    """The registry's LevelDB, with ballast against a full file system."""
-
-    def __init__(self, directory: DataDirectory) -> None:
-        self._ballast = Ballast(directory.ballast)
-        self._ballast.give_way()
-        small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=4 << 20)
-        super().__init__(str(directory.registry), NO_THREADS, NO_THREADS, small)
-        self._ballast.keep()
-
-    def write(self, batch: Batch) -> None:
-        self._ballast.give_way()
-        super().write(batch)
-        self._ballast.keep()

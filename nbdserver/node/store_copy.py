@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from metadata.leveldb import LevelStore
-from nbdserver.node.control import NO_THREADS
+from metadata.leveldb import NO_THREADS, LevelStore
 
 _TABLE_SUFFIXES = (".ldb", ".sst")
 

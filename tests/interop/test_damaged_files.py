@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from nbdserver.logdisk.disk import DiskError, DiskSettings
-from nbdserver.node.control import open_registry
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError, WrongInputError
+from nbdserver.node.local_registry import open_registry
 from tests.unit.families import BLOCK_BYTES, RealFamily
 
 pytestmark = pytest.mark.fuzz

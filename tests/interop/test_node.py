@@ -19,10 +19,9 @@ from typing import Any
 import pytest
 
 from metadata.family_state import put_open_state, read_open_state
-from metadata.leveldb import LevelStore
+from metadata.leveldb import NO_THREADS, LevelStore
 from nbdserver.cli.client import NodeClient
 from nbdserver.cli.main import run as run_command
-from nbdserver.node.control import NO_THREADS
 from nbdserver.node.directory import DataDirectory
 from protocol.nbd import Command, CommandFlag
 from tests.conftest import ROOT, Processes
@@ -315,7 +314,7 @@ def test_what_a_crash_left_of_a_volume_in_the_making_is_removed(start_server: St
     program = (
         "import sys; from pathlib import Path\n"
         "from metadata.registry import Families\n"
-        "from nbdserver.node.control import open_registry\n"
+        "from nbdserver.node.local_registry import open_registry\n"
         "from nbdserver.node.directory import DataDirectory\n"
         "registry = open_registry(DataDirectory(Path(sys.argv[1])))\n"
         "Families(registry, 'local').begin(sys.argv[2])\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metadata.family_state import PendingHole, put_checkpoint, put_pending_holes, read_checkpoint
-from metadata.leveldb import LevelStore
+from metadata.leveldb import NO_THREADS, LevelStore
 from metadata.pages import PAGE_SHIFT
 from nbdserver.host.completions import Completions
 from nbdserver.host.files import HostFiles
@@ -18,7 +18,6 @@ from nbdserver.logdisk.check import CheckResult, check_family
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.segments import segment_path
-from nbdserver.node.control import NO_THREADS
 from nbdserver.node.store_copy import opened_copy
 from protocol.disk import pack_value, unpack_value
 from tests.unit.families import RealFamily, SimulatedFamily

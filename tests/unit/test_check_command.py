@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from metadata.leveldb import LevelStore
+from metadata.leveldb import NO_THREADS, LevelStore
 from metadata.registry import Families, Family, Volume, VolumeState
 from metadata.registry_table import RegistryTable
 from nbdserver.cli.main import run
 from nbdserver.host.data_directory import DataDirectoryLock
 from nbdserver.logdisk.segments import segment_path
-from nbdserver.node.control import NO_THREADS
 from nbdserver.node.directory import DataDirectory
 from tests.unit.families import RealFamily
 

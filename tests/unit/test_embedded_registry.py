@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from metadata.embedded_registry import EmbeddedRegistry
-from metadata.leveldb import LevelStore
+from metadata.leveldb import NO_THREADS, LevelStore
 from metadata.registry_calls import Change, Event, Outcome, Unavailable
 from metadata.registry_table import RegistryTable
-from nbdserver.node.control import NO_THREADS
 from tests.registry_conformance import Holder, RegistryConformance, Watcher, must_swap, read, read_range, swap
 from tests.simulation.world import SimulatedClock, World
 

@@ -12,10 +12,9 @@ from typing import Any
 import plyvel
 import pytest
 
-from metadata.leveldb import LevelSettings, LevelStore
+from metadata.leveldb import NO_THREADS, LevelSettings, LevelStore
 from metadata.seams import Store
 from nbdserver.host.completions import Completions, Workers
-from nbdserver.node.control import NO_THREADS
 
 
 @pytest.fixture

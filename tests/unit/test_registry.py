@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadata.leveldb import LevelStore
+from metadata.leveldb import NO_THREADS, LevelStore
 from metadata.registry import ExportSettings, Families, Family, RegistryError, Volume, VolumeState
 from metadata.registry_table import RegistryTable
-from nbdserver.node.control import NO_THREADS
 
 ID = "0123456789abcdef" * 2
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from metadata.leveldb import LevelStore
+from metadata.leveldb import NO_THREADS, LevelStore
 from metadata.registry import RegistryError
 from metadata.registry_calls import Change
 from metadata.registry_table import RegistryTable
-from nbdserver.node.control import NO_THREADS
 from protocol.disk import pack_value
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from metadata.registry import Change, ExportSettings, Families, Family, VolumeState
 from metadata.registry_table import RegistryTable
-from nbdserver.node.control import open_registry
 from nbdserver.node.data_process import DataProcessError
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
+from nbdserver.node.local_registry import open_registry
 from nbdserver.node.volumes import Volumes
 
 SIZE = 1 << 20
