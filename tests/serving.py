@@ -6,14 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.conftest import ROOT, Processes
 
 READY_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 10.0
+PATIENCE_S = 30.0
 PROGRAM = (sys.executable, "-m", "nbdserver")
+
+
+def eventually(holds: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """Wait until something holds; AssertionError that says `what` if it does not in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.05)
 
 
 class Server:

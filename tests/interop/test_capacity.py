@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,10 @@ from nbdserver.cli.main import run as run_command
 from protocol.nbd import Command, ReplyError
 from tests.conftest import Processes
 from tests.nbd_client import Client
-from tests.serving import Server
+from tests.serving import Server, eventually
 from tests.unit.test_monitoring import metrics
 
 MIB = 1 << 20
-PATIENCE_S = 30.0
 SETTINGS = "segment: 1M\nmax_data: 64M\novercommit: 4\nhttp: {listen: '127.0.0.1:%d'}\n"
 
 
@@ -45,13 +43,6 @@ def told(server: Server, kind: str) -> list[int]:
     """The thresholds of max_data that were told."""
     events = ask(server, "/v1/events", limit=2000)
     return [event["threshold_percent"] for event in events if event["kind"] == kind and event["subject"] == "max_data"]
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S:.0f} s: {what}"
-        time.sleep(0.1)
 
 
 def test_the_nodes_limit_is_met_told_and_raised_live(server: Server, tmp_path: Path) -> None:

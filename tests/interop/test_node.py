@@ -26,7 +26,7 @@ from nbdserver.node.directory import DataDirectory
 from protocol.nbd import Command, CommandFlag
 from tests.conftest import ROOT, Processes
 from tests.nbd_client import Client, RefusedError
-from tests.serving import PROGRAM, Server, descendants, is_alive
+from tests.serving import PROGRAM, Server, descendants, eventually, is_alive
 
 EPERM, EROFS = 1, 30
 PATIENCE_S = 60.0
@@ -68,13 +68,6 @@ def attach(server: Server, name: str = "disk0") -> Client:
 
 def write(client: Client, offset: int, data: bytes) -> int:
     return client.request(Command.WRITE, offset, data=data).error
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S:.0f} s: {what}"
-        time.sleep(0.05)
 
 
 def data_process(server: Server) -> int:
@@ -181,7 +174,7 @@ def test_kill_9_of_the_data_process_is_survived(start_server: StartServer) -> No
         except (OSError, AssertionError, RefusedError):
             return False
 
-    eventually(serves, "the volume is served again")
+    eventually(serves, "the volume is served again", PATIENCE_S)
     kinds = [event["kind"] for event in ask(server, "/v1/events")]
     assert "data-process-ended" in kinds
     assert show(server, "disk0")["epoch"] == 2
@@ -243,7 +236,7 @@ def test_a_client_that_takes_no_replies_holds_up_a_stop_for_a_bounded_time_and_a
         client = attach(server)
         for _ in range(24):
             client.send(Command.READ, 0, 1 << 20)
-        eventually(partial(replies_wait, server), "replies wait")
+        eventually(partial(replies_wait, server), "replies wait", PATIENCE_S)
         assert server.process is not None
         for _ in range(signals):
             server.process.send_signal(signal.SIGTERM)
@@ -402,7 +395,7 @@ def test_volumes_are_made_listed_and_deleted_while_others_are_served(start_serve
     assert attach(server, "disk1").size_bytes == 1 << 40
     family = show(server, "disk1")["family"]
     assert (server.data / "families" / family).is_dir()
-    eventually(lambda: show(server, "disk1")["clients"] == 0, "the client is gone")
+    eventually(lambda: show(server, "disk1")["clients"] == 0, "the client is gone", PATIENCE_S)
     server.command("volume", "delete", "disk1")
     assert not (server.data / "families" / family).exists()
     with pytest.raises((RefusedError, ConnectionError)):
@@ -599,7 +592,7 @@ def test_clients_that_come_and_go_cost_no_memory(start_server: StartServer) -> N
     def resident_kib_after(connections: int) -> int:
         for _ in range(connections):
             Client(("127.0.0.1", server.port), "disk0").close()
-        eventually(lambda: ask(server, "/v1/clients") == [], "all clients are gone")
+        eventually(lambda: ask(server, "/v1/clients") == [], "all clients are gone", PATIENCE_S)
         status = Path(f"/proc/{child}/status").read_text()
         return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
 

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from nbdserver.cli.client import NodeClient
 from protocol.nbd import Command
 from tests.conftest import Processes
 from tests.nbd_client import Client
-from tests.serving import Server
+from tests.serving import Server, eventually
 
 MIB = 1 << 20
 BLOCK_BYTES = 4096
-PATIENCE_S = 30.0
 WRITTEN_BLOCKS = 5120  # 20 MiB
 
 
@@ -63,13 +61,6 @@ def rot(server: Server, number: int) -> None:
 def scrub(server: Server) -> dict[str, Any]:
     found: dict[str, Any] = ask(server, "/v1/scrubs")[0]
     return found
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S:.0f} s: {what}"
-        time.sleep(0.05)
 
 
 def test_rot_is_found_and_named_by_what_shows_it(server: Server) -> None:

@@ -25,6 +25,7 @@ from tests.conftest import ROOT, Processes
 from tests.durability import Judge
 from tests.interop.test_upgrade import in_background
 from tests.nbd_client import Client
+from tests.serving import eventually
 
 PATIENCE_S = 30.0
 STORE_MAX = 64
@@ -221,10 +222,7 @@ def test_a_client_that_has_gone_between_stop_and_start_is_left_out(manager: Mana
     gone.close()
     manager.start(*listen(manager))
     assert stays.read(0, 512) == bytes(512)
-    deadline_s = time.monotonic() + PATIENCE_S
-    while len(NodeClient(manager.data).get("/v1/clients")) != 1:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    eventually(lambda: len(NodeClient(manager.data).get("/v1/clients")) == 1, "one client is left")
 
 
 def test_a_store_that_is_too_small_drops_the_clients_beyond_it_and_says_so(manager: Manager) -> None:

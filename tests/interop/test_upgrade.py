@@ -27,7 +27,7 @@ from protocol.nbd import Command
 from tests.conftest import Processes
 from tests.durability import Judge
 from tests.nbd_client import Client
-from tests.serving import Server, is_alive
+from tests.serving import Server, eventually, is_alive
 
 UPGRADES = 3
 JUDGED_BLOCKS = 4096
@@ -61,13 +61,6 @@ def status(server: Server) -> Any:
 
 def clients_of(server: Server) -> Any:
     return NodeClient(server.data).get("/v1/clients")
-
-
-def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S:.0f} s: {what}"
-        time.sleep(0.01)
 
 
 @contextmanager
