@@ -34,7 +34,7 @@ from metadata.seams import Files
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import guarded
-from nbdserver.logdisk.replica_append import are_right
+from nbdserver.logdisk.replica_append import are_right, needed_of_mbas
 from nbdserver.logdisk.segments import CLIENTS_KEEP
 from protocol.checksum import crc32c
 from protocol.disk import (
@@ -335,14 +335,7 @@ class CopyApplying:
         need: Need = []
         for layer in maps.tree.layers:
             need += maps.needed((layer << ADDRESS_SHIFT) + first_lba, REGION_BLOCKS, 2 * REGION_BLOCKS)
-        last_page = (maps.next_mba - 1) >> PAGE_SHIFT
-        for number in sorted({mba >> PAGE_SHIFT for mba in mbas}):
-            if maps.middle.get(number) is None:
-                if number > last_page:
-                    maps.middle.create(number)
-                else:
-                    need.append((maps.middle, number))
-        return list(dict.fromkeys(need))
+        return list(dict.fromkeys(need + needed_of_mbas(maps, mbas)))
 
     def _apply(self, copy: Copy, views: Views, mbas: list[int], checksums: array[int]) -> int:
         disk, maps = self._disk, self._maps

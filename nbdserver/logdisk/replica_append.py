@@ -21,14 +21,14 @@ from __future__ import annotations
 import errno as errnos
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from metadata.layers import Row, unpack_rows
 from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Done
-from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS, Need
+from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import guarded
 from nbdserver.logdisk.records import parse_write_body
@@ -182,15 +182,7 @@ class ReplicaAppend:
         for lba, count, kind in extents_of_array(extents):
             if kind != EXTENT_HOLE or count <= SMALL_HOLE_BLOCKS:
                 need += maps.needed((layer << ADDRESS_SHIFT) + lba, count, count + PAGE_BLOCKS, first_mba)
-        # Of pages behind the last MBA LevelDB has nothing.
-        last_page = (maps.next_mba - 1) >> PAGE_SHIFT
-        for number in sorted({mba >> PAGE_SHIFT for mba in mbas}):
-            if maps.middle.get(number) is None:
-                if number > last_page:
-                    maps.middle.create(number)
-                else:
-                    need.append((maps.middle, number))
-        return list(dict.fromkeys(need))
+        return list(dict.fromkeys(need + needed_of_mbas(maps, mbas)))
 
     def _load(self, need: Need, blocks: int) -> None:
         maps = self._maps
@@ -269,6 +261,20 @@ class ReplicaAppend:
 def _log_bytes(modification: Modification) -> int:
     """Of body and data."""
     return len(modification.body) + modification.blocks * BLOCK_BYTES
+
+
+def needed_of_mbas(maps: Maps, mbas: Iterable[int]) -> Need:
+    """Middle pages that are missing before the MBAs can be pointed anywhere, new ones too. Of pages behind the last MBA
+    LevelDB has nothing: they are made."""
+    need: Need = []
+    last_page = (maps.next_mba - 1) >> PAGE_SHIFT
+    for number in sorted({mba >> PAGE_SHIFT for mba in mbas}):
+        if maps.middle.get(number) is None:
+            if number > last_page:
+                maps.middle.create(number)
+            else:
+                need.append((maps.middle, number))
+    return need
 
 
 def are_right(data: Sequence[bytes | bytearray | memoryview], checksums: array[int]) -> bool:
