@@ -44,7 +44,6 @@ from protocol.disk import (
     MAX_RECORD_EXTENTS,
     NAMELESS,
     REGION_HEAD,
-    WRITE_BLOCK_BYTES,
     body_bytes,
 )
 from protocol.disk import REGION as REGION_KIND
@@ -343,19 +342,16 @@ class CopyApplying:
         content = {mba: (checksums[at], blocks[at]) for at, mba in enumerate(mbas)}
         known = {layer: view for layer, view in views.items() if layer in maps.tree.layers}
         first_lba = copy.region << REGION_SHIFT
-        for first, part in self._parts(known):
-            wanted = distinct(part)
-            runs = pack_views(part)
-            extents = len(runs) // COPY_RUN.size
-            needed_bytes = body_bytes(REGION_KIND, extents, len(wanted)) + len(wanted) * BLOCK_BYTES
-            if not disk.appending.make_room_for_bytes(needed_bytes, CLIENTS_KEEP):
-                return errnos.ENOSPC
+        for first, part, runs, wanted in self._parts(known):
             count = len(next(iter(part.values())))
             head = REGION_HEAD.pack(first_lba + first, count, 0, copy.region_txid)
             of_part = array("I", [content[mba][0] for mba in wanted])
             body = b"".join((head, runs, array("Q", wanted).tobytes(), of_part.tobytes()))
+            if not disk.appending.make_room_for_bytes(len(body) + len(wanted) * BLOCK_BYTES, CLIENTS_KEEP):
+                return errnos.ENOSPC
             crash_point("region-before-append")
-            offset = disk.log.append_region(extents, len(wanted), body, [content[mba][1] for mba in wanted])
+            data = [content[mba][1] for mba in wanted]
+            offset = disk.log.append_region(len(runs) // COPY_RUN.size, len(wanted), body, data)
             crash_point("region-after-append")
             for at, mba in enumerate(wanted):
                 maps.set_middle(mba, disk.log.segment, offset + at * BLOCK_BYTES, of_part[at])
@@ -366,18 +362,19 @@ class CopyApplying:
             disk.appending.appended(None)
         return 0
 
-    def _parts(self, views: Views) -> Iterator[tuple[int, Views]]:
-        """The range in pieces that fit into a segment each: (offset in the region, views)."""
+    def _parts(self, views: Views) -> Iterator[tuple[int, Views, bytes, list[int]]]:
+        """The range in pieces that fit into a segment each: (offset in the region, views, as runs, their MBAs)."""
         room = self._disk.pool.record_bytes
         first, step = 0, REGION_BLOCKS
         while first < REGION_BLOCKS and views:
             part = {layer: view[first : first + step] for layer, view in views.items()}
-            extents = len(pack_views(part)) // COPY_RUN.size
-            size_bytes = body_bytes(REGION_KIND, extents, 0) + len(distinct(part)) * (WRITE_BLOCK_BYTES + BLOCK_BYTES)
+            runs, wanted = pack_views(part), distinct(part)
+            extents = len(runs) // COPY_RUN.size
+            size_bytes = body_bytes(REGION_KIND, extents, len(wanted)) + len(wanted) * BLOCK_BYTES
             if step > 1 and (size_bytes > room or extents > MAX_RECORD_EXTENTS):
                 step //= 2
                 continue
-            yield first, part
+            yield first, part, runs, wanted
             first += step
 
     def _logical(self, address: int) -> Page:
