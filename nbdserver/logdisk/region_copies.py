@@ -293,22 +293,20 @@ class CopyApplying:
     def submit(self, copy: Copy, done: Callable[[int], None]) -> None:
         """See ReplicaLog.apply_copy; EBADMSG for what does not hold together."""
         loads = 0
+        parsed: tuple[Views, list[int], array[int]] | None = None
 
         def step() -> int | None:
-            nonlocal loads
+            nonlocal loads, parsed
             disk, maps = self._disk, self._maps
             if copy.txid != disk.log.txid and holds(Rule.REPLACED_WHERE_IT_WAS_READ):
                 return errnos.ESTALE
             if disk.background.must_wait_for_checkpoint():
                 disk.checkpointer.when_done(self._ordered.go_on)
                 return None
-            try:
-                views = unpack_views(copy.entries, REGION_BLOCKS)
-            except ValueError:
+            parsed = parsed or _parsed(copy)
+            if parsed is None:
                 return errnos.EBADMSG
-            mbas, checksums = distinct(views), array("I", copy.checksums)
-            if len(checksums) != len(mbas) or not are_right(copy.data, checksums):
-                return errnos.EBADMSG
+            views, mbas, checksums = parsed
             need = self._needed(copy.region, mbas)
             if need:
                 loads += 1
@@ -386,6 +384,18 @@ class CopyApplying:
         page = self._maps.middle.get(mba >> PAGE_SHIFT)
         assert page is not None
         return page
+
+
+def _parsed(copy: Copy) -> tuple[Views, list[int], array[int]] | None:
+    """Views, MBAs and checksums, if they and the blocks hold together."""
+    try:
+        views, checksums = unpack_views(copy.entries, REGION_BLOCKS), array("I", copy.checksums)
+    except ValueError:
+        return None
+    mbas = distinct(views)
+    if len(checksums) != len(mbas) or not are_right(copy.data, checksums):
+        return None
+    return views, mbas, checksums
 
 
 def _blocks_of(buffer: bytes | memoryview) -> list[bytes | memoryview]:
