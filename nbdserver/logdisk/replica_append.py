@@ -173,7 +173,7 @@ class ReplicaAppend:
             blocks += count if kind != EXTENT_HOLE else 0
         if blocks != modification.blocks or _log_bytes(modification) > self._disk.pool.record_bytes:
             return False
-        return sum(map(len, modification.data)) == blocks * BLOCK_BYTES and are_right(modification.data, checksums)
+        return are_right(modification.data, checksums)
 
     def _needed(self, layer: int, extents: array[int], mbas: array[int]) -> Need:
         maps = self._maps
@@ -278,7 +278,9 @@ def needed_of_mbas(maps: Maps, mbas: Iterable[int]) -> Need:
 
 
 def are_right(data: Sequence[bytes | bytearray | memoryview], checksums: array[int]) -> bool:
-    """Whether blocks, in buffers of whole ones, have these checksums."""
+    """Whether these are as many blocks, in buffers of whole ones, and have these checksums."""
+    if sum(map(len, data)) != len(checksums) * BLOCK_BYTES:
+        return False
     block = 0
     for buffer in data:
         count = len(buffer) // BLOCK_BYTES

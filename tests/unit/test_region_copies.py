@@ -170,6 +170,8 @@ def test_a_copy_that_does_not_hold_together_is_refused() -> None:
         replace(copy, entries=copy.entries[24:]),
         replace(copy, checksums=copy.checksums[:-4]),
         replace(copy, data=copy.data[1:]),
+        replace(copy, data=copy.data[:-1]),
+        replace(copy, data=[*copy.data, bytes(4096)]),
         replace(copy, data=[*copy.data[:-1], bytes(4096)]),
     ):
         assert replica.wait(lambda done, damaged=damaged: replica.replica.apply_copy(damaged, done)) == (errno.EBADMSG,)  # type: ignore[misc]
