@@ -151,7 +151,7 @@ class ReplicaAppend:
         maps, layer = self._maps, modification.layer
         found = maps.tree.layers.get(layer)
         extents, mbas, checksums = parse_write_body(modification.body, modification.extents, modification.blocks)
-        if found is None or found.row.kind != HEAD or not self._is_sound(modification, extents, checksums):
+        if found is None or found.row.kind != HEAD or not self._is_sound(modification, extents):
             return errnos.EBADMSG
         long_holes = sum(
             kind == EXTENT_HOLE and count > SMALL_HOLE_BLOCKS for _, count, kind in extents_of_array(extents)
@@ -163,17 +163,17 @@ class ReplicaAppend:
         if need:
             self._load(need, len(mbas))
             return None
+        if not are_right(modification.data, checksums):
+            return errnos.EBADMSG
         return self._append(modification, lambda offset: self._apply(modification, extents, mbas, checksums, offset))
 
-    def _is_sound(self, modification: Modification, extents: array[int], checksums: array[int]) -> bool:
+    def _is_sound(self, modification: Modification, extents: array[int]) -> bool:
         blocks = 0
         for lba, count, kind in extents_of_array(extents):
             if not count or lba + count > 1 << ADDRESS_SHIFT or kind > EXTENT_HOLE:
                 return False
             blocks += count if kind != EXTENT_HOLE else 0
-        if blocks != modification.blocks or _log_bytes(modification) > self._disk.pool.record_bytes:
-            return False
-        return are_right(modification.data, checksums)
+        return blocks == modification.blocks and _log_bytes(modification) <= self._disk.pool.record_bytes
 
     def _needed(self, layer: int, extents: array[int], mbas: array[int]) -> Need:
         maps = self._maps
