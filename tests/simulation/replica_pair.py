@@ -25,7 +25,7 @@ from tests.simulation.faults import FaultMix
 from tests.simulation.registers import ViolationError
 from tests.simulation.world import SimulatedCrash
 from tests.unit.families import BLOCK_BYTES, SETTINGS, block
-from tests.unit.replica_rig import ReplicaFamily
+from tests.unit.replica_rig import ReplicaFamily, taken
 
 BLOCKS = 3000
 ROUNDS = 5
@@ -53,9 +53,9 @@ class PairRun:
         self._running = 0
         self._plan: tuple[str, int] = ("", 0)
 
-    def go(self) -> "PairRun":
+    def go(self) -> None:
         with hooked(self._at_crash_point):
-            self._survive(lambda: self._take_over())
+            self._survive(self._take_over)
             for _ in range(ROUNDS):
                 if self.random.random() < 0.7:
                     self._plan = (self.random.choice(sorted(CRASH_POINTS)), self.random.choice([1, 1, 2, 4]))
@@ -66,7 +66,6 @@ class PairRun:
             self._plan = ("", 0)
             self._take_over()
             self._compare()
-        return self
 
     # -- crashes
 
@@ -152,9 +151,7 @@ class PairRun:
             self.written.setdefault(lba, []).append((self.number, content))
 
     def _tell(self) -> None:
-        told = [replace(each, data=[bytes(buffer) for buffer in each.data]) for each in self.told]
-        self.told.clear()
-        if self._ask(1 - self.owner, "append", told) != (0,):
+        if self._ask(1 - self.owner, "append", taken(self.told)) != (0,):
             raise ViolationError("a modification that follows was refused")
         self._commit()
 
@@ -241,8 +238,7 @@ class PairRun:
             if self.random.random() < 0.3:
                 self._change()
             error, copy = self._ask(self.owner, "read_region", region)
-            told = [replace(each, data=[bytes(buffer) for buffer in each.data]) for each in self.told]
-            self.told.clear()
+            told = taken(self.told)
             if error or self._ask(other, "append", told) != (0,) or self._ask(other, "apply_copy", copy) != (0,):
                 raise ViolationError(f"region {region} could not be copied")
             self._ask(other, "sync")

@@ -52,7 +52,6 @@ class FamilyUnderTest:
         self.segment_bytes = segment_bytes
         self.settings = settings
         self.epoch = 0
-        self.orders = True
         self.replicated: Replicated | None = None
         self.boot_id = "boot-1"
         self.events: list[tuple[str, dict[str, object]]] = []
@@ -70,8 +69,8 @@ class FamilyUnderTest:
     def _open_disk(self) -> None:
         self.epoch += 1
         self.disk = LogDisk.open(
-            self.files, self.store, self.clock, self.rng, self.settings, self.epoch if self.orders else None,
-            self.boot_id, self.report, replicated=self.replicated,
+            self.files, self.store, self.clock, self.rng, self.settings, self.epoch, self.boot_id,
+            self.report, replicated=self.replicated,
         )  # fmt: skip
         self.device = self.disk.head(1)
 

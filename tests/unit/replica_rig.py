@@ -131,6 +131,13 @@ STEPS = st.lists(
 )
 
 
+def taken(told: list[Modification]) -> list[Modification]:
+    """What was told, with buffers of its own, as another machine gets it; nothing is left."""
+    found = [replace(each, data=[bytes(buffer) for buffer in each.data]) for each in told]
+    told.clear()
+    return found
+
+
 class Pair:
     """An owner and a replica that is told everything at once."""
 
@@ -155,9 +162,7 @@ class Pair:
             self.owner.replica.set_committed(self.owner.replica.last.txid)
             return
         if self.told:
-            told = [replace(each, data=[bytes(buffer) for buffer in each.data]) for each in self.told]
-            self.told.clear()
-            assert self.replica.append(told) == 0
+            assert self.replica.append(taken(self.told)) == 0
         for each in (self.owner, self.replica):
             each.replica.set_committed(self.owner.replica.last.txid)
         assert self.replica.replica.last == self.owner.replica.last
