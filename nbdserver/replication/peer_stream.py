@@ -19,7 +19,7 @@ class PeerStream:
     """The Receiver of a connection."""
 
     def __init__(self, connection: Connection, received: Received, lost: Lost) -> None:
-        self.connection = connection
+        self._connection = connection
         self.received_frame = received  # replaced when the stream was opened
         self.lost_stream = lost
         self.is_open = True
@@ -28,17 +28,17 @@ class PeerStream:
     def send(self, frame: Frame) -> None:
         """Send or queue it; nothing happens once the stream is over."""
         if self.is_open:
-            self.connection.send(encode(frame))
+            self._connection.send(encode(frame))
 
     def close(self, last: Frame | None = None) -> None:
         """End it, after `last`; idempotent."""
         if self.is_open:
             self.is_open = False
             if last is None:
-                self.connection.abort()
+                self._connection.abort()
             else:
-                self.connection.send(encode(last))
-                self.connection.close()
+                self._connection.send(encode(last))
+                self._connection.close()
 
     # --- Receiver ---
 
@@ -52,7 +52,9 @@ class PeerStream:
                     return
                 self.received_frame(self, frame)
         except PeerFrameError as error:
-            self._end(str(error))
+            if self.is_open:
+                self.close()
+                self.lost_stream(self, str(error))
 
     def drained(self) -> None:
         """Nobody waits for it: what a stream may have under way is bounded by its frames."""
@@ -60,10 +62,4 @@ class PeerStream:
     def lost(self, reason: str) -> None:
         if self.is_open:
             self.is_open = False
-            self.lost_stream(self, reason)
-
-    def _end(self, reason: str) -> None:
-        if self.is_open:
-            self.is_open = False
-            self.connection.abort()
             self.lost_stream(self, reason)
