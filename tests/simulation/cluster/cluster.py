@@ -125,6 +125,17 @@ class Cluster:
             except OSError as error:
                 self.failed(machine, f"it cannot start: {error}")
 
+    def isolate(self, name: str) -> Callable[[], None]:
+        """A machine hears nobody, nor does anybody hear it, the registry neither; returns what mends it."""
+        unblock = self.wires.block([name], list(self.machines), both=True)
+        self.registry.cuts[name] += 1
+
+        def mend() -> None:
+            self.registry.cuts[name] -= 1
+            unblock()
+
+        return mend
+
     def run(self, duration_s: float) -> None:
         """Let that much virtual time go by."""
         self.run_until(lambda: False, duration_s)

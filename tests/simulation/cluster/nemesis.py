@@ -110,12 +110,7 @@ class Nemesis:
     # --- the network ---
 
     def _block(self, sources: Sequence[str], targets: Sequence[str], both: bool, is_long: bool = False) -> None:
-        paths = self._cluster.wires.paths(sources, targets)
-        if both:
-            paths += self._cluster.wires.paths(targets, sources)
-        for path in paths:
-            path.block()
-
+        unblock = self._cluster.wires.block(sources, targets, both)
         # The registry is on one side of it, or has a way of its own to everyone.
         cut_off = self._random.choice([sources, targets, []]) if both else []
         duration_s = self._away_s() + is_long * PATIENCE_S
@@ -123,8 +118,7 @@ class Nemesis:
 
         def mend() -> None:
             self._cluster.registry.cuts.subtract(cut_off)
-            for path in paths:
-                path.unblock()
+            unblock()
 
         self._cluster.tell(f"{sources} {'and' if both else 'to'} {targets} blocked for {duration_s:.3f} s")
         self._broken(duration_s, mend)
@@ -220,15 +214,13 @@ class Nemesis:
         if clock_too:
             machine.stop_clock()
         machine.pause()
-        paths = self._cluster.wires.paths([machine.name], list(self._cluster.machines)) if stands_still else []
-        for path in paths:  # of a process that is stopped the kernel still answers, of a machine it does not
-            path.block()
+        # Of a process that is stopped the kernel still answers, of a machine it does not.
+        unblock = self._cluster.wires.block([machine.name] if stands_still else [], list(self._cluster.machines))
 
         def mend() -> None:
             if clock_too:
                 machine.resume_clock()
-            for path in paths:
-                path.unblock()
+            unblock()
             if machine.life is life:
                 machine.resume()
 

@@ -12,7 +12,7 @@ Rules of this file
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from zlib import crc32
 
 from metadata.seams import CONNECT_TIMEOUT_S, DATAGRAM_LIMIT_BYTES, Connection, Receiver
@@ -188,6 +188,20 @@ class Wires:
         """From each of these to each of those, but not from a machine to itself."""
         ends = list(targets)
         return [self.path(source, target) for source in sources for target in ends if source != target]
+
+    def block(self, sources: Sequence[str], targets: Sequence[str], both: bool = False) -> Callable[[], None]:
+        """What these send to those does not arrive, and if `both` the other way neither; returns what mends it."""
+        paths = self.paths(sources, targets)
+        if both:
+            paths += self.paths(targets, sources)
+        for path in paths:
+            path.block()
+
+        def mend() -> None:
+            for path in paths:
+                path.unblock()
+
+        return mend
 
     def _silent(self, source: str, target: str) -> None:
         for connection in list(self.connections):

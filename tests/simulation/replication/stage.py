@@ -86,28 +86,11 @@ class Stage:
 
     def block(self, sources: tuple[int, ...], targets: tuple[int, ...]) -> Callable[[], None]:
         """What one half sends does not reach the other; returns what mends it."""
-        paths = self.cluster.wires.paths([f"node-{each}" for each in sources], [f"node-{each}" for each in targets])
-        for path in paths:
-            path.block()
-
-        def mend() -> None:
-            for path in paths:
-                path.unblock()
-
-        return mend
+        return self.cluster.wires.block([f"node-{each}" for each in sources], [f"node-{each}" for each in targets])
 
     def isolate(self, number: int) -> Callable[[], None]:
         """A node hears nobody, nor does anybody hear it, the registry neither."""
-        others = tuple(each for each in range(1, len(self.cluster.machines) + 1) if each != number)
-        mends = [self.block((number,), others), self.block(others, (number,))]
-        self.cluster.registry.cuts[f"node-{number}"] += 1
-
-        def mend() -> None:
-            self.cluster.registry.cuts[f"node-{number}"] -= 1
-            for each in mends:
-                each()
-
-        return mend
+        return self.cluster.isolate(f"node-{number}")
 
     def kill(self, number: int, power: bool = False) -> None:
         self.cluster.machines[f"node-{number}"].end(power)
