@@ -200,7 +200,7 @@ class ClusterRun:
         cluster.tell(f"healed: {', '.join(sorted(core))}")
         healed_s = cluster.now_s
         cluster.heal(core)
-        self._converge()
+        converge(cluster, scenario)
         self.converged_s = cluster.now_s - healed_s
         scenario.end()
         return self
@@ -214,13 +214,15 @@ class ClusterRun:
         self.scenario.check()
         self.cluster.scheduler.after(CHECK_S, self._check)
 
-    def _converge(self) -> None:
-        limit_s = self.scenario.converges_within_s
-        until_s = self.cluster.now_s + limit_s
-        while self.cluster.now_s < until_s:
-            missing = self.scenario.missing()
-            if not missing:
-                self.cluster.tell("converged")
-                return
-            self.cluster.run(min(CHECK_S, limit_s))
-        raise ViolationError(f"{limit_s:g} s after all was healed: {missing}")
+
+def converge(cluster: Cluster, scenario: Scenario) -> None:
+    """Let time go by until nothing is missing; ViolationError if that takes too long."""
+    limit_s = scenario.converges_within_s
+    until_s = cluster.now_s + limit_s
+    while cluster.now_s < until_s:
+        missing = scenario.missing()
+        if not missing:
+            cluster.tell("converged")
+            return
+        cluster.run(min(CHECK_S, limit_s))
+    raise ViolationError(f"{limit_s:g} s after all was healed: {missing}")

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 
 from nbdserver.replication.owner import Owner
-from tests.simulation.cluster.cluster import Cluster
+from tests.simulation.cluster.cluster import Cluster, converge
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication.memory_log import REGION_BLOCKS
@@ -106,10 +106,5 @@ class Stage:
 
     def end(self) -> None:
         """All that run must come to be in sync and hold the same."""
-        for _ in range(120):
-            if not self.scenario.missing():
-                break
-            self.cluster.run(0.5)
-        else:
-            raise ViolationError(self.scenario.missing())
+        converge(self.cluster, self.scenario)
         self.scenario.end()
