@@ -3,8 +3,7 @@
 Each rule of docs/replication.md has a canary: the rule is taken away, and the simulator must notice.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -41,13 +40,6 @@ PLAYS: list[Play] = [
     for play in vars(plays).values()
     if isinstance(play, FunctionType) and play.__module__ == plays.__name__ and not play.__code__.co_argcount
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
