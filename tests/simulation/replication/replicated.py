@@ -58,6 +58,12 @@ class ReplicaNode:
         )
         self.open: dict[int, Changes] = {}  # operations that are not answered
 
+    @property
+    def may_answer(self) -> bool:
+        """Whether it would answer a client at this moment, if it runs."""
+        owner = self.family.owner
+        return owner is not None and owner.has_authority
+
     def close(self) -> None:
         self.server.close()
         self.family.close()
@@ -340,11 +346,7 @@ class ReplicatedScenario:
 
     def check(self) -> None:
         self._bury()
-        with_authority = [
-            node.machine.name
-            for node in self.nodes()
-            if node.machine.is_running and node.family.owner is not None and node.family.owner.has_authority
-        ]
+        with_authority = [node.machine.name for node in self.nodes() if node.machine.is_running and node.may_answer]
         if len(with_authority) > 1:
             raise ViolationError(f"{with_authority} answer at the same time")
         value = self.value()
@@ -359,9 +361,9 @@ class ReplicatedScenario:
     def missing(self) -> str:
         self.act_to_heal()
         value = self.value()
-        owners = [node for node in self.nodes() if node.family.owner is not None and node.family.owner.has_authority]
-        if len(owners) != 1:
-            return f"{len(owners)} owners"
+        owners = sum(node.may_answer for node in self.nodes())
+        if owners != 1:
+            return f"{owners} owners"
         if len(value.in_sync) != len(self.nodes()):
             return f"in sync are only {[member.node for member in value.in_sync]}"
         lasts = {node.log.last for node in self.nodes()}

@@ -63,13 +63,9 @@ class Stage:
         """Somebody attaches there until that node answers."""
         for _ in range(10):
             self.scenario.attach_at(self.node(number))
-            if self.cluster.run_until(lambda: self.answers(number), 3.0):
+            if self.cluster.run_until(lambda: self.node(number).may_answer, 3.0):
                 return
         raise ViolationError(f"node-{number} does not become the owner")
-
-    def answers(self, number: int) -> bool:
-        owner = self.node(number).family.owner
-        return owner is not None and owner.has_authority
 
     def write(self, number: int, lba: int, count: int = 1) -> None:
         """Through that node; it is not waited for."""
