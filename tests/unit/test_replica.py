@@ -54,12 +54,17 @@ class Rig:
         self.higher: list[int] = []
         self.replica = Replica(self.clock, self.log, self.higher.append)
 
-    def open(self, epoch: int) -> tuple[PeerStream, Wire]:
+    def begin(self, frame: Open) -> tuple[PeerStream, Wire]:
+        """A stream that begins with this frame; nothing has happened since."""
         wire = Wire()
         stream = PeerStream(wire, lambda stream, frame: None, lambda stream, reason: None)  # type: ignore[arg-type]
-        self.replica.open(stream, Open(FAMILY, epoch, "owner"))
-        self.clock.run(0.1)
+        self.replica.open(stream, frame)
         return stream, wire
+
+    def open(self, epoch: int) -> tuple[PeerStream, Wire]:
+        opened = self.begin(Open(FAMILY, epoch, "owner"))
+        self.clock.run(0.1)
+        return opened
 
     def say(self, stream: PeerStream, frame: Frame) -> None:
         if stream.is_open:
@@ -98,9 +103,7 @@ def test_a_lower_epoch_is_refused_also_by_its_next_life(is_started_anew: bool) -
 
 def test_the_epoch_is_persisted_before_it_answers() -> None:
     rig = Rig()
-    wire = Wire()
-    stream = PeerStream(wire, lambda stream, frame: None, lambda stream, reason: None)  # type: ignore[arg-type]
-    rig.replica.open(stream, Open(FAMILY, 3, "owner"))
+    _, wire = rig.begin(Open(FAMILY, 3, "owner"))
     while not wire.sent:
         assert rig.clock.step()
     assert rig.disk.promised_epoch == 3
@@ -186,7 +189,5 @@ def test_a_full_disk_ends_the_stream_with_a_reason() -> None:
 
 def test_an_owner_that_speaks_only_later_versions_is_refused() -> None:
     rig = Rig()
-    wire = Wire()
-    stream = PeerStream(wire, lambda stream, frame: None, lambda stream, reason: None)  # type: ignore[arg-type]
-    rig.replica.open(stream, Open(FAMILY, 3, "owner", 200, 201))
+    _, wire = rig.begin(Open(FAMILY, 3, "owner", 200, 201))
     assert wire.sent == [Refused(0, Refusal.VERSION)]
