@@ -2,8 +2,8 @@
 
 Per segment file: its life's sequence number and salt, where it ends, how many of its blocks are live, the txid and
 lsn of its last record. In memory it is a handful of lists indexed by segment number, because the hot path counts a
-live block up and a dead one down for every block written. `newest_first` walks it by last modification, which is how
-a returning column holder finds what it lacks, and how the cleaner tells old from young.
+live block up and a dead one down for every block written. By its last txid what a replica lacks is found in the
+log, and by its last lsn the cleaner tells old from young.
 
 Rules
 - A segment is *in use* from `begin` to `free`; a checkpoint writes the rows that changed and deletes those without a
@@ -86,10 +86,6 @@ class SegmentTable:
     def segments_with_live_blocks(self) -> int:
         """How many segments hold any live block."""
         return len(self.live) - self.live.count(0)
-
-    def newest_first(self) -> list[int]:
-        """Segments in use, the last modified first."""
-        return sorted(self.in_use, key=lambda segment: (self.txid[segment], self.lsn[segment]), reverse=True)
 
     def row(self, segment: int, live_blocks: int | None = None) -> bytes:
         """The packed row of a segment, with another count of live blocks if one is given."""

@@ -16,7 +16,7 @@ Known weakness: an older place in a segment is found by walking from its beginni
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -91,8 +91,12 @@ class _Walk:
         if txid == self._txid and segment in table.in_use and table.sequence[segment] == sequence:
             self._segment, self._sequence, self._offset = segment, sequence, offset
             return
-        later = [each for each in table.in_use if table.txid[each] > self._txid]
-        self._segment = min(later, key=table.sequence.__getitem__, default=0)
+        self._enter_oldest(each for each in table.in_use if table.txid[each] > self._txid)
+
+    def _enter_oldest(self, segments: Iterable[int]) -> None:
+        """Stand at the beginning of the first of them in the log; nowhere if there is none."""
+        table = self._disk.maps.segments
+        self._segment = min(segments, key=table.sequence.__getitem__, default=0)
         self._sequence = table.sequence[self._segment]
         self._offset = SEGMENT_HEADER_BYTES
 
@@ -106,10 +110,7 @@ class _Walk:
             return
         length = min(length, table.end[self._segment] - self._offset)
         if length <= 0:
-            sequence = self._sequence
-            later = [each for each in table.in_use if table.sequence[each] > sequence]
-            self._segment = min(later, key=table.sequence.__getitem__, default=0)
-            self._sequence, self._offset = table.sequence[self._segment], SEGMENT_HEADER_BYTES
+            self._enter_oldest(each for each in table.in_use if table.sequence[each] > self._sequence)
             disk.call_soon(self._go_on)
             return
         segment = self._segment

@@ -105,14 +105,6 @@ def test_only_a_free_segment_begins_and_only_an_empty_one_is_freed() -> None:
         table.free(1)
 
 
-def test_segments_are_walked_newest_first() -> None:
-    table = SegmentTable()
-    for segment, txid, lsn in ((1, 5, 5), (2, 9, 12), (3, 9, 11)):
-        table.begin(segment, segment, bytes(8))
-        table.appended(segment, 100, txid, lsn)
-    assert table.newest_first() == [2, 3, 1]
-
-
 def test_unchanged_rows_are_not_written_again(store: SimulatedTable) -> None:
     table = SegmentTable()
     for segment in range(1, 600):
