@@ -64,7 +64,6 @@ class Checkpointer:
         failed: Callable[[str], None],
     ) -> None:
         self.running = False
-        self.writing = False  # its batch, just now
         self.count = 0
         self.values_written = 0
         self.last_position_bytes = log.appended_bytes
@@ -162,7 +161,7 @@ class Checkpointer:
 
     def stop(self) -> None:
         """The one that is running ends without an outcome, and no further one begins. None is being written."""
-        invariant(not self.writing, "a batch is not stopped while it is written")
+        invariant(not self._writes.busy, "a batch is not stopped while it is written")
         self._stopped = True
         if self._job is not None:
             self._job.stop()
@@ -223,7 +222,6 @@ class Checkpointer:
             self._free(frozen.rows.dead)
             frozen.rows.dead.clear()
         self._pool.guard_metadata()
-        self.writing = True
         if frozen.moved:
             # Whoever reads two layers while entries move between them may miss them in both.
             self._maps.tree.moving = True
@@ -231,7 +229,6 @@ class Checkpointer:
         self._writes.write_later(batch, guarded(self._failed, lambda errno: self._written(errno, frozen)))
 
     def _written(self, errno: int, frozen: _Frozen) -> None:
-        self.writing = False
         if errno:
             self._failed(f"LevelDB refused a checkpoint (errno {errno})")
             return
