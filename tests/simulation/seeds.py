@@ -7,7 +7,7 @@ Rules of this file
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tests.simulation.cluster.cluster import ClusterRun
@@ -91,6 +91,12 @@ WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {
 def try_seed(world: str, seed: int, story: Story | None = None) -> Tried:
     """Run one seed; what it raises is what was wrong."""
     return WORLDS[world](seed, story)
+
+
+def wrong_seeds(world: str, seeds: Iterable[int]) -> str:
+    """What was wrong in these, and how each is looked at again; empty if nothing was."""
+    tried = [try_seed(world, seed) for seed in seeds]
+    return "\n".join(f"seed {each.seed}: {each.wrong}\n    {each.again}" for each in tried if each.wrong)
 
 
 def _wrong(go: Callable[[], object]) -> str:

@@ -1,34 +1,23 @@
 """Simulated clusters with production's directory on every node: nothing wrong is ever seen, everything converges."""
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from tests.simulation.cluster.directory import directory_run
 from tests.simulation.cluster.faults import CATALOGUE
 from tests.simulation.cluster.reruns import printed_elsewhere
-from tests.simulation.seeds import try_seed
+from tests.simulation.seeds import try_seed, wrong_seeds
 
 SEEDS = 100
 CHUNK = 5
 WORLD = "directory"
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """What the nodes log of refused frames is of no interest here."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_nothing_wrong_is_seen_and_all_converges_when_it_is_healed(first: int) -> None:
-    tried = [try_seed(WORLD, seed) for seed in range(first, first + CHUNK)]
-    wrong = [f"seed {each.seed}: {each.wrong}\n    {each.again}" for each in tried if each.wrong]
-    assert not wrong, "\n".join(wrong)
+    wrong = wrong_seeds(WORLD, range(first, first + CHUNK))
+    assert not wrong, wrong
 
 
 def test_the_fixed_seeds_meet_every_fault_and_every_answer() -> None:

@@ -12,7 +12,6 @@ is given, and that both lists of voters count while they change. tests/unit/test
 test_directory_master.py watch these.
 """
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,14 +45,6 @@ from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
 
 TRIES = 60  # runs in which a canary must be found
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """What the nodes log of refused frames is of no interest here."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 Patch = Callable[[pytest.MonkeyPatch], None]
