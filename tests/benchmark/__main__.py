@@ -18,10 +18,9 @@ from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 
 from . import machine, measuring, profiler
 from .conditions import Conditions
-from .load import Sample, fio_command, fio_version
+from .load import fio_command, fio_version
 from .outcome import RESULTS, DirectoryOption, ResultsOption, Run, console, run_of
 from .processes import BenchmarkError
-from .ratios import ratio_to_best_peer
 from .report import noise_cores, rich_table
 from .rows import ROWS_BY_NAME, Row
 from .targets import SUBJECT, TARGETS, USUAL_TARGETS, Setting, Target
@@ -174,7 +173,7 @@ def run(
 def assemble(
     servers: list[Target],
     rows: list[Row],
-    samples: dict[str, dict[str, list[Sample]]],
+    samples: dict[str, measuring.Samples],
     kept: measuring.PeerSettings,
     options: dict[str, Any],
 ) -> dict[str, Any]:
@@ -182,8 +181,6 @@ def assemble(
     rows_json = []
     used: dict[str, dict[str, Setting]] = {server.name: {} for server in servers}
     for row in rows:
-        rates = {name: [sample.operations_per_s for sample in taken] for name, taken in samples[row.name].items()}
-        ratio = ratio_to_best_peer(rates, SUBJECT)
         chosen = {server.name: kept.best(server, row) for server in servers}
         for name, setting in chosen.items():
             used[name][setting.name] = setting
@@ -196,8 +193,7 @@ def assemble(
                 "goal": row.goal,
                 "fio_command": " ".join(command),
                 "settings": {name: setting.name for name, setting in chosen.items()},
-                "samples": {name: measuring.as_json(taken) for name, taken in samples[row.name].items()},
-                "ratio": vars(ratio) if ratio else None,
+                **measuring.row_as_json(samples[row.name], measuring.ratio_of(samples[row.name], SUBJECT)),
             }
         )
     return {
@@ -236,7 +232,7 @@ def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> 
     """Print the top functions and lines of our data process in one row, and keep the folded stacks."""
     folded = results / time.strftime(f"profile-{row.name}-%Y%m%d-%H%M%S.folded")
     try:
-        measuring.prepare([subject], lambda worked_off_s, what: None)
+        measuring.prepare([subject])
         sample = profiler.profile(subject, row, duration_s, folded)
         calls = profiler.system_calls(subject, row, 2.0, folded.with_suffix(".strace"))
     finally:

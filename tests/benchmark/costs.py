@@ -138,7 +138,7 @@ def run(
         machine.check_room(bench.place, size_bytes * 4)
         server = Nbdserver(bench.place, size_bytes)
         try:
-            measuring.prepare([server], lambda worked_off_s, what: None)
+            measuring.prepare([server])
             for row in wanted:
                 sample, found = record(server, row, seconds, bench.place)
                 console.print(show(row, sample, found))

@@ -14,6 +14,7 @@ from typing import Any
 from .conditions import Conditions
 from .load import START_UP_S, Sample, fio_version, measure, prefill, scatter, warm
 from .processes import BenchmarkError
+from .ratios import Ratio, ratio_to_best_peer
 from .rows import Row
 from .targets import SUBJECT, Setting, Target
 
@@ -26,6 +27,8 @@ WRITE_BACK_S = 0.4
 Advance = Callable[[float, str], None]
 """Called with the planned seconds that were just worked off, and what comes next."""
 Say = Callable[[str], None]
+Samples = dict[str, list[Sample]]
+"""Of a row: target → one Sample for each round."""
 
 
 def planned_s(rows: list[Row], targets: list[Target], rounds: int, duration_s: float) -> float:
@@ -44,7 +47,7 @@ def _planned_run_s(row: Row, duration_s: float) -> float:
     return duration_s + START_UP_S + (WRITE_BACK_S if row.writes else 0)
 
 
-def prepare(targets: list[Target], advance: Advance) -> None:
+def prepare(targets: list[Target], advance: Advance = lambda worked_off_s, what: None) -> None:
     """Make every disk and fill it through NBD."""
     for target in targets:
         advance(0, f"filling {target.title}")
@@ -146,12 +149,12 @@ def measure_rows(
     duration_s: float,
     setting_of: Callable[[Target, Row], Setting],
     advance: Advance,
-) -> dict[str, dict[str, list[Sample]]]:
-    """Row → target → one Sample for each round."""
-    samples: dict[str, dict[str, list[Sample]]] = {}
+) -> dict[str, Samples]:
+    """By the rows' names."""
+    samples: dict[str, Samples] = {}
     is_laid_out = True  # by `prepare`
     for row in rows:
-        of_row: dict[str, list[Sample]] = {target.name: [] for target in targets}
+        of_row: Samples = {target.name: [] for target in targets}
         for target in targets:
             target.start(setting_of(target, row))
             if row.laid_out and not is_laid_out:
@@ -170,6 +173,27 @@ def measure_rows(
         is_laid_out = row.laid_out or (is_laid_out and not row.writes and not row.scattered)
         samples[row.name] = of_row
     return samples
+
+
+def ratio_of(samples: Samples, subject: str) -> Ratio | None:
+    rates = {name: [sample.operations_per_s for sample in taken] for name, taken in samples.items()}
+    return ratio_to_best_peer(rates, subject)
+
+
+def ratio_between(samples: Samples, subject: str) -> Ratio:
+    """The same where the subject and what it is compared with are known to be there."""
+    ratio = ratio_of(samples, subject)
+    if ratio is None:
+        raise BenchmarkError("both servers are needed for a ratio")
+    return ratio
+
+
+def row_as_json(samples: Samples, ratio: Ratio | None) -> dict[str, Any]:
+    """What the JSON file holds of a row that was compared."""
+    return {
+        "samples": {name: as_json(taken) for name, taken in samples.items()},
+        "ratio": vars(ratio) if ratio else None,
+    }
 
 
 def as_json(samples: list[Sample]) -> dict[str, list[float]]:

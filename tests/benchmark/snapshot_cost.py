@@ -16,10 +16,10 @@ from rich.table import Table
 
 from . import machine, measuring
 from .__main__ import chosen_rows, size_bytes_of
-from .load import Sample, measure
+from .load import measure
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
-from .ratios import Ratio, ratio_to_best_peer
+from .ratios import Ratio
 from .rows import ROWS_BY_NAME, Row
 from .targets import EXPORT, Nbdserver, Setting
 
@@ -61,20 +61,12 @@ def make_layers(servers: tuple[With, Without], snapshots: int) -> None:
             server.take_snapshot(f"s{number}")
 
 
-def ratio_of(samples: dict[str, list[Sample]]) -> Ratio:
-    rates = {name: [sample.operations_per_s for sample in taken] for name, taken in samples.items()}
-    ratio = ratio_to_best_peer(rates, With.name)
-    if ratio is None:
-        raise BenchmarkError("both disks are needed for a ratio")
-    return ratio
-
-
-def show(rows: list[Row], samples: dict[str, dict[str, list[Sample]]], snapshots: int) -> Table:
+def show(rows: list[Row], samples: dict[str, measuring.Samples], ratios: dict[str, Ratio], snapshots: int) -> Table:
     table = Table(title=f"a volume with {snapshots} snapshots beside one without")
     for heading in ("", "ratio", "95 % interval", "with", "without", "CPU µs an operation, with / without"):
         table.add_column(heading)
     for row in rows:
-        ratio, taken = ratio_of(samples[row.name]), samples[row.name]
+        ratio, taken = ratios[row.name], samples[row.name]
         rates = [f"{median(sample.operations_per_s for sample in taken[name]):,.0f}/s" for name in ("with", "without")]
         cpu = [f"{median(sample.server_cpu_s_per_1000 for sample in taken[name]) * 1000:.1f}" for name in taken]
         verdict = " (too slow)" if ratio.high < LEAST else ""
@@ -99,7 +91,7 @@ def run(
         machine.check_room(bench.place, size_bytes * 12)
         servers = (With(bench.place, size_bytes), Without(bench.place, size_bytes))
         try:
-            measuring.prepare(list(servers), lambda worked_off_s, what: None)
+            measuring.prepare(list(servers))
             make_layers(servers, snapshots)
             samples = measuring.measure_rows(
                 wanted, list(servers), rounds, seconds, lambda target, row: Setting("default"), _progress
@@ -107,16 +99,10 @@ def run(
         finally:
             for server in servers:
                 server.stop()
-        console.print(show(wanted, samples, snapshots))
-        told = {
-            row.name: {
-                "ratio": vars(ratio_of(samples[row.name])),
-                "samples": {name: measuring.as_json(taken) for name, taken in samples[row.name].items()},
-            }
-            for row in wanted
-        }
-        bench.keep({"rows": told})
-        if any(ratio_of(samples[row.name]).high < LEAST for row in wanted):
+        ratios = {name: measuring.ratio_between(taken, With.name) for name, taken in samples.items()}
+        console.print(show(wanted, samples, ratios, snapshots))
+        bench.keep({"rows": {name: measuring.row_as_json(samples[name], ratio) for name, ratio in ratios.items()}})
+        if any(ratio.high < LEAST for ratio in ratios.values()):
             raise SystemExit(1)
 
 

@@ -20,8 +20,7 @@ from . import machine, measuring
 from .__main__ import chosen_rows, size_bytes_of
 from .load import Sample, measure, run_fio
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
-from .processes import BenchmarkError
-from .ratios import Ratio, ratio_to_best_peer
+from .ratios import Ratio
 from .rows import Row
 from .targets import EXPORT, Nbdserver, Setting
 
@@ -82,14 +81,6 @@ def fill(server: Workers) -> None:
     run_fio(server.fio(["--rw=read", "--bs=1m", "--iodepth=4"]), FILL_S)  # maps and page cache
 
 
-def ratio_of(samples: dict[str, list[Sample]]) -> Ratio:
-    rates = {name: [sample.operations_per_s for sample in taken] for name, taken in samples.items()}
-    ratio = ratio_to_best_peer(rates, Several.name)
-    if ratio is None:
-        raise BenchmarkError("both servers are needed for a ratio")
-    return ratio
-
-
 def at_most(one: list[Sample], cores: int) -> float:
     """The ratio at which every core would be busy at the CPU an operation that one worker and its clients need."""
     return median(
@@ -98,7 +89,9 @@ def at_most(one: list[Sample], cores: int) -> float:
     )
 
 
-def show(rows: list[Row], samples: dict[str, dict[str, list[Sample]]], title: str, cores: int) -> Table:
+def show(
+    rows: list[Row], samples: dict[str, measuring.Samples], ratios: dict[str, Ratio], title: str, cores: int
+) -> Table:
     table = Table(title=title)
     cpu_heading = "CPU µs an operation, server / clients"
     for heading in (
@@ -114,7 +107,7 @@ def show(rows: list[Row], samples: dict[str, dict[str, list[Sample]]], title: st
         table.add_column(heading)
     for row in rows:
         taken = samples[row.name]
-        ratio, several, one = ratio_of(taken), taken[Several.name], taken[One.name]
+        ratio, several, one = ratios[row.name], taken[Several.name], taken[One.name]
         rates = [f"{median(sample.operations_per_s for sample in part):,.0f}/s" for part in (several, one)]
         cpu = [f"{_cpu_us(part, 'server'):.1f} / {_cpu_us(part, 'client'):.1f}" for part in (several, one)]
         interval = f"{ratio.low:.2f} – {ratio.high:.2f}"
@@ -143,7 +136,7 @@ def run(
         machine.check_room(bench.place, size_bytes * volumes * 6)
         servers = (Several(bench.place, size_bytes), One(bench.place, size_bytes))
         servers[0].workers = workers
-        samples: dict[str, dict[str, list[Sample]]] = {row.name: {each.name: [] for each in servers} for row in wanted}
+        samples: dict[str, measuring.Samples] = {row.name: {each.name: [] for each in servers} for row in wanted}
         try:
             for server in servers:
                 server.volumes = volumes
@@ -159,14 +152,11 @@ def run(
                 server.stop()
         cores = len(os.sched_getaffinity(0))
         title = f"{volumes} volumes, a client each: {workers} workers beside one, all on {cores} cores"
-        console.print(show(wanted, samples, title, cores))
+        ratios = {name: measuring.ratio_between(taken, Several.name) for name, taken in samples.items()}
+        console.print(show(wanted, samples, ratios, title, cores))
         told = {
-            row.name: {
-                "ratio": vars(ratio_of(samples[row.name])),
-                "at_most": at_most(samples[row.name][One.name], cores),
-                "samples": {name: measuring.as_json(taken) for name, taken in samples[row.name].items()},
-            }
-            for row in wanted
+            name: {"at_most": at_most(taken[One.name], cores), **measuring.row_as_json(taken, ratios[name])}
+            for name, taken in samples.items()
         }
         bench.keep({"workers": workers, "volumes": volumes, "cores": cores, "rows": told})
 
