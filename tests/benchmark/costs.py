@@ -7,7 +7,6 @@ library whose code it is in (the interpreter, the checksums, ...); the shares di
 
 import shutil
 import subprocess
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,10 @@ from rich.table import Table
 
 from . import machine, measuring
 from .__main__ import chosen_rows, size_bytes_of
-from .load import Sample, measure, prefill, scatter, warm
+from .load import Sample, prefill, scatter, warm
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
-from .profiler import serving_pid
+from .profiler import measure_beside, serving_pid
 from .rows import Row
 from .targets import Nbdserver
 
@@ -94,16 +93,7 @@ def record(server: Nbdserver, row: Row, duration_s: float, directory: Path) -> t
     data = directory / f"{row.name}.perf"
     command = ["perf", "record", "-q", "-g", "-e", "cpu-clock", "-F", str(SAMPLES_PER_S), "-p", str(pid)]
     command += ["-o", str(data), "--", "sleep", str(duration_s)]
-    said: list[subprocess.CompletedProcess[str]] = []
-    recorder = threading.Thread(
-        target=lambda: said.append(subprocess.run(command, capture_output=True, text=True, check=False))
-    )
-    recorder.start()
-    sample = measure(server, row, duration_s + 0.5, seed=1)
-    recorder.join()
-    if said[0].returncode or not data.exists():
-        words = (said[0].stderr + said[0].stdout).strip().splitlines()
-        raise BenchmarkError(f"perf failed: {words[-1] if words else 'it said nothing'} (it needs root)")
+    sample = measure_beside(command, data, server, row, duration_s, "it needs root")
     script = subprocess.run(
         ["perf", "script", "-i", str(data), "-F", "comm,ip,sym,dso"], capture_output=True, text=True, check=False
     )

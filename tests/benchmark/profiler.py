@@ -44,11 +44,14 @@ def serving_pid(target: Target, row: Row) -> int:
 
 def profile(target: Target, row: Row, duration_s: float, output: Path) -> Sample:
     """Run the row with py-spy beside it; `output` gets stacks in the "folded" form that flame graphs are made from."""
-    if target.server is None:
-        raise BenchmarkError(f"{target.name} is not running")
     pid = serving_pid(target, row)
     command = [py_spy(), "record", "--pid", str(pid), "--duration", str(max(1, round(duration_s)))]
     command += ["--rate", str(SAMPLES_PER_S), "--format", "raw", "--nonblocking", "--output", str(output)]
+    return measure_beside(command, output, target, row, duration_s, "it needs root or ptrace rights")
+
+
+def measure_beside(command: list[str], output: Path, target: Target, row: Row, duration_s: float, hint: str) -> Sample:
+    """Run the row while a profiler runs that ends by itself; BenchmarkError with its words if it leaves no output."""
     said: list[subprocess.CompletedProcess[str]] = []
 
     def record() -> None:
@@ -60,9 +63,8 @@ def profile(target: Target, row: Row, duration_s: float, output: Path) -> Sample
     recorder.join()
     if said[0].returncode or not output.exists():
         words = (said[0].stderr + said[0].stdout).strip().splitlines()
-        raise BenchmarkError(
-            f"py-spy failed: {words[-1] if words else 'it said nothing'} (it needs root or ptrace rights)"
-        )
+        program = Path(command[0]).name
+        raise BenchmarkError(f"{program} failed: {words[-1] if words else 'it said nothing'} ({hint})")
     return sample
 
 
