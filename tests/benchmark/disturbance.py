@@ -33,7 +33,7 @@ from nbdserver.cli.client import NodeClient
 
 from . import machine
 from .__main__ import size_bytes_of
-from .load import prefill, run_fio, scatter
+from .load import fio_job, prefill, run_fio, scatter
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .targets import EXPORT, Nbdserver, Setting
@@ -153,19 +153,13 @@ CHECKPOINTS = Case("a checkpoint every second", "disk_checkpoints_total")
 def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> dict[str, float]:
     case.begin(node)
     held = node.figure("loop_held_total")
-    command = ["fio", "--name=depth1", "--ioengine=nbd", f"--uri={node.target.uri}", "--thread", f"--rw={pattern}"]
-    command += [f"--size={node.target.size_bytes}", "--bs=4k", "--iodepth=1", "--time_based"]
-    command += [
-        f"--runtime={round(seconds * 1000)}ms",
-        f"--randseed={seed}",
-        "--percentile_list=50:99:99.9:100",
-        "--output-format=json",
-    ]
+    arguments = [f"--rw={pattern}", f"--size={node.target.size_bytes}", "--bs=4k", "--iodepth=1", "--time_based"]
+    arguments += [f"--runtime={round(seconds * 1000)}ms", f"--randseed={seed}", "--percentile_list=50:99:99.9:100"]
     with case.beside(node):
         if case.anew:
             wait_until(lambda: node.figure(case.shows) > 0, f"{case.title} does not begin")
         before = node.figure(case.shows) if case.shows and not case.anew else 0
-        job = run_fio(command, timeout_s=seconds + 60)
+        job = run_fio(fio_job(node.target, "depth1", *arguments), timeout_s=seconds + 60)
         shown = node.figure(case.shows) - before if case.shows else 0
     side = job["write" if pattern == "randwrite" else "read"]
     percentiles = side["clat_ns"]["percentile"]

@@ -47,11 +47,10 @@ def fio_command(row: Row, uri: str, size_bytes: int, duration_s: float, seed: in
     return command
 
 
-def prefill_command(uri: str, size_bytes: int) -> list[str]:
-    """Write all of it once, sequentially, with random bytes drawn anew for each megabyte (nothing compresses)."""
-    command = ["fio", "--name=prefill", "--ioengine=nbd", f"--uri={uri}", "--thread", f"--size={size_bytes}"]
-    command += ["--rw=write", "--bs=1m", "--iodepth=4", "--refill_buffers", "--buffer_compress_percentage=0"]
-    return [*command, "--end_fsync=1", "--output-format=json"]
+def fio_job(target: Target, name: str, *arguments: str) -> list[str]:
+    """fio with one job on a target."""
+    job = [f"--name={name}", "--ioengine=nbd", f"--uri={target.uri}", "--thread", *arguments]
+    return ["fio", "--output-format=json", *job]
 
 
 def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
@@ -71,20 +70,15 @@ def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
 
 def scatter(target: Target) -> None:
     """Write every block once, in random order."""
-    command = [
-        "fio",
-        "--name=scatter",
-        "--ioengine=nbd",
-        f"--uri={target.uri}",
-        "--thread",
-        f"--size={target.size_bytes}",
-    ]
-    command += ["--rw=randwrite", "--bs=4k", "--iodepth=32", "--refill_buffers", "--end_fsync=1"]
-    run_fio([*command, "--output-format=json"], timeout_s=600)
+    arguments = [f"--size={target.size_bytes}", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--refill_buffers"]
+    run_fio(fio_job(target, "scatter", *arguments, "--end_fsync=1"), timeout_s=600)
 
 
 def prefill(target: Target) -> None:
-    run_fio(prefill_command(target.uri, target.size_bytes), timeout_s=600)
+    """Write all of it once, sequentially, with random bytes drawn anew for each megabyte (nothing compresses)."""
+    arguments = [f"--size={target.size_bytes}", "--rw=write", "--bs=1m", "--iodepth=4", "--refill_buffers"]
+    arguments += ["--buffer_compress_percentage=0", "--end_fsync=1"]
+    run_fio(fio_job(target, "prefill", *arguments), timeout_s=600)
 
 
 def warm(target: Target) -> None:
@@ -93,9 +87,8 @@ def warm(target: Target) -> None:
     With limited memory the server has to do that itself, as far as there is room: what others read is charged to them.
     """
     if target.memory:
-        command = ["fio", "--name=warm", "--ioengine=nbd", f"--uri={target.uri}", "--thread"]
-        command += [f"--size={target.size_bytes}", "--rw=read", "--bs=1m", "--iodepth=4", "--output-format=json"]
-        run_fio(command, timeout_s=600)
+        arguments = [f"--size={target.size_bytes}", "--rw=read", "--bs=1m", "--iodepth=4"]
+        run_fio(fio_job(target, "warm", *arguments), timeout_s=600)
         return
     piece = memoryview(bytearray(1 << 20))
     for path in target.directory.rglob("*"):

@@ -26,7 +26,7 @@ from tests.nbd_client import Client
 
 from . import machine
 from .__main__ import size_bytes_of
-from .load import run_fio
+from .load import fio_job, run_fio
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError, Server
 from .targets import EXPORT, Nbdserver
@@ -38,23 +38,16 @@ application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def fill(target: Nbdserver, start: int, stop: int) -> None:
     """Write the volume from `start` to `stop`, incompressibly."""
-    command = ["fio", "--name=fill", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=write", "--bs=1m"]
-    command += [f"--offset={start}", f"--size={stop - start}", "--iodepth=4", "--refill_buffers"]
-    run_fio([*command, "--output-format=json"], timeout_s=900)
+    arguments = ["--rw=write", "--bs=1m", f"--offset={start}", f"--size={stop - start}", "--iodepth=4"]
+    run_fio(fio_job(target, "fill", *arguments, "--refill_buffers"), timeout_s=900)
 
 
 def load_and_kill(target: Nbdserver, filled_bytes: int, load_s: float, seed: int) -> None:
     """Kill the server under random writes."""
     assert target.server is not None
-    command = ["fio", "--name=load", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite", "--bs=4k"]
-    command += [
-        f"--offset={BLOCK_BYTES}",
-        f"--size={filled_bytes - BLOCK_BYTES}",
-        "--iodepth=16",
-        "--time_based",
-        "--runtime=3600",
-        f"--randseed={seed}",
-    ]
+    arguments = ["--rw=randwrite", "--bs=4k", f"--offset={BLOCK_BYTES}", f"--size={filled_bytes - BLOCK_BYTES}"]
+    arguments += ["--iodepth=16", "--time_based", "--runtime=3600", f"--randseed={seed}"]
+    command = fio_job(target, "load", *arguments)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as fio:
         try:
             time.sleep(load_s)

@@ -41,6 +41,7 @@ from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 
 from . import machine
+from .load import fio_job
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError, descendants
 from .targets import Nbdserver
@@ -86,11 +87,10 @@ def memory(
         target = Nbdserver(bench.place, VOLUME_BYTES)
         target.prepare()
         target.start(target.setting)
-        command = ["fio", "--name=scattered", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite"]
-        command += ["--bs=4k", f"--size={VOLUME_BYTES}", f"--iodepth={DEPTH}", "--time_based", "--norandommap"]
-        command += [f"--runtime={round(minutes * 60)}", f"--rate_iops={rate}", "--output-format=json"]
+        arguments = ["--rw=randwrite", "--bs=4k", f"--size={VOLUME_BYTES}", f"--iodepth={DEPTH}", "--norandommap"]
+        arguments += ["--time_based", f"--runtime={round(minutes * 60)}", f"--rate_iops={rate}"]
         try:
-            writes, samples = watch(target, command)
+            writes, samples = watch(target, fio_job(target, "scattered", *arguments))
         finally:
             target.stop()
         own = [own_bytes(sample) for sample in samples]

@@ -24,7 +24,7 @@ import typer
 from . import machine
 from .__main__ import size_bytes_of
 from .disturbance import Node
-from .load import prefill
+from .load import fio_job, prefill
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .targets import EXPORT, Nbdserver, Setting
@@ -110,9 +110,8 @@ def measure(place: Path, store_bytes: int, seconds: float) -> dict[str, Any]:
         node = Node(target)
         node.limit_data(EXPORT, store_bytes)
         prefill(target)
-        command = ["fio", "--name=sustained", "--ioengine=nbd", f"--uri={target.uri}", "--thread", "--rw=randwrite"]
-        command += ["--bs=4k", f"--size={live_bytes}", "--iodepth=16", "--norandommap", "--time_based"]
-        command += [f"--runtime={round(seconds)}", "--output-format=json"]
+        arguments = ["--rw=randwrite", "--bs=4k", f"--size={live_bytes}", "--iodepth=16", "--norandommap"]
+        command = fio_job(target, "sustained", *arguments, "--time_based", f"--runtime={round(seconds)}")
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
             samples = watch(node, load, seconds)
             if load.poll():
