@@ -56,10 +56,13 @@ class Target:
 
     @property
     def uri(self) -> str:
+        return self.uri_of(EXPORT)
+
+    def uri_of(self, export: str) -> str:
         if self.certificates:
             mine = self.certificates / "clients" / CLIENT
-            return f"nbds+unix:///{EXPORT}?socket={self.socket_path}&tls-certificates={mine}"
-        return f"nbd+unix:///{EXPORT}?socket={self.socket_path}"
+            return f"nbds+unix:///{export}?socket={self.socket_path}&tls-certificates={mine}"
+        return f"nbd+unix:///{export}?socket={self.socket_path}"
 
     @classmethod
     def missing(cls) -> str | None:
@@ -121,6 +124,10 @@ class Nbdserver(Target):
         super().__init__(directory, size_bytes)
         self.port = 0  # of no use here, but the default one may be taken: drawn at each start
 
+    @property
+    def exports(self) -> list[str]:
+        return [EXPORT]
+
     def _start(self, setting: Setting) -> Server:
         self.port = free_port()
         return super()._start(setting)
@@ -153,8 +160,9 @@ class Nbdserver(Target):
 
     def _arguments(self, setting: Setting) -> list[str]:
         place = ["--data", str(self.directory), "--socket", str(self.socket_path), "--listen", f"127.0.0.1:{self.port}"]
+        created = [part for name in self.exports for part in ("--create", f"{name}={self.size_bytes}")]
         tls = ["--config", str(self.directory.parent / "tls.yaml")] if self.certificates else []
-        return ["serve", *place, "--create", f"{EXPORT}={self.size_bytes}", *tls, *setting.arguments]
+        return ["serve", *place, *created, *tls, *setting.arguments]
 
     def shown_command(self, setting: Setting) -> str:
         return " ".join(["nbdserver", *self._arguments(setting)]).replace(f"{self.directory.parent}/", "")

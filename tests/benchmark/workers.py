@@ -9,7 +9,6 @@ over what one worker does is the column `at most`.
 """
 
 import os
-from pathlib import Path
 from statistics import median
 from typing import Annotated
 
@@ -42,23 +41,16 @@ class Workers(Nbdserver):
 
     def prepare(self) -> None:
         super().prepare()
-        self._settings.write_text(f"workers: {self.workers}\n")
-
-    @property
-    def _settings(self) -> Path:
-        return self.directory.with_suffix(".yaml")
-
-    def _arguments(self, setting: Setting) -> list[str]:
-        place = ["--data", str(self.directory), "--socket", str(self.socket_path), "--listen", f"127.0.0.1:{self.port}"]
-        created = [part for name in self.exports for part in ("--create", f"{name}={self.size_bytes}")]
-        return ["serve", *place, "--config", str(self._settings), *created]
+        config = self.directory.with_suffix(".yaml")
+        config.write_text(f"workers: {self.workers}\n")
+        self.setting = Setting(f"workers: {self.workers}", ("--config", str(config)))
 
     def fio(self, arguments: list[str]) -> list[str]:
         """fio with the same job on each volume, as one group."""
         command = ["fio", "--output-format=json", "--group_reporting", "--thread", "--ioengine=nbd"]
         command += [f"--size={self.size_bytes}", *arguments]
         for name in self.exports:
-            command += [f"--name={name}", f"--uri=nbd+unix:///{name}?socket={self.socket_path}"]
+            command += [f"--name={name}", f"--uri={self.uri_of(name)}"]
         return command
 
 
@@ -141,7 +133,7 @@ def run(
             for server in servers:
                 server.volumes = volumes
                 server.prepare()
-                server.start(Setting("default"))
+                server.start(server.setting)
                 fill(server)
             for row in wanted:
                 for number in range(rounds):
