@@ -23,7 +23,7 @@ from .outcome import RESULTS, DirectoryOption, ResultsOption, Run, console, run_
 from .processes import BenchmarkError
 from .report import noise_cores, rich_table
 from .rows import ROWS_BY_NAME, Row
-from .targets import SUBJECT, TARGETS, USUAL_TARGETS, Setting, Target
+from .targets import SUBJECT, TARGETS, USUAL_TARGETS, Setting, Target, stopped_at_the_end
 
 RESULT_FORMAT = 1
 QUICK_SIZE_BYTES = 32 << 20
@@ -158,14 +158,11 @@ def run(
         def advance(worked_off_s: float, what: str) -> None:
             progress.update(task, advance=worked_off_s, description=what or None)
 
-        try:
+        with stopped_at_the_end(*servers):
             measuring.prepare(servers, advance)
             if to_search:
                 measuring.search_settings(to_search, servers, kept, advance, progress.console.print)
             samples = measuring.measure_rows(rows, servers, rounds, seconds, kept.best, advance)
-        finally:
-            for server in servers:
-                server.stop()
     options = {**asdict(conditions), "rounds": rounds, "seconds": seconds}
     return assemble(servers, rows, samples, kept, options)
 
@@ -231,12 +228,10 @@ def show(bench: Run, figures: dict[str, Any], as_json: bool) -> None:
 def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> None:
     """Print the top functions and lines of our data process in one row, and keep the folded stacks."""
     folded = results / time.strftime(f"profile-{row.name}-%Y%m%d-%H%M%S.folded")
-    try:
+    with stopped_at_the_end(subject):
         measuring.prepare([subject])
         sample = profiler.profile(subject, row, duration_s, folded)
         calls = profiler.system_calls(subject, row, 2.0, folded.with_suffix(".strace"))
-    finally:
-        subject.stop()
     text = folded.read_text()
     console.print(
         f"{row.title}: {sample.operations_per_s:,.0f}/s under the profiler, "

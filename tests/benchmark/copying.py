@@ -25,7 +25,7 @@ from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .ratios import ratio_to_best_peer
 from .rows import ROWS_BY_NAME
-from .targets import CLIENT, SUBJECT, Target
+from .targets import CLIENT, SUBJECT, Target, stopped_at_the_end
 
 SEARCHED = Conditions(1 << 30)  # by the benchmark: settings are what is best in memory
 PIECE_BYTES = 16 << 20
@@ -120,14 +120,11 @@ def run(
         certificates = make_certificates(bench.place / "tls") if tls else None
         image = bench.place / "image"
         make_image(image, size_bytes)
-        try:
+        with stopped_at_the_end(*servers):
             for server in servers:
                 server.certificates = certificates
                 server.prepare()
             samples = measure(servers, kept, image, rounds)
-        finally:
-            for server in servers:
-                server.stop()
         console.print(show(servers, samples))
         bench.keep(
             {

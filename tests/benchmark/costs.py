@@ -22,7 +22,7 @@ from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .profiler import measure_beside, serving_pid
 from .rows import Row
-from .targets import Nbdserver
+from .targets import Nbdserver, stopped_at_the_end
 
 SAMPLES_PER_S = 4000
 TOP = 5
@@ -127,14 +127,12 @@ def run(
         told: dict[str, Any] = {}
         machine.check_room(bench.place, size_bytes * 4)
         server = Nbdserver(bench.place, size_bytes)
-        try:
+        with stopped_at_the_end(server):
             measuring.prepare([server])
             for row in wanted:
                 sample, found = record(server, row, seconds, bench.place)
                 console.print(show(row, sample, found))
                 told[row.name] = {"sample": measuring.as_json([sample]), "costs": dict(found)}
-        finally:
-            server.stop()
         bench.keep({"rows": told})
 
 

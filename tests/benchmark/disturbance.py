@@ -36,7 +36,7 @@ from .__main__ import size_bytes_of
 from .load import fio_job, prefill, run_fio, scatter
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
-from .targets import EXPORT, Nbdserver, Setting
+from .targets import EXPORT, Nbdserver, Setting, stopped_at_the_end
 
 CHECKPOINT_EVERY_S = 1.0
 QUICK_CHECKPOINTS = f"""
@@ -221,12 +221,10 @@ class QuickCheckpoints(Nbdserver):
 def served(target: Nbdserver) -> Iterator[Node]:
     """The server on a new, filled volume."""
     target.prepare()
-    try:
+    with stopped_at_the_end(target):
         target.start(target.setting)
         prefill(target)
         yield Node(target)
-    finally:
-        target.stop()
 
 
 @application.command()

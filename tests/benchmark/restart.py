@@ -29,7 +29,7 @@ from .__main__ import size_bytes_of
 from .load import fio_job, run_fio
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError, Server
-from .targets import EXPORT, Nbdserver
+from .targets import EXPORT, Nbdserver, stopped_at_the_end
 
 BLOCK_BYTES = 4096
 
@@ -107,7 +107,7 @@ def run(
         target = Nbdserver(bench.place, steps[-1])
         target.prepare()
         target.start(target.setting)
-        try:
+        with stopped_at_the_end(target):
             filled = seed = 0
             for step in steps:
                 fill(target, filled, step)
@@ -118,8 +118,6 @@ def run(
                     load_and_kill(target, filled, load_s, seed)
                     taken.append(start(target, seed))
                 rows.append({"written_bytes": filled, "rounds": taken})
-        finally:
-            target.stop()
         console.print(show(rows))
         bench.keep({"rows": rows})
 

@@ -44,7 +44,7 @@ from . import machine
 from .load import fio_job
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError, descendants
-from .targets import Nbdserver
+from .targets import Nbdserver, stopped_at_the_end
 
 VOLUME_BYTES = 1 << 40
 SEGMENT_BYTES = 64 << 20
@@ -89,10 +89,8 @@ def memory(
         target.start(target.setting)
         arguments = ["--rw=randwrite", "--bs=4k", f"--size={VOLUME_BYTES}", f"--iodepth={DEPTH}", "--norandommap"]
         arguments += ["--time_based", f"--runtime={round(minutes * 60)}", f"--rate_iops={rate}"]
-        try:
+        with stopped_at_the_end(target):
             writes, samples = watch(target, fio_job(target, "scattered", *arguments))
-        finally:
-            target.stop()
         own = [own_bytes(sample) for sample in samples]
         second_half = own[len(own) // 2 :]
         file_peak_bytes = max(sample.get("RssFile", 0) for sample in samples)

@@ -21,7 +21,7 @@ from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .ratios import Ratio
 from .rows import ROWS_BY_NAME, Row
-from .targets import EXPORT, Nbdserver, Setting
+from .targets import EXPORT, Nbdserver, Setting, stopped_at_the_end
 
 BETWEEN = ROWS_BY_NAME["randwrite-4k-d16"]
 BETWEEN_S = 0.5  # some tens of thousands of blocks before each snapshot
@@ -90,15 +90,12 @@ def run(
         wanted, size_bytes = chosen_rows(rows), size_bytes_of(size)
         machine.check_room(bench.place, size_bytes * 12)
         servers = (With(bench.place, size_bytes), Without(bench.place, size_bytes))
-        try:
+        with stopped_at_the_end(*servers):
             measuring.prepare(list(servers))
             make_layers(servers, snapshots)
             samples = measuring.measure_rows(
                 wanted, list(servers), rounds, seconds, lambda target, row: Setting("default"), _progress
             )
-        finally:
-            for server in servers:
-                server.stop()
         ratios = {name: measuring.ratio_between(taken, With.name) for name, taken in samples.items()}
         console.print(show(wanted, samples, ratios, snapshots))
         bench.keep({"rows": {name: measuring.row_as_json(samples[name], ratio) for name, ratio in ratios.items()}})

@@ -27,7 +27,7 @@ from .disturbance import Node
 from .load import fio_job, prefill
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
-from .targets import EXPORT, Nbdserver, Setting
+from .targets import EXPORT, Nbdserver, Setting, stopped_at_the_end
 
 LIVE_SHARE = 0.9
 SEGMENTS = 256  # of the store
@@ -106,7 +106,7 @@ def measure(place: Path, store_bytes: int, seconds: float) -> dict[str, Any]:
     target = Nbdserver(place, live_bytes)
     target.prepare()
     target.start(Setting("small segments", ("--config", str(place / "node.yaml"))))
-    try:
+    with stopped_at_the_end(target):
         node = Node(target)
         node.limit_data(EXPORT, store_bytes)
         prefill(target)
@@ -116,8 +116,6 @@ def measure(place: Path, store_bytes: int, seconds: float) -> dict[str, Any]:
             samples = watch(node, load, seconds)
             if load.poll():
                 raise BenchmarkError("fio failed: a write was refused, or the server is gone")
-    finally:
-        target.stop()
     taken = steps(samples)
     last = taken[len(taken) * 2 // 3 :]
     return {

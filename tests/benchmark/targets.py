@@ -15,6 +15,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,6 +284,15 @@ class NbdServer(Target):
     def _start(self, setting: Setting) -> Server:
         (self.directory / "config").write_text("\n".join(self._configuration(setting)) + "\n")
         return self._run(self.command(setting), self.directory / "pid")
+
+
+@contextmanager
+def stopped_at_the_end(*servers: Target) -> Iterator[None]:
+    """None of them runs after this, whatever happens, a failure to stop another included."""
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        yield
 
 
 def free_port() -> int:

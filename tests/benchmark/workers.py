@@ -21,7 +21,7 @@ from .load import Sample, measure, run_fio
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .ratios import Ratio
 from .rows import Row
-from .targets import EXPORT, Nbdserver, Setting
+from .targets import EXPORT, Nbdserver, Setting, stopped_at_the_end
 
 ROWS = "randread-4k-d16,randwrite-4k-d16,randread-4k-d1,fsync-4k-j1"
 FILL_S = 300
@@ -129,7 +129,7 @@ def run(
         servers = (Several(bench.place, size_bytes), One(bench.place, size_bytes))
         servers[0].workers = workers
         samples: dict[str, measuring.Samples] = {row.name: {each.name: [] for each in servers} for row in wanted}
-        try:
+        with stopped_at_the_end(*servers):
             for server in servers:
                 server.volumes = volumes
                 server.prepare()
@@ -139,9 +139,6 @@ def run(
                 for number in range(rounds):
                     for server in servers if number % 2 else servers[::-1]:
                         samples[row.name][server.name].append(measure_volumes(server, row, seconds, number + 1))
-        finally:
-            for server in servers:
-                server.stop()
         cores = len(os.sched_getaffinity(0))
         title = f"{volumes} volumes, a client each: {workers} workers beside one, all on {cores} cores"
         ratios = {name: measuring.ratio_between(taken, Several.name) for name, taken in samples.items()}
