@@ -57,6 +57,15 @@ def cpu_s(root_pid: int) -> float:
     return ticks / TICKS_PER_S
 
 
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Its RssAnon, RssShmem and RssFile; nothing if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")}
+
+
 def greets(socket_path: Path) -> bool:
     """True if an NBD server answers there."""
     with socket.socket(socket.AF_UNIX) as probe:

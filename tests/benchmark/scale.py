@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from metadata.family_state import read_open_state
 from nbdserver.block import BLOCK_BYTES, Operation
-from nbdserver.logdisk.disk import DiskSettings, LogDisk, Report
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
 
 from . import machine
 from .__main__ import size_bytes_of
+from .local_family import close_disk, host, open_disk
 from .outcome import RESULTS, ResultsOption, console, run_of, told_in_one_line
-from .processes import BenchmarkError
-from .scale_family import SEGMENT_BYTES, Host, Spread, fill, host
+from .processes import BenchmarkError, resident_bytes
+from .scale_family import SEGMENT_BYTES, Spread, fill
 
 FAMILY = bytes(range(16))
 DEFAULT_SIZES = "1G,128G,1T,16T"
@@ -45,6 +45,7 @@ DEFAULT_BLOCKS = 20_000_000
 LOOKUPS = 5_000
 OVERWRITES = 50_000
 BATCH = 16
+SETTINGS = DiskSettings(checkpoint_interval_s=3600.0)
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,25 +53,8 @@ application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # -- what runs in a process of its own
 
 
-def open_disk(parts: Host, report: Report = lambda kind, fields: None) -> LogDisk:
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    epoch = read_open_state(parts.store).epoch + 1
-    settings = DiskSettings(checkpoint_interval_s=3600.0)
-    return LogDisk.open(parts.files, parts.store, parts.clock, random.Random(1), settings, epoch, boot_id, report)
-
-
 def memory_bytes() -> int:
-    """RssAnon of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) << 10
-    return 0
-
-
-async def close_disk(disk: LogDisk) -> None:
-    closed = asyncio.Event()
-    disk.close(closed.set)
-    await closed.wait()
+    return resident_bytes(os.getpid())["RssAnon"]
 
 
 async def build_family(directory: Path, spread: Spread) -> dict[str, float]:
@@ -94,7 +78,7 @@ async def measure_open(directory: Path) -> dict[str, Any]:
     with host(directory, asyncio.get_running_loop()) as parts:
         before = memory_bytes()
         started, started_cpu = time.perf_counter(), time.process_time()
-        disk = open_disk(parts, report)
+        disk = open_disk(parts, SETTINGS, report)
         seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
         memory = memory_bytes() - before
         await close_disk(disk)
@@ -114,7 +98,7 @@ async def measure_lookup(directory: Path, spread: Spread) -> dict[str, float]:
     cold: list[float] = []
     warm: list[float] = []
     with host(directory, asyncio.get_running_loop()) as parts:
-        disk = open_disk(parts)
+        disk = open_disk(parts, SETTINGS)
         for index in indexes:
             offset = spread.lba(index) * BLOCK_BYTES
             started = time.perf_counter()
@@ -151,7 +135,7 @@ async def overwrite_and_die(directory: Path, spread: Spread, overwrites: int) ->
     draw = random.Random()
     data = draw.randbytes(BLOCK_BYTES)
     with host(directory, asyncio.get_running_loop()) as parts:
-        disk = open_disk(parts)
+        disk = open_disk(parts, SETTINGS)
         for _ in range(overwrites // BATCH):
             offsets = [spread.lba(draw.randrange(spread.blocks)) * BLOCK_BYTES for _ in range(BATCH)]
             missing = [offset for offset in offsets if not disk.head(1).write(offset, memoryview(data))]

@@ -12,10 +12,8 @@ Known weakness: the records in the segments are holes too, so `check` and the cl
 disk is opened, read and appended to, not cleaned.
 """
 
-import asyncio
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +21,6 @@ from metadata.family_state import put_checkpoint, put_open_state, read_checkpoin
 from metadata.leveldb import LevelStore
 from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT
-from nbdserver.host.clock import HostClock
-from nbdserver.host.completions import Completions, Workers
-from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.segments import segment_path
 from protocol.checksum import crc32c
@@ -51,31 +46,6 @@ class Spread:
         start = index * volume_blocks // self.blocks
         room = (index + 1) * volume_blocks // self.blocks - start
         return start + index * 2654435761 % room
-
-
-@dataclass
-class Host:
-    """The real Files, Store and Clock on one directory."""
-
-    files: HostFiles
-    store: LevelStore
-    clock: HostClock
-
-
-@contextmanager
-def host(directory: Path, loop: asyncio.AbstractEventLoop) -> Iterator[Host]:
-    """Open what a data process opens for one family."""
-    completions = Completions(loop)
-    readers, writer = Workers(completions, 4, "scale-read"), Workers(completions, 1, "scale-write")
-    store = LevelStore(str(directory / "maps"), readers, writer)
-    files = HostFiles(str(directory), completions)
-    try:
-        yield Host(files, store, HostClock(loop))
-    finally:
-        store.close()
-        files.shut_down()
-        readers.close()
-        writer.close()
 
 
 def fill(directory: Path, store: LevelStore, spread: Spread, progress: Callable[[int], None]) -> None:

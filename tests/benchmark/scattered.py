@@ -30,20 +30,17 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from metadata.family_state import read_open_state
-from metadata.leveldb import LevelStore
 from metadata.seams import Buffer
 from nbdserver.block import BLOCK_BYTES, Operation
-from nbdserver.host.clock import HostClock
-from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 
 from . import machine
 from .load import fio_job
+from .local_family import close_disk, host, open_disk
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
-from .processes import BenchmarkError, descendants
+from .processes import BenchmarkError, descendants, resident_bytes
 from .targets import Nbdserver, stopped_at_the_end
 
 VOLUME_BYTES = 1 << 40
@@ -58,15 +55,6 @@ MOST_BYTES_A_WRITE = 512
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # -- memory
-
-
-def resident_bytes(pid: int) -> dict[str, int]:
-    """Its RssAnon, RssShmem and RssFile; nothing if it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")}
 
 
 def own_bytes(found: Mapping[str, float]) -> int:
@@ -241,46 +229,35 @@ async def scatter(place: Path, tally: Tally, writes: int, depth: int, every: int
         loop.add_signal_handler(number, stop.set)
     is_new = not (place / "maps").exists()
     (place / "maps").mkdir(exist_ok=True)
-    completions = Completions(loop)
-    readers, writer = Workers(completions, 4, "scattered-read"), Workers(completions, 1, "scattered-write")
-    store = LevelStore(str(place / "maps"), readers, writer)
-    files = HollowFiles(str(place), completions)
-    before = replace(tally)
-    on_disk_before = given_to_the_disk_bytes()
-    if is_new:
-        LogDisk.format(files, store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    epoch = read_open_state(store).epoch + 1
-    disk = LogDisk.open(
-        files, store, HostClock(loop), random.Random(), DiskSettings(), epoch, boot_id, lambda kind, fields: None
-    )
+    with host(place, loop, HollowFiles) as parts:
+        files, store = parts.files, parts.store
+        assert isinstance(files, HollowFiles)
+        before = replace(tally)
+        on_disk_before = given_to_the_disk_bytes()
+        if is_new:
+            LogDisk.format(files, store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
+        disk = open_disk(parts, DiskSettings())
 
-    def count(made: int) -> None:
-        tally.writes = before.writes + made
-        tally.to_disk_bytes = before.to_disk_bytes + given_to_the_disk_bytes() - on_disk_before
-        tally.batches_bytes = before.batches_bytes + store.bytes_written
-        tally.headers_bytes = before.headers_bytes + files.appended_bytes - made * BLOCK_BYTES
-        tally.checkpoints = before.checkpoints + disk.checkpointer.count
+        def count(made: int) -> None:
+            tally.writes = before.writes + made
+            tally.to_disk_bytes = before.to_disk_bytes + given_to_the_disk_bytes() - on_disk_before
+            tally.batches_bytes = before.batches_bytes + store.bytes_written
+            tally.headers_bytes = before.headers_bytes + files.appended_bytes - made * BLOCK_BYTES
+            tally.checkpoints = before.checkpoints + disk.checkpointer.count
 
-    draw = random.Random()
-    made = 0
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("writing", total=writes)
-        while made < writes and not stop.is_set():
-            made += await write_at_random(disk, draw, min(every, writes - made), depth, stop)
-            count(made)
-            tally.steps.append({name: value for name, value in asdict(tally).items() if name != "steps"})
-            progress.update(task, completed=made)
-            progress.console.print(str(tally), highlight=False, soft_wrap=True)
-    await asyncio.sleep(rest_s)
-    closed = asyncio.Event()
-    disk.close(closed.set)
-    await closed.wait()
-    count(made)
-    store.close()
-    files.shut_down()
-    readers.close()
-    writer.close()
+        draw = random.Random()
+        made = 0
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("writing", total=writes)
+            while made < writes and not stop.is_set():
+                made += await write_at_random(disk, draw, min(every, writes - made), depth, stop)
+                count(made)
+                tally.steps.append({name: value for name, value in asdict(tally).items() if name != "steps"})
+                progress.update(task, completed=made)
+                progress.console.print(str(tally), highlight=False, soft_wrap=True)
+        await asyncio.sleep(rest_s)
+        await close_disk(disk)
+        count(made)
 
 
 @application.command()
