@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Setting:
     arguments: tuple[str, ...] = ()
 
 
-class Target:
+class Target(ABC):
     """One server on one file or directory below `directory`."""
 
     name = ""
@@ -83,8 +84,8 @@ class Target:
         with self.file.open("wb") as file:
             file.truncate(self.size_bytes)
 
-    def command(self, setting: Setting) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def command(self, setting: Setting) -> list[str]: ...
 
     def shown_command(self, setting: Setting) -> str:
         """The command line as published, without this run's directory."""

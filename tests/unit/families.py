@@ -7,6 +7,7 @@ or with `power=True` the loss of everything that was not synced (simulated only)
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def block(number: int) -> bytes:
     return number.to_bytes(8, "little") * (BLOCK_BYTES // 8)
 
 
-class FamilyUnderTest:
+class FamilyUnderTest(ABC):
     """What both kinds share."""
 
     disk: LogDisk
@@ -56,9 +57,9 @@ class FamilyUnderTest:
         self.boot_id = "boot-1"
         self.events: list[tuple[str, dict[str, object]]] = []
 
+    @abstractmethod
     def wait(self, ask: Callable[[Callable[..., None]], None]) -> tuple[Any, ...]:
         """Call `ask(done)` and return what `done` was called with."""
-        raise NotImplementedError
 
     def report(self, kind: str, fields: dict[str, object]) -> None:
         self.events.append((kind, fields))
