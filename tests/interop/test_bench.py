@@ -39,6 +39,14 @@ def bench(*arguments: str, module: str = "tests.benchmark") -> "subprocess.Compl
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
+def result_of(module: str, results: Path, *arguments: str, fine: tuple[int, ...] = (0,)) -> tuple[dict, Path]:
+    """Run another benchmark of the package; what it keeps, and where. `fine` are the exit codes that it may have."""
+    done = bench(*arguments, "--results", str(results), module=f"tests.benchmark.{module}")
+    assert done.returncode in fine, done.stderr[-2000:]
+    (path,) = results.glob(f"{module.replace('_', '-')}-*.json")
+    return json.loads(path.read_text()), path
+
+
 def quick_run(tmp_path: Path, targets: str, rows: str) -> tuple[dict, Path]:
     place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
     done = bench("--quick", "--json", "--targets", targets, "--rows", rows, *place)
@@ -139,13 +147,11 @@ def test_the_profile_names_the_functions_that_cost_most_by_themselves() -> None:
 
 
 def test_maps_open_and_recovery_are_measured_and_plotted(tmp_path: Path) -> None:
-    place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
-    done = bench(
-        "--sizes", "1G,16T", "--blocks", "20000", "--overwrites", "1600", *place, module="tests.benchmark.scale"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = (tmp_path / "results").glob("scale-*.json")
-    small, large = json.loads(path.read_text())["rows"]
+    result, path = result_of(
+        "scale", tmp_path / "results",
+        "--sizes", "1G,16T", "--blocks", "20000", "--overwrites", "1600", "--directory", str(tmp_path),
+    )  # fmt: skip
+    small, large = result["rows"]
     assert (small["size_bytes"], large["size_bytes"]) == (1 << 30, 16 << 40)
     for row in (small, large):
         assert row["mapped_blocks"] == 20000
@@ -156,14 +162,11 @@ def test_maps_open_and_recovery_are_measured_and_plotted(tmp_path: Path) -> None
 
 
 def test_changes_of_layers_are_measured_and_plotted(tmp_path: Path) -> None:
-    place = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
-    done = bench(
-        "--sizes", "1G,16T", "--counts", "0,3", "--rounds", "2", "--written", "1M", *place,
-        module="tests.benchmark.layers",
+    result, path = result_of(
+        "layers", tmp_path / "results",
+        "--sizes", "1G,16T", "--counts", "0,3", "--rounds", "2", "--written", "1M", "--directory", str(tmp_path),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = (tmp_path / "results").glob("layers-*.json")
-    series = json.loads(path.read_text())["series"]
+    series = result["series"]
     assert {what: [step["at"] for step in steps] for what, steps in series.items()} == {
         "size_bytes": [1 << 30, 16 << 40],
         "snapshots": [0, 3],
@@ -176,11 +179,8 @@ def test_changes_of_layers_are_measured_and_plotted(tmp_path: Path) -> None:
 
 def test_starts_after_kill_9_are_measured(tmp_path: Path) -> None:
     need("fio")
-    done = bench("--sizes", "32M", "--rounds", "1", "--load-s", "0.5", "--results", str(tmp_path),
-                 module="tests.benchmark.restart")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = tmp_path.glob("restart-*.json")
-    (row,) = json.loads(path.read_text())["rows"]
+    result, _ = result_of("restart", tmp_path, "--sizes", "32M", "--rounds", "1", "--load-s", "0.5")
+    (row,) = result["rows"]
     assert row["rounds"][0]["blocks"] > 0
     assert 0 < row["rounds"][0]["seconds"] < 30
 
@@ -188,33 +188,30 @@ def test_starts_after_kill_9_are_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("over", [[], ["--tls"]], ids=["in clear text", "over TLS"])
 def test_images_are_copied_into_all_and_out_of_them(tmp_path: Path, over: list[str]) -> None:
     need("fio", "nbdkit", "nbdcopy")
-    done = bench("--size", "16M", "--rounds", "1", "--targets", "nbdserver,nbdkit", "--results", str(tmp_path),
-                 *over, module="tests.benchmark.copying")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = tmp_path.glob("copying-*.json")
-    samples = json.loads(path.read_text())["samples"]
+    result, _ = result_of("copying", tmp_path, "--size", "16M", "--rounds", "1", "--targets", "nbdserver,nbdkit", *over)
+    samples = result["samples"]
     assert set(samples) == {"in", "out"}
     assert all(set(of_way) == {"nbdkit", "nbdserver"} for of_way in samples.values())
 
 
 def test_what_snapshots_cost_is_measured_beside_a_volume_without(tmp_path: Path) -> None:
     need("fio")
-    done = bench("--size", "32M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16",
-                 "--snapshots", "2", "--results", str(tmp_path), module="tests.benchmark.snapshot_cost")  # fmt: skip
-    assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: too slow, which a busy machine may make of it
-    (path,) = tmp_path.glob("snapshot-cost-*.json")
-    row = json.loads(path.read_text())["rows"]["randread-4k-d16"]
+    result, _ = result_of(
+        "snapshot_cost", tmp_path,
+        "--size", "32M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16", "--snapshots", "2",
+        fine=(0, 1),  # 1: too slow, which a busy machine may make of it
+    )  # fmt: skip
+    row = result["rows"]["randread-4k-d16"]
     assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
     assert {name: len(taken["operations"]) for name, taken in row["samples"].items()} == {"with": 2, "without": 2}
 
 
 def test_several_volumes_are_measured_on_several_workers_beside_one(tmp_path: Path) -> None:
     need("fio")
-    done = bench("--size", "16M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16",
-                 "--results", str(tmp_path), module="tests.benchmark.workers")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = tmp_path.glob("workers-*.json")
-    row = json.loads(path.read_text())["rows"]["randread-4k-d16"]
+    result, _ = result_of(
+        "workers", tmp_path, "--size", "16M", "--rounds", "2", "--seconds", "0.2", "--rows", "randread-4k-d16"
+    )
+    row = result["rows"]["randread-4k-d16"]
     assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
     assert all(len(taken["operations"]) == 2 for taken in row["samples"].values())
     assert row["at_most"] > 0
@@ -233,11 +230,10 @@ def test_memory_and_metadata_of_scattered_writes_are_counted(tmp_path: Path) -> 
 
 def test_what_a_client_notices_of_disturbances_is_measured(tmp_path: Path) -> None:
     need("fio")
-    done = bench("--size", "16M", "--volumes", "2", "--rounds", "1", "--seconds", "0.2",
-                 "--results", str(tmp_path), module="tests.benchmark.disturbance")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = tmp_path.glob("disturbance-*.json")
-    rows = json.loads(path.read_text())["rows"]
+    result, _ = result_of(
+        "disturbance", tmp_path, "--size", "16M", "--volumes", "2", "--rounds", "1", "--seconds", "0.2"
+    )
+    rows = result["rows"]
     assert len({row["title"] for row in rows}) == 6
     assert all(row["p99_us"] > 0 for row in rows)
     assert all(row["shown"] for row in rows if row["title"] == "a scrub"), "it went on meanwhile"
