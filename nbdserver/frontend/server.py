@@ -84,19 +84,15 @@ class Server:
     def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
         """Stop listening, finish and close every session; `done()` when none is left, nor a Forwarding, or `timeout_s`
         is over."""
-        for address in self.addresses():
-            self.stop_listening(address)
         self._is_closing = True
-        self._drained = done
-        self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
+        self._accept_nobody(timeout_s, done)
         for session in list(self._sessions.values()):
             session.shut_down()
         self._check_drained()
 
     def freeze(self, timeout_s: float, done: Callable[[], None]) -> None:
-        """Accept nobody, let every session finish and stand still; `done()` when all do or `timeout_s` is over."""
-        self._drained = done
-        self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
+        """Stop listening, let every session finish and stand still; `done()` when all do or `timeout_s` is over."""
+        self._accept_nobody(timeout_s, done)
         for session in list(self._sessions.values()):
             session.freeze(self._check_drained)
         self._check_drained()
@@ -129,6 +125,12 @@ class Server:
         """Go on with a client that another process has passed on: its Receiver, whose `go_on` is called when it is
         connected. None while nobody is accepted."""
         return None if self._drained is not None else self._begin(client.id, connection, client)
+
+    def _accept_nobody(self, timeout_s: float, done: Callable[[], None]) -> None:
+        for address in self.addresses():
+            self.stop_listening(address)
+        self._drained = done
+        self._drain_timer = self._clock.call_later(timeout_s, self._give_up)
 
     def _give_up(self) -> None:
         for session in list(self._sessions.values()):

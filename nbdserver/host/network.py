@@ -73,7 +73,6 @@ class SocketNetwork:
         self.round_end: list[Callable[[], None]] | None = None  # while a round of several connections is served
         self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
-        self._listeners: dict[str, list[_Listener]] = {}
         self._inherited: dict[str, list[socket.socket]] = {}
         loop.add_reader(self._epoll.fileno(), self._wake)
 
@@ -82,11 +81,8 @@ class SocketNetwork:
         inherited = self._inherited.pop(address, None)
         sockets = inherited or listening_sockets(address)
         listeners = [_Listener(self, listening, inherited is None, accept) for listening in sockets]
-        self._listeners[address] = listeners
 
         def stop() -> None:
-            if self._listeners.get(address) is listeners:
-                del self._listeners[address]
             for listener in listeners:
                 listener.close()
 
@@ -238,13 +234,10 @@ class _Listener:
         """Stop listening; the file of a unix socket that is ours goes."""
         if self._closed:
             return
-        self._leave()
-        close_listening(self._socket, self._owned)
-
-    def _leave(self) -> None:
         self._closed = True
         if self._socket.fileno() in self._network._handlers:
             self._network.unregister(self._socket.fileno())
+        close_listening(self._socket, self._owned)
 
     def _ready(self, _mask: int) -> None:
         for _ in range(ACCEPTS_A_ROUND):

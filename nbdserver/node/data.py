@@ -56,7 +56,6 @@ PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 DRAIN_TIMEOUT_S = 10.0
 """How long a stop waits for clients to take the replies to what they have asked."""
 
-
 TAKEN_FIRST_S = 0.02
 """Requests that arrived before the wish to stop are taken before it."""
 
@@ -239,7 +238,8 @@ class Worker:
         reply."""
         assert self._server is not None
         frozen_s = self._clock.now()
-        self._accept_nobody()
+        if self._passing is not None:
+            self._passing.close()
         clients = len(self._server.clients())
         frozen = asyncio.Event()
         self._server.freeze(handover.FREEZE_TIMEOUT_S, frozen.set)
@@ -260,18 +260,12 @@ class Worker:
             "problems": list(dict.fromkeys(problems.values())),
         }
 
-    def _accept_nobody(self) -> None:
-        assert self._server is not None
-        for address in self._server.addresses():
-            self._server.stop_listening(address)
-        if self._passing is not None:
-            self._passing.close()
-
     async def do_stop(self) -> None:
         """Finish what clients have asked, close every family cleanly, and end after the reply."""
         if self._server is not None:
             await asyncio.sleep(TAKEN_FIRST_S)
-            self._accept_nobody()
+            if self._passing is not None:
+                self._passing.close()
             drained = asyncio.Event()
             self._server.drain(DRAIN_TIMEOUT_S, drained.set)
             await drained.wait()
