@@ -1,4 +1,4 @@
-"""Files that are replaced whole: keys, certificates, settings."""
+"""Files that are replaced whole: keys, certificates, settings, notes of what goes on."""
 
 import os
 from pathlib import Path

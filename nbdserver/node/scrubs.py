@@ -13,7 +13,6 @@ Rules
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from metadata.registry import Family, RegistryError
+from nbdserver.host.whole_files import replace_file
 from nbdserver.node.config import ScrubSettings
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError
 from nbdserver.node.scrub_plan import DONE, FAILED, RUNNING, STOPPED, ScrubPlan
@@ -245,12 +245,7 @@ class Scrubs:
     def _note(self) -> None:
         self._noted = self._plan.encode()
         self._noted_s = self._now_s()
-        new = self._path.with_suffix(".new")
-        with new.open("w") as file:
-            file.write(self._noted)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self._path)
+        replace_file(self._path, self._noted.encode())
 
 
 def _read(path: Path) -> str:
