@@ -9,10 +9,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class VolumeRequest(BaseModel):
-    """What POST /v1/volumes takes."""
+class RequestBody(BaseModel):
+    """What a request takes: a field that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class VolumeRequest(RequestBody):
+    """What POST /v1/volumes takes."""
 
     name: str = Field(description="the volume's name, which clients attach by")
     size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
@@ -61,10 +65,8 @@ class Volume(BaseModel):
     disk: dict[str, Any] = Field(description="what the family's log-structured disk says of itself")
 
 
-class SnapshotRequest(BaseModel):
+class SnapshotRequest(RequestBody):
     """What POST /v1/snapshots takes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     volume: str
     name: str = Field(description="the snapshot's name, without the volume's")
@@ -82,28 +84,22 @@ class Snapshot(BaseModel):
     clones: list[str] = Field(description="volumes that were made from it")
 
 
-class CloneRequest(BaseModel):
+class CloneRequest(RequestBody):
     """What POST /v1/clones takes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     volume: str
     snapshot: str = Field(description="the snapshot's name, without the volume's")
     name: str = Field(description="the new volume's name")
 
 
-class RenameRequest(BaseModel):
+class RenameRequest(RequestBody):
     """What POST /v1/volumes/NAME/rename takes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="the new name")
 
 
-class ResizeRequest(BaseModel):
+class ResizeRequest(RequestBody):
     """What POST /v1/volumes/NAME/resize takes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
     force: bool = Field(default=False, description="make it smaller too: what is cut off is gone")
@@ -175,10 +171,8 @@ class Scrub(BaseModel):
     next: str = Field(description="when the next one is due; empty: it is not, or one is active")
 
 
-class ScrubRequest(BaseModel):
+class ScrubRequest(RequestBody):
     """What POST /v1/scrubs takes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     volume: str = Field(default="", description="any volume of the family; empty: all")
 
@@ -234,10 +228,8 @@ class ClusterStatus(BaseModel):
     nodes: list[ClusterNode]
 
 
-class DrainRequest(BaseModel):
+class DrainRequest(RequestBody):
     """What POST /v1/nodes/NAME/drain takes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     drain: bool = Field(default=True, description="false ends it")
 
