@@ -193,7 +193,7 @@ class Node:
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "workers": self._workers(),
+            "workers": self._data.describe(),
             "uptime_s": round(time.monotonic() - self.started_s, 1),
             "data": str(self.directory.path),
             "listen": self.addresses(),
@@ -220,24 +220,6 @@ class Node:
             "size_bytes": file_system.size_bytes,
             "fill_percent": file_system.percent,
         }
-
-    def _workers(self) -> list[dict[str, Any]]:
-        """Each data process, and the volumes of its families."""
-        pids = {process.worker: process.pid for process in self._data.running()}
-        families = self.families()
-        return [
-            {
-                "worker": worker,
-                "pid": pids.get(worker),
-                "silent_s": round(self._data.silent_s(worker), 1),
-                "volumes": [
-                    volume.name
-                    for family in self._data.placement.families(worker, families)
-                    for volume in family.volumes
-                ],
-            }
-            for worker in range(self._data.workers)
-        ]
 
     def free_bytes(self) -> int:
         """Return the room on the file system of the data directory."""

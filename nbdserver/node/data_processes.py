@@ -109,7 +109,22 @@ class DataProcesses:
             answer["silent"] = self._silent_families()
         return answer
 
-    def silent_s(self, worker: int) -> float:
+    def describe(self) -> list[dict[str, Any]]:
+        """What `status` shows: each of them, and the volumes of its families."""
+        families = self._families()
+        return [
+            {
+                "worker": worker,
+                "pid": self._running[worker].pid if worker in self._running else None,
+                "silent_s": round(self._silent_s(worker), 1),
+                "volumes": [
+                    volume.name for family in self.placement.families(worker, families) for volume in family.volumes
+                ],
+            }
+            for worker in range(self.workers)
+        ]
+
+    def _silent_s(self, worker: int) -> float:
         """For how long one has not answered; 0.0 while it does."""
         return self._asked[worker].silent_s if worker in self._asked else 0.0
 
@@ -117,7 +132,7 @@ class DataProcesses:
         return self._asked.setdefault(process.worker, Asking(process.call, time.monotonic))
 
     def _silent_families(self) -> list[str]:
-        silent = [worker for worker in self._asked if self.silent_s(worker)]
+        silent = [worker for worker in self._asked if self._silent_s(worker)]
         families = self._families()
         return [family.id for worker in silent for family in self.placement.families(worker, families)]
 
