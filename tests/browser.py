@@ -4,7 +4,6 @@ A message is one JSON object that ends with a zero byte; Chromium reads from des
 What it reports (requests, console, exceptions) is kept as it comes.
 """
 
-import base64
 import json
 import os
 import select
@@ -126,10 +125,6 @@ class Browser:
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
-
-    def screenshot(self, path: Path, whole: bool = False) -> None:
-        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
 
     def requested(self) -> list[str]:
         """The addresses that the page has asked for."""

@@ -31,13 +31,9 @@ class Inherited:
     activated: list[tuple[int, str]] = field(default_factory=list)  # of socket units: (descriptor, address)
     problems: list[str] = field(default_factory=list)
 
-    def handed_over(self) -> list[int]:
-        """Everything that the process before left of its clients."""
-        return [*([] if self.state is None else [self.state]), *self.listening, *self.clients]
-
     def forget(self) -> None:
         """Close what the process before left of its clients."""
-        close_all(self.handed_over())
+        close_all([*([] if self.state is None else [self.state]), *self.listening, *self.clients])
         self.state, self.listening, self.clients = None, [], []
 
 

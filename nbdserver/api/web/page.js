@@ -153,7 +153,7 @@ function showFindings({ findings, volumes, clients, states, host }) {
 
 function tile(title, value, below, drawing) {
   return element("div", { class: "tile" }, element("dt", {}, title), element("dd", {},
-    element("b", {}, value), drawing ?? null, below ? element("span", {}, below) : null));
+    element("b", {}, value), drawing, below ? element("span", {}, below) : null));
 }
 
 function showTiles({ volumes, states, clients, traffic, capacity, fills }) {
@@ -288,8 +288,8 @@ byId("nodes-all").addEventListener("click", () => showNodes(Infinity));
 const fills = new Table(byId("fills"), [
   { title: "Of", draw: (row) => plain(row.subject) },
   { title: "Used", number: true, draw: (row) => plain(size(row.used_bytes)) },
-  { title: "Limit", number: true, draw: (row) => plain(row.size_bytes ? size(row.size_bytes) : "none") },
-  { title: "Full", number: true, draw: (row) => [[row.percent, row.size_bytes], () => row.size_bytes ? [`${row.percent.toFixed(1)} %`, bar(row.percent, mark(row.percent))] : ["–"]] },
+  { title: "Limit", number: true, draw: (row) => plain(size(row.size_bytes)) },
+  { title: "Full", number: true, draw: (row) => [row.percent, () => [`${row.percent.toFixed(1)} %`, bar(row.percent, mark(row.percent))]] },
 ]);
 
 function showSpace({ fills: all, capacity }) {

@@ -62,7 +62,6 @@ export class Table {
       const shown = before.get(row.key) ?? this.#make();
       before.delete(row.key);
       this.rows.set(row.key, shown);
-      shown.className = row.mark ?? "";
       this.columns.forEach((column, number) => {
         const [value, draw] = column.draw(row);
         redraw(shown.cells[number], value, draw);
