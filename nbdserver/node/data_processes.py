@@ -245,18 +245,16 @@ class DataProcesses:
     async def stop(self, kill: bool = False) -> None:
         """End all: what clients have asked is finished and every family closed, or else (`kill`) at once."""
         self.unsupervise()
-        processes = self.running()
-        stopped = await asyncio.gather(*(process.call("stop") for process in processes), return_exceptions=True)
+        asked = [process.call("stop") for process in self.running()]
+        stopped = await asyncio.gather(*asked, return_exceptions=True)
         for reason in stopped:
             if isinstance(reason, DataProcessError):
                 self._event("data-process-stopped-badly", {"reason": str(reason)})
             elif isinstance(reason, BaseException):
                 raise reason
-        for process in processes:
-            if kill:
-                process.kill()
-            await process.wait()
-            self._ended(process)
+        if kill:
+            self.kill()
+        await self.wait_for_end()
 
     async def wait_for_end(self) -> None:
         """Wait until all have ended that were asked to."""
