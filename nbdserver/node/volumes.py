@@ -299,19 +299,19 @@ class Volumes:
     async def _live(self) -> tuple[dict[str, dict[str, Any]], Collection[str]]:
         """What the data processes say of each family, and the families of those that do not answer in time."""
         live: dict[str, dict[str, Any]] = {}
-        silent: dict[str, None] = {}
+        silent: set[str] = set()
         last = ""
         try:
             while True:
                 page = await self._ask_soon("volumes", after=last)
                 live |= page["families"]
-                silent |= dict.fromkeys(page.get("silent", ()))
+                silent.update(page.get("silent", ()))
                 last = page["last"]
                 if not last:
                     return live, silent
         except NodeError as error:
             if getattr(error, "kind", "") == SILENT:
-                silent |= {family.id: None for family in self._families.all()}
+                silent.update(family.id for family in self._families.all())
             return live, silent
 
     def _find(self, name: str) -> Found:
