@@ -19,6 +19,7 @@ from protocol.nbd import Chunk, Command, CommandFlag, HandshakeFlag, Option, Rep
 from tests.unit.memory_device import MemoryDevice
 
 SIZE_BYTES = 1 << 20
+HELLO = nbd.ClientFlags.build({"flags": int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)})
 
 
 class HandClock:
@@ -178,15 +179,13 @@ class Wire:
         self.session = Session(1, self.connection, clock, exports, lambda _, reason: gone.append(reason))
         self._cookies = itertools.count(1)
         self._reads: dict[int, int] = {}
-        hello = nbd.ClientFlags.build({"flags": int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)})
+        hello = HELLO
         if style is not ReplyStyle.SIMPLE:
-            hello += _option(
-                Option.STRUCTURED_REPLY if style is ReplyStyle.STRUCTURED else Option.EXTENDED_HEADERS, b""
-            )
+            hello += option(Option.STRUCTURED_REPLY if style is ReplyStyle.STRUCTURED else Option.EXTENDED_HEADERS)
             if queries:
                 wanted = {"name": name.encode(), "queries": [query.encode() for query in queries]}
-                hello += _option(Option.SET_META_CONTEXT, nbd.MetaContextRequest.build(wanted))
-        self.feed(hello + _option(Option.GO, nbd.InfoRequest.build({"name": name.encode(), "wanted": []})))
+                hello += option(Option.SET_META_CONTEXT, nbd.MetaContextRequest.build(wanted))
+        self.feed(hello + named(Option.GO, name))
         self.greeting = bytes(self.connection.sent)
         self.connection.sent.clear()
 
@@ -298,9 +297,21 @@ def _take_chunk(answer: Answer, flags: int, kind: int, payload: bytes) -> None:
         assert not payload
 
 
-def _option(kind: int, data: bytes) -> bytes:
+def option(kind: int, data: bytes = b"") -> bytes:
+    """One option of a handshake."""
     header: bytes = nbd.OptionHeader.build({"option": kind, "length": len(data)})
     return header + data
+
+
+def named(kind: int, name: str) -> bytes:
+    """INFO or GO, about one export."""
+    return option(kind, nbd.InfoRequest.build({"name": name.encode(), "wanted": []}))
+
+
+def feed(receiver: Receiver, data: bytes) -> None:
+    """Let it receive, all at once."""
+    receiver.buffer()[: len(data)] = data
+    receiver.received(len(data))
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """A client whose export is in another process: the handshake goes on there as if it had been there from the start."""
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +18,9 @@ from protocol.handover import (
     encode_handshaking,
 )
 from protocol.handshake import OPTION_LIMIT, HandshakeState, ReplyStyle
-from protocol.nbd import HandshakeFlag, Option
+from protocol.nbd import Option
 from tests.unit.memory_device import MemoryDevice
-from tests.unit.session_rig import HandClock, ListConnection
+from tests.unit.session_rig import HELLO, HandClock, ListConnection, feed, named, option
 
 PEER = "192.0.2.1:1000"
 SIZE_BYTES = 1 << 20
@@ -78,20 +76,9 @@ class Client:
     def feed(self, data: bytes, piece_bytes: int) -> bytes:
         """What is sent back."""
         for start in range(0, len(data), piece_bytes):
-            piece = data[start : start + piece_bytes]
-            self.session.buffer()[: len(piece)] = piece
-            self.session.received(len(piece))
+            feed(self.session, data[start : start + piece_bytes])
             self.settle()
         return bytes(self.connection.sent)
-
-
-def option(kind: int, data: bytes = b"") -> bytes:
-    header: bytes = nbd.OptionHeader.build({"option": kind, "length": len(data)})
-    return header + data
-
-
-def named(kind: int, name: str) -> bytes:
-    return option(kind, nbd.InfoRequest.build({"name": name.encode(), "wanted": []}))
 
 
 def contexts(name: str) -> bytes:
@@ -99,7 +86,6 @@ def contexts(name: str) -> bytes:
     return option(Option.SET_META_CONTEXT, nbd.MetaContextRequest.build(body))
 
 
-HELLO = nbd.ClientFlags.build({"flags": int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)})
 CONVERSATION = (
     HELLO
     + option(Option.LIST)
@@ -237,16 +223,12 @@ class Ends:
         self.over: list[Forwarding] = []
         self.forwarding = Forwarding(self.client, self.server, self.over.append)
 
-    def arrives(self, end: Callable[[], memoryview], received: Callable[[int], None], data: bytes) -> None:
-        end()[: len(data)] = data
-        received(len(data))
-
 
 def test_bytes_go_both_ways() -> None:
     ends = Ends()
     client_end, server_end = ends.forwarding.client_end, ends.forwarding.server_end
-    ends.arrives(client_end.buffer, client_end.received, b"request")
-    ends.arrives(server_end.buffer, server_end.received, b"reply")
+    feed(client_end, b"request")
+    feed(server_end, b"reply")
     assert bytes(ends.server.sent) == b"request"
     assert bytes(ends.client.sent) == b"reply"
 
@@ -264,7 +246,7 @@ def test_who_does_not_take_what_it_is_sent_stops_the_other_until_it_has(slow: st
         if not giver.reading:
             break
         data = bytes([number % 251]) * BUFFER_BYTES
-        ends.arrives(giving_end.buffer, giving_end.received, data)
+        feed(giving_end, data)
         sent += data
     assert UNSENT_LIMIT_BYTES < len(sent) <= UNSENT_LIMIT_BYTES + BUFFER_BYTES
     assert taker.reading, "the other direction is not its fault"

@@ -7,7 +7,7 @@ from metadata.seams import Connection, Network, Receiver
 from nbdserver.frontend.server import Server
 from protocol import nbd
 from protocol.nbd import Command, Option
-from tests.unit.session_rig import ListConnection, Rig, make_rig
+from tests.unit.session_rig import HELLO, ListConnection, Rig, feed, make_rig, named
 
 
 class Doors:
@@ -51,8 +51,7 @@ class House:
         """A client that entered the export."""
         connection, receiver = self.doors.enter()
         assert receiver is not None
-        body = nbd.InfoRequest.build({"name": b"disk", "wanted": []})
-        feed(receiver, bytes([0, 0, 0, 3]) + nbd.OptionHeader.build({"option": Option.GO, "length": len(body)}) + body)
+        feed(receiver, HELLO + named(Option.GO, "disk"))
         return connection, receiver
 
     def drain(self) -> None:
@@ -60,11 +59,6 @@ class House:
             self.drained += 1
 
         self.server.drain(5.0, done)
-
-
-def feed(receiver: Receiver, data: bytes) -> None:
-    receiver.buffer()[: len(data)] = data
-    receiver.received(len(data))
 
 
 def flush_request() -> bytes:
