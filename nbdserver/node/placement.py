@@ -27,8 +27,10 @@ class Placement:
     def place_all(self, families: Sequence[Family]) -> None:
         """Spread them anew: nothing is open."""
         self._worker.clear()
+        loads = self._loads(())
         for family in sorted(families, key=lambda family: (_load(family), family.id), reverse=True):
-            self.place(family.id, families)
+            self._worker[family.id] = worker = loads.index(min(loads))
+            loads[worker] = _sum(loads[worker], _load(family))
 
     def place(self, family_id: str, families: Sequence[Family]) -> int:
         """Give a family a process, the one with least of those that there are."""
@@ -49,10 +51,13 @@ class Placement:
         there = {family.id: _load(family) for family in families}
         self._worker = {family_id: worker for family_id, worker in self._worker.items() if family_id in there}
         for family_id, worker in self._worker.items():
-            (volumes, size_bytes), (more, more_bytes) = loads[worker], there[family_id]
-            loads[worker] = volumes + more, size_bytes + more_bytes
+            loads[worker] = _sum(loads[worker], there[family_id])
         return loads
 
 
 def _load(family: Family) -> Load:
     return len(family.volumes), sum(volume.size_bytes for volume in family.volumes)
+
+
+def _sum(one: Load, other: Load) -> Load:
+    return one[0] + other[0], one[1] + other[1]
