@@ -122,10 +122,7 @@ CopyRun = Struct(
     "mba" / Int64ul,  # of the first; 0: none of them shows anything
 )
 RegionBody = Struct(
-    "first_lba" / Int64ul,
-    "count" / Int32ul,
-    "reserved" / Int32ul,
-    "region_txid" / Int64ul,
+    *RegionHead.subcons,
     "runs" / Array(lambda this: this._.extents, CopyRun),
     "mbas" / Array(lambda this: this._.blocks, Int64ul),
     "checksums" / Array(lambda this: this._.blocks, Int32ul),
