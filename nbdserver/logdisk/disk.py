@@ -155,7 +155,7 @@ class LogDisk:
             self.checkpointer = Checkpointer(
                 clock, store, self.store_writes, log, maps, pool, self._work_finished, self.fail
             )
-            if opened.may_checkpoint:
+            if log.is_committed:
                 self.checkpointer.make_now()
         except BaseException:
             pool.close()
@@ -179,7 +179,7 @@ class LogDisk:
         self.resize = changes.resize
         self.delete_snapshot = changes.delete_snapshot
         self.delete_volume = changes.delete_volume
-        if not opened.may_checkpoint:
+        if not log.is_committed:
             self.checkpointer.start()  # it waits for the others
 
     # -- volumes and snapshots
@@ -368,7 +368,7 @@ class LogDisk:
                 or self.slow_path.under_way
             ):
                 self._clock.call_later(0.01, wait)
-            elif self.log.committed.txid < self.log.txid:
+            elif not self.log.is_committed:
                 self.checkpointer.stop()
                 self.log.sync(lambda _: closed())  # a checkpoint may not be made; replay is part of the next opening
             else:

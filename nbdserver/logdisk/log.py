@@ -182,6 +182,11 @@ class Log:
         """Of the newest one that is durable."""
         return self.history.position(self.durable_txid)
 
+    @property
+    def is_committed(self) -> bool:
+        """Whether all of it is: a checkpoint may stand at its end."""
+        return self.txid <= self.committed.txid
+
     # -- records
 
     def append_write(

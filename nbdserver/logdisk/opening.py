@@ -56,7 +56,6 @@ class Opened:
     log: Log
     state: OpenState
     replica: ReplicaState | None  # None: of a family on one node
-    may_checkpoint: bool  # at once
 
 
 class Opening:
@@ -121,8 +120,7 @@ class Opening:
         crash_point("splice-before-store")
         store.write(batch)
         crash_point("splice-after-store")
-        may_checkpoint = recovered.position.txid <= log.committed.txid
-        return Opened(log, state, replica if replicated is not None else None, may_checkpoint)
+        return Opened(log, state, replica if replicated is not None else None)
 
     def _refuse_old_epoch(self, epoch: int, last: int) -> None:
         if epoch <= last:
