@@ -31,9 +31,6 @@ class ResyncTable:
     def __bool__(self) -> bool:
         return bool(self._pages)
 
-    def __contains__(self, region: int) -> bool:
-        return bool(self._pages.get(region >> _PAGE_SHIFT, 0) >> (region & _PAGE_REGIONS - 1) & 1)
-
     def __iter__(self) -> Iterator[int]:
         for number in sorted(self._pages):
             left = self._pages[number]
