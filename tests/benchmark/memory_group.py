@@ -50,9 +50,7 @@ class MemoryGroup:
         if found is None:
             raise BenchmarkError("no memory cgroup is mounted, version 1 or 2: page caches cannot be limited here")
         root, version = found
-        self.limit_bytes = limit_bytes
         self.path = root / f"nbdserver-benchmark-{os.getpid()}-{name}"
-        self._usage = "memory.usage_in_bytes" if version == 1 else "memory.current"
         try:
             if version == 2 and "memory" not in (root / "cgroup.subtree_control").read_text().split():
                 (root / "cgroup.subtree_control").write_text("+memory")
@@ -65,11 +63,6 @@ class MemoryGroup:
         except OSError as error:
             self.path.rmdir()
             raise BenchmarkError(f"cannot limit the cgroup {self.path}: {error.strerror}") from None
-
-    @property
-    def usage_bytes(self) -> int:
-        """What its processes and their page cache take now."""
-        return int((self.path / self._usage).read_text())
 
     def entering(self, command: list[str]) -> list[str]:
         """The command, begun by a shell that goes into the group and becomes the command."""
