@@ -47,7 +47,7 @@ def add_to(app: FastAPI, node: Node) -> None:
 
     @app.post("/v1/cluster/rotate-key", status_code=204, summary="Give the cluster another key")
     async def rotate_key() -> None:
-        await _cluster(node).neighbours.rotate_key()
+        await _cluster(node).membership.rotate_key()
 
     @app.get("/v1/directory", summary="What this node's copy of the directory has")
     async def directory(

@@ -49,7 +49,7 @@ from nbdserver.node.cluster_view import LATE_S, Picture
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
-from nbdserver.node.neighbours import Neighbours
+from nbdserver.node.membership import Membership
 from protocol.directory import Confirm, NodeKind
 from protocol.disk import DamagedValueError
 from protocol.sealed_frames import ClusterKeys
@@ -97,7 +97,7 @@ class Cluster:
         self._certificate_problem = ""
         self._certificate_look_s = 0.0
         etcd = read_etcd_settings(settings)
-        self.neighbours = Neighbours(
+        self.membership = Membership(
             settings,
             lambda: self.directory,
             lambda: self._keys,
@@ -105,7 +105,7 @@ class Cluster:
             lambda: set(self._silent_since_s),
             event,
         )
-        self._calls = calls = CallServer(self.clock, self.neighbours.answer)
+        self._calls = calls = CallServer(self.clock, self.membership.answer)
         self._sockets = SocketNetwork(loop)
         network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refuse, calls.accept)
         self._workers = Workers(Completions(loop), 1, "directory")
@@ -381,7 +381,7 @@ class Cluster:
 
     async def remove(self, name: str) -> None:
         """Strike a node that will not come back, and what it has said of itself. NodeError."""
-        await self.neighbours.remove(name)
+        await self.membership.remove(name)
         for prefix in SAID_PREFIXES:
             if self.directory.get(prefix + name) is not None:
                 await self.publish(prefix + name, None, Confirm.SITE)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nbdserver.node.cluster_files import Keys, read_keys, write_keys
 from nbdserver.node.errors import NodeError, WrongInputError
 from nbdserver.node.invitations import MOST_TOKENS, PREFIX, Invitations, Token
-from nbdserver.node.neighbours import steps
+from nbdserver.node.membership import steps
 
 OLD, NEW, FRESH = b"o" * 32, b"n" * 32, b"f" * 32
 

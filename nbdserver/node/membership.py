@@ -1,4 +1,4 @@
-"""What a node asks of the others of its cluster, and what it answers them: joining, the cluster's key, removing.
+"""Who belongs to the cluster: joining, the cluster's key, removing; what a node asks of the others and answers them.
 
 Rules
 - Anybody may ask for the CA's certificate; a new node is let in for a valid secret. All else is answered to members
@@ -31,8 +31,8 @@ REMOVE_TRIES = 20
 REMOVE_RETRY_S = 0.5
 
 
-class Neighbours:
-    """The others, as one node asks and answers them."""
+class Membership:
+    """Of the cluster's nodes, as one of them asks the others and answers them."""
 
     def __init__(
         self,
