@@ -32,13 +32,33 @@ class NodeProcess:
     """One node, and what it says."""
 
     def __init__(
-        self, processes: Processes, settings: dict[str, Any], log: Path, within: Sequence[str] = ()
-    ) -> None:  # fmt: skip
-        self.name: str = settings["name"]
-        self.log = log
+        self,
+        processes: Processes,
+        path: Path,
+        name: str,
+        datagrams: str,
+        streams: str,
+        etcd: Sequence[str],
+        prefixes: Sequence[str] = (),
+        key: str = KEY,
+        within: Sequence[str] = (),
+    ) -> None:
+        """Start it; what it keeps and says lies below `path`. With prefixes it is across a WAN."""
+        self.name = name
+        self.log = path / f"{name}.log"
         self.lives = 0
         self._processes = processes
-        self._settings = settings
+        self._settings = {
+            "name": name,
+            "kind": "SECOND" if prefixes else "FIRST",
+            "datagrams": datagrams,
+            "streams": streams,
+            "prefixes": prefixes,
+            "path": str(path / name),
+            "etcd": etcd,
+            "cluster": "test",
+            "key": key,
+        }
         self._within = within
         self.start()
 
@@ -144,18 +164,16 @@ class DirectoryCluster:
     def join(self, name: str, prefixes: tuple[str, ...] = ()) -> NodeProcess:
         """One more node; with prefixes it is across a WAN."""
         address = self.site.add(name)
-        settings = {
-            "name": name,
-            "kind": "SECOND" if prefixes else "FIRST",
-            "datagrams": f"{address}:700",
-            "streams": f"{address}:701",
-            "prefixes": prefixes,
-            "path": str(self._path / name),
-            "etcd": self.etcd.endpoints,
-            "cluster": "test",
-            "key": KEY,
-        }
-        node = NodeProcess(self._processes, settings, self._path / f"{name}.log", self.site.on(name))
+        node = NodeProcess(
+            self._processes,
+            self._path,
+            name,
+            f"{address}:700",
+            f"{address}:701",
+            self.etcd.endpoints,
+            prefixes,
+            within=self.site.on(name),
+        )
         (self.far if prefixes else self.near).append(node)
         node.count()
         return node

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -49,18 +48,8 @@ def test_a_node_with_another_key_is_refused_with_a_line_that_says_so_and_disturb
     etcd = make_etcd()
 
     def make_node(name: str, key: str) -> NodeProcess:
-        settings: dict[str, Any] = {
-            "name": name,
-            "kind": "FIRST",
-            "datagrams": f"127.0.0.1:{free_port()}",
-            "streams": f"127.0.0.1:{free_port()}",
-            "prefixes": (),
-            "path": str(tmp_path / name),
-            "etcd": etcd.endpoints,
-            "cluster": "test",
-            "key": key,
-        }
-        return NodeProcess(processes, settings, tmp_path / f"{name}.log")
+        datagrams, streams = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        return NodeProcess(processes, tmp_path, name, datagrams, streams, etcd.endpoints, key=key)
 
     node = make_node("a", KEY)
     wait_active(node)
