@@ -214,6 +214,13 @@ class DirectoryCluster:
         assert all(key.startswith(wanted) for key in found), f"{node.name} subscribes to {wanted} and has {found}"
         return all(int(found.get(key, 0)) >= count for key, count in expected.items() if key.startswith(wanted))
 
+    def _take_over(self, others: Sequence[NodeProcess], confirmed: Sequence[NodeProcess]) -> None:
+        """The master is cut off: wait for another one, which confirms what some of the others publish; then mend."""
+        wait(lambda: any(node.status()["master"] for node in others))
+        self.goes_on(confirmed)
+        self.site.mend()
+        self.settle()
+
     # --- rounds ---
 
     def kill_master_and_registry_member(self, joiner: str = "") -> None:
@@ -250,34 +257,23 @@ class DirectoryCluster:
         old = master_of(self.near)
         others = self.others(old)
         rest = [*(node.name for node in others + self.far), HUB]
-        self.site.cut([old.name], rest)
-        self.site.cut(rest, [old.name])
-        wait(lambda: any(node.status()["master"] for node in others))
-        self.goes_on(others)
-        self.site.mend()
-        self.settle()
+        self.site.part([old.name], rest)
+        self._take_over(others, others)
 
     def bridge(self) -> None:
         """The master and another node do not hear each other, and it has lost the registry; the others hear both."""
         old = master_of(self.near)
         others = self.others(old)
         cut_off = [others[0].name, HUB]
-        self.site.cut([old.name], cut_off)
-        self.site.cut(cut_off, [old.name])
-        wait(lambda: any(node.status()["master"] for node in others))
-        self.goes_on(others[:1])
-        self.site.mend()
-        self.settle()
+        self.site.part([old.name], cut_off)
+        self._take_over(others, others[:1])
 
     def deafen_master(self) -> None:
         """Nobody is heard by it: it gives up, and another one takes over."""
         old = master_of(self.near)
         others = self.others(old)
         self.site.cut([node.name for node in others + self.far], [old.name])
-        wait(lambda: any(node.status()["master"] for node in others))
-        self.goes_on(others)
-        self.site.mend()
-        self.settle()
+        self._take_over(others, others)
 
     def silence_master(self) -> None:
         """Nobody hears it, and it hears everybody: nothing is wrong, and all is well again afterwards."""

@@ -81,6 +81,11 @@ class Site:
         ways = [f"{self._addresses[source]} . {self._addresses[target]}" for source in sources for target in targets]
         self._rule(f"add element bridge site cut {{ {', '.join(ways)} }}")
 
+    def part(self, some: Sequence[str], others: Sequence[str]) -> None:
+        """From now on neither side reaches the other."""
+        self.cut(some, others)
+        self.cut(others, some)
+
     def mend(self) -> None:
         """Everybody is reached again."""
         self._rule("flush set bridge site cut")
