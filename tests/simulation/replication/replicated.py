@@ -33,17 +33,15 @@ SETTLING_S = 60.0
 LEFT_OUT = frozenset({"step", "suspend", "lease lost", "disk error", "crash in a call"})
 """Faults that grants do not survive (a clock that leaps or stands still), and those of disks that are not used here."""
 
-MakeFamily = Callable[..., ReplicatedFamily]
-
 
 class ReplicaNode:
     """One life of a node."""
 
-    def __init__(self, scenario: "ReplicatedScenario", machine: Machine, seams: Seams, make: MakeFamily) -> None:
+    def __init__(self, scenario: "ReplicatedScenario", machine: Machine, seams: Seams) -> None:
         self.machine = machine
         slow = 1.0 if machine.name in scenario.slow else machine.mix.slow
-        self.log = scenario.make_log(scenario.disk_of(machine), seams.clock, seams.random, slow)
-        self.family = make(
+        self.log = MemoryLog(scenario.disk_of(machine), seams.clock, seams.random, slow)
+        self.family = ReplicatedFamily(
             seams.clock,
             seams.network,
             seams.registry,
@@ -77,7 +75,6 @@ class ReplicatedScenario:
     def __init__(
         self,
         rng: random.Random,
-        make: MakeFamily = ReplicatedFamily,
         trouble: float | None = None,
         count: int | None = None,
     ) -> None:
@@ -85,8 +82,6 @@ class ReplicatedScenario:
         self.answers: Counter[str] = Counter()
         self.reports: Counter[str] = Counter()
         self.cluster: Cluster
-        self.make_log: Callable[..., MemoryLog] = MemoryLog
-        self._make = make
         self._random = rng
         self.slow: set[str] = set()  # nodes with slow disks, beside those that the faults make slow
         self._count = rng.choice([1, 2, 3, 3, 3, 3, 4, 5]) if count is None else count
@@ -132,7 +127,7 @@ class ReplicatedScenario:
     def start(self, machine: Machine, seams: Seams) -> ReplicaNode:
         """Begin a life of a node."""
         self._bury()
-        node = ReplicaNode(self, machine, seams, self._make)
+        node = ReplicaNode(self, machine, seams)
         self._lives.append((machine, machine.lives, node))
         return node
 
@@ -410,13 +405,12 @@ def draw_replication_mix(rng: random.Random) -> Mix:
 def replication_run(
     seed: int,
     mix: Mix | None = None,
-    make: MakeFamily = ReplicatedFamily,
     trouble: float | None = None,
     story: Callable[[str], None] | None = None,
 ) -> tuple[ReplicatedScenario, ClusterRun]:
     """A run of one seed; `go` is still to be called."""
     rng = random.Random(f"{seed} replication")
     drawn = draw_replication_mix(rng) if mix is None else mix
-    scenario = ReplicatedScenario(rng, make, trouble)
+    scenario = ReplicatedScenario(rng, trouble)
     cluster = Cluster(seed, drawn, scenario.start, story)
     return scenario, ClusterRun(cluster, scenario, safety_s=rng.choice([20.0, 60.0]), act_s=rng.choice([0.1, 0.2, 0.5]))
