@@ -54,7 +54,7 @@ class ReplicaNode:
         self.server = PeerServer(
             seams.clock, seams.network, f"{machine.host}:{PORT}", lambda family: self.family.accept
         )
-        self.open: dict[int, Changes] = {}  # operations that are not answered
+        self.open: dict[int, Changes] = {}  # writes that are not answered, by their labels
 
     @property
     def may_answer(self) -> bool:
@@ -92,8 +92,7 @@ class ReplicatedScenario:
         self._drives: dict[str, object] = {}
         self._label = 0
         self._generation = 1
-        self._operation = 0
-        self._lives: list[tuple[Machine, int, ReplicaNode]] = []
+        self._lives: list[ReplicaNode] = []
 
     # --- the machines ---
 
@@ -128,7 +127,7 @@ class ReplicatedScenario:
         """Begin a life of a node."""
         self._bury()
         node = ReplicaNode(self, machine, seams)
-        self._lives.append((machine, machine.lives, node))
+        self._lives.append(node)
         return node
 
     def _ended(self, machine: Machine, power: bool) -> None:
@@ -139,10 +138,9 @@ class ReplicatedScenario:
 
     def _bury(self) -> None:
         """What processes that are over had not answered is in doubt."""
-        for life in list(self._lives):
-            machine, _, node = life
-            if machine.node is not node:
-                self._lives.remove(life)
+        for node in list(self._lives):
+            if node.machine.node is not node:
+                self._lives.remove(node)
                 for changes in node.open.values():
                     self.registers.doubt(changes)
                 node.open.clear()
@@ -249,7 +247,6 @@ class ReplicatedScenario:
         owner = node.family.owner
         if owner is None:
             return
-        self._operation += 1
         count = self._random.choice([1, 1, 2, 6])
         lba = self._random.randrange(BLOCKS - count + 1)
         kind = self._random.random()
@@ -281,7 +278,7 @@ class ReplicatedScenario:
         length = count * BLOCK_BYTES
         data = bytes(length) if discards else pattern(self._label, lba * BLOCK_BYTES, length)
         changes = self.registers.ask(f"write {self._label}", lba * BLOCK_BYTES, data, length)
-        number = self._operation
+        number = self._label
         node.open[number] = changes
         pieces: Sequence[bytes | None] = [data[at : at + BLOCK_BYTES] for at in range(0, length, BLOCK_BYTES)]
         modification = node.log.order(lba, [None] * count if discards else pieces)
