@@ -69,14 +69,15 @@ class RegionTable:
         in_runs = max((txid for first, last, txid in runs if first <= region <= last), default=0)
         return max(stored, in_runs, self._frozen.get(region, 0), self.recent.get(region, 0))
 
-    def later_than(self, txid: int) -> Iterator[int]:
+    def later_than(self, txid: int) -> list[int]:
         """Regions modified after `txid`, in order."""
-        candidates = set(self._frozen) | set(self.recent)
-        for first, last, _ in self._frozen_runs + self._recent_runs:
-            candidates.update(range(first, last + 1))
+        later = {region for marks in (self._frozen, self.recent) for region, known in marks.items() if known > txid}
+        for first, last, known in self._frozen_runs + self._recent_runs:
+            if known > txid:
+                later.update(range(first, last + 1))
         for number, page in self._pages.items():
-            candidates.update((number << _PAGE_SHIFT) + index for index, known in enumerate(page) if known > txid)
-        return (region for region in sorted(candidates) if self.txid_of(region) > txid)
+            later.update((number << _PAGE_SHIFT) + index for index, known in enumerate(page) if known > txid)
+        return sorted(later)
 
     def freeze(self) -> None:
         """Fix what the next `encode` writes; constant time."""
