@@ -85,6 +85,12 @@ def packed(frame: Frame) -> bytes:
     return b"".join(encode(frame))
 
 
+def signed(version: int, kind: int, meta: bytes, data: bytes = b"") -> bytes:
+    """A frame with the right checksum, whatever is in it."""
+    unsigned = PEER_HEADER.pack(MAGIC, version, kind, 0, len(meta) + len(data), len(meta), 0)[:-4]
+    return unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta + data
+
+
 def feed(data: bytes, piece_bytes: int, buffer: FrameBuffer | None = None) -> list[Frame]:
     """What comes out of a stream of these bytes, in pieces."""
     buffer = buffer or FrameBuffer()
@@ -129,9 +135,7 @@ def test_a_damaged_frame_is_refused(frame: Frame, data: st.DataObject) -> None:
 @pytest.mark.fuzz
 @given(st.binary(max_size=200), st.integers(0, 255), st.integers(0, 1 << 20))
 def test_whatever_has_the_right_checksum_is_taken_apart_or_refused(meta: bytes, kind: int, more: int) -> None:
-    data = bytes(more % 3 * BLOCK_BYTES)
-    unsigned = PEER_HEADER.pack(MAGIC, VERSION, kind, 0, len(meta) + len(data), len(meta), 0)[:-4]
-    whole = unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta + data
+    whole = signed(VERSION, kind, meta, bytes(more % 3 * BLOCK_BYTES))
     with contextlib.suppress(PeerFrameError):
         assert packed(decode(whole))
 
@@ -163,8 +167,7 @@ def test_the_length_that_a_header_claims_is_bounded() -> None:
 def test_a_later_version_can_open_and_be_opened() -> None:
     later = bytearray(packed(Open(bytes(16), 7, "node-1", VERSION, VERSION + 1)))
     meta = bytes(later[PEER_HEADER_BYTES:]) + b"what version 2 knows"
-    unsigned = PEER_HEADER.pack(MAGIC, VERSION + 1, Kind.OPEN, 0, len(meta), len(meta), 0)[:-4]
-    opened = decode(unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta)
+    opened = decode(signed(VERSION + 1, Kind.OPEN, meta))
     assert opened == Open(bytes(16), 7, "node-1", VERSION, VERSION + 1)
     with pytest.raises(PeerFrameError, match="version"):
         frame_bytes(PEER_HEADER.pack(MAGIC, VERSION + 1, Kind.APPEND, 0, 0, 0, 0))

@@ -152,14 +152,23 @@ class LogStage:
             self.expected[lba + index] = data[index * BLOCK_BYTES :][:BLOCK_BYTES]
         return told
 
+    def write_through(self, number: int, lba: int, count: int = 1) -> None:
+        """Wait until it is acknowledged."""
+        told = self.write(number, lba, count)
+        self.until(lambda: told == [0])
+
+    def flush(self, number: int) -> None:
+        told: list[int] = []
+        self.node(number).device().flush(told.append)
+        self.until(lambda: told == [0])
+
     def any_block(self, count: int) -> int:
         """One of the first `count` of some region."""
         return self.random.randrange(4) * REGION_BLOCKS + self.random.randrange(count)
 
     def write_some(self, number: int, count: int = 20) -> None:
         for _ in range(count):
-            told = self.write(number, self.any_block(60), self.random.choice([1, 1, 4]))
-            self.until(lambda told=told: told == [0])  # type: ignore[misc]
+            self.write_through(number, self.any_block(60), self.random.choice([1, 1, 4]))
 
     def all_in_sync(self) -> bool:
         reading = self.cluster.registry.get(replica_set_key(FAMILY))
@@ -184,9 +193,7 @@ def stage() -> LogStage:
 def test_what_is_acknowledged_is_in_every_log(stage: LogStage) -> None:
     stage.write_some(1)
     stage.end()
-    told: list[int] = []
-    stage.node(1).device().flush(told.append)
-    stage.until(lambda: told == [0])
+    stage.flush(1)
     assert all(stage.node(number).log.durable.txid >= 20 for number in (1, 2, 3))
 
 
@@ -194,8 +201,7 @@ def test_what_is_acknowledged_is_in_every_log(stage: LogStage) -> None:
 def test_a_replica_that_was_away_has_what_it_missed(stage: LogStage, power: bool) -> None:
     stage.write_some(1)
     stage.cluster.machines["node-3"].end(power)
-    told = stage.write(1, 0)
-    stage.until(lambda: told == [0])
+    stage.write_through(1, 0)
     stage.write_some(1)
     stage.cluster.start("node-3")
     stage.write_some(1)
@@ -233,9 +239,7 @@ def test_an_old_owners_tail_is_cut_away(stage: LogStage) -> None:
 
 def test_all_lose_their_power_and_what_was_flushed_is_there(stage: LogStage) -> None:
     stage.write_some(1)
-    flushed: list[int] = []
-    stage.node(1).device().flush(flushed.append)
-    stage.until(lambda: flushed == [0])
+    stage.flush(1)
     for number in (1, 2, 3):
         stage.cluster.machines[f"node-{number}"].end(power=True)
     for number in (1, 2, 3):
@@ -251,8 +255,7 @@ def away_for_long(stage: LogStage) -> None:
     stage.cluster.machines["node-3"].end(power=False)
     for _ in range(2):
         for _ in range(60):  # several segments, whose blocks are soon overwritten
-            told = stage.write(1, stage.any_block(44), 16)
-            stage.until(lambda told=told: told == [0])  # type: ignore[misc]
+            stage.write_through(1, stage.any_block(44), 16)
         stage.cluster.run(2.0)
         for number in (1, 2):
             stage.node(number).log.disk.checkpointer.start()
