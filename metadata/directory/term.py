@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from metadata.directory.confirmations import Confirmations
 from metadata.directory.outbox import Outbox
 from metadata.directory.replica import Replica
-from metadata.ranges import runs_of
+from metadata.ranges import numbers_of, runs_of
 from protocol.directory import (
     UPDATES_ROOM_BYTES,
     Heartbeat,
@@ -75,14 +75,13 @@ class Resending:
         found: list[Message] = []
         refused: dict[Reason, list[int]] = {}
         buffer = self._replica.buffer
-        for first, count in ranges:
-            for sequence in range(first, first + count):
-                message = buffer.get(sequence)
-                if message is None:
-                    is_gone = is_master and sequence < buffer.floor
-                    refused.setdefault(Reason.GONE if is_gone else Reason.NOT_HERE, []).append(sequence)
-                elif self._budget.take(now_s):
-                    found.append(message)
+        for sequence in numbers_of(ranges):
+            message = buffer.get(sequence)
+            if message is None:
+                is_gone = is_master and sequence < buffer.floor
+                refused.setdefault(Reason.GONE if is_gone else Reason.NOT_HERE, []).append(sequence)
+            elif self._budget.take(now_s):
+                found.append(message)
                 else:
                     refused.setdefault(Reason.NOT_NOW, []).append(sequence)
         self.resent += len(found)
