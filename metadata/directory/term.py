@@ -82,8 +82,8 @@ class Resending:
                 refused.setdefault(Reason.GONE if is_gone else Reason.NOT_HERE, []).append(sequence)
             elif self._budget.take(now_s):
                 found.append(message)
-                else:
-                    refused.setdefault(Reason.NOT_NOW, []).append(sequence)
+            else:
+                refused.setdefault(Reason.NOT_NOW, []).append(sequence)
         self.resent += len(found)
         for messages in frames(found):
             self._outbox.send(node, Updates(epoch, False, messages))
