@@ -14,7 +14,7 @@ from tests.cluster_rig import ClusterRig, run, wait
 from tests.conftest import ROOT, Processes
 from tests.etcd_cluster import EtcdCluster
 from tests.etcd_rig import MakeCluster
-from tests.serving import descendants, is_alive
+from tests.serving import PROGRAM, descendants, is_alive
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_nodes_form_a_cluster_outlive_their_master_take_another_in_and_let_one_g
     wait(lambda: n4.node("n4")["draining"], "n4 hears that it is drained")
     assert "n4 is being drained" in n4.refuses("volume", "create", "disk0", "--size", "1G")
     watching = processes.start(
-        [*n3.server._program, "--data", str(n3.server.data), "directory", "watch", "drain/", "--json"],
-        env=n3.server._environment(),
+        [*PROGRAM, "--data", str(n3.server.data), "directory", "watch", "drain/", "--json"],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
     )
     assert watching.stdout is not None
