@@ -58,23 +58,28 @@ class Authority:
         return self.directory / "ca-cert.pem"
 
     @property
-    def _ca_key(self) -> Path:
+    def ca_key(self) -> Path:
         return self.directory / "ca-key.pem"
+
+    @property
+    def member_files(self) -> tuple[Path, Path]:
+        """Certificate and key of a cluster's node."""
+        return self.directory / "node-cert.pem", self.directory / "node-key.pem"
 
     def client_directory(self, name: str) -> Path:
         return self.directory / "clients" / name
 
     def make_ca(self, name: str, lifetime: timedelta) -> Made:
         """A new CA that signs for itself. NodeError."""
-        self._refuse_to_overwrite([self.ca_certificate, self._ca_key])
+        self._refuse_to_overwrite([self.ca_certificate, self.ca_key])
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _builder(_subject(name), _subject(name), key.public_key(), lifetime)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
         certificate = builder.sign(key, hashes.SHA256())
-        replace_file(self._ca_key, private_bytes(key))
+        replace_file(self.ca_key, private_bytes(key))
         replace_file(self.ca_certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        return Made((self.ca_certificate, self._ca_key), certificate.not_valid_after_utc)
+        return Made((self.ca_certificate, self.ca_key), certificate.not_valid_after_utc)
 
     def make_node(self, names: Sequence[str], lifetime: timedelta) -> Made:
         """A node's certificate for these host names and addresses. NodeError."""
@@ -85,8 +90,7 @@ class Authority:
 
     def make_member(self, name: str, lifetime: timedelta) -> Made:
         """The certificate of a cluster's node. NodeError."""
-        files = (self.directory / "node-cert.pem", self.directory / "node-key.pem")
-        return self._make(name, _alternatives([name]), MEMBER_PURPOSES, lifetime, files)
+        return self._make(name, _alternatives([name]), MEMBER_PURPOSES, lifetime, self.member_files)
 
     def sign_member(self, request: bytes, name: str, lifetime: timedelta) -> bytes:
         """The certificate, PEM, of a cluster's node that has made its key itself: `request` is its signing request,
@@ -129,7 +133,7 @@ class Authority:
     def _load_ca(self) -> Ca:
         try:
             certificate = x509.load_pem_x509_certificate(self.ca_certificate.read_bytes())
-            key = serialization.load_pem_private_key(self._ca_key.read_bytes(), None)
+            key = serialization.load_pem_private_key(self.ca_key.read_bytes(), None)
         except FileNotFoundError as error:
             raise WrongInputError(
                 f"{error.filename} is missing; make a CA with: nbdserver cert ca --dir {self.directory}"
@@ -137,7 +141,7 @@ class Authority:
         except (ValueError, TypeError) as error:
             raise NodeError(f"the CA in {self.directory} cannot be used: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise NodeError(f"the key in {self._ca_key} is not that of {self.ca_certificate}")
+            raise NodeError(f"the key in {self.ca_key} is not that of {self.ca_certificate}")
         if certificate.not_valid_after_utc <= datetime.now(UTC):
             raise WrongInputError(f"{self.ca_certificate} has expired; make a new CA with: nbdserver cert ca --force")
         return certificate, key

@@ -78,11 +78,9 @@ def init(name: str, wishes: Wishes, registry: dict[str, Any]) -> ClusterSettings
 
 def make_token(settings: ClusterSettings, valid_s: float, now_s: float) -> str:
     """A token for new nodes, valid from `now_s` on the wall clock. NodeError where the CA's key is not."""
-    directory = settings.tls.ca.parent
-    if not (directory / "ca-key.pem").exists():
-        raise WrongInputError(
-            f"{directory / 'ca-key.pem'} is not here: tokens are made where `nbdserver cluster init` was run"
-        )
+    ca_key = Authority(settings.tls.ca.parent).ca_key
+    if not ca_key.exists():
+        raise WrongInputError(f"{ca_key} is not here: tokens are made where `nbdserver cluster init` was run")
     secret = Invitations(settings.tokens_file).add(valid_s, now_s)
     give_to_service(settings.tokens_file)
     return Token(settings.name, settings.address, _fingerprint(settings.tls.ca.read_text()), secret).encode()
@@ -195,19 +193,16 @@ def _refuse(member: ClusterSettings | None, config: Path) -> None:
 
 def _settings(wishes: Wishes, name: str, registry: dict[str, Any]) -> tuple[ClusterSettings, str]:
     """The settings, and the text to be added to the file. WrongInputError."""
-    directory = wishes.directory
+    authority = Authority(wishes.directory)
+    certificate, key = authority.member_files
     content = {
         "cluster": {
             "name": name,
             "node": wishes.node,
             "address": wishes.address,
             **wishes.more,
-            "key_file": str(directory / "cluster.key"),
-            "tls": {
-                "ca": str(directory / "ca-cert.pem"),
-                "certificate": str(directory / "node-cert.pem"),
-                "key": str(directory / "node-key.pem"),
-            },
+            "key_file": str(wishes.directory / "cluster.key"),
+            "tls": {"ca": str(authority.ca_certificate), "certificate": str(certificate), "key": str(key)},
             "registry": registry,
         }
     }
