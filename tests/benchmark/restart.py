@@ -28,7 +28,7 @@ from . import machine
 from .__main__ import size_bytes_of
 from .load import fio_job, run_fio
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
-from .processes import BenchmarkError, Server
+from .processes import BenchmarkError
 from .targets import EXPORT, Nbdserver, stopped_at_the_end
 
 BLOCK_BYTES = 4096
@@ -56,16 +56,15 @@ def load_and_kill(target: Nbdserver, filled_bytes: int, load_s: float, seed: int
             with closing(Client(str(target.socket_path), EXPORT)) as client:
                 client.request(Command.WRITE, 0, data=seed.to_bytes(8, "big") * (BLOCK_BYTES // 8))
             os.kill(target.server.pid, signal.SIGKILL)  # the data process dies with it
-            target.server.stop()
+            target.stop()
         finally:
             fio.kill()
-    target.server = None
 
 
 def start(target: Nbdserver, seed: int) -> dict[str, Any]:
     """Start the server; seconds until the block that was written last was read, and what was replayed."""
     started = time.monotonic()
-    target.server = Server(target.command(target.setting), target.socket_path, target.log_path)
+    target.start(target.setting)
     with closing(Client(str(target.socket_path), EXPORT, timeout_s=60)) as client:
         reply = client.request(Command.READ, 0, BLOCK_BYTES)
     seconds = time.monotonic() - started
