@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from nbdserver.logdisk.log import Log
 from nbdserver.logdisk.segments import SegmentPool
-from protocol.disk import LAYER_ROW, WRITE
+from protocol.disk import BLOCK_BYTES, LAYER_ROW, WRITE, body_bytes
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.writer import Writer
@@ -53,14 +53,8 @@ class Appending:
                 writer.blocked = blocked
 
     def make_room(self, extents: int, keep: int, blocks: int = 0) -> bool:
-        """Make the open segment have room for a record; False if there is no further one."""
-        log = self.log
-        if not log.begin_if_needed():
-            return False
-        while log.room_blocks(WRITE, extents) < blocks:
-            if not self.next_segment(keep):
-                return False
-        return True
+        """Make the open segment have room for a WRITE record; False if there is no further one."""
+        return self.make_room_for_bytes(body_bytes(WRITE, extents, blocks) + blocks * BLOCK_BYTES, keep)
 
     def make_room_for_rows(self, rows: int, keep: int) -> bool:
         """The same for a change of the tree of layers."""
