@@ -36,6 +36,7 @@ SIMULATOR_ONLY = {
     "snapshots": JUDGES,
     "world": SEAM,
     "cluster.cluster": DRIVES,
+    "cluster.conftest": DRIVES,
     "cluster.directory": DRIVES,
     "cluster.directory_judge": JUDGES,
     "cluster.faults": DRIVES,
