@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from tests.conftest import ROOT, Processes
@@ -44,8 +43,8 @@ class ClusterNode:
 
     def get(self, path: str) -> Any:
         """What the API answers; a command would take a second to start, and is asked again and again."""
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.server.data / "api.sock"))) as client:
-            return client.get(f"http://node{path}", timeout=20).raise_for_status().json()
+        with self.server.api(timeout_s=20) as api:
+            return api.get(path).raise_for_status().json()
 
     def refuses(self, *arguments: str) -> str:
         """The line that a command ends with, as wrong input."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import httpx
+
 from tests.conftest import ROOT, Processes
 
 READY_TIMEOUT_S = 30.0
@@ -89,6 +91,11 @@ class Server:
             text=True,
             check=True,
         ).stdout
+
+    def api(self, timeout_s: float = 60.0) -> httpx.Client:
+        """A client of the node's API by its unix socket, to be closed."""
+        transport = httpx.HTTPTransport(uds=str(self.data / "api.sock"))
+        return httpx.Client(transport=transport, base_url="http://node", timeout=timeout_s)
 
     def _environment(self) -> dict[str, str]:
         """Only the program that runs from the source tree has to be told where it lies."""

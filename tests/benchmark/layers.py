@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -59,8 +58,7 @@ class Served:
 
     def __init__(self, processes: Processes, folder: Path) -> None:
         self._server = Server(processes, folder / "data", free_port(), {})
-        transport = httpx.HTTPTransport(uds=str(self._server.data / "api.sock"))
-        self._api = httpx.Client(transport=transport, base_url="http://node", timeout=120)
+        self._api = self._server.api(timeout_s=120)
 
     def ask(self, method: str, path: str, **content: Any) -> float:
         """Seconds until the answer. BenchmarkError for a refusal."""

@@ -154,8 +154,7 @@ def test_a_thousand_clones_of_one_snapshot(server: Server) -> None:
     """By the API, one connection: through the command line it would be a thousand processes."""
     fill(server, "disk0", 1)
     command(server, "snapshot", "create", "disk0@base")
-    transport = httpx.HTTPTransport(uds=str(server.data / "api.sock"))
-    with httpx.Client(transport=transport, base_url="http://node", timeout=60) as api:
+    with server.api() as api:
 
         def post(path: str, **content: Any) -> dict[str, Any]:
             answer = api.post(path, json=content)
@@ -183,8 +182,7 @@ def test_kill_9_in_the_middle_of_changes_leaves_what_was_answered(server: Server
     command(server, "snapshot", "create", "disk0@base")
     there, doubtful = {"disk0"}, set[str]()
     for life in range(3):
-        transport = httpx.HTTPTransport(uds=str(server.data / "api.sock"))
-        with httpx.Client(transport=transport, base_url="http://node", timeout=60) as api:
+        with server.api() as api:
             killer = threading.Timer(0.3 + life * 0.17, server.kill9)
             killer.start()
             try:

@@ -167,11 +167,8 @@ def failed_handshakes(node: Node) -> int:
 
 
 def _metric(node: Node, name: str) -> float:
-    import httpx
-
-    transport = httpx.HTTPTransport(uds=str(node.server.data / "api.sock"))
-    with httpx.Client(transport=transport, base_url="http://node") as client:
-        text = client.get("/metrics").text
+    with node.server.api(timeout_s=5) as api:
+        text = api.get("/metrics").text
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
 

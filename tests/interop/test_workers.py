@@ -5,12 +5,10 @@ accepts a connection is left to chance, so what needs a client that is handed ov
 """
 
 import contextlib
-import http.client
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -107,13 +105,8 @@ def alone(node: Node) -> Iterator[None]:
 
 
 def metrics(node: Node) -> list[str]:
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(node.server.data / "api.sock"))
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    connection.close()
-    return lines
+    with node.server.api() as api:
+        return api.get("/metrics").text.splitlines()
 
 
 @contextmanager
