@@ -144,9 +144,10 @@ class FamilyRequests:
 
     async def do_limit_data(self, max_data_bytes: int, family: str = "") -> None:
         """Change what the segment files of a family may take, or those of all together; 0: no limit."""
-        budget = self._family(family).disk.pool.budget if family else self.budget
+        disks = [self._family(family).disk] if family else self.disks()
+        budget = disks[0].pool.budget if family else self.budget
         budget.limit_bytes = max_data_bytes
-        for disk in self.disks():
+        for disk in disks:
             disk.background.stir()
 
     async def do_room(self) -> dict[str, dict[str, int]]:
