@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from nbdserver.api.access import PAGE_FILES
 from tests.browser import Browser
 from tests.conftest import Processes
 from tests.nbd_client import Client
-from tests.serving import Server
+from tests.serving import Server, eventually
 
 NASTY = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 
@@ -273,10 +272,7 @@ def served(content: dict[str, Any], port: int) -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     try:
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually(lambda: server.started, "the page is served")
         yield f"http://127.0.0.1:{port}/"
     finally:
         server.should_exit = True
