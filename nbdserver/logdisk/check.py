@@ -5,7 +5,7 @@ which it never outruns: the maps name each other's entries one to one, the segme
 map points to, each segment's chain of records reaches its `end`, and each live block is where a record of that chain
 put it, with the checksum that both give. What was logged behind the checkpoint is walked as recovery would walk it.
 
-The logical maps of the layers are check_layers.py's.
+The logical maps of the layers are check_layers.py's, the segment files check_segments.py's.
 
 Rules
 - Nothing is changed: files are read, the store is read, no page or row is written back.
@@ -21,7 +21,7 @@ every GATHERED_BLOCKS live blocks. Dead blocks are not read: nothing will ever a
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from metadata.epochs import EpochHistory
 from metadata.family_state import Checkpoint, read_checkpoint, read_family, read_open_state, read_pending_holes
@@ -31,25 +31,21 @@ from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
 from metadata.replica_state import REPLICA_KEY, read_splices
 from metadata.seams import Files, Store
 from nbdserver.logdisk.check_layers import LayerCheck
+from nbdserver.logdisk.check_segments import Placed, SegmentCheck
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
-from nbdserver.logdisk.read_ahead import ReadAhead, read_record
-from nbdserver.logdisk.records import Record, parse_segment_header
+from nbdserver.logdisk.records import Record
 from nbdserver.logdisk.recovery import RecoveryError, Replay
-from nbdserver.logdisk.segments import DIRECTORY, SegmentPool, segment_path
-from protocol.checksum import crc32c
+from nbdserver.logdisk.segments import DIRECTORY, SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
-    SEAL,
     SEGMENT_HEADER_BYTES,
     DamagedValueError,
-    chain_key,
     unpack_value,
 )
 from protocol.invariant import InvariantError
 
 MOST_FINDINGS = 1000
 GATHERED_BLOCKS = 4 << 20  # addresses held at a time: some 500 MiB
-_READ_BLOCKS = 256  # of neighbouring live blocks in one read
 _PAGES_A_PROGRESS = 64
 
 Items = Iterator[tuple[bytes, bytes]]
@@ -82,15 +78,6 @@ class CheckResult:
     is_complete: bool = True  # False: damage made some comparisons impossible
 
 
-@dataclass
-class _Chain:
-    """How the chain of one segment begins and ends."""
-
-    previous_crc: int  # in the segment's header
-    crc: int
-    last: Record | None
-
-
 def check_family(files: Files, store: Store, quick: bool, progress: Progress = lambda *_: None) -> CheckResult:
     """Check one family; `quick` leaves out reading the data. Never raises for damage: that is what it reports."""
     return _FamilyCheck(files, store, quick, progress).run()
@@ -116,8 +103,7 @@ class _FamilyCheck:
         if self._read_state():
             self._check_middle()
             self._check_logical()
-            chains = self._check_segments()
-            self._check_links(chains)
+            self._check_segments()
             self._check_tail()
         return self.result
 
@@ -301,9 +287,9 @@ class _FamilyCheck:
         if group:
             yield group
 
-    def _gather(self, group: list[int]) -> dict[int, list[tuple[int, int, int]]]:
+    def _gather(self, group: list[int]) -> dict[int, list[Placed]]:
         """(offset, MBA, checksum) of the live blocks in each segment of the group."""
-        found: dict[int, list[tuple[int, int, int]]] = {segment: [] for segment in group}
+        found: dict[int, list[Placed]] = {segment: [] for segment in group}
         for number, page in self._pages(Maps(self._store, 0, lambda _: None).middle, quiet=True):
             base = number << PAGE_SHIFT
             for index in range(PAGE_BLOCKS):
@@ -312,145 +298,16 @@ class _FamilyCheck:
                     blocks.append((page[OFFSET + index], base | index, page[CHECKSUM + index]))
         return found
 
-    def _check_segments(self) -> dict[int, _Chain]:
-        """Returns the chains of the segments whose chain is whole."""
-        chains: dict[int, _Chain] = {}
+    def _check_segments(self) -> None:
+        check = SegmentCheck(self._files, self._table, self._family, self._quick, self.result, self._find)
         looked = 0
         for group in self._groups():
             found = self._gather(group)
             for segment in group:
-                blocks = sorted(found.pop(segment))
-                try:
-                    handle = self._files.open(segment_path(segment))
-                except OSError as error:
-                    self._find(
-                        "chain", f"segment {segment}", f"the file of segment {segment} cannot be opened: {error}"
-                    )
-                    continue
-                try:
-                    chain = self._check_segment(segment, handle, blocks)
-                    if chain is not None:
-                        chains[segment] = chain
-                    if not self._quick:
-                        self._check_data(segment, handle, blocks)
-                finally:
-                    self._files.close(handle)
-                looked += 1
-                self._progress("segments", looked, self.result.segments)
-        return chains
-
-    def _check_segment(self, segment: int, handle: int, blocks: list[tuple[int, int, int]]) -> _Chain | None:
-        for (offset, mba, _), (following, other, _) in pairwise(blocks):
-            if following < offset + BLOCK_BYTES:
-                self._find(
-                    "middle-map", f"segment {segment} byte {following}",
-                    f"MBA {mba:#x} and MBA {other:#x} lie in the same place of segment {segment}",
-                )  # fmt: skip
-        wanted = {offset: (mba, checksum) for offset, mba, checksum in blocks}
-        try:
-            chain = self._walk(segment, handle, wanted)
-        except OSError as error:
-            self._find("chain", f"segment {segment}", f"segment {segment} cannot be read: {error}")
-            return None
-        if chain is not None:
-            for offset, (mba, _) in wanted.items():
-                self._find(
-                    "middle-map", f"segment {segment} byte {offset}",
-                    f"MBA {mba:#x} lies at byte {offset} of segment {segment}, where no record put a block",
-                )  # fmt: skip
-        return chain
-
-    def _walk(self, segment: int, handle: int, wanted: dict[int, tuple[int, int]]) -> _Chain | None:
-        """Follow the chain up to `end`, taking what it names out of `wanted`; None if it breaks."""
-        table = self._table
-        where = f"segment {segment}"
-        start = parse_segment_header(self._files.read(handle, SEGMENT_HEADER_BYTES, 0))
-        sequence, salt, end = table.sequence[segment], table.salt[segment], table.end[segment]
-        life = (self._family, segment, sequence, salt)
-        if start is None or (start.family, start.segment, start.sequence, start.salt) != life:
-            # A header that nothing follows yet may be lost with the power: recovery goes on without it.
-            if end > SEGMENT_HEADER_BYTES:
-                self._find("chain", where, f"the header of segment {segment} is not that of its present life")
-            return None
-        key, offset, crc = chain_key(sequence, salt), SEGMENT_HEADER_BYTES, start.previous_crc
-        last: Record | None = None
-        ahead = ReadAhead(self._files, handle)
-        while offset < end:
-            record = read_record(ahead, key, offset)
-            if record is None or record.previous_crc != crc or (last is not None and record.lsn != last.lsn + 1):
-                follows = f"and {end - offset} bytes should follow"
-                sentence = f"segment {segment} has no valid record at byte {offset}, {follows}"
-                self._find("chain", f"{where} byte {offset}", sentence)
-                return None
-            self._match(segment, record, wanted)
-            self.result.records_verified += 1
-            offset, crc, last = record.end, record.crc, record
-        if offset != end or (last is not None and (last.lsn, last.txid) != (table.lsn[segment], table.txid[segment])):
-            self._find(
-                "segment-table",
-                where,
-                f"the records of segment {segment} end at byte {offset}, the usage table says {end}",
-            )
-            return None
-        return _Chain(start.previous_crc, crc, last)
-
-    def _match(self, segment: int, record: Record, wanted: dict[int, tuple[int, int]]) -> None:
-        offset = record.data_offset
-        for mba, checksum in zip(record.mbas, record.checksums, strict=True):
-            found = wanted.pop(offset, None)
-            if found is not None and found != (mba, checksum):
-                self._find(
-                    "middle-map", f"segment {segment} byte {offset}",
-                    f"the middle map has MBA {found[0]:#x} with checksum {found[1]:08x} at byte {offset} of segment "
-                    f"{segment}; the record there has MBA {mba:#x} with {checksum:08x}",
-                )  # fmt: skip
-            offset += BLOCK_BYTES
-
-    def _check_data(self, segment: int, handle: int, blocks: list[tuple[int, int, int]]) -> None:
-        for first, count in _runs(blocks):
-            begin = blocks[first][0]
-            try:
-                data = self._files.read(handle, count * BLOCK_BYTES, begin)
-            except OSError:
-                data = b""
-            for index, (offset, mba, checksum) in enumerate(blocks[first : first + count]):
-                block = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-                if not block and count > 1:
-                    block = self._read_block(handle, offset)
-                if len(block) == BLOCK_BYTES and crc32c(block) == checksum:
-                    self.result.blocks_verified += 1
-                    continue
-                what = "has the wrong checksum" if len(block) == BLOCK_BYTES else "cannot be read"
-                self._find(
-                    "data", f"segment {segment} byte {offset}",
-                    f"the block of MBA {mba:#x} at byte {offset} of segment {segment} {what}",
-                )  # fmt: skip
-
-    def _read_block(self, handle: int, offset: int) -> bytes:
-        try:
-            return self._files.read(handle, BLOCK_BYTES, offset)
-        except OSError:
-            return b""
-
-    def _check_links(self, chains: dict[int, _Chain]) -> None:
-        """The chain goes on from segment to segment, and the checkpoint stands at its end."""
-        table = self._table
-        by_sequence = {table.sequence[segment]: segment for segment in table.in_use}
-        for segment, chain in chains.items():
-            follower = by_sequence.get(table.sequence[segment] + 1, 0)
-            if follower not in chains:
-                continue
-            seal = chain.last if chain.last is not None and chain.last.kind == SEAL else None
-            is_named = seal is None or (seal.successor, seal.successor_salt) == (follower, table.salt[follower])
-            if chains[follower].previous_crc != chain.crc or not is_named:
-                sentence = f"segment {follower} does not go on where segment {segment} ends"
-                self._find("chain", f"segment {follower}", sentence)
-        position = self._checkpoint
-        opened = chains.get(position.segment)
-        end = (table.end[position.segment], opened.crc) if opened is not None else None
-        if position.offset and end is not None and end != (position.offset, position.previous_crc):
-            sentence = f"the checkpoint does not stand at the end of segment {position.segment}"
-            self._find("log", f"segment {position.segment}", sentence)
+                if check.check(segment, sorted(found.pop(segment))):
+                    looked += 1
+                    self._progress("segments", looked, self.result.segments)
+        check.check_links(self._checkpoint)
 
     # -- behind the checkpoint
 
@@ -494,18 +351,3 @@ class _TailWalk(Replay):
 
     def _apply(self, record: Record, segment: int) -> None:
         pass
-
-
-def _runs(blocks: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """(first, count) of the blocks that lie one after the other, at most _READ_BLOCKS in a run."""
-    first = 0
-    while first < len(blocks):
-        count = 1
-        while (
-            count < _READ_BLOCKS
-            and first + count < len(blocks)
-            and blocks[first + count][0] == blocks[first][0] + count * BLOCK_BYTES
-        ):
-            count += 1
-        yield first, count
-        first += count
