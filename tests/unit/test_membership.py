@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from metadata.directory.registry_keys import Member
 from metadata.directory.reports import Answer
 from nbdserver.cli.main import run
-from nbdserver.node import neighbours
+from nbdserver.node import membership
 from nbdserver.node.cluster_files import Keys
 from nbdserver.node.config import load_settings
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.invitations import Token
-from nbdserver.node.neighbours import Neighbours
+from nbdserver.node.membership import Membership
 from protocol.directory import NodeKind
 
 
@@ -40,7 +40,7 @@ class Rig:
         self.directory = SimpleNamespace(
             members=members, master=object(), remove=self._remove, election=SimpleNamespace(state=None)
         )
-        self.neighbours = Neighbours(
+        self.membership = Membership(
             settings,
             lambda: self.directory,  # type: ignore[arg-type, return-value]
             lambda: Keys(b"k" * 32),
@@ -54,7 +54,7 @@ class Rig:
         done(self.answers.pop(0))
 
     def ask(self, certificate: str, **question: Any) -> dict[str, Any]:
-        return asyncio.run(self.neighbours.answer(certificate, "10.0.0.9:1", question))
+        return asyncio.run(self.membership.answer(certificate, "10.0.0.9:1", question))
 
     def join(self, **changes: Any) -> dict[str, Any]:
         return self.ask("", **{"do": "join", "secret": self.secret, "node": "n3", "request": request(), **changes})
@@ -133,28 +133,28 @@ def test_a_member_brings_keys_and_wrong_ones_are_refused(rig: Rig) -> None:
 def test_only_who_is_silent_is_struck_and_a_master_that_cannot_now_is_asked_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours, "REMOVE_RETRY_S", 0.001)
+    monkeypatch.setattr(membership, "REMOVE_RETRY_S", 0.001)
     with pytest.raises(ConflictError, match="n2 is up: stop nbdserver on it first"):
-        asyncio.run(rig.neighbours.remove("n2"))
+        asyncio.run(rig.membership.remove("n2"))
     with pytest.raises(NotFoundError, match="there is no node n9"):
-        asyncio.run(rig.neighbours.remove("n9"))
+        asyncio.run(rig.membership.remove("n9"))
     with pytest.raises(ConflictError, match="n2 is not silent for the master"):
         rig.ask("n2", do="remove", node="n2")
     rig.silent = {"n2"}
     rig.answers = [Answer.NOT_DONE, Answer.CONFIRMED]
-    asyncio.run(rig.neighbours.remove("n2"))
+    asyncio.run(rig.membership.remove("n2"))
     assert rig.struck == ["n2", "n2"]
     assert rig.events == ["node-removed"]
-    rig.answers = [Answer.NOT_DONE] * neighbours.REMOVE_TRIES
+    rig.answers = [Answer.NOT_DONE] * membership.REMOVE_TRIES
     with pytest.raises(NodeError, match="n2 cannot be struck now"):
-        asyncio.run(rig.neighbours.remove("n2"))
+        asyncio.run(rig.membership.remove("n2"))
 
 
 def test_no_key_is_changed_while_somebody_cannot_be_told(rig: Rig) -> None:
     rig.silent = {"n2"}
     with pytest.raises(ConflictError, match="n2 cannot be told of the key"):
-        asyncio.run(rig.neighbours.rotate_key())
+        asyncio.run(rig.membership.rotate_key())
     rig.silent = set()
     with pytest.raises(NodeError, match=r"127\.0\.0\.2:9 cannot be asked"):
-        asyncio.run(rig.neighbours.rotate_key())
+        asyncio.run(rig.membership.rotate_key())
     assert rig.used == []
