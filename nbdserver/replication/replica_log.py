@@ -6,7 +6,8 @@ follows from their *histories* alone: for each epoch the last txid that the log 
 modifications of an epoch have the same ones, up to the shorter's end, because one owner ordered them.
 
 Beside modifications a log takes *copies*: a region as another replica had it. They lie in the local log between the
-modifications, and a cut takes those behind it away too.
+modifications: a cut takes away those behind the first modification that goes, and leaves those right behind the last
+one that stays, which are of that very position.
 
 Rules
 - `done` callbacks come from the loop, never from inside the call, in the order of the calls, with 0 or an errno. After
@@ -88,7 +89,7 @@ class ReplicaLog(Protocol):
         `limit_bytes`; None if the log does not go back that far."""
 
     def cut(self, at: Position, done: Done) -> None:
-        """Take away everything behind `at`, durably, copies too. EINVAL if it is behind `last`, ENOENT below the last
+        """Take away everything from the first modification behind `at` on, durably. EINVAL if it is behind `last`, ENOENT below the last
         checkpoint. The log is opened anew for it: nothing else may be under way; taps end."""
 
     @property

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nbdserver.logdisk.ordering import Rule, disabled
 from nbdserver.logdisk.region_copies import REGION_BLOCKS, distinct, pack_views, unpack_views
 from protocol.peer import Copy
-from tests.unit.replica_rig import STEPS, Pair, Step
+from tests.unit.replica_rig import STEPS, Pair, Step, taken
 
 
 def returned(pair: Pair, crash: bool = False) -> None:
@@ -122,6 +122,20 @@ def test_a_copy_that_comes_late_is_refused() -> None:
     assert late() == (errno.ESTALE, 77)
     with disabled(Rule.REPLACED_WHERE_IT_WAS_READ):
         assert late() == (0, 2)  # an acknowledged write went back
+
+
+def test_a_copy_right_behind_where_a_log_is_cut_stays() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    complete(pair)
+    at, replica = pair.replica.replica.last, pair.replica
+    pair.owner.put(0, 77)
+    assert replica.append(taken(pair.told)) == 0
+    assert replica.number_at(0) == 77
+    assert replica.wait(lambda done: replica.replica.cut(at, done)) == (0,)
+    replica.look()
+    assert (replica.replica.last, replica.number_at(0), replica.number_at(100)) == (at, 2, 0)
+    assert (replica.number_at(1900), replica.number_at(2000)) == (1902, 2001)
 
 
 def test_what_is_written_while_a_region_is_read_is_in_the_copy() -> None:

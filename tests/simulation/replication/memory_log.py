@@ -287,12 +287,12 @@ class MemoryLog:
                 return errno.ENOENT
             if at > self.last:
                 return errno.EINVAL
-            kept = 0
-            if at != self.disk.base.last:
-                positions = [getattr(record, "position", None) for record in self.disk.records]
-                invariant(at in positions, f"{at} is not in the log")
-                kept = positions.index(at) + 1
-            del self.disk.records[kept:]
+            records = self.disk.records
+            positions = [record.position if isinstance(record, Modification) else BEGINNING for record in records]
+            invariant(at in (self.disk.base.last, *positions), f"{at} is not in the log")
+            # Copies right behind `at` are of it, and stay.
+            kept = next((index for index, position in enumerate(positions) if position > at), len(records))
+            del records[kept:]
             self._tap = None
             self._open()
             return 0
@@ -333,7 +333,7 @@ class MemoryLog:
             if isinstance(record, Modification):
                 if record.txid > self.checkpoint_limit_txid:
                     break
-                taken = index + 1  # copies behind it go with a cut: they stay records
+                taken = index + 1  # copies behind it stay records
         if taken and self._random.random() < 0.7:
             base = disk.base.copy()
             for record in disk.records[:taken]:

@@ -33,6 +33,7 @@ SEEDS = 20
 CHUNK = 5
 TRIES = 60  # runs in which a canary must be found
 WORLD = "replication"
+FOUND = (1795634723482,)  # a copy that lay right behind where its log was cut went with the cut
 Patch = Callable[[pytest.MonkeyPatch], None]
 Play = Callable[[], None]
 PLAYS: list[Play] = [
@@ -46,6 +47,11 @@ PLAYS: list[Play] = [
 def test_nothing_wrong_is_seen_and_all_replicas_are_the_same_when_it_is_healed(first: int) -> None:
     wrong = wrong_seeds(WORLD, range(first, first + CHUNK))
     assert not wrong, wrong
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_seeds_that_once_went_wrong_do_not(seed: int) -> None:
+    assert not wrong_seeds(WORLD, [seed])
 
 
 def test_the_first_seeds_meet_everything_that_can_happen_to_a_replica() -> None:
