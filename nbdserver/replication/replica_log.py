@@ -89,8 +89,8 @@ class ReplicaLog(Protocol):
         `limit_bytes`; None if the log does not go back that far."""
 
     def cut(self, at: Position, done: Done) -> None:
-        """Take away everything from the first modification behind `at` on, durably. EINVAL if it is behind `last`, ENOENT below the last
-        checkpoint. The log is opened anew for it: nothing else may be under way; taps end."""
+        """Take away everything from the first modification behind `at` on, durably. EINVAL if `at` is behind `last`,
+        ENOENT below the last checkpoint. The log is opened anew for it: nothing else may be under way; taps end."""
 
     @property
     def tree(self) -> bytes:
