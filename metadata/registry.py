@@ -33,7 +33,7 @@ from functools import cached_property
 from typing import Any
 
 from metadata.registry_calls import MAX_CHANGES, MAX_SWAP_BYTES
-from metadata.seams import LocalRegistry
+from metadata.seams import HeldRegistry
 
 _VERSION = 2
 
@@ -207,7 +207,7 @@ _FAMILY_KEYS = {item.name for item in fields(Family)}
 class Families:
     """The families in a registry, and the swaps that change them. Each raises RegistryError if another was faster."""
 
-    def __init__(self, registry: LocalRegistry, owner: str) -> None:
+    def __init__(self, registry: HeldRegistry, owner: str) -> None:
         self._registry = registry
         self._owner = owner
         self._decoded: dict[str, tuple[bytes, Family]] = {}  # what was read last
@@ -235,49 +235,50 @@ class Families:
         """Return the ids whose directories are to be deleted."""
         return [key.removeprefix("scrap/") for key, _ in self._registry.range("scrap/")]
 
-    def begin(self, family_id: str) -> None:
+    async def begin(self, family_id: str) -> None:
         """Name a directory that is about to be made."""
-        if not self._registry.compare_and_swap([(f"scrap/{family_id}", None, b"")]):
+        if not await self._registry.compare_and_swap([(f"scrap/{family_id}", None, b"")]):
             raise RegistryError(f"family {family_id} is being made already")
 
-    def add(self, family: Family) -> bool:
+    async def add(self, family: Family) -> bool:
         """The directory is made: take the family in. False if the name is taken (its directory stays a scrap)."""
         changes = [(f"scrap/{family.id}", b"", None), (_family_key(family), None, family.encode())]
-        changes += [(f"volume/{volume.name}", None, _whose(family, volume)) for volume in family.volumes]
-        return self._registry.compare_and_swap(changes)
+        changes += [_take_name(family, volume) for volume in family.volumes]
+        return await self._registry.compare_and_swap(changes)
 
-    def change(self, family: Family, **values: object) -> Family:
+    async def change(self, family: Family, **values: object) -> Family:
         """Swap `family` for itself with `values`; names and numbers of its volumes stay."""
         changed = replace(family, **values)  # type: ignore[arg-type]
         before = [(volume.number, volume.name) for volume in family.volumes]
         if [(volume.number, volume.name) for volume in changed.volumes] != before or changed.id != family.id:
             raise RegistryError("a family keeps its id and the names of its volumes")
-        return self._swap(family, changed)
+        return await self._swap(family, changed)
 
-    def change_volume(self, family: Family, volume: Volume, **values: object) -> Family:
+    async def change_volume(self, family: Family, volume: Volume, **values: object) -> Family:
         """Swap one of its volumes for itself with `values`."""
         changed = replace(volume, **values)  # type: ignore[arg-type]
-        return self.change(family, volumes=family.with_volume(changed).volumes)
+        return await self.change(family, volumes=family.with_volume(changed).volumes)
 
-    def add_volume(self, family: Family, name: str, size_bytes: int, settings: ExportSettings) -> tuple[Family, Volume]:
+    async def add_volume(
+        self, family: Family, name: str, size_bytes: int, settings: ExportSettings
+    ) -> tuple[Family, Volume]:
         """Note that a volume is about to be made in the family, under a number that is new."""
         volume = Volume(family.next_volume, name, size_bytes, settings, VolumeState.MAKING)
         changed = replace(family.with_volume(volume), next_volume=family.next_volume + 1)
-        return self._swap(family, changed, (f"volume/{name}", None, _whose(family, volume))), volume
+        return await self._swap(family, changed, _take_name(changed, volume)), volume
 
-    def rename(self, family: Family, volume: Volume, name: str) -> Family:
+    async def rename(self, family: Family, volume: Volume, name: str) -> Family:
         """Give a volume another name, which must be free."""
-        changed = family.with_volume(replace(volume, name=name))
-        return self._swap(
-            family, changed, self._forget_name(family, volume), (f"volume/{name}", None, _whose(family, volume))
-        )
+        renamed = replace(volume, name=name)
+        changed = family.with_volume(renamed)
+        return await self._swap(family, changed, self._forget_name(family, volume), _take_name(family, renamed))
 
-    def remove_volume(self, family: Family, volume: Volume) -> Family:
+    async def remove_volume(self, family: Family, volume: Volume) -> Family:
         """Forget one of several volumes: the family's log does not have it (any more)."""
         changed = replace(family, volumes=tuple(other for other in family.volumes if other.number != volume.number))
-        return self._swap(family, changed, self._forget_name(family, volume))
+        return await self._swap(family, changed, self._forget_name(family, volume))
 
-    def settled(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
+    async def settled(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
         """Bring the family up to what its log has, `sizes_bytes` by volume number: what was being made is there or is
         forgotten, what was being deleted and is gone is forgotten, sizes are the log's. Volumes whose deletion has
         still to be done stay in state DELETING; those that should be there and are not stay as they are."""
@@ -285,29 +286,29 @@ class Families:
             size_bytes = sizes_bytes.get(volume.number)
             if size_bytes is None:
                 if volume.state != VolumeState.THERE and len(family.volumes) > 1:
-                    family = self.remove_volume(family, volume)
+                    family = await self.remove_volume(family, volume)
             elif volume.state == VolumeState.MAKING or size_bytes != volume.size_bytes:
                 state = VolumeState.DELETING if volume.state == VolumeState.DELETING else VolumeState.THERE
-                family = self.change_volume(family, volume, size_bytes=size_bytes, state=state)
+                family = await self.change_volume(family, volume, size_bytes=size_bytes, state=state)
         return family
 
-    def raise_epoch(self, family: Family) -> Family:
+    async def raise_epoch(self, family: Family) -> Family:
         """Become the owner of `family` under a new epoch: before every opening for writing."""
-        return self.change(family, epoch=family.epoch + 1, owner=self._owner, in_sync=(self._owner,))
+        return await self.change(family, epoch=family.epoch + 1, owner=self._owner, in_sync=(self._owner,))
 
-    def remove(self, family: Family) -> None:
+    async def remove(self, family: Family) -> None:
         """Forget `family` and its names; its directory becomes a scrap."""
         names = [self._forget_name(family, volume) for volume in family.volumes]
         last = MAX_CHANGES - 2
         while len(names) > last:  # a thousand volumes: their names go before the family does
-            if not self._registry.compare_and_swap(names[-last:]):
+            if not await self._registry.compare_and_swap(names[-last:]):
                 raise RegistryError(f"volume {family.name} was changed by another at the same time; try again")
             del names[-last:]
-        self._swap(family, None, *names, (f"scrap/{family.id}", None, b""))
+        await self._swap(family, None, *names, (f"scrap/{family.id}", None, b""))
 
-    def scrapped(self, family_id: str) -> None:
+    async def scrapped(self, family_id: str) -> None:
         """The directory is gone: forget it."""
-        self._registry.compare_and_swap([(f"scrap/{family_id}", b"", None)])
+        await self._registry.compare_and_swap([(f"scrap/{family_id}", b"", None)])
 
     def _get(self, family_id: str) -> Family | None:
         key = f"family/{family_id}"
@@ -327,12 +328,12 @@ class Families:
         is_its = value == _whose(family, volume) or value == family.id.encode()  # the latter of an older program
         return key, value, None if is_its else value
 
-    def _swap(self, family: Family, changed: Family | None, *others: Change) -> Family:
+    async def _swap(self, family: Family, changed: Family | None, *others: Change) -> Family:
         key = _family_key(family)
         before = self._registry.get(key)
         is_same = before is not None and self._decode(key, before) == family
         new = None if changed is None else changed.encode()
-        if not is_same or not self._registry.compare_and_swap([(key, before, new), *others]):
+        if not is_same or not await self._registry.compare_and_swap([(key, before, new), *others]):
             raise RegistryError(f"volume {family.name} was changed by another at the same time; try again")
         if changed is None or new is None:
             self._decoded.pop(key, None)
@@ -343,6 +344,11 @@ class Families:
 
 def _family_key(family: Family) -> str:
     return f"family/{family.id}"
+
+
+def _take_name(family: Family, volume: Volume) -> Change:
+    """The name is the volume's, which has to be free."""
+    return f"volume/{volume.name}", None, _whose(family, volume)
 
 
 def _whose(family: Family, volume: Volume) -> bytes:

@@ -44,7 +44,7 @@ Changed = Callable[[int, Sequence[tuple[str, bytes | None]]], None]
 
 
 class RegistryTable:
-    """`LocalRegistry`: one node, one process, one Store."""
+    """`HeldRegistry`: one node, one process, one Store."""
 
     def __init__(self, store: Store) -> None:
         """Take a Store; an empty one becomes a registry. RegistryError for a newer one, OSError for a damaged one."""
@@ -78,8 +78,9 @@ class RegistryTable:
         items = self._range(start or _FIRST_KEY, end_of_prefix(start))
         return [(key.decode(), value) for key, value in items if key != _VERSION]
 
-    def compare_and_swap(self, changes: Sequence[tuple[str, bytes | None, bytes | None]]) -> bool:
-        """Make every (key, expected, new) true, durably, or change nothing and return False. OSError: unknown."""
+    async def compare_and_swap(self, changes: Sequence[tuple[str, bytes | None, bytes | None]]) -> bool:
+        """Make every (key, expected, new) true, durably, or change nothing and return False. OSError: unknown.
+        Nothing is waited for but the device."""
         return self.swap([Change(*change) for change in changes])
 
     def swap(self, changes: Sequence[Change]) -> bool:

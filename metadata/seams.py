@@ -275,12 +275,13 @@ class Registry(Protocol):
         """Answer what is pending, end watches and leases without a further word (leases run out by themselves)."""
 
 
-class LocalRegistry(Protocol):
-    """What a registry on this machine can do at once; waits for the device."""
+class HeldRegistry(Protocol):
+    """A registry whose content is at hand: what is there is read at once, changes are waited for."""
 
     def get(self, key: str) -> bytes | None: ...
 
     def range(self, prefix: str) -> list[tuple[str, bytes]]: ...
 
-    def compare_and_swap(self, changes: Sequence[tuple[str, bytes | None, bytes | None]]) -> bool:
-        """All (key, expected, new) or nothing; None is absence. Durable when it returns True."""
+    async def compare_and_swap(self, changes: Sequence[tuple[str, bytes | None, bytes | None]]) -> bool:
+        """All (key, expected, new) or nothing; None is absence. Durable, and read from then on, when it returns True;
+        nothing is changed if it returns False."""

@@ -53,7 +53,7 @@ class Opening:
 
     async def open(self, family: Family) -> None:
         """Open a family and serve its volumes. Raises NodeError."""
-        raised = self._families.raise_epoch(family)
+        raised = await self._families.raise_epoch(family)
         is_open = False
         try:
             answer = await self._call(
@@ -66,7 +66,7 @@ class Opening:
             )
             is_open = True
             if answer["generation"] > raised.generation:
-                raised = self._families.change(raised, generation=answer["generation"])
+                raised = await self._families.change(raised, generation=answer["generation"])
             raised = await self._settle(raised, {int(key): size for key, size in answer["sizes_bytes"].items()})
             there = [volume for volume in raised.volumes if volume.state == VolumeState.THERE]
             await self.serve(raised, [volume for volume in there if not self.why_not(raised, volume)])
@@ -81,7 +81,7 @@ class Opening:
 
     async def _settle(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
         """Finish what was begun in the family when the node stopped, and see that every volume is there."""
-        settled = self._families.settled(family, sizes_bytes)
+        settled = await self._families.settled(family, sizes_bytes)
         for volume in settled.volumes:
             if volume.number not in sizes_bytes:
                 reason = "its family's log does not have it: the data directory is damaged or not of one moment"
@@ -112,9 +112,9 @@ class Opening:
             raise NodeError(
                 f"deleting {volume.name} was begun and not finished ({os.strerror(errno)}); the next start goes on"
             )
-        return self._families.remove_volume(family, volume)
+        return await self._families.remove_volume(family, volume)
 
     async def scrap(self, family_id: str) -> None:
         """Delete the directory of a family that the registry names as a scrap."""
         await asyncio.to_thread(self._directory.remove_family, family_id)
-        self._families.scrapped(family_id)
+        await self._families.scrapped(family_id)

@@ -77,7 +77,7 @@ class Snapshots:
             snapshot = await self._find(volume, name)
             await self._refuse_clients(volume, "rolled back")
             self._check(await self._ask("snapshot_rollback", volume, snapshot=name), f"rolling {volume} back")
-            self._volumes.note_size(volume, snapshot["size_bytes"])
+            await self._volumes.note_size(volume, snapshot["size_bytes"])
             self._volumes.event("volume-rolled-back", {"volume": volume, "snapshot": name})
         return await self._volumes.show(volume)
 
@@ -99,7 +99,7 @@ class Snapshots:
             more_bytes = size_bytes - found["size_bytes"]
             await self._volumes.admit(f"{volume} with {format_size(size_bytes)}", more_bytes)
             self._check(await self._ask("resize", volume, size_bytes=size_bytes), f"resizing {volume}")
-            self._volumes.note_size(volume, size_bytes)
+            await self._volumes.note_size(volume, size_bytes)
             self._volumes.event("volume-resized", {"volume": volume, "size_bytes": size_bytes})
         return await self._volumes.show(volume)
 

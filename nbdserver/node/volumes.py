@@ -112,7 +112,7 @@ class Volumes:
                 owner="",
                 volumes=(Volume(FIRST_VOLUME, name, size_bytes),),
             )
-            self._families.begin(family.id)
+            await self._families.begin(family.id)
             try:
                 await self.call(
                     "format",
@@ -126,7 +126,7 @@ class Volumes:
                 raise
             # If this fails, only the registry knows whether the directory is a family or a scrap; the next start asks.
             invariant(
-                self._families.add(family), "a name that was free is taken, although one change is made at a time"
+                await self._families.add(family), "a name that was free is taken, although one change is made at a time"
             )
             await self._opening.open(family)
             self.event("volume-created", {"volume": name, "size_bytes": size_bytes})
@@ -144,14 +144,14 @@ class Volumes:
             size_bytes = found["size_bytes"]
             await self.admit(f"clone {name} of {format_size(size_bytes)}", size_bytes)
             settings = volume.settings.for_clone()
-            family, made = self._families.add_volume(family, name, size_bytes, settings)
+            family, made = await self._families.add_volume(family, name, size_bytes, settings)
             errno = await self.call("clone", family=family.id, layer=found["layer"], number=made.number)
             if errno:
                 # It was refused; after a failure of the family the next start finds out what its log has.
                 if not (await self.call("volume", family=family.id, number=made.number))["disk"].get("failure"):
-                    self._families.remove_volume(family, made)
+                    await self._families.remove_volume(family, made)
                 raise change_error(errno, f"cloning {base}@{snapshot}")
-            family = self._families.change_volume(family, made, state=VolumeState.THERE)
+            family = await self._families.change_volume(family, made, state=VolumeState.THERE)
             await self._opening.serve(family, [family.volume(made.number)])
             self.event("clone-created", {"volume": name, "base": f"{base}@{snapshot}"})
             return await self._shown(name)
@@ -200,7 +200,7 @@ class Volumes:
                     await self.call("set", family=family.id, number=volume.number, settings=asdict(settings))
                     await self.call("limit_data", family=family.id, max_data_bytes=max_data)
                 changed = replace(volume, settings=settings)
-                self._families.change(family, volumes=family.with_volume(changed).volumes, max_data=max_data)
+                await self._families.change(family, volumes=family.with_volume(changed).volumes, max_data=max_data)
                 self.event("volume-changed", {"volume": name, "changes": changes})
             return await self._shown(name)
 
@@ -210,7 +210,7 @@ class Volumes:
         async with self.lock:
             family, volume = self._find(name)
             self._refuse_taken(new_name)
-            self._families.rename(family, volume, new_name)
+            await self._families.rename(family, volume, new_name)
             if not self._opening.why_not(family, volume):
                 await self.call("rename", family=family.id, number=volume.number, new_name=new_name)
             self.event("volume-renamed", {"volume": name, "new_name": new_name})
@@ -233,11 +233,11 @@ class Volumes:
                     )
             try:
                 if others:
-                    family = self._families.change_volume(family, volume, state=VolumeState.DELETING)
+                    family = await self._families.change_volume(family, volume, state=VolumeState.DELETING)
                 else:
                     if family.id not in self._opening.failed:
                         await self.call("close", family=family.id)
-                    self._families.remove(family)
+                    await self._families.remove(family)
             except (OSError, RegistryError) as error:
                 reason = f"closed to be deleted, which failed ({error}); the next start opens it again"
                 if others:
@@ -260,11 +260,11 @@ class Volumes:
             raise ConflictError(f"volume {name} is not open: {reason}")
         return await self.call(request, family=family.id, number=volume.number, **arguments)
 
-    def note_size(self, name: str, size_bytes: int) -> None:
+    async def note_size(self, name: str, size_bytes: int) -> None:
         """The volume has this size now."""
         family, volume = self._find(name)
         if volume.size_bytes != size_bytes:
-            self._families.change_volume(family, volume, size_bytes=size_bytes)
+            await self._families.change_volume(family, volume, size_bytes=size_bytes)
 
     # -- refusing and describing
 

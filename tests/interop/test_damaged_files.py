@@ -8,6 +8,7 @@ With `FUZZ_EXAMPLES=20000` (which `make fuzz` sets) each family is damaged a ten
 opening and a reading of everything. The seed of a failure is in its message.
 """
 
+import asyncio
 import errno
 import os
 import random
@@ -196,7 +197,7 @@ def test_a_damaged_registry_is_refused_or_complete(tmp_path: Path) -> None:
     changes = [(f"family/{number}", None, b"value %d" % number) for number in range(20)]
     for _ in range(2):  # the second opening makes a table of the first one's log
         registry = open_registry(directory)
-        registry.compare_and_swap(changes)
+        asyncio.run(registry.compare_and_swap(changes))
         registry.close()
     directory.release()
     names = [path.name for path in sorted(directory.registry.iterdir()) if path.name not in ("LOCK", "LOG", "LOG.old")]

@@ -305,12 +305,12 @@ def test_what_a_crash_left_of_a_volume_in_the_making_is_removed(start_server: St
     assert server.stop() == 0
     scrap = "ab" * 16
     program = (
-        "import sys; from pathlib import Path\n"
+        "import asyncio, sys; from pathlib import Path\n"
         "from metadata.registry import Families\n"
         "from nbdserver.node.local_registry import open_registry\n"
         "from nbdserver.node.directory import DataDirectory\n"
         "registry = open_registry(DataDirectory(Path(sys.argv[1])))\n"
-        "Families(registry, 'local').begin(sys.argv[2])\n"
+        "asyncio.run(Families(registry, 'local').begin(sys.argv[2]))\n"
         "registry.close()\n"
     )
     subprocess.run([sys.executable, "-c", program, str(server.data), scrap], cwd=ROOT, check=True)

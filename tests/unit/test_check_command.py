@@ -1,5 +1,6 @@
 """`nbdserver check`: its exit codes, its one line for each finding, and what it refuses."""
 
+import asyncio
 import json
 import secrets
 from pathlib import Path
@@ -26,8 +27,8 @@ def place(tmp_path: Path) -> Place:
     family = Family(secrets.token_hex(16), 1 << 20, "", (Volume(1, "disk0", 1 << 30),))
     store = LevelStore(str(directory.registry), NO_THREADS, NO_THREADS)
     families = Families(RegistryTable(store), owner="")
-    families.begin(family.id)
-    families.add(family)
+    asyncio.run(families.begin(family.id))
+    asyncio.run(families.add(family))
     store.close()
     directory.family(family.id).mkdir()
     disk = RealFamily(directory.family(family.id))
@@ -99,8 +100,8 @@ def test_a_volume_that_its_family_does_not_have_is_found_and_one_without_a_name(
     store = LevelStore(str(DataDirectory(place[0]).registry), NO_THREADS, NO_THREADS)
     families = Families(RegistryTable(store), owner="")
     (family,) = families.all()
-    family, clone = families.add_volume(family, "web", 1 << 30, family.volumes[0].settings)
-    families.change_volume(family, clone, state=VolumeState.THERE)
+    family, clone = asyncio.run(families.add_volume(family, "web", 1 << 30, family.volumes[0].settings))
+    asyncio.run(families.change_volume(family, clone, state=VolumeState.THERE))
     store.close()
     assert run(["check", "--data", str(place[0])]) == 1
     assert "volume web is number 2 of its family, whose log has none" in capfd.readouterr().out

@@ -1,5 +1,6 @@
 """The embedded registry keeps every registry's promises, and those that only a registry on a disk can break."""
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_new_life_has_what_was_swapped_but_no_lease(rig: EmbeddedRig) -> None:
 
 def test_who_changes_the_table_at_once_is_heard_by_watchers(rig: EmbeddedRig) -> None:
     watcher = Watcher(rig, "f/")
-    assert rig.table.compare_and_swap([("f/a", None, b"1"), ("g", None, b"2")])
+    assert asyncio.run(rig.table.compare_and_swap([("f/a", None, b"1"), ("g", None, b"2")]))
     rig.run_until(lambda: watcher.state == {"f/a": b"1"})
 
 

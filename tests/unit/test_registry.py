@@ -1,5 +1,6 @@
 """The families in a registry: who owns them, which volumes they have, and what was begun with those."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,8 @@ def registry(tmp_path: Path) -> Iterator[RegistryTable]:
 def families(registry: RegistryTable) -> Families:
     """With one family."""
     families = Families(registry, owner="here")
-    families.begin(ID)
-    assert families.add(family())
+    asyncio.run(families.begin(ID))
+    assert asyncio.run(families.add(family()))
     return families
 
 
@@ -81,28 +82,28 @@ def test_a_family_with_keys_of_a_newer_program_is_refused(place: bytes) -> None:
 
 
 def test_every_opening_for_writing_raises_the_epoch(families: Families) -> None:
-    first = families.raise_epoch(family())
-    second = families.raise_epoch(first)
+    first = asyncio.run(families.raise_epoch(family()))
+    second = asyncio.run(families.raise_epoch(first))
     assert (first.epoch, second.epoch, second.owner, second.in_sync) == (1, 2, "here", ("here",))
     assert families.find("disk0") == (second, DISK0)
 
 
 def test_a_change_against_an_older_value_is_refused(families: Families) -> None:
-    families.change(family(), generation=2)
+    asyncio.run(families.change(family(), generation=2))
     with pytest.raises(RegistryError, match="changed by another"):
-        families.raise_epoch(family())
+        asyncio.run(families.raise_epoch(family()))
 
 
 def test_a_name_is_given_once(families: Families) -> None:
     other = ID[::-1]
-    families.begin(other)
-    assert not families.add(family(family_id=other))
+    asyncio.run(families.begin(other))
+    assert not asyncio.run(families.add(family(family_id=other)))
     assert families.scraps() == [other]
     assert [item.id for item in families.all()] == [ID]
-    with_clone, clone = families.add_volume(family(), "disk1", 1 << 30, ExportSettings())
+    with_clone, clone = asyncio.run(families.add_volume(family(), "disk1", 1 << 30, ExportSettings()))
     for change in (
-        lambda: families.add_volume(with_clone, "disk0", 1 << 30, ExportSettings()),
-        lambda: families.rename(with_clone, clone, "disk0"),
+        lambda: asyncio.run(families.add_volume(with_clone, "disk0", 1 << 30, ExportSettings())),
+        lambda: asyncio.run(families.rename(with_clone, clone, "disk0")),
     ):
         with pytest.raises(RegistryError, match="changed by another"):
             change()
@@ -111,23 +112,23 @@ def test_a_name_is_given_once(families: Families) -> None:
 
 def test_a_directory_is_a_scrap_before_it_is_a_family_and_after_it_was_one(registry: RegistryTable) -> None:
     families = Families(registry, owner="here")
-    families.begin(ID)
+    asyncio.run(families.begin(ID))
     assert families.scraps() == [ID]
-    families.add(family())
+    asyncio.run(families.add(family()))
     assert families.scraps() == []
-    families.add_volume(family(), "disk1", 1 << 30, ExportSettings())
-    families.remove(families.all()[0])
+    asyncio.run(families.add_volume(family(), "disk1", 1 << 30, ExportSettings()))
+    asyncio.run(families.remove(families.all()[0]))
     assert families.scraps() == [ID]
     assert (families.find("disk0"), families.find("disk1")) == (None, None)
-    families.scrapped(ID)
+    asyncio.run(families.scrapped(ID))
     assert families.scraps() == []
 
 
 def test_names_and_id_are_not_changed_by_the_way(families: Families) -> None:
     with pytest.raises(RegistryError, match="keeps its id"):
-        families.change(family(), volumes=(replace(DISK0, name="other"),))
+        asyncio.run(families.change(family(), volumes=(replace(DISK0, name="other"),)))
     with pytest.raises(RegistryError, match="keeps its id"):
-        families.change_volume(family(), DISK0, name="other")
+        asyncio.run(families.change_volume(family(), DISK0, name="other"))
     assert families.find("disk0") == (family(), DISK0)
 
 
@@ -136,30 +137,30 @@ def test_a_family_of_more_volumes_than_a_swap_has_changes_can_be_removed(
 ) -> None:
     many = family()
     for number in range(7):
-        many, _ = families.add_volume(many, f"clone-{number}", 1 << 40, ExportSettings())
+        many, _ = asyncio.run(families.add_volume(many, f"clone-{number}", 1 << 40, ExportSettings()))
     for module in ("registry", "registry_calls"):
         monkeypatch.setattr(f"metadata.{module}.MAX_CHANGES", 5)
-    families.remove(many)
+    asyncio.run(families.remove(many))
     assert (families.all(), families.scraps()) == ([], [ID])
     assert [families.find(volume.name) for volume in many.volumes] == [None] * 8
 
 
 def test_volumes_of_a_family_have_numbers_of_their_own_for_ever(families: Families) -> None:
-    two, disk1 = families.add_volume(family(), "disk1", 1 << 30, ExportSettings())
+    two, disk1 = asyncio.run(families.add_volume(family(), "disk1", 1 << 30, ExportSettings()))
     assert (disk1.number, disk1.state) == (2, VolumeState.MAKING)
-    one = families.remove_volume(two, disk1)
+    one = asyncio.run(families.remove_volume(two, disk1))
     assert families.find("disk1") is None
-    again, disk2 = families.add_volume(one, "disk1", 1 << 30, ExportSettings())
+    again, disk2 = asyncio.run(families.add_volume(one, "disk1", 1 << 30, ExportSettings()))
     assert disk2.number == 3
-    assert families.remove_volume(again, DISK0).volumes == (disk2,)
+    assert asyncio.run(families.remove_volume(again, DISK0)).volumes == (disk2,)
     assert families.find("disk0") is None
 
 
 def test_a_volume_is_found_by_its_new_name_only(families: Families) -> None:
-    renamed = families.rename(family(), DISK0, "build")
+    renamed = asyncio.run(families.rename(family(), DISK0, "build"))
     assert families.find("disk0") is None
     assert families.find("build") == (renamed, replace(DISK0, name="build"))
-    back = families.rename(renamed, renamed.volumes[0], "disk0")
+    back = asyncio.run(families.rename(renamed, renamed.volumes[0], "disk0"))
     assert families.find("disk0") == (back, DISK0)
 
 
@@ -177,16 +178,16 @@ def test_a_volume_is_found_by_its_new_name_only(families: Families) -> None:
 def test_what_was_begun_is_settled_by_what_the_log_has(
     families: Families, state: VolumeState, size_bytes: int | None, left: VolumeState | None
 ) -> None:
-    two, disk1 = families.add_volume(family(), "disk1", 1 << 20, ExportSettings())
-    two = families.change_volume(two, disk1, state=state)
+    two, disk1 = asyncio.run(families.add_volume(family(), "disk1", 1 << 20, ExportSettings()))
+    two = asyncio.run(families.change_volume(two, disk1, state=state))
     sizes = {1: 1 << 30} | ({} if size_bytes is None else {2: size_bytes})
-    settled = families.settled(two, sizes)
+    settled = asyncio.run(families.settled(two, sizes))
     assert families.all() == [settled]
     assert [volume.state for volume in settled.volumes[1:]] == ([] if left is None else [left])
     assert (families.find("disk1") is None) == (left is None)
     if left is not None:
         assert settled.volumes[1].size_bytes == (size_bytes or 1 << 20)
-    assert families.settled(settled, sizes) == settled
+    assert asyncio.run(families.settled(settled, sizes)) == settled
 
 
 def test_what_the_program_before_wrote_is_read_and_written_anew(registry: RegistryTable) -> None:
@@ -195,18 +196,18 @@ def test_what_the_program_before_wrote_is_read_and_written_anew(registry: Regist
         b'"settings":{"allowed_clients":["10.0.0.0/8"],"description":"d","read_only":true,"shared":false},'
         b'"size_bytes":1073741824,"version":1,"volume":"disk0"}' % ID.encode()
     )
-    registry.compare_and_swap([(f"family/{ID}", None, old), ("volume/disk0", None, ID.encode())])
+    asyncio.run(registry.compare_and_swap([(f"family/{ID}", None, old), ("volume/disk0", None, ID.encode())]))
     families = Families(registry, owner="here")
     expected = Volume(1, "disk0", 1 << 30, ExportSettings(True, "d", allowed_clients=("10.0.0.0/8",)))
     found = families.find("disk0")
     assert found is not None
     assert found[1] == expected
     assert (found[0].epoch, found[0].generation, found[0].next_volume) == (4, 2, 2)
-    raised = families.raise_epoch(found[0])
+    raised = asyncio.run(families.raise_epoch(found[0]))
     assert registry.get(f"family/{ID}") == raised.encode()
-    renamed = families.rename(raised, expected, "build")
+    renamed = asyncio.run(families.rename(raised, expected, "build"))
     assert families.find("build") == (renamed, replace(expected, name="build"))
-    families.remove(renamed)
+    asyncio.run(families.remove(renamed))
     assert families.all() == []
 
 

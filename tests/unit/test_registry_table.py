@@ -1,6 +1,7 @@
 """The table of a registry on one node: several keys swap together or not at all, survive, and are never believed when
 damaged."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,26 +35,28 @@ def registry(open_store: Callable[[], LevelStore]) -> RegistryTable:
 
 
 def test_a_swap_changes_all_of_its_keys_or_none(registry: RegistryTable) -> None:
-    assert registry.compare_and_swap([("a", None, b"1"), ("b", None, b"2")])
-    assert not registry.compare_and_swap([("a", b"1", b"3"), ("b", b"wrong", b"4")])
+    assert asyncio.run(registry.compare_and_swap([("a", None, b"1"), ("b", None, b"2")]))
+    assert not asyncio.run(registry.compare_and_swap([("a", b"1", b"3"), ("b", b"wrong", b"4")]))
     assert (registry.get("a"), registry.get("b")) == (b"1", b"2")
-    assert registry.compare_and_swap([("a", b"1", None), ("b", b"2", b"5"), ("c", None, b"6")])
+    assert asyncio.run(registry.compare_and_swap([("a", b"1", None), ("b", b"2", b"5"), ("c", None, b"6")]))
     assert (registry.get("a"), registry.get("b"), registry.get("c")) == (None, b"5", b"6")
 
 
 def test_absence_is_an_expectation_too(registry: RegistryTable) -> None:
-    assert registry.compare_and_swap([("a", None, b"")])
-    assert not registry.compare_and_swap([("a", None, b"2")])
+    assert asyncio.run(registry.compare_and_swap([("a", None, b"")]))
+    assert not asyncio.run(registry.compare_and_swap([("a", None, b"2")]))
     assert registry.get("a") == b""
 
 
 def test_a_range_has_what_begins_with_the_prefix_in_order(registry: RegistryTable) -> None:
-    registry.compare_and_swap([(key, None, key.encode()) for key in ("f/b", "f/a", "f", "f0", "g/a", "f/")])
+    asyncio.run(
+        registry.compare_and_swap([(key, None, key.encode()) for key in ("f/b", "f/a", "f", "f0", "g/a", "f/")])
+    )
     assert [key for key, _ in registry.range("f/")] == ["f/", "f/a", "f/b"]
 
 
 def test_what_was_swapped_is_there_after_opening_again(open_store: Callable[[], LevelStore]) -> None:
-    RegistryTable(open_store()).compare_and_swap([("a", None, b"1")])
+    asyncio.run(RegistryTable(open_store()).compare_and_swap([("a", None, b"1")]))
     assert RegistryTable(open_store()).get("a") == b"1"
 
 
@@ -61,7 +64,7 @@ def test_what_was_swapped_is_there_after_opening_again(open_store: Callable[[], 
 def test_a_flipped_bit_is_an_error_never_a_value(open_store: Callable[[], LevelStore], position: int) -> None:
     store = open_store()
     registry = RegistryTable(store)
-    registry.compare_and_swap([("a", None, b"0123456789")])
+    asyncio.run(registry.compare_and_swap([("a", None, b"0123456789")]))
     sealed = bytearray(store.get(b"a") or b"")
     sealed[position] ^= 0x10
     batch = store.batch()
@@ -74,7 +77,7 @@ def test_a_flipped_bit_is_an_error_never_a_value(open_store: Callable[[], LevelS
 def test_a_value_of_another_key_is_not_believed(open_store: Callable[[], LevelStore]) -> None:
     store = open_store()
     registry = RegistryTable(store)
-    registry.compare_and_swap([("a", None, b"1")])
+    asyncio.run(registry.compare_and_swap([("a", None, b"1")]))
     batch = store.batch()
     batch.put(b"b", store.get(b"a") or b"")
     store.write(batch)
@@ -118,10 +121,10 @@ def test_revisions_rise_across_openings_and_keys_stay_bound(open_store: Callable
 def test_who_listens_hears_what_was_written_and_nothing_else(registry: RegistryTable) -> None:
     heard: list[tuple[int, object]] = []
     registry.changed = lambda revision, changes: heard.append((revision, changes))
-    registry.compare_and_swap([("a", None, b"1"), ("b", None, None)])
-    registry.compare_and_swap([("a", None, b"2")])
-    registry.compare_and_swap([("a", b"1", b"1")])
-    registry.compare_and_swap([("a", b"1", None)])
+    asyncio.run(registry.compare_and_swap([("a", None, b"1"), ("b", None, None)]))
+    asyncio.run(registry.compare_and_swap([("a", None, b"2")]))
+    asyncio.run(registry.compare_and_swap([("a", b"1", b"1")]))
+    asyncio.run(registry.compare_and_swap([("a", b"1", None)]))
     registry.remove([])
     assert heard == [(1, [("a", b"1")]), (2, [("a", None)])]
 
@@ -129,7 +132,7 @@ def test_who_listens_hears_what_was_written_and_nothing_else(registry: RegistryT
 def test_the_registrys_own_keys_are_nobodys(registry: RegistryTable) -> None:
     for key in ("registry-version", "\0revision"):
         with pytest.raises(ValueError):
-            registry.compare_and_swap([(key, None, b"9")])
+            asyncio.run(registry.compare_and_swap([(key, None, b"9")]))
         with pytest.raises(ValueError):
             registry.get(key)
     assert registry.range("") == []

@@ -108,9 +108,9 @@ class BurningRegistry:
     def range(self, prefix: str) -> list[tuple[str, bytes]]:
         return self.registry.range(prefix)
 
-    def compare_and_swap(self, changes: list[Change]) -> bool:
+    async def compare_and_swap(self, changes: list[Change]) -> bool:
         self.fuse.burn()
-        return self.registry.compare_and_swap(changes)
+        return await self.registry.compare_and_swap(changes)
 
 
 @dataclass
@@ -318,8 +318,8 @@ def outcomes(node: Node, change: Callable[[], Any]) -> list[dict[int, str]]:
     for effects in range(100):
         node.data.logs = {key: dict(log) for key, log in before.items()}
         gone = [(key, now, None) for part in ("family/", "volume/") for key, now in node.registry.range(part)]
-        assert node.registry.compare_and_swap(gone)
-        assert node.registry.compare_and_swap([(key, None, value) for part in keys for key, value in part])
+        assert asyncio.run(node.registry.compare_and_swap(gone))
+        assert asyncio.run(node.registry.compare_and_swap([(key, None, value) for part in keys for key, value in part]))
         node.start_again()
         node.data.fuse.left = effects
         try:
