@@ -51,6 +51,7 @@ class Guest:
             f",hostfwd=tcp:127.0.0.1:{outside}-:{inside}" for outside, inside in (forward or {}).items()
         )
         command: list[str | os.PathLike[str]] = [
+            "setpriv", "--pdeathsig", "KILL",  # a test that is killed leaves no machine behind
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory_mib),
             "-nodefaults", "-display", "none", "-no-reboot", "-kernel", images.kernel, "-initrd", initramfs,
             "-append", KERNEL_ARGUMENTS,
