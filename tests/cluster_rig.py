@@ -1,18 +1,22 @@
-"""Real nodes that form a cluster on loopback, as tests make, start, ask, stop and kill them."""
+"""Real nodes that form a cluster, on loopback or on machines of a `Site`, as tests make, start, ask and end them."""
 
 import json
+import os
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.conftest import ROOT, Processes
-from tests.serving import PROGRAM, Server
+from tests.interop.site import Site
+from tests.serving import PROGRAM, Server, descendants
 
 TIMEOUT_S = 60.0
+SITE_PORT = 10810
 
 
 def wait(holds: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -22,19 +26,27 @@ def wait(holds: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> 
         time.sleep(0.2)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command that needs no node."""
-    return subprocess.run([*PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+def run(*arguments: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """A command that needs no node; `within` comes before it."""
+    command = [*within, *PROGRAM, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
 class ClusterNode:
     """A node with a settings file."""
 
-    def __init__(self, processes: Processes, config: Path, port: int) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        config: Path,
+        port: int,
+        program: Sequence[str] = PROGRAM,
+        cwd: Path | None = None,
+    ) -> None:
         self.config = config
         settings = yaml.safe_load(config.read_text())
         self.name = str(settings["cluster"]["node"])
-        self.server = Server(processes, Path(settings["data"]), port, {}, ("--config", str(config)))
+        self.server = Server(processes, Path(settings["data"]), port, {}, ("--config", str(config)), program, cwd)
 
     def ask(self, *arguments: str) -> Any:
         """What a command prints with --json."""
@@ -74,17 +86,38 @@ class ClusterNode:
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.get("/v1/events?limit=2000") if event["kind"] == kind]
 
+    def stand_still(self) -> Callable[[], None]:
+        """All its processes are stopped; returns what lets them go on."""
+        assert self.server.process is not None
+        pids = [self.server.process.pid, *descendants(self.server.process.pid)]
+
+        def tell(number: signal.Signals) -> None:
+            for pid in pids:
+                os.kill(pid, number)
+
+        tell(signal.SIGSTOP)
+        return lambda: tell(signal.SIGCONT)
+
 
 class ClusterRig:
     """Makes nodes: the first one the cluster too, the others join by its token."""
 
     def __init__(
-        self, processes: Processes, directory: Path, free_port: Callable[[], int], endpoints: tuple[str, ...]
+        self,
+        processes: Processes,
+        directory: Path,
+        free_port: Callable[[], int],
+        endpoints: tuple[str, ...],
+        etcd_options: Sequence[str] = (),
+        site: Site | None = None,
     ) -> None:
+        """`etcd_options` of `cluster init` say who a node is to etcd. On a site each node has a machine of its name."""
         self._processes = processes
         self._directory = directory
         self._free_port = free_port
         self._endpoints = endpoints
+        self._etcd_options = etcd_options
+        self._site = site
         self.token = ""
 
     def make(self, name: str, *more: str, cluster: str = "test") -> Path:
@@ -94,9 +127,10 @@ class ClusterRig:
         config.write_text(f"# of {name}\ndata: {config.parent / 'data'}\n")
         words = ["join", self.token] if self.token else ["init", cluster]
         if not self.token:
-            words += [word for endpoint in self._endpoints for word in ("--etcd", endpoint)]
-        address = f"127.0.0.1:{self._free_port()}"
-        done = run("cluster", *words, "--config", str(config), "--node", name, "--address", address, *more, "--json")
+            words += [word for endpoint in self._endpoints for word in ("--etcd", endpoint)] + [*self._etcd_options]
+        address = f"{self._site.add(name)}:{SITE_PORT}" if self._site else f"127.0.0.1:{self._free_port()}"
+        who = ("--config", str(config), "--node", name, "--address", address)
+        done = run("cluster", *words, *who, *more, "--json", within=self._on(name))
         assert not done.returncode, done.stderr
         assert config.read_text().startswith(f"# of {name}\n")
         self.token = self.token or json.loads(done.stdout)["token"]
@@ -105,8 +139,13 @@ class ClusterRig:
     def start(self, name: str, *more: str) -> ClusterNode:
         return self.serve(self.make(name, *more))
 
-    def serve(self, config: Path) -> ClusterNode:
-        return ClusterNode(self._processes, config, self._free_port())
+    def serve(self, config: Path, program: Sequence[str] = PROGRAM, cwd: Path | None = None) -> ClusterNode:
+        """Start the node with these settings; another `program` runs in `cwd`."""
+        program = (*self._on(config.parent.name), *program) if self._site else program
+        return ClusterNode(self._processes, config, self._free_port(), program, cwd)
+
+    def _on(self, name: str) -> list[str]:
+        return self._site.on(name) if self._site else []
 
     def another(self) -> "ClusterRig":
         """Of another cluster that has the same etcd."""

@@ -116,13 +116,14 @@ class EtcdCluster:
                 assert time.monotonic() < deadline, "etcd is not ready"
                 time.sleep(0.05)
 
-    def enable_auth(self, password: str) -> None:
-        """Make root, with a password, and a user `node` with the same one who has everything; then demand logins."""
+    def enable_auth(self, password: str, prefix: str = "test/") -> None:
+        """Make root, with a password, and a user `node` with the same one who has all keys below the prefix; then
+        demand logins."""
         for arguments in (
             ["user", "add", f"root:{password}"],
             ["user", "grant-role", "root", "root"],
             ["role", "add", "node"],
-            ["role", "grant-permission", "node", "--prefix=true", "readwrite", "test/"],
+            ["role", "grant-permission", "node", "--prefix=true", "readwrite", prefix],
             ["user", "add", f"node:{password}"],
             ["user", "grant-role", "node", "node"],
             ["auth", "enable"],
