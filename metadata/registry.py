@@ -1,4 +1,5 @@
-"""What is in the registry: who owns which family, under which epoch, and which volumes it has.
+"""What is in the registry: who owns which family, under which epoch, and which volumes it has. How it is changed:
+metadata/families.py.
 
 Theory: everything that must not be decided twice is one value, changed by compare-and-swap against its old bytes.
 On one node this looks like too much care; it is the same code path as with etcd, so nothing has to be rebuilt when
@@ -7,6 +8,15 @@ there are three nodes.
     family/<32 hex digits>      a Family with its volumes, as compact JSON
     volume/<name>               <family id>/<volume number>: whose name it is; makes names unique
     scrap/<32 hex digits>       a family directory that is being made or removed: to be deleted at the next start
+
+of a node's own registry also
+
+    replica/<32 hex digits>     a copy of the Family of the cluster of which this node has a replica
+
+and of the one that a cluster shares
+
+    replicas/<32 hex digits>    ReplicaSet (replica_set.py): who owns it, who is in sync, where it is
+    removed/<32 hex digits>     nodes that have yet to delete their replica of a family that was deleted
 
 A family is one value. Its log knows its volumes by number only; names and settings are here. Where a volume is made or
 deleted within a family, both have to change, and a crash may come in between. So the intent stands here first
@@ -32,8 +42,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from metadata.registry_calls import MAX_CHANGES, MAX_SWAP_BYTES
-from metadata.seams import HeldRegistry
+from metadata.registry_calls import MAX_SWAP_BYTES
 
 _VERSION = 2
 
@@ -154,6 +163,11 @@ class Family:
     placement: tuple[str, ...] = ()
     max_data: int = 0
     """Bytes that its segment files may take; 0: without limit."""
+    replicas: int = 0
+    """Of a family of the cluster: on how many nodes it shall be. Of such a one ReplicaSet has owner, epoch, generation,
+    in-sync set and placement. 0: it is one node's own."""
+    number: int = 0
+    """Of this value, of a family of the cluster: it only rises."""
 
     @property
     def name(self) -> str:
@@ -175,6 +189,8 @@ class Family:
     def encode(self) -> bytes:
         """Return the value; equal families give equal bytes. RegistryError if there are too many."""
         content = {name: getattr(self, name) for name in _FAMILY_KEYS - {"volumes"}} | {"version": _VERSION}
+        if not self.replicas:  # as programs that know no others write it
+            del content["replicas"], content["number"]
         rest = json.dumps(content, separators=(",", ":"), sort_keys=True)
         value = f'{rest[:-1]},"volumes":[{",".join(volume.encoded for volume in self.volumes)}]}}'.encode()
         if len(value) > MOST_FAMILY_BYTES:
@@ -202,154 +218,3 @@ class Family:
 
 
 _FAMILY_KEYS = {item.name for item in fields(Family)}
-
-
-class Families:
-    """The families in a registry, and the swaps that change them. Each raises RegistryError if another was faster."""
-
-    def __init__(self, registry: HeldRegistry, owner: str) -> None:
-        self._registry = registry
-        self._owner = owner
-        self._decoded: dict[str, tuple[bytes, Family]] = {}  # what was read last
-
-    def all(self) -> list[Family]:
-        """Return every family, by the name of its oldest volume."""
-        found = [self._decode(key, value) for key, value in self._registry.range("family/")]
-        return sorted(found, key=lambda family: family.name)
-
-    def find(self, name: str) -> tuple[Family, Volume] | None:
-        """Return the volume of this name and its family, or None."""
-        value = self._registry.get(f"volume/{name}")
-        if value is None:
-            return None
-        family_id, _, number = value.decode().partition("/")
-        family = self._get(family_id)
-        if family is None:
-            raise RegistryError(f"volume {name} names family {family_id}, which the registry does not have")
-        try:
-            return family, family.volume(int(number or FIRST_VOLUME))
-        except LookupError as error:
-            raise RegistryError(f"volume {name}: {error}") from error
-
-    def scraps(self) -> list[str]:
-        """Return the ids whose directories are to be deleted."""
-        return [key.removeprefix("scrap/") for key, _ in self._registry.range("scrap/")]
-
-    async def begin(self, family_id: str) -> None:
-        """Name a directory that is about to be made."""
-        if not await self._registry.compare_and_swap([(f"scrap/{family_id}", None, b"")]):
-            raise RegistryError(f"family {family_id} is being made already")
-
-    async def add(self, family: Family) -> bool:
-        """The directory is made: take the family in. False if the name is taken (its directory stays a scrap)."""
-        changes = [(f"scrap/{family.id}", b"", None), (_family_key(family), None, family.encode())]
-        changes += [_take_name(family, volume) for volume in family.volumes]
-        return await self._registry.compare_and_swap(changes)
-
-    async def change(self, family: Family, **values: object) -> Family:
-        """Swap `family` for itself with `values`; names and numbers of its volumes stay."""
-        changed = replace(family, **values)  # type: ignore[arg-type]
-        before = [(volume.number, volume.name) for volume in family.volumes]
-        if [(volume.number, volume.name) for volume in changed.volumes] != before or changed.id != family.id:
-            raise RegistryError("a family keeps its id and the names of its volumes")
-        return await self._swap(family, changed)
-
-    async def change_volume(self, family: Family, volume: Volume, **values: object) -> Family:
-        """Swap one of its volumes for itself with `values`."""
-        changed = replace(volume, **values)  # type: ignore[arg-type]
-        return await self.change(family, volumes=family.with_volume(changed).volumes)
-
-    async def add_volume(
-        self, family: Family, name: str, size_bytes: int, settings: ExportSettings
-    ) -> tuple[Family, Volume]:
-        """Note that a volume is about to be made in the family, under a number that is new."""
-        volume = Volume(family.next_volume, name, size_bytes, settings, VolumeState.MAKING)
-        changed = replace(family.with_volume(volume), next_volume=family.next_volume + 1)
-        return await self._swap(family, changed, _take_name(changed, volume)), volume
-
-    async def rename(self, family: Family, volume: Volume, name: str) -> Family:
-        """Give a volume another name, which must be free."""
-        renamed = replace(volume, name=name)
-        changed = family.with_volume(renamed)
-        return await self._swap(family, changed, self._forget_name(family, volume), _take_name(family, renamed))
-
-    async def remove_volume(self, family: Family, volume: Volume) -> Family:
-        """Forget one of several volumes: the family's log does not have it (any more)."""
-        changed = replace(family, volumes=tuple(other for other in family.volumes if other.number != volume.number))
-        return await self._swap(family, changed, self._forget_name(family, volume))
-
-    async def settled(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
-        """Bring the family up to what its log has, `sizes_bytes` by volume number: what was being made is there or is
-        forgotten, what was being deleted and is gone is forgotten, sizes are the log's. Volumes whose deletion has
-        still to be done stay in state DELETING; those that should be there and are not stay as they are."""
-        for volume in family.volumes:
-            size_bytes = sizes_bytes.get(volume.number)
-            if size_bytes is None:
-                if volume.state != VolumeState.THERE and len(family.volumes) > 1:
-                    family = await self.remove_volume(family, volume)
-            elif volume.state == VolumeState.MAKING or size_bytes != volume.size_bytes:
-                state = VolumeState.DELETING if volume.state == VolumeState.DELETING else VolumeState.THERE
-                family = await self.change_volume(family, volume, size_bytes=size_bytes, state=state)
-        return family
-
-    async def raise_epoch(self, family: Family) -> Family:
-        """Become the owner of `family` under a new epoch: before every opening for writing."""
-        return await self.change(family, epoch=family.epoch + 1, owner=self._owner, in_sync=(self._owner,))
-
-    async def remove(self, family: Family) -> None:
-        """Forget `family` and its names; its directory becomes a scrap."""
-        names = [self._forget_name(family, volume) for volume in family.volumes]
-        last = MAX_CHANGES - 2
-        while len(names) > last:  # a thousand volumes: their names go before the family does
-            if not await self._registry.compare_and_swap(names[-last:]):
-                raise RegistryError(f"volume {family.name} was changed by another at the same time; try again")
-            del names[-last:]
-        await self._swap(family, None, *names, (f"scrap/{family.id}", None, b""))
-
-    async def scrapped(self, family_id: str) -> None:
-        """The directory is gone: forget it."""
-        await self._registry.compare_and_swap([(f"scrap/{family_id}", b"", None)])
-
-    def _get(self, family_id: str) -> Family | None:
-        key = f"family/{family_id}"
-        value = self._registry.get(key)
-        return None if value is None else self._decode(key, value)
-
-    def _decode(self, key: str, value: bytes) -> Family:
-        known = self._decoded.get(key)
-        if known is None or known[0] != value:
-            known = self._decoded[key] = (value, Family.decode(value))
-        return known[1]
-
-    def _forget_name(self, family: Family, volume: Volume) -> Change:
-        """The name is free; nothing changes if it is another's by now."""
-        key = f"volume/{volume.name}"
-        value = self._registry.get(key)
-        is_its = value == _whose(family, volume) or value == family.id.encode()  # the latter of an older program
-        return key, value, None if is_its else value
-
-    async def _swap(self, family: Family, changed: Family | None, *others: Change) -> Family:
-        key = _family_key(family)
-        before = self._registry.get(key)
-        is_same = before is not None and self._decode(key, before) == family
-        new = None if changed is None else changed.encode()
-        if not is_same or not await self._registry.compare_and_swap([(key, before, new), *others]):
-            raise RegistryError(f"volume {family.name} was changed by another at the same time; try again")
-        if changed is None or new is None:
-            self._decoded.pop(key, None)
-            return family
-        self._decoded[key] = (new, changed)
-        return changed
-
-
-def _family_key(family: Family) -> str:
-    return f"family/{family.id}"
-
-
-def _take_name(family: Family, volume: Volume) -> Change:
-    """The name is the volume's, which has to be free."""
-    return f"volume/{volume.name}", None, _whose(family, volume)
-
-
-def _whose(family: Family, volume: Volume) -> bytes:
-    return f"{family.id}/{volume.number}".encode()

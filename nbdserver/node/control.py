@@ -28,7 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from metadata.registry import Families, Family
+from metadata.families import Families
+from metadata.registry import Family
 from nbdserver.node import program, systemd_notify
 from nbdserver.node.capacity import Capacity
 from nbdserver.node.certificates import NodeTls

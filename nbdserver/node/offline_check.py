@@ -12,8 +12,9 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from metadata.families import Families
 from metadata.layers import Tree
-from metadata.registry import Families, Family, RegistryError, VolumeState
+from metadata.registry import Family, RegistryError, VolumeState
 from metadata.registry_table import RegistryTable
 from metadata.seams import Store
 from nbdserver.host.completions import Completions

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from metadata.registry import Families, Family, RegistryError, Volume, VolumeState
+from metadata.families import Families
+from metadata.registry import Family, RegistryError, Volume, VolumeState
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError
 

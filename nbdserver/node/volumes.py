@@ -19,10 +19,10 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from metadata.families import Families
 from metadata.registry import (
     FAMILY_ID_BYTES,
     FIRST_VOLUME,
-    Families,
     Family,
     RegistryError,
     Volume,

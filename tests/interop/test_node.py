@@ -306,7 +306,7 @@ def test_what_a_crash_left_of_a_volume_in_the_making_is_removed(start_server: St
     scrap = "ab" * 16
     program = (
         "import asyncio, sys; from pathlib import Path\n"
-        "from metadata.registry import Families\n"
+        "from metadata.families import Families\n"
         "from nbdserver.node.local_registry import open_registry\n"
         "from nbdserver.node.directory import DataDirectory\n"
         "registry = open_registry(DataDirectory(Path(sys.argv[1])))\n"

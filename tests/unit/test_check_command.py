@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from metadata.families import Families
 from metadata.leveldb import NO_THREADS, LevelStore
-from metadata.registry import Families, Family, Volume, VolumeState
+from metadata.registry import Family, Volume, VolumeState
 from metadata.registry_table import RegistryTable
 from nbdserver.cli.main import run
 from nbdserver.host.data_directory import DataDirectoryLock

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metadata.families import Families
 from metadata.leveldb import NO_THREADS, LevelStore
-from metadata.registry import ExportSettings, Families, Family, RegistryError, Volume, VolumeState
+from metadata.registry import ExportSettings, Family, RegistryError, Volume, VolumeState
 from metadata.registry_table import RegistryTable
 
 ID = "0123456789abcdef" * 2
@@ -138,7 +139,7 @@ def test_a_family_of_more_volumes_than_a_swap_has_changes_can_be_removed(
     many = family()
     for number in range(7):
         many, _ = asyncio.run(families.add_volume(many, f"clone-{number}", 1 << 40, ExportSettings()))
-    for module in ("registry", "registry_calls"):
+    for module in ("families", "registry_calls"):
         monkeypatch.setattr(f"metadata.{module}.MAX_CHANGES", 5)
     asyncio.run(families.remove(many))
     assert (families.all(), families.scraps()) == ([], [ID])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from metadata.registry import Change, ExportSettings, Families, Family, VolumeState
+from metadata.families import Families
+from metadata.registry import Change, ExportSettings, Family, VolumeState
 from metadata.registry_table import RegistryTable
 from nbdserver.node.data_process import DataProcessError
 from nbdserver.node.directory import DataDirectory
