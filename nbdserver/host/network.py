@@ -74,6 +74,8 @@ class SocketNetwork:
         self._spinning = Spinning()
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
         self._inherited: dict[str, list[socket.socket]] = {}
+        self.leaving: set[SocketConnection] = set()
+        """Closed connections whose peers have still to take their last bytes; for LINGER_S at most."""
         loop.add_reader(self._epoll.fileno(), self._wake)
 
     def listen(self, address: str, accept: Callable[[Connection], Receiver | None]) -> Callable[[], None]:
@@ -345,6 +347,7 @@ class SocketConnection:
             return
         self._closing = True
         self._reading = False
+        self._network.leaving.add(self)
         self._watch()
         self._linger = self._network.loop.call_later(LINGER_S, self.abort)
 
@@ -353,6 +356,7 @@ class SocketConnection:
             return
         self._closed = True
         self._receiver = None
+        self._network.leaving.discard(self)
         if self._linger is not None:
             self._linger.cancel()
         self._queue.clear()

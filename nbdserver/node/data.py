@@ -54,7 +54,9 @@ from protocol.handover import HandoverError
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 DRAIN_TIMEOUT_S = 10.0
-"""How long a stop waits for clients to take the replies to what they have asked."""
+"""How long a stop waits for what clients have asked to be done."""
+
+LEAVING_LOOK_S = 0.02
 
 TAKEN_FIRST_S = 0.02
 """Requests that arrived before the wish to stop are taken before it."""
@@ -270,6 +272,8 @@ class Worker:
             self._server.drain(DRAIN_TIMEOUT_S, drained.set)
             await drained.wait()
         problems = await self._families.close()
+        while self._network.leaving:  # clients that have still to take their last replies
+            await asyncio.sleep(LEAVING_LOOK_S)
         self._loop.call_soon(self.stopped.set)
         if problems:
             raise FamilyError("not closed cleanly: " + "; ".join(dict.fromkeys(problems.values())))

@@ -224,6 +224,19 @@ def test_sigterm_is_obeyed_after_the_replies_to_what_was_asked(start_server: Sta
     assert attach(server).read(0, 65536) == b"".join(bytes([at + 1]) * 4096 for at in range(16))
 
 
+def test_a_client_that_is_slow_gets_all_its_replies_before_a_stop_ends(start_server: StartServer) -> None:
+    server = start_server()
+    client = attach(server)
+    cookies = [client.send(Command.READ, 0, 1 << 20) for _ in range(24)]
+    eventually(partial(replies_wait, server), "replies wait", PATIENCE_S)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)  # everything else is closed by then
+    replies = [client.receive() for _ in cookies]
+    assert [(reply.error, len(reply.data)) for reply in replies] == [(0, 1 << 20)] * len(cookies)
+    assert server.process.wait(PATIENCE_S) == 0
+
+
 def replies_wait(server: Server) -> bool:
     return any(client["unsent_bytes"] for client in ask(server, "/v1/clients"))
 
