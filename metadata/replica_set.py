@@ -11,13 +11,13 @@ Rules
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from metadata.registry_calls import Change as KeyChange
-from metadata.registry_calls import Outcome, Reading, Swap, Unavailable
-from metadata.seams import Clock, Registry, Timer
+from metadata.registry_calls import Event, Outcome, Reading, Swap, Unavailable
+from metadata.seams import Clock, Timer, Watch
 
 _VERSION = 1
 _AGAIN_S = 0.2  # after an answer that did not settle anything
@@ -25,6 +25,16 @@ _AGAIN_S = 0.2  # after an answer that did not settle anything
 
 class ReplicaSetError(Exception):
     """The value cannot be used; one line."""
+
+
+class ReplicaSets(Protocol):
+    """What is needed of the Registry seam for these values."""
+
+    def get_later(self, key: str, done: Callable[[Reading | Unavailable], None]) -> None: ...
+
+    def swap_later(self, changes: Sequence[KeyChange], done: Callable[[Swap], None]) -> None: ...
+
+    def watch(self, prefix: str, changed: Callable[[Event], None]) -> Watch: ...
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,13 @@ class ReplicaSet:
             raise ReplicaSetError(f"it is damaged: {error}") from error
 
 
+REPLICA_SETS = "replicas/"
+"""What the keys of all of them begin with."""
+
+
 def replica_set_key(family: bytes) -> str:
     """Its key in the registry."""
-    return f"replicas/{family.hex()}"
+    return REPLICA_SETS + family.hex()
 
 
 Settled = Callable[[bool, ReplicaSet | None], None]
@@ -97,7 +111,7 @@ class Change:
     """One change of the value, made again until it is known what became of it."""
 
     def __init__(
-        self, clock: Clock, registry: Registry, key: str, old: ReplicaSet, new: ReplicaSet, done: Settled
+        self, clock: Clock, registry: ReplicaSets, key: str, old: ReplicaSet, new: ReplicaSet, done: Settled
     ) -> None:
         """`done` is called once, unless it is cancelled."""
         self._new = new

@@ -1,9 +1,9 @@
 """The Network between the nodes of a cluster: streams are TLS with certificates on both sides, datagrams as they are.
 
-Theory: one TCP address serves all that nodes say to each other; the application protocol that TLS agrees on (ALPN) says
-what a stream is for. Whoever has a certificate of the cluster's CA is a node of the cluster; which of them it is, the
-protocol above proves with the cluster's key. So a certificate is verified against the CA, not against an address: nodes
-move.
+Theory: one TCP address serves all that nodes say to each other (their data processes have others); the application
+protocol that TLS agrees on (ALPN) says what a stream is for. Whoever has a certificate of the cluster's CA is a node of
+the cluster; which of them it is, the protocol above proves with the cluster's key. So a certificate is verified against
+the CA, not against an address: nodes move.
 
 Rules
 - A stream of nodes is delivered only when the other side has shown a certificate of the CA. Calls also come from a node
@@ -27,6 +27,7 @@ HANDSHAKE_S = 5.0
 MOST_HANDSHAKES = 128
 STREAM_PROTOCOL = "nbdserver-directory"
 CALL_PROTOCOL = "nbdserver-call"
+DATA_PROTOCOL = "nbdserver-data"
 LEAST_VERSION = ssl.TLSVersion.TLSv1_3
 
 Accept = Callable[[Connection], Receiver | None]
@@ -47,6 +48,15 @@ def make_peer_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
     server.verify_mode = ssl.CERT_OPTIONAL
     server.set_alpn_protocols([STREAM_PROTOCOL, CALL_PROTOCOL])
     return PeerContexts(server, make_client_context(ca, certificate, key, STREAM_PROTOCOL))
+
+
+def make_data_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
+    """The same for streams between data processes."""
+    server = server_context(LEAST_VERSION)
+    _load(server, ca, certificate, key)
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.set_alpn_protocols([DATA_PROTOCOL])
+    return PeerContexts(server, make_client_context(ca, certificate, key, DATA_PROTOCOL))
 
 
 def make_client_context(ca: Path, certificate: Path, key: Path, protocol: str) -> ssl.SSLContext:
@@ -91,14 +101,16 @@ class TlsNetwork:
         contexts: Callable[[], PeerContexts],
         refused: Callable[[str, str], None],
         on_call: Callable[[TlsConnection], Receiver | None],
+        protocol: str = STREAM_PROTOCOL,
     ) -> None:
         """`refused(peer, reason)` is told of each stream that did not come to be; `on_call(connection)` takes the calls
-        that come in, also those without a certificate."""
+        that come in, also those without a certificate. What is delivered are streams of `protocol`."""
         self._below = below
         self._clock = clock
         self._contexts = contexts
         self._refused = refused
         self._on_call = on_call
+        self._protocol = protocol
         self._shared = memoryview(bytearray(INPUT_BYTES))
         self._handshakes = 0
 
@@ -117,7 +129,7 @@ class TlsNetwork:
                 self._handshakes -= 1
                 if stream.application_protocol == CALL_PROTOCOL:
                     return self._on_call(stream)
-                if stream.application_protocol != STREAM_PROTOCOL or not stream.certificate:
+                if stream.application_protocol != self._protocol or not stream.certificate:
                     self._refused(stream.peer_name, "TLS: it shows no certificate of this cluster's CA")
                     return None
                 return accept(stream)

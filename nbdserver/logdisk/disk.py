@@ -11,7 +11,8 @@ everything that has to wait, and the background work. This module puts the parts
 Rules
 - A failure (an fsync, a LevelDB write, damaged metadata) is for good: every operation is answered with EIO until the
   family is opened anew, and `failure` says why.
-- A head is the same object for as long as the family is open, whatever happens to its layers.
+- A head is the same object for as long as the family is open, and for as long as this node orders, whatever happens to
+  its layers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from metadata.family_state import (
     read_open_state,
 )
 from metadata.layers import Row
+from metadata.replica_state import ReplicaState, put_replica_state
 from metadata.resync_table import ResyncTable
 from metadata.seams import Batch, Clock, Done, Files, Store
 from nbdserver.block import Later
@@ -86,6 +88,9 @@ class LogDisk:
         batch = store.batch()
         put_family(batch, Family(family, size_bytes, segment_bytes))
         put_open_state(batch, OpenState(1, 0, True, ""))
+        # A disk that replaces another one is told from it: no incarnation of the two is the same.
+        incarnation = rng.randrange(1 << 40, 1 << 60)
+        put_replica_state(batch, ReplicaState(incarnation, incarnation + 1))
         # The first segment's life begins with the first write; its salt is drawn now, so that replay can tell it.
         put_checkpoint(batch, Checkpoint(0, 0, 0, 1, 0, 0, 1, rng.randbytes(8), 1 << EPOCH_SHIFT, 1, 0))
         store.write(batch)
@@ -242,9 +247,20 @@ class LogDisk:
         """There is no such volume any more."""
         head = self._heads.pop(volume, None)
         if head is not None:
-            head.gone = True
-            head.stop()
-            self._blocks_read_before += head.reader.blocks_read
+            self._retire(head)
+
+    def stop_ordering(self) -> None:
+        """Another node orders from now on: what is still wanted of the heads that there are is answered with EIO."""
+        heads = list(self._heads.values())
+        self._heads.clear()
+        for head in heads:
+            self._retire(head)
+        self.slow_path.wake()
+
+    def _retire(self, head: Head) -> None:
+        head.gone = True
+        head.stop()
+        self._blocks_read_before += head.reader.blocks_read
 
     def view_closed(self, view: View) -> None:
         """Nobody looks at it any more."""

@@ -116,6 +116,8 @@ class Replica:
 
     def tap(self, tap: Callable[[Modification], None] | None) -> None:
         self.disk.log.tap = tap
+        if tap is None:
+            self.disk.stop_ordering()
 
     # -- a replica's
 

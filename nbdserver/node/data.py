@@ -37,14 +37,16 @@ from nbdserver.host.network import SocketNetwork
 from nbdserver.host.tls import Tls, TlsError, make_context
 from nbdserver.host.watching import LoopWatch
 from nbdserver.logdisk.disk import DiskSettings
-from nbdserver.node import handover
+from nbdserver.node import channel_registry, handover
 from nbdserver.node.channel import Channel
+from nbdserver.node.channel_registry import ChannelRegistry
 from nbdserver.node.descriptors import close_all, receive_descriptors, send_descriptors
 from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.garbage import collect_garbage
 from nbdserver.node.open_family import FamilyError, StoreThreads
 from nbdserver.node.passing import Passing
 from nbdserver.node.process_name import DATA, name_process
+from nbdserver.node.replica_requests import ReplicaRequests
 from nbdserver.node.shared_figures import SharedBudget, SharedCensus, SharedFigures
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
@@ -84,7 +86,8 @@ class Place:
 
 
 class Worker:
-    """What the control process can ask for: each `do_NAME`, here and in FamilyRequests, is a request of the channel."""
+    """What the control process can ask for: each `do_NAME`, here, in `families` and in `replicas`, is a request of the
+    channel."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, descriptors: socket.socket, watch: LoopWatch, place: Place
@@ -103,6 +106,8 @@ class Worker:
         self._figures = SharedFigures(place.figures, place.workers)
         budget = SharedBudget(self._figures, place.worker)
         self._families = FamilyRequests(self._exports, threads, self._clock, self._report, budget)
+        self._registry = ChannelRegistry(self._ask)
+        self._replicas = ReplicaRequests(self._families, self._network, self._clock, self._registry, self._report)
         self._tls = Tls(self._clock.call_soon)
         self._clients_gone = 0
         self._server: Server | None = None
@@ -113,8 +118,9 @@ class Worker:
     async def handle(self, name: str, arguments: dict[str, Any]) -> Any:
         """Do one request of the control process."""
         try:
-            request = getattr(self, f"do_{name}", None) or getattr(self._families, f"do_{name}")
-            return await request(**arguments)
+            rooms = (self, self._families, self._replicas)
+            room = next(room for room in rooms if hasattr(room, f"do_{name}"))
+            return await getattr(room, f"do_{name}")(**arguments)
         except (FamilyError, ExportError, HandoverError, TlsError):
             raise  # a refusal
         except Exception:
@@ -279,8 +285,13 @@ class Worker:
             raise FamilyError("not closed cleanly: " + "; ".join(dict.fromkeys(problems.values())))
 
     def note(self, kind: str, fields: dict[str, Any]) -> None:
-        """What the control process tells: `exports` of other processes, each {description, allowed, tls} or None."""
-        if kind == "exports":
+        """What the control process tells: `exports` of other processes, each {description, allowed, tls} or None; where
+        peers are, and what the registry has."""
+        if kind == "peer_addresses":
+            self._replicas.peer_addresses(**fields)
+        elif kind == channel_registry.EVENT:
+            self._registry.heard(fields)
+        elif kind == "exports":
             for worker, listings in fields["workers"].items():
                 for name, listing in listings.items():
                     if listing is None:
@@ -289,6 +300,11 @@ class Worker:
                         tls = TlsMode(listing["tls"])
                         export = Elsewhere(int(worker), name, listing["description"], listing["allowed"], tls)
                         self._exports.note_elsewhere(export)
+
+    async def _ask(self, name: str, **arguments: Any) -> Any:
+        """Ask the control process."""
+        assert self.channel is not None
+        return await self.channel.call(name, **arguments)
 
     def _publish(self, name: str, export: Export | None) -> None:
         """Say to the other processes what clients may be told of an export."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdserver.node.channel import Channel, ChannelError, RemoteError
+from nbdserver.node.channel import Channel, ChannelError, Handler, RemoteError
 from nbdserver.node.descriptors import receive_descriptors, send_descriptors
 from nbdserver.node.errors import ConflictError, NodeError
 
@@ -76,9 +76,13 @@ class DataProcess:
 
     @staticmethod
     async def start(
-        worker: int, workers: int, shared: Shared, event: Callable[[str, dict[str, Any]], None]
+        worker: int,
+        workers: int,
+        shared: Shared,
+        event: Callable[[str, dict[str, Any]], None],
+        answer: Handler | None = None,
     ) -> "DataProcess":
-        """Start the one with the number `worker` of `workers`. `event` gets what it reports."""
+        """Start the one with the number `worker` of `workers`. `event` gets what it reports, `answer` what it asks."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         receiving, sending = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         package_root = str(Path(__file__).resolve().parents[2])
@@ -99,7 +103,7 @@ class DataProcess:
         sending.close()
         receiving.settimeout(DESCRIPTORS_TIMEOUT_S)
         ended = asyncio.Event()
-        channel = await Channel.connect(ours, _refuse, event, ended.set)
+        channel = await Channel.connect(ours, answer or _refuse, event, ended.set)
         return DataProcess(worker, process, channel, receiving, ended)
 
     def notify(self, kind: str, fields: dict[str, Any]) -> None:
@@ -143,4 +147,4 @@ class DataProcess:
 
 
 async def _refuse(name: str, arguments: dict[str, Any]) -> Any:
-    raise ChannelError(f"the control process answers no requests, not {name} either")
+    raise ChannelError(f"the control process does not answer {name}")

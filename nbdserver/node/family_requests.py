@@ -18,7 +18,9 @@ from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.node.garbage import collect_garbage
-from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, format_family
+from nbdserver.node.open_family import FamilyError, LocalFamily, OpenFamily, StoreThreads, format_family
+from nbdserver.node.open_replica import OpenReplica
+from nbdserver.node.ownership import OneNode, Ownership
 from nbdserver.node.served_family import ServedFamily
 from nbdserver.volume.export import Exports
 
@@ -104,7 +106,7 @@ class FamilyRequests:
     async def do_open(self, directory: str, family: str, volume: str, epoch: int, max_data_bytes: int) -> Any:
         """Open a family, whose oldest volume is called `volume`; returns its generation, which recovery may have
         raised, and the size of each volume by its number."""
-        opened = OpenFamily(
+        opened = LocalFamily(
             family,
             directory,
             self._threads,
@@ -116,16 +118,44 @@ class FamilyRequests:
         )
         opened.disk.pool.budget.limit_bytes = max_data_bytes
         opened.disk.pool.share_budget(self.budget)
-        served = self._families[family] = ServedFamily(opened, self._exports, self._clock)
-        self._share_cache()
-        collect_garbage()
+        served = self._opened(opened, OneNode())
         sizes_bytes = {str(number): size_bytes for number, size_bytes in served.sizes_bytes().items()}
         return {"generation": served.disk.opened.generation, "sizes_bytes": sizes_bytes}
+
+    def open_replica(self, directory: str, family: str, volume: str, max_data_bytes: int) -> ServedFamily:
+        """Open a family of which others have replicas too, owned by none of them as yet. FamilyError."""
+
+        def opened(disk: LogDisk) -> None:
+            served = self._families.get(family)
+            limit_bytes = max_data_bytes if served is None else served.disk.pool.budget.limit_bytes
+            disk.pool.budget.limit_bytes = limit_bytes
+            disk.pool.share_budget(self.budget)
+            disk.maps.set_cache_bytes(self._cache_bytes(len(self._families) + (served is None)))
+
+        return self._opened(
+            OpenReplica(
+                family,
+                directory,
+                self._threads,
+                self._clock,
+                self._boot_id,
+                self.settings,
+                self._reporter(family, volume),
+                opened,
+            ),
+            None,
+        )
+
+    def _opened(self, family: OpenFamily, ownership: Ownership | None) -> ServedFamily:
+        served = self._families[family.id] = ServedFamily(family, self._exports, self._clock, ownership)
+        self._share_cache()
+        collect_garbage()
+        return served
 
     async def do_serve(self, family: str, volumes: list[dict[str, Any]]) -> None:
         """Let clients attach to volumes, each {number, name, settings}."""
         for volume in volumes:
-            self._family(family).serve(**volume)
+            self.family(family).serve(**volume)
 
     async def do_close(self, family: str) -> None:
         """Disconnect everybody and close a family for good."""
@@ -144,7 +174,7 @@ class FamilyRequests:
 
     async def do_limit_data(self, max_data_bytes: int, family: str = "") -> None:
         """Change what the segment files of a family may take, or those of all together; 0: no limit."""
-        disks = [self._family(family).disk] if family else self.disks()
+        disks = [self.family(family).disk] if family else self.disks()
         budget = disks[0].pool.budget if family else self.budget
         budget.limit_bytes = max_data_bytes
         for disk in disks:
@@ -166,7 +196,7 @@ class FamilyRequests:
         """Read a family's data, or go on with that; one at a time."""
         if self._scrubbed is not None:
             await self.do_scrub_stop(self._scrubbed.family)
-        disk = self._family(family).disk
+        disk = self.family(family).disk
         if disk.failure:
             raise FamilyError(disk.failure)
         scrubbed = self._scrubbed = _Scrubbed(family, disk)
@@ -200,55 +230,56 @@ class FamilyRequests:
 
     async def do_volume(self, family: str, number: int) -> dict[str, Any]:
         """What is live of a volume's family, and of the volume."""
-        return self._family(family).status(number)
+        return self.family(family).status(number)
 
     async def do_set(self, family: str, number: int, settings: dict[str, Any]) -> None:
         """Change a volume's settings, at once."""
-        self._family(family).set(number, settings)
+        self.family(family).set(number, settings)
 
     async def do_rename(self, family: str, number: int, new_name: str) -> None:
         """Give a volume another name; clients go on."""
-        self._family(family).rename(number, new_name)
+        self.family(family).rename(number, new_name)
 
     async def do_resize(self, family: str, number: int, size_bytes: int) -> int:
         """Give the volume another size; returns an errno, EBUSY for making it smaller while it has clients."""
-        return await self._family(family).resize(number, size_bytes)
+        return await self.family(family).resize(number, size_bytes)
 
     async def do_clone(self, family: str, layer: int, number: int) -> int:
         """Make a volume of a snapshot's layer, which is not served yet; returns an errno."""
-        return await self._family(family).clone(layer, number)
+        return await self.family(family).clone(layer, number)
 
     async def do_withdraw(self, family: str, number: int, force: bool) -> int:
         """Serve a volume no more. Returns how many client connections keep it from that, unless `force`."""
-        return self._family(family).withdraw(number, force)
+        return self.family(family).withdraw(number, force)
 
     async def do_delete(self, family: str, number: int) -> int:
         """Delete a volume that is not served, and its snapshots; returns an errno."""
-        return await self._family(family).delete(number)
+        return await self.family(family).delete(number)
 
     # -- snapshots
 
     async def do_snapshots(self, family: str, number: int = 0) -> list[dict[str, Any]]:
         """The snapshots of one volume, or of all of the family."""
-        return self._family(family).snapshots(number)
+        return self.family(family).snapshots(number)
 
     async def do_snapshot(self, family: str, number: int, snapshot: str) -> dict[str, Any] | None:
         """One snapshot, without its clones, or None."""
-        return self._family(family).snapshot(number, snapshot)
+        return self.family(family).snapshot(number, snapshot)
 
     async def do_snapshot_create(self, family: str, number: int, snapshot: str) -> int:
         """Make a snapshot; returns an errno."""
-        return await self._family(family).volume(number).snapshots.create(snapshot)
+        return await self.family(family).volume(number).snapshots.create(snapshot)
 
     async def do_snapshot_delete(self, family: str, number: int, snapshot: str) -> int:
         """Delete a snapshot, disconnecting its clients; returns an errno."""
-        return await self._family(family).volume(number).snapshots.delete(snapshot)
+        return await self.family(family).volume(number).snapshots.delete(snapshot)
 
     async def do_snapshot_rollback(self, family: str, number: int, snapshot: str) -> int:
         """Go back to a snapshot; returns an errno, EBUSY while the volume has clients."""
-        return await self._family(family).rollback(number, snapshot)
+        return await self.family(family).rollback(number, snapshot)
 
-    def _family(self, family: str) -> ServedFamily:
+    def family(self, family: str) -> ServedFamily:
+        """One that is open. FamilyError."""
         served = self._families.get(family)
         if served is None:
             raise FamilyError("this volume is not open; `nbdserver status` says why")
@@ -257,7 +288,10 @@ class FamilyRequests:
     def _share_cache(self) -> None:
         """Give every open family its part of the node's cache."""
         for family in self._families.values():
-            family.disk.maps.set_cache_bytes(self.settings.cache_bytes // len(self._families))
+            family.disk.maps.set_cache_bytes(self._cache_bytes(len(self._families)))
+
+    def _cache_bytes(self, families: int) -> int:
+        return self.settings.cache_bytes // families
 
     def _reporter(self, family: str, name: str) -> Report:
         def report(kind: str, fields: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
-"""One open family in the data process: its files, its store, and its log disk.
+"""One open family in the data process: its files, its store, and its log disk. A replica is in open_replica.py.
 
-Rules: opened under an epoch that the registry was given before; closed in the order disk, store, files.
+Rules: a family on one node is opened under an epoch that the registry was given before. It is closed in the order disk,
+store, files.
 What opening finds wrong is one sentence (FamilyError) and leaves nothing open.
 """
 
 import asyncio
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,10 @@ class FamilyError(Exception):
     """A family cannot be made or opened; one line."""
 
 
+class NotOwnedError(FamilyError):
+    """Another node orders what happens in this family."""
+
+
 class StoreThreads:
     """The threads in which every family's LevelDB works: two that read, one that writes."""
 
@@ -41,7 +47,7 @@ class StoreThreads:
         self.writer.close()
 
 
-class _Room:
+class Room:
     """Files and store of one family's directory."""
 
     def __init__(self, directory: str, threads: StoreThreads) -> None:
@@ -63,7 +69,7 @@ def format_family(directory: str, threads: StoreThreads, family_id: str, size_by
     """Make a family's directory with an empty log and empty maps. Raises FamilyError."""
     try:
         os.mkdir(directory, 0o700)
-        room = _Room(directory, threads)
+        room = Room(directory, threads)
         try:
             LogDisk.format(
                 room.files, room.store, bytes.fromhex(family_id), size_bytes, segment_bytes, random.SystemRandom()
@@ -84,57 +90,37 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _progress(clock: HostClock, report: Callable[[str, dict[str, Any]], None]) -> Callable[[int], None]:
+def progress(clock: HostClock, report: Callable[[str, dict[str, Any]], None]) -> Callable[[int], None]:
     """Return what reports the bytes that replay has done, at most once a second."""
     reported_s = clock.now()
 
-    def progress(done_bytes: int) -> None:
+    def replayed(done_bytes: int) -> None:
         nonlocal reported_s
         if clock.now() - reported_s >= 1:
             reported_s = clock.now()
             report("recovering", {"bytes": done_bytes})
 
-    return progress
+    return replayed
 
 
-class OpenFamily:
-    """A family that is open for writing."""
+class OpenFamily(ABC):
+    """A family that is open."""
 
-    def __init__(
-        self,
-        family_id: str,
-        directory: str,
-        threads: StoreThreads,
-        clock: HostClock,
-        epoch: int,
-        boot_id: str,
-        settings: DiskSettings,
-        report: Callable[[str, dict[str, Any]], None],
-    ) -> None:
-        """Open it: replays its log, which waits for the disk. Raises FamilyError."""
+    def __init__(self, family_id: str, directory: str, threads: StoreThreads, clock: HostClock) -> None:
+        """Open its files and its store. Raises FamilyError."""
         self.id = family_id
         self._clock = clock
         if not os.path.exists(os.path.join(directory, "maps", "CURRENT")):
             raise FamilyError(f"its maps are missing: {directory}/maps is no LevelDB")
         try:
-            self._room = _Room(directory, threads)
+            self._room = Room(directory, threads)
         except OSError as error:
             raise FamilyError(f"{directory} cannot be opened: {error}") from error
-        try:
-            self.disk = LogDisk.open(
-                self._room.files,
-                self._room.store,
-                clock,
-                random.SystemRandom(),
-                settings,
-                epoch,
-                boot_id,
-                report,
-                _progress(clock, report),
-            )
-        except (OSError, DiskError) as error:
-            self._room.close()
-            raise FamilyError(str(error)) from error
+
+    @property
+    @abstractmethod
+    def disk(self) -> LogDisk:
+        """Its log disk as it is open now."""
 
     @property
     def metadata_bytes_written(self) -> int:
@@ -153,3 +139,40 @@ class OpenFamily:
         await closed.wait()
         # Waits for threads: these are short by now, and nobody is served from this family any more.
         self._room.close()
+
+
+class LocalFamily(OpenFamily):
+    """A family that is on this node alone, open for writing."""
+
+    def __init__(
+        self,
+        family_id: str,
+        directory: str,
+        threads: StoreThreads,
+        clock: HostClock,
+        epoch: int,
+        boot_id: str,
+        settings: DiskSettings,
+        report: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Open it: replays its log, which waits for the disk. Raises FamilyError."""
+        super().__init__(family_id, directory, threads, clock)
+        try:
+            self._disk = LogDisk.open(
+                self._room.files,
+                self._room.store,
+                clock,
+                random.SystemRandom(),
+                settings,
+                epoch,
+                boot_id,
+                report,
+                progress(clock, report),
+            )
+        except (OSError, DiskError) as error:
+            self._room.close()
+            raise FamilyError(str(error)) from error
+
+    @property
+    def disk(self) -> LogDisk:
+        return self._disk

@@ -7,6 +7,7 @@ Rules
 - `withdraw` comes before a volume is deleted: from then on no client can attach, so that nobody does between the
   question whether there are clients and the deletion.
 - Changes answer an errno; 0 is durable. They can be repeated: deleting what is gone is done.
+- A replicated family is served while this node owns it; when that ends, its clients are disconnected at once.
 """
 
 import asyncio
@@ -17,8 +18,9 @@ from typing import Any
 
 from metadata.seams import Clock
 from nbdserver.logdisk.disk import LogDisk
-from nbdserver.node.open_family import FamilyError, OpenFamily
-from nbdserver.node.snapshot_exports import SnapshotExports, answered
+from nbdserver.node.open_family import FamilyError, NotOwnedError, OpenFamily
+from nbdserver.node.ownership import Ownership, answered
+from nbdserver.node.snapshot_exports import SnapshotExports
 from nbdserver.volume.admission import TlsMode, is_name_of_certificate
 from nbdserver.volume.export import Export, ExportError, Exports
 from nbdserver.volume.limits import Limits
@@ -39,8 +41,10 @@ class ServedVolume:
 class ServedFamily:
     """The served volumes of one open family."""
 
-    def __init__(self, family: OpenFamily, exports: Exports, clock: Clock) -> None:
+    def __init__(self, family: OpenFamily, exports: Exports, clock: Clock, ownership: Ownership | None) -> None:
+        """Without `ownership` another node orders what happens in it."""
         self.family = family
+        self.ownership = ownership
         self._exports = exports
         self._clock = clock
         self._volumes: dict[int, ServedVolume] = {}
@@ -54,8 +58,20 @@ class ServedFamily:
         """By number."""
         return [self._volumes[number] for number in sorted(self._volumes)]
 
+    def owned(self) -> Ownership:
+        """NotOwnedError if another node orders."""
+        if self.ownership is None:
+            raise NotOwnedError("this node does not own the volume")
+        return self.ownership
+
+    def give_up(self, reason: str) -> None:
+        """Another node orders from now on."""
+        self._withdraw_all(reason)
+        self.ownership = None
+
     def volume(self, number: int) -> ServedVolume:
         """One that is served. FamilyError."""
+        self.owned()
         served = self._volumes.get(number)
         if served is None:
             raise FamilyError("this volume is not served; `nbdserver status` says why")
@@ -67,9 +83,10 @@ class ServedFamily:
 
     def serve(self, number: int, name: str, settings: dict[str, Any]) -> None:
         """Let clients attach to a volume and its snapshots."""
+        ownership = self.owned()
         export = Export(
             name,
-            self.disk.head(number),
+            ownership.device(self.disk.head(number)),
             description=settings["description"],
             read_only=settings["read_only"],
             shared=settings["shared"],
@@ -78,7 +95,8 @@ class ServedFamily:
         )
         export.limit(_limits(settings), self._clock)
         self._exports.add(export)
-        self._volumes[number] = ServedVolume(number, export, SnapshotExports(self.disk, number, export, self._exports))
+        snapshots = SnapshotExports(self.disk, number, export, self._exports, ownership)
+        self._volumes[number] = ServedVolume(number, export, snapshots)
 
     def set(self, number: int, settings: dict[str, Any]) -> None:
         """Change a volume's settings, at once. ExportError."""
@@ -112,10 +130,17 @@ class ServedFamily:
         clients = len(served.export.sessions) + served.snapshots.clients
         if clients and not force:
             return clients
-        del self._volumes[number]
-        self._exports.remove(served.export.name)
-        served.snapshots.close()
+        self._withdraw(served, "the volume is not served any more")
         return 0
+
+    def _withdraw(self, served: ServedVolume, reason: str) -> None:
+        del self._volumes[served.number]
+        self._exports.remove(served.export.name, reason)
+        served.snapshots.close(reason)
+
+    def _withdraw_all(self, reason: str) -> None:
+        for served in list(self._volumes.values()):
+            self._withdraw(served, reason)
 
     def snapshots(self, number: int = 0) -> list[dict[str, Any]]:
         """The snapshots of one volume, or of all, each volume's oldest first."""
@@ -128,28 +153,28 @@ class ServedFamily:
 
     async def clone(self, layer: int, number: int) -> int:
         """Make a volume of a snapshot's layer."""
-        return await answered(lambda done: self.disk.clone(layer, number, done))
+        return await answered(self.owned(), lambda done: self.disk.clone(layer, number, done))
 
     async def delete(self, number: int) -> int:
         """Delete a volume that is not served, and its snapshots."""
-        disk = self.disk
+        disk, ownership = self.disk, self.owned()
         try:
             disk.head(number)
         except LookupError:
             return 0
         deletions = [
-            answered(lambda done, layer=row.layer: disk.delete_snapshot(layer, done))  # type: ignore[misc]
+            answered(ownership, lambda done, layer=row.layer: disk.delete_snapshot(layer, done))  # type: ignore[misc]
             for row in disk.snapshots_of(number)
         ]
         failed = [code for code in await asyncio.gather(*deletions) if code]
-        return failed[0] if failed else await answered(lambda done: disk.delete_volume(number, done))
+        return failed[0] if failed else await answered(ownership, lambda done: disk.delete_volume(number, done))
 
     async def resize(self, number: int, size_bytes: int) -> int:
         """Give a volume another size; EBUSY for making it smaller while it has clients."""
         export = self.volume(number).export
         if export.sessions and size_bytes < export.device.size_bytes:
             return errno.EBUSY
-        return await answered(lambda done: self.disk.resize(number, size_bytes, done))
+        return await answered(self.owned(), lambda done: self.disk.resize(number, size_bytes, done))
 
     async def rollback(self, number: int, snapshot: str) -> int:
         """Go back to a snapshot; EBUSY while the volume has clients."""
@@ -211,8 +236,7 @@ class ServedFamily:
 
     async def close(self) -> None:
         """Disconnect everybody and close the family for good."""
-        for number in list(self._volumes):
-            self.withdraw(number, force=True)
+        self._withdraw_all("the volume is closed")
         await self.family.close()
 
     def _volume_statuses(self, numbers: Iterable[int]) -> dict[str, Any]:

@@ -4,23 +4,22 @@ Rules: every snapshot of the volume has an export as long as it has a name, so t
 has the volume's settings for who may attach, and shares its limits. Changes answer an errno; 0 is durable.
 """
 
-import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from metadata.layers import Row
-from metadata.seams import Done
 from nbdserver.logdisk.devices import View
 from nbdserver.logdisk.disk import LogDisk
+from nbdserver.node.ownership import Ownership, answered
 from nbdserver.volume.export import Export, Exports
 
 
 class SnapshotExports:
     """The snapshots of the family's volume `number`, whose own export is `volume`."""
 
-    def __init__(self, disk: LogDisk, number: int, volume: Export, exports: Exports) -> None:
+    def __init__(self, disk: LogDisk, number: int, volume: Export, exports: Exports, ownership: Ownership) -> None:
         self._disk = disk
+        self._ownership = ownership
         self._number = number
         self._volume = volume
         self._exports = exports
@@ -51,7 +50,7 @@ class SnapshotExports:
     async def create(self, name: str) -> int:
         """Keep what the volume holds now, all that was acknowledged, under this name."""
         created_s = int(time.time())
-        errno = await answered(lambda done: self._disk.snapshot(self._number, name, created_s, done))
+        errno = await answered(self._ownership, lambda done: self._disk.snapshot(self._number, name, created_s, done))
         row = self._disk.snapshot_row(self._number, name)
         if not errno and row is not None:
             self._add(row)
@@ -62,14 +61,16 @@ class SnapshotExports:
         row, view, export = self._open.pop(name)
         self._exports.remove(export.name)
         view.close()
-        errno = await answered(lambda done: self._disk.delete_snapshot(row.layer, done))
+        errno = await answered(self._ownership, lambda done: self._disk.delete_snapshot(row.layer, done))
         if errno and not self._disk.failure:
             self._add(row)
         return errno
 
     async def rollback(self, name: str) -> int:
         """Let the volume hold what the snapshot holds. Nobody may be attached to the volume."""
-        return await answered(lambda done: self._disk.rollback(self._number, self._open[name][0].layer, done))
+        return await answered(
+            self._ownership, lambda done: self._disk.rollback(self._number, self._open[name][0].layer, done)
+        )
 
     def volume_changed(self) -> None:
         """The volume has other settings, or another name."""
@@ -80,10 +81,10 @@ class SnapshotExports:
             export.change(allowed=volume.allowed.texts, tls=volume.tls, description=self._description())
             export.throttle = self._volume.throttle
 
-    def close(self) -> None:
-        """Disconnect everybody; the family is being closed."""
+    def close(self, reason: str) -> None:
+        """Disconnect everybody; the volume is not served any more."""
         for _, view, export in self._open.values():
-            self._exports.remove(export.name)
+            self._exports.remove(export.name, reason)
             view.close()
         self._open.clear()
 
@@ -91,7 +92,7 @@ class SnapshotExports:
         view = self._disk.view(row.layer)
         export = Export(
             self._name(row),
-            view,
+            self._ownership.device(view),
             description=self._description(),
             read_only=True,
             allowed=self._volume.allowed.texts,
@@ -116,10 +117,3 @@ class SnapshotExports:
             "created_s": row.created_s,
             "clients": len(export.sessions),
         }
-
-
-async def answered(begin: Callable[[Done], None]) -> int:
-    """Begin a change of the tree of layers and wait for its errno."""
-    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    begin(answer.set_result)
-    return await answer

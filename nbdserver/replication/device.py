@@ -107,6 +107,8 @@ class ReplicatedDevice:
 
     def commit(self) -> int:
         self._is_open = False
+        if self._owner.is_deposed:
+            return errnos.EIO  # to nobody: the open batch was never ordered
         self._look_at_room()
         return self._inner.commit() or IN_FLIGHT
 

@@ -13,8 +13,8 @@ Rules
 from collections.abc import Callable, Mapping
 
 from metadata.registry_calls import Event, Reading, Unavailable
-from metadata.replica_set import ReplicaSet, ReplicaSetError, replica_set_key
-from metadata.seams import Clock, Network, Registry
+from metadata.replica_set import ReplicaSet, ReplicaSetError, ReplicaSets, replica_set_key
+from metadata.seams import Clock, Network
 from nbdserver.replication.link import Link
 from nbdserver.replication.owner import Owner, Report
 from nbdserver.replication.peer_stream import PeerStream
@@ -28,13 +28,13 @@ Taken = Callable[[str], None]
 
 
 class ReplicatedFamily:
-    """See above. `address_of(node)` is where a node listens to its peers."""
+    """See above. `address_of(node)` is where a node listens to its peers; "" if that is not known yet."""
 
     def __init__(
         self,
         clock: Clock,
         network: Network,
-        registry: Registry,
+        registry: ReplicaSets,
         log: ReplicaLog,
         family: bytes,
         node: str,
@@ -55,6 +55,8 @@ class ReplicatedFamily:
         self._address_of = address_of
         self._report = report
         self._takeover: Takeover | None = None
+        self.gave_up: Callable[[str], None] = lambda reason: None
+        """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
         self._taken: list[Taken] = []
         self._closed = False
         self._watch = registry.watch(self._key, self._heard)
@@ -137,9 +139,7 @@ class ReplicatedFamily:
     def links(self, value: ReplicaSet, events: Takeover) -> Mapping[str, Link]:
         """TakeoverEvents."""
         return {
-            node: Link(
-                self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of(node)
-            )
+            node: Link(self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of)
             for node in value.placement
             if node != self._node
         }
@@ -164,6 +164,7 @@ class ReplicatedFamily:
     def deposed(self, reason: str) -> None:
         """OwnerEvents."""
         self.owner = None
+        self.gave_up(reason)
         self.replica.give_again()
 
     def _higher_epoch(self, epoch: int) -> None:
@@ -172,6 +173,11 @@ class ReplicatedFamily:
         self._end_takeover(reason)
         if self.owner is not None:
             self.owner.depose(reason)
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it is about to become the owner."""
+        return self._takeover is not None
 
     def _end_takeover(self, reason: str) -> None:
         if self._takeover is not None:

@@ -104,7 +104,7 @@ class Link:
         family: bytes,
         us: str,
         node: str,
-        address: str,
+        address_of: Callable[[str], str],
     ) -> None:
         self.node = node
         self.state = State.CONNECTING
@@ -114,13 +114,19 @@ class Link:
         self.room_bytes = 0
         self.granted_until_s = 0.0
         self.heard_s = clock.now()
+        self.backlog_bytes = 0
+        """Of modifications that were sent and not answered."""
+        self.regions_total = 0
+        """That it had to fetch when it was opened."""
+        self.reason = ""
+        """Why the stream was lost last; "" once it has been opened again."""
         self.events = events
         self._clock = clock
         self._network = network
         self._log = log
         self._family = family
         self._us = us
-        self._address = address
+        self._address_of = address_of
         self._stream: PeerStream | None = None
         self._give_up: Callable[[], None] | None = None
         self._timer: Timer | None = None
@@ -128,7 +134,6 @@ class Link:
         self._number = 0
         self._sent_s: deque[tuple[int, float, int]] = deque()  # (number, when, bytes) of frames not answered
         self._last_sent_s = 0.0
-        self._backlog_bytes = 0
         self._pending: list[Modification] = []
         self._is_reading = False
         self._to_copy: list[int] = []
@@ -147,7 +152,7 @@ class Link:
             stream = self._stream = PeerStream(connection, self._received, self._lost)
             self.state = State.OPENING
             self._sent_s.clear()
-            self._number = self._backlog_bytes = 0
+            self._number = self.backlog_bytes = 0
             self.heard_s = self._clock.now()
             stream.send(Open(self._family, self.events.epoch, self._us))
             self._timer = self._clock.call_later(OPEN_TIMEOUT_S, partial(self._open_timed_out, stream))
@@ -155,9 +160,15 @@ class Link:
 
         def failed(reason: str) -> None:
             self._give_up = None
+            self.reason = reason
             self._connect_later()
 
-        self._give_up = self._network.connect(self._address, connected, failed, OPEN_TIMEOUT_S)
+        address = self._address_of(self.node)
+        if address:
+            self._give_up = self._network.connect(address, connected, failed, OPEN_TIMEOUT_S)
+        else:
+            self.reason = "it is not known where it listens"
+            self._connect_later()
 
     def _connect_later(self) -> None:
         if self.state is not State.CLOSED:
@@ -168,6 +179,7 @@ class Link:
     def _open_timed_out(self, stream: PeerStream) -> None:
         self._timer = None
         if stream is self._stream and self.state is State.OPENING:
+            self.reason = f"it has not answered for {OPEN_TIMEOUT_S:g} s"
             self.reopen()
 
     def reopen(self) -> None:
@@ -203,6 +215,7 @@ class Link:
 
     def _lost(self, stream: PeerStream, reason: str) -> None:
         if stream is self._stream:
+            self.reason = reason
             self.reopen()
 
     def _received(self, stream: PeerStream, frame: Frame) -> None:
@@ -221,6 +234,7 @@ class Link:
                 if fetched is not None:
                     fetched(frame)
             case Refused():
+                self.reason = f"it refuses: {frame.reason.name.lower().replace('_', ' ')}"
                 self.reopen()
                 self.events.refused(self, frame)
             case _:
@@ -235,6 +249,7 @@ class Link:
         self.durable_txid = frame.durable.txid
         self.room_bytes = frame.room_bytes
         self.state = State.OPEN
+        self.reason = ""
         self.events.opened(self)
 
     def fetch(self, after: Position, limit_bytes: int, done: Callable[[Fetched | None], None]) -> None:
@@ -257,6 +272,7 @@ class Link:
             return
         self._to_copy = list(numbers_of(opened.resync))
         self._to_copy.reverse()
+        self.regions_total = len(self._to_copy)
         self.state = State.CATCHING_UP
         self._catch_up()
 
@@ -269,7 +285,7 @@ class Link:
             self.state = State.STREAMING
             self._copy_more()
             return
-        if self._backlog_bytes >= BACKLOG_LIMIT_BYTES:
+        if self.backlog_bytes >= BACKLOG_LIMIT_BYTES:
             return  # goes on with the next answer
         self._is_reading = True
 
@@ -316,7 +332,7 @@ class Link:
         if self.state is State.STREAMING and self._pending:
             pending, self._pending = self._pending, []
             self._send(pending)
-            if self._backlog_bytes > BACKLOG_LIMIT_BYTES:
+            if self.backlog_bytes > BACKLOG_LIMIT_BYTES:
                 self.state = State.CATCHING_UP
 
     def beat(self) -> None:
@@ -325,6 +341,7 @@ class Link:
             return
         now_s = self._clock.now()
         if now_s - self.heard_s > SILENCE_S:
+            self.reason = f"it has been silent for {SILENCE_S:g} s"
             self.reopen()
             return
         self._copy_more()
@@ -353,7 +370,7 @@ class Link:
         self._number += 1
         self._last_sent_s = self._clock.now()
         self._sent_s.append((self._number, self._last_sent_s, size_bytes))
-        self._backlog_bytes += size_bytes
+        self.backlog_bytes += size_bytes
         if modifications:
             self._sent = modifications[-1].position
         stream.send(
@@ -371,7 +388,7 @@ class Link:
         sent_s = self._sent_s
         while sent_s and sent_s[0][0] <= frame.number:
             _, at_s, size_bytes = sent_s.popleft()
-            self._backlog_bytes -= size_bytes
+            self.backlog_bytes -= size_bytes
             self.granted_until_s = at_s + OWNER_COUNTS_S
         self.appended = frame.last
         self.durable_txid = frame.durable.txid
@@ -392,7 +409,7 @@ class Link:
     @property
     def is_congested(self) -> bool:
         """So much is under way that no more should be ordered."""
-        return self.state is State.STREAMING and self._backlog_bytes > BACKLOG_LIMIT_BYTES // 2
+        return self.state is State.STREAMING and self.backlog_bytes > BACKLOG_LIMIT_BYTES // 2
 
     # --- copies ---
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
-from metadata.replica_set import Change, Member, ReplicaSet
-from metadata.seams import Clock, Done, Registry, Timer
+from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
+from metadata.seams import Clock, Done, Timer
 from nbdserver.replication.grants import BEAT_S, CANDIDATE_S, GRANT_S
 from nbdserver.replication.link import Link
 from nbdserver.replication.replica_log import ReplicaLog
@@ -54,7 +54,7 @@ class Owner:
     def __init__(
         self,
         clock: Clock,
-        registry: Registry,
+        registry: ReplicaSets,
         key: str,
         node: str,
         log: ReplicaLog,
@@ -115,6 +115,17 @@ class Owner:
             return True
         now_s = self._clock.now()
         return all(link.granted_until_s > now_s for link in self._needed)
+
+    @property
+    def waits_for(self) -> str:
+        """What keeps it from answering at this moment; "" if nothing does."""
+        if self.has_authority:
+            return ""
+        now_s = self._clock.now()
+        silent = [link.node for link in self._needed if link.granted_until_s <= now_s]
+        if silent:
+            return f"{', '.join(silent)} to answer"
+        return "all members to have what the last owner ordered"
 
     def depose(self, reason: str) -> None:
         """Another node owns the family, or this one cannot go on. Idempotent."""

@@ -28,13 +28,19 @@ Tap = Callable[[Modification], None]
 class ReplicaLog(Protocol):
     """One replica's log and maps, open. All methods are for the loop's thread."""
 
-    incarnation: int
-    """Raised and persisted whenever it is opened; of an empty disk a random number, so that a replaced disk is told."""
-    intact_since: int
-    """Incarnation since which nothing appended can have been lost: that of the last opening after the host rebooted
-    while the log was open, or of an empty disk. Persisted."""
-    promised_epoch: int
-    """The highest epoch that was promised; persisted."""
+    @property
+    def incarnation(self) -> int:
+        """Raised and persisted whenever it is opened; of an empty disk a random number, so that a replaced disk is
+        told."""
+
+    @property
+    def intact_since(self) -> int:
+        """Incarnation since which nothing appended can have been lost: that of the last opening after the host rebooted
+        while the log was open, or of an empty disk. Persisted."""
+
+    @property
+    def promised_epoch(self) -> int:
+        """The highest epoch that was promised; persisted."""
 
     @property
     def last(self) -> Position:
@@ -63,7 +69,8 @@ class ReplicaLog(Protocol):
 
     def tap(self, tap: Tap | None) -> None:
         """Have each modification that is *ordered* here, in order, in the same wake, as soon as it is appended. Its
-        buffers stay as they are until the loop's next turn."""
+        buffers stay as they are until the loop's next turn. None: nothing is ordered here any more, whatever waits for
+        that."""
 
     # --- a replica's ---
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-from metadata.replica_set import Change, Member, ReplicaSet
-from metadata.seams import Clock, Registry, Timer
+from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
+from metadata.seams import Clock, Timer
 from nbdserver.replication.link import Link
 from nbdserver.replication.owner import is_whole
 from nbdserver.replication.replica import FETCH_LIMIT_BYTES, Replica
@@ -51,7 +51,7 @@ class Takeover:
     def __init__(
         self,
         clock: Clock,
-        registry: Registry,
+        registry: ReplicaSets,
         key: str,
         node: str,
         replica: Replica,

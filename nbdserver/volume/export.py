@@ -292,7 +292,7 @@ class Exports:
         self._say(old)
         self._say(name)
 
-    def remove(self, name: str) -> Export:
+    def remove(self, name: str, reason: str = "the export was removed") -> Export:
         """Take an export out and disconnect its sessions; the caller closes the device. ExportError without one."""
         export = self._exports.pop(name, None)
         if export is None:
@@ -300,7 +300,7 @@ class Exports:
         export.changed = None  # which refers to it
         self._say(name)
         for session in list(export.sessions):
-            session.disconnect("the export was removed")
+            session.disconnect(reason)
         return export
 
     def _say(self, name: str) -> None:

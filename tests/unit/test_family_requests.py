@@ -80,7 +80,7 @@ def test_a_thousand_clones_are_told_over_many_turns(monkeypatch: pytest.MonkeyPa
 
     async def ask() -> None:
         loop = asyncio.get_running_loop()
-        family = ServedFamily(cast(OpenFamily, None), Exports(), HostClock(loop))
+        family = ServedFamily(cast(OpenFamily, None), Exports(), HostClock(loop), None)
         family._volumes = cast(dict[int, ServedVolume], dict.fromkeys(numbers))
         turns = 0
 

@@ -1,0 +1,234 @@
+"""The registry as a data process has it: the control process asks it on its behalf, over the channel.
+
+Theory. A data process never speaks to etcd: it asks (`ChannelRegistry`), the control process passes that on to whatever
+registry it has (`RegistryDesk`) and passes back what it is told, events too. One watch of the replica sets serves all
+families of all data processes, of which each hears only what it watches.
+
+Rules
+- Values are bytes to the registry and hexadecimal in JSON.
+- A swap whose answer got lost is UNKNOWN, whatever the reason; a read is Unavailable.
+- When a data process ends, its watches go (`RegistryVisit.close`).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
+from metadata.replica_set import REPLICA_SETS
+from metadata.seams import Registry, Watch
+from nbdserver.node.channel import ChannelError, RemoteError
+
+Call = Callable[..., Awaitable[Any]]
+"""`Channel.call`."""
+Notify = Callable[[str, dict[str, Any]], None]
+"""`Channel.notify`."""
+
+EVENT = "registry_event"
+
+
+def _hex(value: bytes | None) -> str | None:
+    return None if value is None else value.hex()
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else bytes.fromhex(text)
+
+
+class _ChannelWatch:
+    """`Watch`."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel: Callable[[], None] | None = cancel
+
+    def cancel(self) -> None:
+        cancel, self._cancel = self._cancel, None
+        if cancel is not None:
+            cancel()
+
+
+class ChannelRegistry:
+    """`ReplicaSets`, in a data process. All methods are for the loop's thread."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._watches: dict[int, Callable[[Event], None]] = {}
+        self._last_watch = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def get_later(self, key: str, done: Callable[[Reading | Unavailable], None]) -> None:
+        """See `Registry`."""
+
+        async def get() -> None:
+            answer: Reading | Unavailable
+            try:
+                told = await self._call("registry_get", key=key)
+                items = tuple((each, bytes.fromhex(value)) for each, value in told.get("items", ()))
+                answer = Unavailable(told["reason"]) if "reason" in told else Reading(told["revision"], items)
+            except (ChannelError, RemoteError) as error:
+                answer = Unavailable(str(error))
+            done(answer)
+
+        self._run(get())
+
+    def swap_later(self, changes: Sequence[Change], done: Callable[[Swap], None]) -> None:
+        """See `Registry`; without leases."""
+
+        async def swap() -> None:
+            wanted = [[change.key, _hex(change.expected), _hex(change.new)] for change in changes]
+            try:
+                told = await self._call("registry_swap", changes=wanted)
+                answer = Swap(Outcome(told["outcome"]), told["revision"], told["reason"])
+            except (ChannelError, RemoteError) as error:
+                answer = Swap(Outcome.UNKNOWN, reason=str(error))
+            done(answer)
+
+        self._run(swap())
+
+    def watch(self, prefix: str, changed: Callable[[Event], None]) -> Watch:
+        """See `Registry`; it begins with a reset."""
+        self._last_watch += 1
+        number = self._last_watch
+        self._watches[number] = changed
+
+        async def begin() -> None:
+            await self._call("registry_watch", watch=number, prefix=prefix)
+
+        def cancel() -> None:
+            del self._watches[number]
+            self._run(end())
+
+        async def end() -> None:
+            await self._call("registry_unwatch", watch=number)
+
+        self._run(begin())
+        return _ChannelWatch(cancel)
+
+    def heard(self, fields: dict[str, Any]) -> None:
+        """The control process tells of a change (the note EVENT)."""
+        changed = self._watches.get(fields["watch"])
+        if changed is not None:
+            changes = tuple((key, _bytes(value)) for key, value in fields["changes"])
+            changed(Event(fields["revision"], fields["is_reset"], changes))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class RegistryDesk:
+    """The control process's end, for all data processes."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._values: dict[str, bytes] = {}  # of the replica sets, as they were heard of
+        self._revision = 0
+        self._visits: set[RegistryVisit] = set()
+        self._watch: Watch | None = None
+        self._is_known = False
+
+    def visit(self, notify: Notify) -> "RegistryVisit":
+        """For one data process, to be closed when that ends; `notify` reaches it."""
+        if self._watch is None:
+            self._watch = self._registry.watch(REPLICA_SETS, self._heard)
+        visit = RegistryVisit(self, self._registry, notify)
+        self._visits.add(visit)
+        return visit
+
+    def close(self) -> None:
+        """Nobody hears anything any more; the registry is the caller's."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def leave(self, visit: "RegistryVisit") -> None:
+        """It is over."""
+        self._visits.discard(visit)
+
+    def present(self, prefix: str) -> Event | None:
+        """Everything below `prefix` as it was heard of last; None if nothing was heard yet."""
+        if not self._is_known:
+            return None
+        changes = tuple((key, value) for key, value in self._values.items() if key.startswith(prefix))
+        return Event(self._revision, True, changes)
+
+    def _heard(self, event: Event) -> None:
+        if event.is_reset:
+            self._values.clear()
+        for key, value in event.changes:
+            if value is None:
+                self._values.pop(key, None)
+            else:
+                self._values[key] = value
+        self._revision = event.revision
+        self._is_known = True
+        for visit in list(self._visits):
+            visit.heard(event)
+
+
+class RegistryVisit:
+    """What one data process asks of the registry."""
+
+    def __init__(self, desk: RegistryDesk, registry: Registry, notify: Notify) -> None:
+        self._desk = desk
+        self._registry = registry
+        self._notify = notify
+        self._prefixes: dict[int, str] = {}
+
+    def answers(self, name: str) -> bool:
+        """Whether this is a call for the registry."""
+        return name in ("registry_get", "registry_swap", "registry_watch", "registry_unwatch")
+
+    async def answer(self, name: str, arguments: dict[str, Any]) -> Any:
+        """Answer one call. ValueError for what no registry takes."""
+        if name == "registry_get":
+            return await self._get(**arguments)
+        if name == "registry_swap":
+            return await self._swap(**arguments)
+        if name == "registry_watch":
+            self._watch(**arguments)
+        elif name == "registry_unwatch":
+            self._prefixes.pop(arguments["watch"], None)
+        return None
+
+    def close(self) -> None:
+        """The data process has ended."""
+        self._prefixes.clear()
+        self._desk.leave(self)
+
+    async def _get(self, key: str) -> dict[str, Any]:
+        asked: asyncio.Future[Reading | Unavailable] = asyncio.get_running_loop().create_future()
+        self._registry.get_later(key, asked.set_result)
+        answer = await asyncio.shield(asked)
+        if isinstance(answer, Unavailable):
+            return {"reason": answer.reason}
+        return {"revision": answer.revision, "items": [(each, value.hex()) for each, value in answer.items]}
+
+    async def _swap(self, changes: Sequence[tuple[str, str | None, str | None]]) -> dict[str, Any]:
+        asked: asyncio.Future[Swap] = asyncio.get_running_loop().create_future()
+        wanted = [Change(key, _bytes(expected), _bytes(new)) for key, expected, new in changes]
+        self._registry.swap_later(wanted, asked.set_result)
+        answer = await asyncio.shield(asked)
+        return {"outcome": answer.outcome.value, "revision": answer.revision, "reason": answer.reason}
+
+    def _watch(self, watch: int, prefix: str) -> None:
+        if not prefix.startswith(REPLICA_SETS):
+            raise ValueError(f"a data process watches replica sets, not {prefix!r}")
+        self._prefixes[watch] = prefix
+        present = self._desk.present(prefix)
+        if present is not None:
+            self._tell(watch, present)
+
+    def heard(self, event: Event) -> None:
+        """The replica sets have changed."""
+        for watch, prefix in self._prefixes.items():
+            seen = tuple(change for change in event.changes if change[0].startswith(prefix))
+            if seen or event.is_reset:
+                self._tell(watch, Event(event.revision, event.is_reset, seen))
+
+    def _tell(self, watch: int, event: Event) -> None:
+        changes = [(key, _hex(value)) for key, value in event.changes]
+        self._notify(
+            EVENT, {"watch": watch, "revision": event.revision, "is_reset": event.is_reset, "changes": changes}
+        )

@@ -1,0 +1,92 @@
+"""A replica that is open in the data process: the log disk of a family that others have too, and its part in that.
+
+Theory. `Replica` (nbdserver/logdisk/replica.py) opens the log disk, and again whenever the log has to be cut; so the
+disk is asked for each time, and what a data process has set for it is set again (`opened`). `ReplicatedFamily`
+(nbdserver/replication/family.py) follows whoever owns the family, or owns it.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from metadata.replica_set import ReplicaSets
+from metadata.seams import Network
+from nbdserver.host.clock import HostClock
+from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
+from nbdserver.logdisk.opening import Replicated
+from nbdserver.logdisk.replica import Replica
+from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, progress
+from nbdserver.replication.family import ReplicatedFamily
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+class OpenReplica(OpenFamily):
+    """A family of which this node has one replica of several."""
+
+    def __init__(
+        self,
+        family_id: str,
+        directory: str,
+        threads: StoreThreads,
+        clock: HostClock,
+        boot_id: str,
+        settings: DiskSettings,
+        report: Report,
+        opened: Callable[[LogDisk], None],
+    ) -> None:
+        """Open it: replays its log, which waits for the disk. `opened` gets the disk each time. Raises FamilyError."""
+        super().__init__(family_id, directory, threads, clock)
+        self._boot_id = boot_id
+        self._settings = settings
+        self._report = report
+        self._opened = opened
+        self._family: ReplicatedFamily | None = None
+        self.ended: Callable[[], object] = lambda: None
+        """Called when it is closed."""
+        try:
+            self.replica = Replica(self._open_disk, self._room.files)
+        except (OSError, DiskError) as error:
+            self._room.close()
+            raise FamilyError(str(error)) from error
+
+    @property
+    def disk(self) -> LogDisk:
+        return self.replica.disk
+
+    @property
+    def family(self) -> ReplicatedFamily:
+        """Its part in who owns it, once it takes part."""
+        if self._family is None:
+            raise FamilyError("the replica does not take part in its family yet")
+        return self._family
+
+    def take_part(self, network: Network, registry: ReplicaSets, node: str, address_of: Callable[[str], str]) -> None:
+        """Obey whoever owns the family, from now on."""
+        self._family = ReplicatedFamily(
+            self._clock, network, registry, self.replica, bytes.fromhex(self.id), node, address_of, self._report
+        )
+
+    async def close(self) -> None:
+        """Obey and order no more, and close it. Whoever serves clients from it has ended that, or lets them wait."""
+        self.ended()
+        if self._family is not None:
+            self._family.gave_up = lambda reason: None
+            self._family.close()
+        await super().close()
+
+    def _open_disk(self, replicated: Replicated) -> LogDisk:
+        disk = LogDisk.open(
+            self._room.files,
+            self._room.store,
+            self._clock,
+            random.SystemRandom(),
+            self._settings,
+            None,
+            self._boot_id,
+            self._report,
+            progress(self._clock, self._report),
+            replicated,
+        )
+        self._opened(disk)
+        return disk

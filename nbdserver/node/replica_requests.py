@@ -1,0 +1,209 @@
+"""What the control process asks the data process about replicas: each `do_NAME` is a request of the channel.
+
+Order of a replica's life here: `follow`, which opens it and obeys whoever owns the family; `own`, after which it is
+served like any other; `disown`, or another node takes over, and it is followed again; `close`. Before the first one:
+`peers`, which says who this node is and where its data process listens.
+
+Rules
+- A family that has several replicas lives on each node in the worker that its id says (`worker_of`): everybody knows
+  where to find it.
+- When this node is not the owner any more its clients are disconnected before anybody else is obeyed.
+- Where the peers are is told by notes (`peer_addresses`); who is not known yet is asked for again and again.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from metadata.replica_set import ReplicaSets
+from metadata.seams import Connection, Network, Receiver
+from nbdserver.host.clock import HostClock
+from nbdserver.host.tls_network import DATA_PROTOCOL, PeerContexts, TlsNetwork, make_data_contexts
+from nbdserver.node.family_requests import FamilyRequests
+from nbdserver.node.open_family import FamilyError
+from nbdserver.node.open_replica import OpenReplica
+from nbdserver.node.ownership import ReplicatedOwnership
+from nbdserver.node.served_family import ServedFamily
+from nbdserver.replication.link import Link
+from nbdserver.replication.owner import Owner
+from nbdserver.replication.peer_server import PeerServer
+from nbdserver.replication.peer_stream import PeerStream
+from protocol.peer import Open
+
+Report = Callable[[str, dict[str, Any]], None]
+
+DISOWN_TIMEOUT_S = 5.0
+"""How long giving a family up waits for what was acknowledged to be durable everywhere."""
+
+
+def worker_of(family: str, workers: int) -> int:
+    """In which of a node's data processes a replicated family is."""
+    return int(family, 16) % workers
+
+
+class ReplicaRequests:
+    """The replicas among the open families."""
+
+    def __init__(
+        self, families: FamilyRequests, network: Network, clock: HostClock, registry: ReplicaSets, report: Report
+    ) -> None:
+        """`families` has them among the others; `network` is the one without TLS."""
+        self._families = families
+        self._sockets = network
+        self._network = network  # that of the links
+        self._clock = clock
+        self._registry = registry
+        self._report = report
+        self._node = ""
+        self._address = ""
+        self._contexts: PeerContexts | None = None
+        self._server: PeerServer | None = None
+        self._addresses: dict[str, Sequence[str]] = {}
+        self._replicas: dict[str, OpenReplica] = {}
+
+    # -- peers
+
+    async def do_peers(self, node: str, address: str, tls: dict[str, str] | None) -> None:
+        """Be this node, listen to its peers there, over TLS with these files (ca, certificate, key) or without. Again:
+        renewed files. TlsError for files that cannot be used, FamilyError for an address that cannot."""
+        contexts = None
+        if tls is not None:
+            contexts = make_data_contexts(Path(tls["ca"]), Path(tls["certificate"]), Path(tls["key"]))
+        if (node, address, contexts is None) == (self._node, self._address, self._contexts is None):
+            self._contexts = contexts
+            return
+        if self._server is not None:
+            raise FamilyError("who this node is to its peers, and where, is settled until it is started again")
+        self._contexts = contexts
+        if contexts is not None:
+            self._network = TlsNetwork(
+                self._sockets, self._clock, self._present_contexts, self._refused, _no_call, DATA_PROTOCOL
+            )
+        try:
+            self._server = PeerServer(self._clock, self._network, address, self._acceptor)
+        except OSError as error:
+            raise FamilyError(f"{address} cannot be listened at: {error.strerror}") from error
+        self._node, self._address = node, address
+
+    def peer_addresses(self, nodes: dict[str, Sequence[str]]) -> None:
+        """Where each node's data processes are, one after the other."""
+        self._addresses = nodes
+
+    def _present_contexts(self) -> PeerContexts:
+        assert self._contexts is not None
+        return self._contexts
+
+    def _refused(self, peer: str, reason: str) -> None:
+        self._report("peer-refused", {"peer": peer, "reason": reason})
+
+    def _acceptor(self, family: bytes) -> Callable[[PeerStream, Open], None] | None:
+        replica = self._replicas.get(family.hex())
+        return None if replica is None else replica.family.accept
+
+    def _address_of(self, family: str) -> Callable[[str], str]:
+        def address_of(node: str) -> str:
+            addresses = self._addresses.get(node, ())
+            return addresses[worker_of(family, len(addresses))] if addresses else ""
+
+        return address_of
+
+    # -- replicas
+
+    async def do_follow(self, directory: str, family: str, volume: str, max_data_bytes: int) -> dict[str, Any]:
+        """Open a family's replica and obey whoever owns it."""
+        if self._server is None:
+            raise FamilyError("this node has no address for its peers")
+        served = self._families.open_replica(directory, family, volume, max_data_bytes)
+        replica = served.family
+        assert isinstance(replica, OpenReplica)
+        replica.take_part(self._network, self._registry, self._node, self._address_of(family))
+        replica.family.gave_up = lambda reason: self._gave_up(family, served, reason)
+        replica.ended = lambda: self._replicas.pop(family, None)
+        self._replicas[family] = replica
+        log = replica.replica
+        return {
+            "incarnation": log.incarnation,
+            "last_txid": log.last.txid,
+            "resync_regions": log.resync_count,
+            "sizes_bytes": {str(number): size_bytes for number, size_bytes in served.sizes_bytes().items()},
+        }
+
+    async def do_own(self, family: str) -> dict[str, Any]:
+        """Become the owner of a family that is followed; FamilyError with the reason if that cannot be."""
+        served, replica = self._followed(family)
+        if replica.disk.failure:
+            raise FamilyError(replica.disk.failure)
+        taken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        replica.family.take_over(taken.set_result)
+        reason = await taken
+        owner = replica.family.owner
+        if reason or owner is None:
+            raise FamilyError(reason or "another node has taken the volume over at once")
+        if served.ownership is None:
+            served.ownership = ReplicatedOwnership(self._clock, owner)
+            self._report("owned", {"family": family, "epoch": owner.epoch})
+        return {
+            "epoch": owner.epoch,
+            "generation": owner.value.generation,
+            "sizes_bytes": {str(number): size_bytes for number, size_bytes in served.sizes_bytes().items()},
+        }
+
+    async def do_disown(self, family: str) -> None:
+        """Own a family no more, and follow it. What was acknowledged is made durable first, its clients are
+        disconnected."""
+        served, replica = self._followed(family)
+        owner = replica.family.owner
+        if owner is None:
+            return
+        served.give_up("the volume is given up by this node")
+        flushed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        owner.flush(flushed.set_result)
+        await asyncio.wait([flushed], timeout=DISOWN_TIMEOUT_S)
+        owner.depose("it is given up")
+
+    async def do_replicas(self, family: str = "") -> dict[str, Any]:
+        """How replication of one family stands, or of all."""
+        wanted = [family] if family else list(self._replicas)
+        return {each: self._described(self._followed(each)[1]) for each in wanted}
+
+    def _followed(self, family: str) -> tuple[ServedFamily, OpenReplica]:
+        replica = self._replicas.get(family)
+        if replica is None:
+            raise FamilyError("this node has no open replica of the volume")
+        return self._families.family(family), replica
+
+    def _gave_up(self, family: str, served: ServedFamily, reason: str) -> None:
+        served.give_up(f"the volume is owned by another node: {reason}")
+
+    def _described(self, replica: OpenReplica) -> dict[str, Any]:
+        part = replica.family
+        value = part.value
+        owner = part.owner
+        return {
+            "role": "owner" if owner is not None else "candidate" if part.is_candidate else "following",
+            "value": None if value is None else asdict(value),
+            "links": [] if owner is None else [_link(owner, link) for link in owner.links.values()],
+            "resync_regions": replica.replica.resync_count,
+            "last_txid": replica.replica.last.txid,
+            "waiting_for": "" if owner is None else owner.waits_for,
+        }
+
+
+def _link(owner: Owner, link: Link) -> dict[str, Any]:
+    return {
+        "node": link.node,
+        "state": link.state.value,
+        "is_member": owner.value.member(link.node) is not None,
+        "appended_txid": link.appended.txid,
+        "lag_bytes": link.backlog_bytes,
+        "regions_left": link.regions_left,
+        "regions_total": link.regions_total,
+        "reason": link.reason,
+    }
+
+
+def _no_call(stream: Connection) -> Receiver | None:
+    """Nobody calls here: data processes offer streams alone."""
+    return None
