@@ -215,12 +215,16 @@ HeartbeatHead = Struct(
 RequestHead = Struct("epoch" / Int32ub, "count" / Int8ub)
 RefusalHead = Struct("epoch" / Int32ub, "reason" / Int8ub, "floor" / Int64ub, "count" / Int8ub)
 RangeHead = Struct("first" / Int64ub, "count" / Int16ub)
+PositionReportHead = Struct("epoch" / Int32ub, "persisted_epoch" / Int32ub, "sequence" / Int64ub)
+ReportHead = Struct("epoch" / Int32ub, "confirm" / Int8ub)
 
 UPDATES_HEAD = derive(UpdatesHead)
 HEARTBEAT_HEAD = derive(HeartbeatHead)
 REQUEST_HEAD = derive(RequestHead)
 REFUSAL_HEAD = derive(RefusalHead)
 RANGE_HEAD = derive(RangeHead)
+POSITION_REPORT_HEAD = derive(PositionReportHead)
+REPORT_HEAD = derive(ReportHead)
 UPDATES_ROOM_BYTES = DATAGRAM_BODY_BYTES - UPDATES_HEAD.size
 """For messages in one Updates frame."""
 
@@ -343,6 +347,45 @@ class Refusal:
     def decode(body: bytes) -> "Refusal":
         epoch, reason, floor, count = _head(REFUSAL_HEAD, body)
         return Refusal(epoch, _reason(reason), floor, _unpack_ranges(body, REFUSAL_HEAD.size, count))
+
+
+@dataclass(frozen=True, slots=True)
+class PositionReport:
+    """Agent to master: alive, and what it has persisted."""
+
+    kind: ClassVar[Kind] = Kind.POSITION
+    epoch: int
+    position: Position
+
+    def encode(self) -> bytes:
+        return POSITION_REPORT_HEAD.pack(self.epoch, *self.position)
+
+    @staticmethod
+    def decode(body: bytes) -> "PositionReport":
+        epoch, persisted_epoch, sequence = _head(POSITION_REPORT_HEAD, body)
+        _whole(body, POSITION_REPORT_HEAD.size)
+        return PositionReport(epoch, Position(persisted_epoch, sequence))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A node to the master: publish this, an encoded update whose origin and number say who asks for the how-manieth.
+
+    `confirm` is what its publisher waits for.
+    """
+
+    kind: ClassVar[Kind] = Kind.REPORT
+    epoch: int
+    confirm: int
+    update: bytes
+
+    def encode(self) -> bytes:
+        return REPORT_HEAD.pack(self.epoch, self.confirm) + self.update
+
+    @staticmethod
+    def decode(body: bytes) -> "Report":
+        epoch, confirm = _head(REPORT_HEAD, body)
+        return Report(epoch, confirm, body[REPORT_HEAD.size :])
 
 
 def _head(packer: Packer, body: bytes) -> tuple[Any, ...]:

@@ -1,10 +1,11 @@
-"""The directory's rarer bodies: terms of masters, reports, joins, snapshots and subscriptions.
+"""The directory's rarer bodies: terms of masters, joins, snapshots and subscriptions.
 
 Theory and rules as in `protocol/directory.py`; these are too rare for packers of their own, so construct builds and
 parses them. Each dataclass names its kind and its declaration.
 """
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import construct
@@ -19,8 +20,10 @@ from protocol.directory import (
     NodeKind,
     Position,
     PositionHead,
+    PositionReport,
     Reason,
     Refusal,
+    Report,
     Request,
     Update,
     Updates,
@@ -79,16 +82,6 @@ def _declare(*members: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class PositionReport(_Body):
-    """Agent to master: alive, and what it has persisted."""
-
-    kind = Kind.POSITION
-    declaration = _declare("epoch" / Int32ub, "position" / _Position)
-    epoch: int
-    position: Position
-
-
-@dataclass(frozen=True)
 class Collect(_Body):
     """A new master to each voter: promise me this epoch."""
 
@@ -105,20 +98,6 @@ class Promise(_Body):
     declaration = _declare("epoch" / Int32ub, "position" / _Position)
     epoch: int
     position: Position
-
-
-@dataclass(frozen=True)
-class Report(_Body):
-    """A node to the master: publish this, an encoded update whose origin and number say who asks for the how-manieth.
-
-    `confirm` is what its publisher waits for.
-    """
-
-    kind = Kind.REPORT
-    declaration = _declare("epoch" / Int32ub, "confirm" / Int8ub, "update" / GreedyBytes)
-    epoch: int
-    confirm: int
-    update: bytes
 
 
 @dataclass(frozen=True)
@@ -341,6 +320,7 @@ class SnapshotEntries:
         return SnapshotEntries(parsed.attempt, tuple(Entry.decode(item) for item in parsed.entries))
 
 
+@lru_cache(maxsize=64)
 def pack_starts(history: tuple[tuple[int, int], ...]) -> bytes:
     return b"".join(POSITION_HEAD.pack(*start) for start in history)
 
@@ -357,6 +337,8 @@ BODIES: dict[int, Any] = {
     Kind.HEARTBEAT: Heartbeat,
     Kind.REQUEST: Request,
     Kind.REFUSAL: Refusal,
+    Kind.POSITION: PositionReport,
+    Kind.REPORT: Report,
     Kind.SNAPSHOT_ENTRIES: SnapshotEntries,
     **{body.kind: body for body in _Body.__subclasses__()},
 }

@@ -17,8 +17,19 @@ from metadata.directory.replica import Replica
 from metadata.directory.stubs import Source
 from metadata.directory.suspicion import Suspicion
 from metadata.directory.term import Resending, heartbeat_interval_s
-from protocol.directory import NOWHERE, Heartbeat, Message, NodeKind, Position, Refusal, Request, Starts, Updates
-from protocol.directory_control import Collect, PositionReport, Promise, Subscribed, unpack_starts
+from protocol.directory import (
+    NOWHERE,
+    Heartbeat,
+    Message,
+    NodeKind,
+    Position,
+    PositionReport,
+    Refusal,
+    Request,
+    Starts,
+    Updates,
+)
+from protocol.directory_control import Collect, Promise, Subscribed, unpack_starts
 
 POSITION_S = 1.0
 POSITIONS_PER_S = 1000.0  # that one master is told

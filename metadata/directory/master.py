@@ -36,18 +36,19 @@ from metadata.directory.suspicion import Suspicion
 from metadata.directory.term import Link, Term
 from metadata.registry_calls import Change, Outcome, Reading, Swap
 from metadata.seams import Clock, Registry
-from protocol.directory import Action, Confirm, MalformedError, NodeKind, Position, Reason, Request, Update
-from protocol.directory_control import (
-    Hold,
-    Join,
+from protocol.directory import (
+    Action,
+    Confirm,
+    MalformedError,
+    NodeKind,
+    Position,
     PositionReport,
-    Ready,
+    Reason,
     Report,
-    Subscribe,
-    Subscribed,
-    SubscribeRefused,
-    pack_starts,
+    Request,
+    Update,
 )
+from protocol.directory_control import Hold, Join, Ready, Subscribe, Subscribed, SubscribeRefused, pack_starts
 
 QUORUM_S = 5.0
 SWAP_RETRY_S = 0.5

@@ -102,7 +102,7 @@ class DirectoryNode:
         self._is_flushing = False
         self._is_settling = False
         self._is_closed = False
-        self._standing = (0, 0)
+        self._followed, self._installs = 0, 0  # the epoch followed, and the copies installed, as of the last look
         self.election = Election(
             clock, registry, random, self.me, self.replica, self.routes, self.book.streams, self._open_stream,
             self._begin_term, self._end_term, self._state_changed,
@@ -380,11 +380,11 @@ class DirectoryNode:
 
     def _follow_up(self, now_s: float) -> None:
         """Another history or another copy: what is there of ours?"""
-        standing = (self.follower.epoch, self.replica.installs)
-        if standing != self._standing:
-            if standing[0] != self._standing[0]:
+        epoch, installs = self.follower.epoch, self.replica.installs
+        if epoch != self._followed or installs != self._installs:
+            if epoch != self._followed:
                 self.delegate.epoch_changed()
-            self._standing = standing
+            self._followed, self._installs = epoch, installs
             self.reports.replaced(self.replica.map, self.replica.history)
             self.confirm_reports()
 
@@ -393,9 +393,9 @@ class DirectoryNode:
         follower, state = self.follower, self.election.state
         if self.master is not None or self.election.epoch:
             return
-        needs_snapshot = follower.needs_snapshot or self.replica.position == NOWHERE
-        if state is not None and state.epoch > max(follower.epoch, self.replica.store.promised - 1):
+        if state is not None and state.epoch > follower.epoch and state.epoch >= self.replica.store.promised:
             # A master that is not heard: it may not know this node, or not publish yet.
+            needs_snapshot = follower.needs_snapshot or self.replica.position == NOWHERE
             is_silent = now_s - self._heard_master_s > SILENCE_S
             if state.master != self.me.node and (needs_snapshot or is_silent or self.joiner.state is not Joining.IDLE):
                 self.joiner.need(state.master, state.epoch, needs_snapshot)

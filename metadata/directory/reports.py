@@ -19,8 +19,7 @@ from enum import Enum
 
 from metadata.directory.history import History
 from metadata.directory.map import DirectoryMap
-from protocol.directory import NOWHERE, Confirm, Position, Update
-from protocol.directory_control import Report
+from protocol.directory import NOWHERE, Confirm, Position, Report, Update
 
 INFINITY = float("inf")
 RETRY_S = 0.2

@@ -5,10 +5,10 @@ make simulate WORLD=directory SEED=17   one seed again, with its story
 """
 
 import argparse
+import logging
 import multiprocessing
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 
 from tests.simulation.seeds import WORLDS, Tried, try_seed
@@ -42,6 +42,9 @@ def tell(world: str, seed: int) -> int:
 
 def explore(worlds: list[str], first: int, duration_s: float) -> int:
     """Run fresh seeds of all worlds in turn; return the exit code."""
+    logging.getLogger().addHandler(
+        logging.NullHandler()
+    )  # what thousands of nodes log belongs to the story of one seed
     began_s = time.monotonic()
     tally = Tally(began_s, duration_s)
 
@@ -69,27 +72,45 @@ def explore(worlds: list[str], first: int, duration_s: float) -> int:
     return 1 if tally.failed else 0
 
 
+class World:
+    """What was done in one world so far."""
+
+    def __init__(self) -> None:
+        self.seeds = 0
+        self._events = 0
+        self._node_s = 0.0
+        self._busy_s = 0.0
+
+    def add(self, tried: Tried) -> None:
+        self.seeds += 1
+        self._events += tried.events
+        self._node_s += tried.node_s
+        self._busy_s += tried.busy_s
+
+    @property
+    def rates(self) -> str:
+        """Events and node-seconds for each second of CPU time; empty for a world that is no cluster."""
+        if not self._events or not self._busy_s:
+            return ""
+        return (
+            f" ({self._events / self._busy_s:,.0f} events/s, {self._node_s / self._busy_s:,.0f} node-seconds/s a core)"
+        )
+
+
 class Tally:
     """What came of all seeds so far, and the line that says so."""
 
     def __init__(self, began_s: float, duration_s: float) -> None:
         self.failed: list[Tried] = []
-        self._ran: Counter[str] = Counter()
+        self._ran: dict[str, World] = {}
         self._began_s = began_s
         self._limit_s = duration_s
         self._shown_s = began_s
-        self._events = 0
-        self._node_s = 0.0
-        self._busy_s = 0.0
         self._is_terminal = sys.stdout.isatty()
 
     def add(self, tried: Tried) -> None:
         """Count it; a failure is printed at once."""
-        self._ran[tried.world] += 1
-        if tried.events:
-            self._events += tried.events
-            self._node_s += tried.node_s
-            self._busy_s += tried.busy_s
+        self._ran.setdefault(tried.world, World()).add(tried)
         if tried.wrong:
             self.failed.append(tried)
             print(f"{chr(13) * self._is_terminal}{tried.world}, seed {tried.seed}: {tried.wrong}\n    {tried.again}")
@@ -100,18 +121,10 @@ class Tally:
         if not last and now_s - self._shown_s < PROGRESS_S * (1 if self._is_terminal else 10):
             return
         self._shown_s = now_s
-        seeds = ", ".join(f"{count} of {world}" for world, count in self._ran.items()) or "none"
-        rates = ""
-        if self._busy_s:
-            rates = (
-                f"; {self._events / self._busy_s:,.0f} events/s and {self._node_s / self._busy_s:,.0f}"
-                " node-seconds/s on each core"
-            )
-        line = (
-            f"{now_s - self._began_s:.0f} of {self._limit_s:.0f} s; seeds: {seeds}; failed: {len(self.failed)}{rates}"
-        )
+        seeds = ", ".join(f"{world.seeds} of {name}{world.rates}" for name, world in self._ran.items()) or "none"
+        line = f"{now_s - self._began_s:.0f} of {self._limit_s:.0f} s; failed: {len(self.failed)}; seeds: {seeds}"
         if self._is_terminal:
-            print(f"\r{line:<140}", end="\n" if last else "", flush=True)
+            print(f"\r{line:<180}", end="\n" if last else "", flush=True)
         else:
             print(line, flush=True)
 

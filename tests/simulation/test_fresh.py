@@ -18,7 +18,7 @@ def test_fresh_seeds_break_no_promise() -> None:
     arguments = [sys.executable, "-m", "tests.simulation", "--minutes", str(FRESH_S / 60)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "failed: 0" in done.stdout.splitlines()[-1]
+    assert "failed: 0;" in done.stdout.splitlines()[-1]
 
 
 def _fragile(seed: int, story: Story | None) -> Tried:
@@ -34,7 +34,7 @@ def test_a_seed_that_fails_is_printed_with_the_command_that_replays_it(
     assert command.explore(["fragile"], 1, 60.0) == 1
     said = capsys.readouterr().out
     assert "fragile, seed 3: it broke\n    make simulate WORLD=fragile SEED=3\n" in said
-    assert "1,000 events/s and 500 node-seconds/s on each core" in said.splitlines()[-1]
+    assert "(1,000 events/s, 500 node-seconds/s a core)" in said.splitlines()[-1]
     assert command.tell("fragile", 3) == 1
     assert command.tell("fragile", 4) == 0
     said = capsys.readouterr().out
