@@ -9,14 +9,16 @@ it anyway. So every byte is checked, and once.
 
     owner ─► OPEN, then CUT, SKIP, APPEND (a beat is one without modifications), COPY, FETCH
     replica ─► OPENED, then APPENDED, COPIED, FETCHED; or REFUSED, which ends the stream
+    both ─► READ_BLOCKS, answered by BLOCKS: what has rotted at one, the other may have
 
 Rules
 - The header, OPEN and OPENED begin alike in every version; what follows what is known in them is skipped. OPEN offers
   the versions from OLDEST_VERSION to VERSION, OPENED chooses the highest that both know: each version talks to the one
-  before it.
+  before it. A frame carries the version that its kind came with (KINDS_SINCE), so that an older program takes all that
+  it knows; what is newer is not said to it.
 - What is refused is a PeerFrameError with a sentence for people: close the stream, nothing of the frame counts.
 - Bounds: FRAME_LIMIT_BYTES a frame, MODIFICATIONS_LIMIT a frame, EPOCHS_LIMIT epochs of a history, RUNS_LIMIT runs of
-  regions; whoever sends has to cut before.
+  regions, BLOCKS_LIMIT blocks read by their MBAs; whoever sends has to cut before.
 
 `protocol/peer_frames.py` packs and takes apart what is declared here.
 """
@@ -32,12 +34,13 @@ from protocol.disk import BLOCK_BYTES
 from protocol.layout import derive
 
 MAGIC = 0x3150444E  # "NDP1"
-VERSION = 1
-OLDEST_VERSION = 1  # the one before it, from version 2 on
+VERSION = 2
+OLDEST_VERSION = 1  # the one before it
 FRAME_LIMIT_BYTES = 128 << 20  # the largest record is a segment's, of 64 MiB
 MODIFICATIONS_LIMIT = 4096
 EPOCHS_LIMIT = 1024
 RUNS_LIMIT = 1 << 20
+BLOCKS_LIMIT = 256
 NAME_BYTES = 64
 
 PeerHeader = Struct(
@@ -110,6 +113,9 @@ CopiedBody = Struct("region" / Int64ul, "errno" / Int32ul, "reserved" / Int32ul)
 FetchBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul, "limit_bytes" / Int64ul)
 FetchedBody = Struct("is_gone" / Int32ul, "count" / Int32ul)
 RefusedBody = Struct("epoch" / Int32ul, "reason" / Int32ul)
+BlocksBody = Struct(
+    "number" / Int64ul, "count" / Int32ul, "reserved" / Int32ul
+)  # of READ_BLOCKS and BLOCKS; MBAs follow
 
 PEER_HEADER = derive(PeerHeader)
 OPEN_BODY = derive(OpenBody)
@@ -125,6 +131,7 @@ COPIED_BODY = derive(CopiedBody)
 FETCH_BODY = derive(FetchBody)
 FETCHED_BODY = derive(FetchedBody)
 REFUSED_BODY = derive(RefusedBody)
+BLOCKS_BODY = derive(BlocksBody)
 
 PEER_HEADER_BYTES = PEER_HEADER.size
 
@@ -143,6 +150,12 @@ class Kind(IntEnum):
     FETCH = 9
     FETCHED = 10
     REFUSED = 11
+    READ_BLOCKS = 12
+    BLOCKS = 13
+
+
+KINDS_SINCE = {Kind.READ_BLOCKS: 2, Kind.BLOCKS: 2}
+"""Version with which a kind came, 1 for the others."""
 
 
 class Refusal(IntEnum):
@@ -310,4 +323,23 @@ class Refused:
     reason: Refusal
 
 
-Frame = Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """Send these blocks, of those that are there at this place in the stream."""
+
+    number: int
+    """Of this question among those of its sender."""
+    mbas: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Those of them that are there and have not rotted."""
+
+    number: int
+    mbas: Sequence[int]
+    checksums: bytes
+    data: Sequence[bytes | memoryview]
+
+
+Frame = Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused | ReadBlocks | Blocks

@@ -9,7 +9,7 @@ Known weakness: a frame is copied once when it is complete.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, body_bytes, wrong_blocks
@@ -17,12 +17,15 @@ from protocol.invariant import invariant
 from protocol.peer import (
     APPEND_BODY,
     APPENDED_BODY,
+    BLOCKS_BODY,
+    BLOCKS_LIMIT,
     COPIED_BODY,
     COPY_BODY,
     EPOCHS_LIMIT,
     FETCH_BODY,
     FETCHED_BODY,
     FRAME_LIMIT_BYTES,
+    KINDS_SINCE,
     MAGIC,
     MODIFICATION_HEADER,
     MODIFICATIONS_LIMIT,
@@ -40,6 +43,7 @@ from protocol.peer import (
     VERSION,
     Append,
     Appended,
+    Blocks,
     Copied,
     Copy,
     Cut,
@@ -53,6 +57,7 @@ from protocol.peer import (
     Opened,
     PeerFrameError,
     Position,
+    ReadBlocks,
     Refusal,
     Refused,
     Runs,
@@ -68,7 +73,7 @@ def encode(frame: Frame) -> list[Buffer]:
     data_bytes = sum(len(each) for each in data)
     size_bytes = len(meta) + data_bytes
     invariant(size_bytes <= FRAME_LIMIT_BYTES, f"a frame of {size_bytes} bytes is too large")
-    unsigned = PEER_HEADER.pack(MAGIC, VERSION, kind, 0, size_bytes, len(meta), 0)[:-4]
+    unsigned = PEER_HEADER.pack(MAGIC, KINDS_SINCE.get(kind, 1), kind, 0, size_bytes, len(meta), 0)[:-4]
     return [unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta, *data]
 
 
@@ -122,6 +127,21 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
             return Kind.FETCH, FETCH_BODY.pack(frame.after.epoch, 0, frame.after.txid, frame.limit_bytes), ()
         case Refused():
             return Kind.REFUSED, REFUSED_BODY.pack(frame.epoch, frame.reason), ()
+        case ReadBlocks():
+            return Kind.READ_BLOCKS, _pack_mbas(frame.number, frame.mbas), ()
+        case Blocks():
+            return Kind.BLOCKS, _pack_mbas(frame.number, frame.mbas) + frame.checksums, frame.data
+
+
+def blocks_frame(number: int, found: Mapping[int, bytes]) -> Blocks:
+    """The answer to READ_BLOCKS, with these blocks by their MBAs."""
+    data = list(found.values())
+    return Blocks(number, list(found), array("I", map(crc32c, data)).tobytes(), data)
+
+
+def _pack_mbas(number: int, mbas: Sequence[int]) -> bytes:
+    invariant(len(mbas) <= BLOCKS_LIMIT, "too many blocks are asked for at once")
+    return BLOCKS_BODY.pack(number, len(mbas), 0) + array("Q", mbas).tobytes()
 
 
 def _pack_modifications(modifications: Sequence[Modification]) -> bytes:
@@ -268,7 +288,21 @@ def _decode(kind: int, reader: _Reader) -> Frame:
         case Kind.REFUSED:
             epoch, reason = REFUSED_BODY.unpack(reader.take(REFUSED_BODY.size))
             return Refused(epoch, Refusal(reason) if reason in Refusal.__members__.values() else Refusal.FAILED)
+        case Kind.READ_BLOCKS:
+            number, mbas = _mbas(reader)
+            return ReadBlocks(number, mbas)
+        case Kind.BLOCKS:
+            number, mbas = _mbas(reader)
+            checksums = reader.take(4 * len(mbas))
+            return Blocks(number, mbas, checksums, reader.blocks(len(mbas), checksums))
     raise PeerFrameError(f"it is of kind {kind}, which this program does not know")
+
+
+def _mbas(reader: _Reader) -> tuple[int, Sequence[int]]:
+    number, count, _ = BLOCKS_BODY.unpack(reader.take(BLOCKS_BODY.size))
+    if count > BLOCKS_LIMIT:
+        raise PeerFrameError("it is about too many blocks")
+    return number, array("Q", reader.take(8 * count))
 
 
 def _modifications(reader: _Reader, count: int) -> Sequence[Modification]:

@@ -11,7 +11,8 @@ effect only if the MBA still has the old PBA (Rule.MOVE_ONLY_IF_UNCHANGED). The 
 written there; the middle map says which of them still are.
 
 Rules
-- A block is moved only if its CRC is right; a segment with a wrong one is kept for this life, and reported.
+- A block is moved only if its CRC is right. One with a wrong one is repaired if another replica has it; otherwise it
+  is reported, and its segment kept for this life.
 - An append that fails otherwise than for want of room condemns the family, like a client's.
 - Moves use the reserve of segments, because they are how a full disk gets room.
 - One victim at a time, read in large pieces off the loop, worked through in slices.
@@ -34,6 +35,7 @@ from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import DEFAULT_SHARE, Job
 from nbdserver.logdisk.records import Record, next_record
+from nbdserver.logdisk.repair import BadBlock, Told
 from nbdserver.logdisk.segments import CLEANER_KEEPS, SegmentPool
 from protocol.checksum import crc32c
 from protocol.disk import (
@@ -70,6 +72,7 @@ class Cleaner:
         finished: Callable[[], None],
         parted: Callable[[Exception], None],
         report: Callable[[str, dict[str, object]], None],
+        repair: Callable[[BadBlock, Told], None],
     ) -> None:
         self.running = False
         self.blocks_moved = 0
@@ -86,6 +89,7 @@ class Cleaner:
         self._finished = finished
         self._parted = parted
         self._report = report
+        self._repair = repair
         self._damaged: dict[int, int] = {}  # segment → sequence number of the life that cannot be cleaned
         self._victim = 0
         self._sequence = 0
@@ -261,7 +265,7 @@ class Cleaner:
                 continue
             content = data[offset - base : offset - base + BLOCK_BYTES]
             if crc32c(content) != page[CHECKSUM + index]:
-                self._damaged_block(record, mba, offset)
+                self._damaged_block(BadBlock(mba, victim, offset))
                 continue
             mbas.append(mba)
             old.extend((victim, offset))
@@ -315,9 +319,14 @@ class Cleaner:
         self.running = False
         self._parted(error)
 
-    def _damaged_block(self, record: Record, mba: int, offset: int) -> None:
-        self._damaged[self._victim] = self._sequence
-        self._report("checksum-error", {"mba": mba, "segment": self._victim, "offset": offset, "by": "cleaner"})
+    def _damaged_block(self, bad: BadBlock) -> None:
+        self._damaged[bad.segment] = self._sequence
+
+        def told(is_right: bool) -> None:
+            if not is_right:
+                self._report("checksum-error", {**bad._asdict(), "by": "cleaner"})
+
+        self._repair(bad, told)
 
 
 def _tail_of(record: Record, first: int) -> Record:

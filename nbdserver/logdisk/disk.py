@@ -50,6 +50,7 @@ from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
 from nbdserver.logdisk.opening import Opening, Replicated, Report
 from nbdserver.logdisk.ordering import Rule, holds
 from nbdserver.logdisk.recovery import RecoveryError
+from nbdserver.logdisk.repair import Repairs
 from nbdserver.logdisk.scrub import Progress, Scrub
 from nbdserver.logdisk.segments import CLEANER_KEEPS, CLIENTS_KEEP, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
@@ -169,10 +170,21 @@ class LogDisk:
         self._views: set[View] = set()
         self._blocks_read_before = 0  # by views that are closed
         self.appending = Appending(log, pool, self._check_background, self.append_failed, self.parted)
+        self.repairs = Repairs(self)
         make_room = partial(self.appending.next_segment, CLEANER_KEEPS)
         appended = partial(self.appending.appended, None)
         self.cleaner = Cleaner(
-            files, clock, log, maps, pool, make_room, appended, self._work_finished, self.parted, report
+            files,
+            clock,
+            log,
+            maps,
+            pool,
+            make_room,
+            appended,
+            self._work_finished,
+            self.parted,
+            report,
+            self.repairs.want,
         )
         self.slow_path = SlowPath(self, files, clock)
         self.tree_changes = changes = TreeChanges(self)
@@ -366,6 +378,7 @@ class LogDisk:
         self.background.stop()
         self.cleaner.stop()
         self.tree_work.stop()
+        self.repairs.stop()
         if self.scrub is not None:
             self.scrub.stop()
 

@@ -71,5 +71,6 @@ def counters(disk: LogDisk) -> dict[str, int]:
         "segments_recycled": pool.recycled,
         "segments_unlinked": pool.unlinked,
         "live_blocks_now": maps.live_blocks,
+        "repaired_blocks": disk.repairs.repaired_blocks,
         "damaged_blocks_now": len(disk.damage),
     }

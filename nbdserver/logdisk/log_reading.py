@@ -7,7 +7,8 @@ segments that follow. What was recycled leaves a gap, and that shows: txids have
 Rules
 - Only what `end` says is read: what lies behind a cut is not.
 - A segment is held while it is read (`begin_read`); one that is freed between two pieces is a gap.
-- A block whose checksum is wrong is not sent: it is a gap too, and whoever asks takes a copy of the region.
+- A block whose checksum is wrong is not sent: it is a gap too, and whoever asks takes a copy of the region. It is
+  repaired, if it is still the block of its MBA.
 - Where the last answer ended is remembered, for the one who goes on from there.
 
 Known weakness: an older place in a segment is found by walking from its beginning.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from metadata.seams import Files
 from nbdserver.logdisk.pacing import guarded
 from nbdserver.logdisk.records import Record, next_record
+from nbdserver.logdisk.repair import BadBlock
 from protocol.disk import (
     BLOCK_BYTES,
     LAYER_ROW,
@@ -153,7 +155,11 @@ class _Walk:
             return True
         at = record.data_offset - base
         blocks = memoryview(data)[at : at + record.blocks * BLOCK_BYTES]
-        if record.txid != self._txid + 1 or wrong_blocks(blocks, record.checksums):
+        if record.txid != self._txid + 1:
+            return False
+        if wrong := wrong_blocks(blocks, record.checksums):
+            bad = [BadBlock(record.mbas[block], self._segment, at + base + block * BLOCK_BYTES) for block in wrong]
+            self._disk.repairs.want_all(bad, lambda lost: None)
             return False
         body = data[record.offset + RECORD_HEADER_BYTES - base : at]
         extents = len(record.extents) >> 1 if record.kind == WRITE else len(record.rows) // LAYER_ROW.size

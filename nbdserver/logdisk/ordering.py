@@ -54,6 +54,7 @@ class Rule(Enum):
         "The batch in which a replica's log skips to another's position notes the regions that differ."
     )
     REPLACED_WHERE_IT_WAS_READ = "A copy of a region is applied only at the txid at which it was read."
+    REPAIR_IS_WHAT_WAS_THERE = "A block is repaired only with content that has the checksum that its MBA has by then."
 
 
 CRASH_POINTS: dict[str, Rule] = {
@@ -84,6 +85,8 @@ CRASH_POINTS: dict[str, Rule] = {
     "region-before-append": Rule.REPLACED_WHERE_IT_WAS_READ,
     "region-after-append": Rule.REPLACED_WHERE_IT_WAS_READ,
     "skip-after-batch": Rule.SKIP_NOTES_WHAT_IS_LACKING,
+    "repair-before-append": Rule.REPAIR_IS_WHAT_WAS_THERE,
+    "repair-after-append": Rule.REPAIR_IS_WHAT_WAS_THERE,
 }
 """Name of each crash point and the rule whose two sides it stands between."""
 
@@ -94,6 +97,7 @@ OF_REPLICAS = frozenset(
         Rule.APPEND_FOLLOWS_LAST,
         Rule.SKIP_NOTES_WHAT_IS_LACKING,
         Rule.REPLACED_WHERE_IT_WAS_READ,
+        Rule.REPAIR_IS_WHAT_WAS_THERE,
     }
 )
 """Rules whose moment comes in replicated families only."""

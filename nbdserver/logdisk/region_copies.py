@@ -34,6 +34,7 @@ from metadata.seams import Files
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import guarded
+from nbdserver.logdisk.repair import BadBlock
 from nbdserver.logdisk.replica_append import are_right, needed_of_mbas
 from nbdserver.logdisk.segments import CLIENTS_KEEP
 from protocol.checksum import crc32c
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 REGION_BLOCKS = 1 << REGION_SHIFT
 _INLINE_BLOCKS = 64  # that were written meanwhile and are read again from the page cache
+_MOST_REPAIRS = 3  # of one region: a device that loses what was just written to it is given up
 
 Views = dict[int, "array[int]"]
 """By layer: the MBA of each LBA of a range, 0 for none."""
@@ -121,6 +123,8 @@ class RegionReading:
         self._settled: Views = {}  # of layers that do not change any more
         self._have: dict[int, tuple[Place, bytes]] = {}
         self._reading = 0
+        self._bad: list[BadBlock] = []
+        self._repairs = 0
         self._errno = 0
         self._loads = 0
         self._go_on = guarded(disk.fail, self._try)
@@ -232,17 +236,32 @@ class RegionReading:
 
             def arrived(errno: int, blocks: list[bytes], segment: int = segment, mbas: list[int] = mbas) -> None:
                 self._disk.pool.end_read(segment)
-                for mba, block in zip(mbas, blocks, strict=False):
-                    if crc32c(block) == lacking[mba][3]:
+                for position, mba in enumerate(mbas):
+                    block = blocks[position] if not errno else b""
+                    if len(block) == BLOCK_BYTES and crc32c(block) == lacking[mba][3]:
                         self._have[mba] = lacking[mba], block
                     else:
-                        errno = errno or errnos.EIO
-                self._errno = self._errno or errno
+                        self._bad.append(BadBlock(mba, segment, lacking[mba][2]))
                 self._reading -= 1
                 if not self._reading:
-                    self._go_on()
+                    self._repair()
 
             self._files.read_later(self._disk.pool.handles[segment], extents, arrived)
+
+    def _repair(self) -> None:
+        """What has rotted is repaired before it is copied."""
+        bad, self._bad = self._bad, []
+        if not bad:
+            self._go_on()
+            return
+        self._repairs += 1
+
+        def repaired(lost: set[int]) -> None:
+            if lost or self._repairs > _MOST_REPAIRS:
+                self._errno = errnos.EIO
+            self._go_on()
+
+        self._disk.repairs.want_all(bad, repaired)
 
 
 # -- applying

@@ -17,7 +17,7 @@ Rules
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from metadata.layers import Row, unpack_rows
@@ -25,6 +25,7 @@ from metadata.ranges import runs_of
 from metadata.region_table import REGION_SHIFT
 from metadata.replica_state import ReplicaState, put_replica_state
 from metadata.seams import Batch, Done, Files
+from nbdserver.logdisk.blocks_reading import BlocksReading
 from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.log_reading import LogReading
 from nbdserver.logdisk.opening import Replicated
@@ -32,6 +33,7 @@ from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.region_copies import CopyApplying, RegionReading
 from nbdserver.logdisk.replica_append import Ordered, ReplicaAppend
 from nbdserver.logdisk.segments import CLIENTS_KEEP
+from nbdserver.replication.replica_log import BlockSource
 from protocol.disk import LAYER_ROW, NAMELESS
 from protocol.invariant import invariant
 from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
@@ -46,6 +48,7 @@ class Replica:
         """`open_disk` opens the family without an epoch; its DiskError is passed on."""
         self._open_disk = open_disk
         self._files = files
+        self._source: BlockSource | None = None
         self._take(open_disk(Replicated()))
 
     def _take(self, disk: LogDisk) -> None:
@@ -57,6 +60,7 @@ class Replica:
         self._appending = ReplicaAppend(disk, self._ordered)
         self._copies = CopyApplying(disk, self._ordered)
         self._reading = LogReading(disk, self._files)
+        disk.repairs.source = self._source
 
     # -- who and where
 
@@ -246,6 +250,14 @@ class Replica:
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
         self._copies.submit(copy, done)
+
+    # -- single blocks
+
+    def repair_from(self, source: BlockSource | None) -> None:
+        self._source = self.disk.repairs.source = source
+
+    def read_blocks(self, mbas: Sequence[int], is_patient: bool, done: Callable[[Mapping[int, bytes]], None]) -> None:
+        BlocksReading(self.disk, self._files, mbas, is_patient, done)
 
     # -- LevelDB
 

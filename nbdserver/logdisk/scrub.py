@@ -20,8 +20,8 @@ Rules
 - A segment is held (`begin_read`) while one piece of it is read, not longer, and is known by its sequence number before
   and after: one that was recycled meanwhile is done.
 - At most `bytes_per_s`, and BUSY_SHARE of that while clients move more than the scrub does. CRCs in slices.
-- Nothing is repaired here, and nothing is condemned: the volume goes on, each damaged block is reported with what shows
-  it.
+- Nothing is condemned: a damaged block is repaired if another replica has it (repair.py), otherwise it is reported with
+  what shows it, and the volume goes on.
 
 Known weakness: a piece in flight delays a client's cold read by as long as the device takes for it; a record that is
 larger than a piece is read whole. Sorting the segments at the start takes some 2 ms for a terabyte. Of the layers that
@@ -43,6 +43,7 @@ from nbdserver.logdisk.maps import CHECKSUM, OFFSET
 from nbdserver.logdisk.pacing import Job, Pace
 from nbdserver.logdisk.page_walk import PageWalk
 from nbdserver.logdisk.records import Record, extents_of, next_record
+from nbdserver.logdisk.repair import BadBlock
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_DATA, SEAL, SEGMENT_HEADER_BYTES, WRITE, chain_key, wrong_blocks
 
@@ -122,7 +123,7 @@ class Scrub:
         self._known: set[int] = set()  # MBAs that were reported
         self._unnamed: dict[int, _Suspect] = {}
         self._addresses: tuple[array[int], array[int]] = array("Q"), array("I")
-        self._found: set[tuple[int, int]] = set()  # (layer, LBA)
+        self._found: dict[tuple[int, int], int] = {}  # (layer, LBA) → MBA
         self._timer: Timer | None = None
         self._walk: PageWalk | None = None
         self._soon(self._next_segment)
@@ -271,16 +272,27 @@ class Scrub:
                 continue  # overwritten or freed meanwhile; or met again, block by block
             if len(self._known) < _MOST_KNOWN:
                 self._known.add(suspect.mba)
-            self.progress = replace(self.progress, damaged_blocks=self.progress.damaged_blocks + 1)
-            self._disk.report(
-                "checksum-error",
-                {"mba": suspect.mba, "segment": suspect.segment, "offset": suspect.offset, "by": "scrub"},
-            )
-            if suspect.lba >= 0:
-                self._name(suspect, again)
-                return
-            if suspect.mba in self._known:
-                self._unnamed[suspect.mba] = suspect
+            bad = BadBlock(suspect.mba, suspect.segment, suspect.offset)
+            self._disk.repairs.want(bad, self._safe(partial(self._judge, suspect, again)))
+            return
+        then()
+
+    def _judge(self, suspect: _Suspect, then: Callable[[], None], is_repaired: bool) -> None:
+        """Report what nobody else has."""
+        if is_repaired:
+            self._known.discard(suspect.mba)
+            then()
+            return
+        self.progress = replace(self.progress, damaged_blocks=self.progress.damaged_blocks + 1)
+        self._disk.report(
+            "checksum-error",
+            {"mba": suspect.mba, "segment": suspect.segment, "offset": suspect.offset, "by": "scrub"},
+        )
+        if suspect.lba >= 0:
+            self._name(suspect, then)
+            return
+        if suspect.mba in self._known:
+            self._unnamed[suspect.mba] = suspect
         then()
 
     def _name(self, suspect: _Suspect, then: Callable[[], None]) -> None:
@@ -300,8 +312,8 @@ class Scrub:
                     return
                 if page[lba & PAGE_MASK] == suspect.mba:
                     layer = number >> LAYER_SHIFT
-                    self._found.add((layer, lba))
-                    self._disk.damage.found(layer, lba, suspect.segment, suspect.offset, suspect.errno)
+                    self._found[layer, lba] = suspect.mba
+                    self._disk.damage.found(layer, lba, suspect.mba, suspect.segment, suspect.offset, suspect.errno)
             self._soon(then)
 
         look(0)

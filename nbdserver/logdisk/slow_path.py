@@ -6,9 +6,8 @@ on the hot path; if that fails, what it lacks is brought in off the loop and it 
 are then. A block that is read off the loop is used for a merge only if its MBA still has the PBA that was read.
 
 Rules
-- A read off the loop holds its segment (`begin_read`), so that the segment is not reused under it.
-- What cannot be had is said: EIO for a block whose checksum is wrong (its LBA is reported), ENOSPC when no room can
-  be gained.
+- What cannot be had is said: EIO for a block whose checksum is wrong and that no other replica has (cold_read.py),
+  ENOSPC when no room can be gained.
 - Every operation ends: with success, with an errno, or with EIO when the family fails.
 
 Known weakness: pieces of one operation go one after the other, so a large cold read does not use the device's whole
@@ -17,17 +16,16 @@ queue.
 
 import errno as errnos
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Buffer, Clock, Files
 from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
+from nbdserver.logdisk.cold_read import BlockPlace, ColdRead
 from nbdserver.logdisk.devices import Device, Head
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS
 from nbdserver.logdisk.next_page import NextPage
-from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = PAGE_BLOCKS * BLOCK_BYTES
 _TRIES = 3  # with a large piece, before it is halved: its pages do not fit into the cache together
+_MOST_REPAIRS = 3  # in one piece: a device that loses what was just written to it is given up
 _MOST_EXTENT_PAGES = 64  # looked at for one EXTENTS
 
 
@@ -103,12 +102,13 @@ class _Waiting:
         self._limit = limit
         self._over = False
         self._tries = 0
+        self._repairs = 0  # of the piece
         self._piece_bytes = _PIECE_BYTES
         self._pieces: list[Buffer] = []
         self._extents: Extents = []
         self._extent_pages = 0
         self._ahead: NextPage | None = None
-        self._cold: dict[int, tuple[tuple[int, int, int], bytes]] = {}  # LBA → (address, content), for merging
+        self._cold: dict[int, tuple[BlockPlace, bytes]] = {}  # LBA → (place, content), for merging
         slow_path._clock.call_soon(self._go_on)
 
     @property
@@ -142,7 +142,7 @@ class _Waiting:
             piece_end = min(self._end, (self._at // self._piece_bytes + 1) * self._piece_bytes)
             if not self._try(piece_end):
                 return
-            self._tries = 0
+            self._tries = self._repairs = 0
 
     def _finish(self, errno: int) -> None:
         """Hand the result over, from the loop: what the caller does with it is not this operation's any more."""
@@ -209,48 +209,24 @@ class _Waiting:
 
     def _read_cold(self, lba: int, count: int, arrived: Callable[[list[bytes]], None]) -> None:
         """Read resident-mapped blocks of one piece off the loop and check them; EIO ends the operation."""
-        disk = self._disk
-        self._slow_path.cold_reads += 1
-        self._slow_path.cold_bytes += count * BLOCK_BYTES
-        blocks: list[bytes] = [bytes(BLOCK_BYTES)] * count
-        by_segment: dict[int, list[tuple[int, int, int]]] = {}  # segment → (index, offset, checksum)
-        for index in range(count):
-            address = self._address(lba + index)
-            if address is not None:
-                segment, offset, checksum = address
-                by_segment.setdefault(segment, []).append((index, offset, checksum))
-        waiting = len(by_segment)
-        if not waiting:
-            self._slow_path._clock.call_soon(lambda: arrived(blocks))
-            return
-        errors: list[int] = []
+        slow_path = self._slow_path
+        slow_path.cold_reads += 1
+        slow_path.cold_bytes += count * BLOCK_BYTES
+        places = [self._place(lba + index) for index in range(count)]
 
-        def one_read(segment: int, wanted: list[tuple[int, int, int]], errno: int, data: list[bytes]) -> None:
-            nonlocal waiting
-            disk.pool.end_read(segment)
-            waiting -= 1
-            for position, (index, offset, checksum) in enumerate(wanted):
-                content = data[position] if not errno else b""
-                if len(content) != BLOCK_BYTES or crc32c(content) != checksum:
-                    errors.append(lba + index)
-                    disk.damage.found(self._device.layer, lba + index, segment, offset, errno)
-                blocks[index] = content
-            if not waiting:
-                if errors:
-                    self._finish(errnos.EIO)
-                else:
-                    arrived(blocks)
+        def read(errno: int, blocks: list[bytes]) -> None:
+            self._repairs += errno == errnos.EAGAIN
+            if not errno:
+                arrived(blocks)
+            elif errno == errnos.EAGAIN and self._repairs <= _MOST_REPAIRS:
+                self._go_on()
+            else:
+                self._finish(errnos.EIO)
 
-        for segment, wanted in by_segment.items():
-            disk.pool.begin_read(segment)
-            self._slow_path._files.read_later(
-                disk.pool.handles[segment],
-                [(BLOCK_BYTES, offset) for _, offset, _ in wanted],
-                partial(one_read, segment, wanted),
-            )
+        ColdRead(self._disk, slow_path._files, self._device.layer, lba, places, read)
 
-    def _address(self, lba: int) -> tuple[int, int, int] | None:
-        """(segment, offset, checksum) of a block whose pages are resident, None for a hole."""
+    def _place(self, lba: int) -> BlockPlace | None:
+        """Of a block whose pages are resident, None for a hole."""
         maps = self._disk.maps
         page = maps.page(self._first_page + (lba >> PAGE_SHIFT))
         assert page is not None
@@ -260,7 +236,7 @@ class _Waiting:
         middle = maps.middle.get(mba >> PAGE_SHIFT)
         assert middle is not None
         index = mba & PAGE_MASK
-        return middle[index], middle[OFFSET + index], middle[CHECKSUM + index]
+        return BlockPlace(mba, middle[index], middle[OFFSET + index], middle[CHECKSUM + index])
 
     # -- changing
 
@@ -304,15 +280,15 @@ class _Waiting:
         inline = self._device.read(lba << 12, BLOCK_BYTES)
         if inline is not None:
             return b"".join(inline)
-        address = self._address(lba)
-        if address is None:
+        place = self._place(lba)
+        if place is None:
             return bytes(BLOCK_BYTES)
         cold = self._cold.get(lba)
-        if cold is not None and cold[0] == address:
+        if cold is not None and cold[0] == place:
             return cold[1]
 
         def arrived(blocks: list[bytes]) -> None:
-            self._cold[lba] = (address, blocks[0])
+            self._cold[lba] = (place, blocks[0])
             self._go_on()
 
         self._read_cold(lba, 1, arrived)

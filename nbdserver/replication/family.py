@@ -10,16 +10,17 @@ Rules
 - A stream with a higher epoch ends the candidate and the owner before it is obeyed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from metadata.registry_calls import Event, Reading, Unavailable
 from metadata.replica_set import ReplicaSet, ReplicaSetError, ReplicaSets, replica_set_key
 from metadata.seams import Clock, Network
+from nbdserver.replication.block_requests import ask_in_turn
 from nbdserver.replication.link import Link
 from nbdserver.replication.owner import Owner, Report
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica import Replica
-from nbdserver.replication.replica_log import ReplicaLog
+from nbdserver.replication.replica_log import Found, ReplicaLog
 from nbdserver.replication.takeover import Takeover
 from protocol.peer import Open
 
@@ -59,6 +60,7 @@ class ReplicatedFamily:
         """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
         self._taken: list[Taken] = []
         self._closed = False
+        log.repair_from(self._fetch_blocks)
         self._watch = registry.watch(self._key, self._heard)
 
     def accept(self, stream: PeerStream, frame: Open) -> None:
@@ -68,11 +70,16 @@ class ReplicatedFamily:
     def close(self) -> None:
         """End everything; the log is the caller's."""
         self._closed = True
+        self.log.repair_from(None)
         self._watch.cancel()
         self._end_takeover("the node stops")
         if self.owner is not None:
             self.owner.depose("the node stops")
         self.replica.close()
+
+    def _fetch_blocks(self, mbas: Sequence[int], done: Callable[[Found], None]) -> None:
+        """Where blocks come from that have rotted here: from the members, or from the owner."""
+        ask_in_turn(self._clock, self.owner.members if self.owner is not None else (self.replica,), mbas, done)
 
     # --- the registry ---
 

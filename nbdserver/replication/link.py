@@ -23,24 +23,29 @@ from typing import Protocol
 
 from metadata.ranges import numbers_of
 from metadata.seams import Clock, Connection, Network, Timer
+from nbdserver.replication.block_requests import Answered, BlockRequests, answer
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica_log import ReplicaLog, common_position, history_up_to, position_of
 from protocol.peer import (
     BEGINNING,
+    KINDS_SINCE,
     MODIFICATIONS_LIMIT,
     Append,
     Appended,
+    Blocks,
     Copied,
     Copy,
     Cut,
     Fetch,
     Fetched,
     Frame,
+    Kind,
     Modification,
     Open,
     Opened,
     Position,
+    ReadBlocks,
     Refused,
     Skip,
 )
@@ -139,6 +144,7 @@ class Link:
         self._to_copy: list[int] = []
         self._copies: set[int] = set()  # under way
         self._fetched: Callable[[Fetched | None], None] | None = None
+        self._requests = BlockRequests(clock)
         self._connect()
 
     # --- the stream ---
@@ -204,6 +210,10 @@ class Link:
         self._pending.clear()
         self._copies.clear()
         self._to_copy = []
+        if self.state is State.CLOSED:
+            self._requests.forget()
+        else:
+            self._requests.ask_again()
         fetched, self._fetched = self._fetched, None
         if fetched is not None:
             self._clock.call_soon(partial(fetched, None))
@@ -227,6 +237,10 @@ class Link:
                 self._appended(frame)
             case Copied():
                 self._copied(frame)
+            case ReadBlocks():
+                answer(self._log, stream, frame, is_patient=True)
+            case Blocks():
+                self._requests.answered(frame)
             case Opened():
                 self._opened(frame)
             case Fetched():
@@ -283,6 +297,7 @@ class Link:
             return
         if self._sent == self._log.last:
             self.state = State.STREAMING
+            self._requests.send(stream)
             self._copy_more()
             return
         if self.backlog_bytes >= BACKLOG_LIMIT_BYTES:
@@ -410,6 +425,19 @@ class Link:
     def is_congested(self) -> bool:
         """So much is under way that no more should be ordered."""
         return self.state is State.STREAMING and self.backlog_bytes > BACKLOG_LIMIT_BYTES // 2
+
+    # --- single blocks ---
+
+    def read_blocks(self, mbas: Sequence[int], answered: Answered) -> None:
+        """What the replica has of them, as of everything that is ordered here by now; asked as soon as it has been sent
+        all of that."""
+        if self.state is State.CLOSED or (self.opened is not None and self.opened.version < KINDS_SINCE[Kind.BLOCKS]):
+            self._clock.call_soon(partial(answered, {}))
+            return
+        self._requests.ask(mbas, answered)
+        self.flush()
+        if self._stream is not None and self.state is State.STREAMING:
+            self._requests.send(self._stream)
 
     # --- copies ---
 

@@ -197,6 +197,11 @@ class Owner:
                 return modification.txid
         return 0
 
+    @property
+    def members(self) -> list[Link]:
+        """The other members, who have everything that is acknowledged."""
+        return [link for link in self._needed if self.value.member(link.node) is not None]
+
     # --- ordering ---
 
     def _ordered(self, modification: Modification) -> None:

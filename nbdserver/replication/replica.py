@@ -22,23 +22,28 @@ from functools import partial
 
 from metadata.ranges import runs_of
 from metadata.seams import Clock, Timer
+from nbdserver.replication.block_requests import Answered, BlockRequests, answer
 from nbdserver.replication.grants import REPLICA_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica_log import ReplicaLog
 from protocol.peer import (
+    KINDS_SINCE,
     OLDEST_VERSION,
     VERSION,
     Append,
     Appended,
+    Blocks,
     Copied,
     Copy,
     Cut,
     Fetch,
     Fetched,
     Frame,
+    Kind,
     Modification,
     Open,
     Opened,
+    ReadBlocks,
     Refusal,
     Refused,
     Skip,
@@ -64,6 +69,9 @@ class Replica:
         self._epoch = log.promised_epoch  # of the stream that is obeyed
         self._persisted_epoch = log.promised_epoch
         self._stream: PeerStream | None = None
+        self._owner = ""  # whose stream it is
+        self._version = VERSION  # that is spoken on it
+        self._requests = BlockRequests(clock)
         self._is_opening = False
         self._number = 0  # of the last frame whose modifications are appended
         self._queued = log.last  # position of the last modification given to the log
@@ -91,6 +99,7 @@ class Replica:
         self._drop_stream()
         stream.received_frame, stream.lost_stream = self._received, self._lost
         self._stream, self._is_opening = stream, True
+        self._owner, self._version = frame.owner, min(VERSION, frame.newest_version)
         if frame.epoch > self._epoch:
             self._epoch = frame.epoch
             self._higher_epoch(frame.epoch)
@@ -138,6 +147,7 @@ class Replica:
         stream, self._stream = self._stream, None
         self._is_opening = False
         self._forget_copies()
+        self._requests.forget()
         if stream is not None:
             stream.close()
 
@@ -168,6 +178,7 @@ class Replica:
                 log.room_bytes,
                 log.epochs,
                 log.resync,
+                self._version,
             )
         )
 
@@ -195,6 +206,11 @@ class Replica:
                 self._align(stream, frame)
             case Fetch():
                 self._fetch(stream, frame)
+            case ReadBlocks():
+                # After everything that came before it.
+                self.log.append((), lambda _: answer(self.log, stream, frame, is_patient=False))
+            case Blocks():
+                self._requests.answered(frame)
             case _:
                 self._refuse(Refusal.NOT_NEXT)
 
@@ -269,6 +285,22 @@ class Replica:
                 stream.send(Fetched(modifications or (), is_gone=modifications is None))
 
         self.log.modifications(frame.after, min(frame.limit_bytes, FETCH_LIMIT_BYTES), read)
+
+    # --- single blocks ---
+
+    @property
+    def node(self) -> str:
+        """Of the owner that is obeyed."""
+        return self._owner
+
+    def read_blocks(self, mbas: Sequence[int], answered: Answered) -> None:
+        """What the owner has of them; nothing if none is obeyed at this moment."""
+        stream = self._stream
+        if stream is None or self._is_opening or self._version < KINDS_SINCE[Kind.BLOCKS]:
+            self._clock.call_soon(partial(answered, {}))
+            return
+        self._requests.ask(mbas, answered)
+        self._requests.send(stream)
 
     # --- copies ---
 

@@ -16,13 +16,17 @@ Rules
 - What is persisted by a call is durable when its `done` comes; after a crash before that, it happened or it did not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from metadata.seams import Done
+from metadata.seams import Buffer, Done
 from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
 
 Tap = Callable[[Modification], None]
+Found = Mapping[int, tuple[str, Buffer]]
+"""By MBA: the node that had the block, and its content."""
+BlockSource = Callable[[Sequence[int], Callable[[Found], None]], None]
+"""Asked for MBAs, at most BLOCKS_LIMIT; calls back once, from the loop, with those that it could get."""
 
 
 class ReplicaLog(Protocol):
@@ -130,6 +134,15 @@ class ReplicaLog(Protocol):
     def apply_copy(self, copy: Copy, done: Done) -> None:
         """*Replace* the region, in the order of the calls of `append`: what the source lacks goes, and the region has
         the source's txid. ESTALE unless the copy is of `last`."""
+
+    # --- single blocks ---
+
+    def repair_from(self, source: BlockSource | None) -> None:
+        """Where blocks that have rotted here may be asked for; None: nowhere."""
+
+    def read_blocks(self, mbas: Sequence[int], is_patient: bool, done: Callable[[Mapping[int, bytes]], None]) -> None:
+        """Blocks by their MBAs, those that are here and have the right checksum. `is_patient`: one that has rotted is
+        repaired first, if it can be."""
 
 
 def common_position(one: Epochs, other: Epochs) -> Position:

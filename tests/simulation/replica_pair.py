@@ -8,18 +8,21 @@ be lost, and in the end both show the same, hold the same, and have nothing wron
 Rules of this file
 - A write is numbered, and its blocks hold its number: what is found must be as late as the last one that was durable
   wherever it had to be.
+- Rot meets a block that both have, in the part of the log that no replay reads; nobody who reads may notice.
 - One that is not told anything is out of sync from then on, and the other's log is durable up to there (the removal
   names it); only one in sync may order.
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
-from nbdserver.replication.replica_log import common_position
+from nbdserver.logdisk.segments import segment_path
+from nbdserver.replication.replica_log import Found, common_position
 from protocol.peer import Modification
 from tests.simulation.faults import FaultMix
 from tests.simulation.registers import ViolationError
@@ -98,6 +101,7 @@ class PairRun:
         for index in which:
             try:
                 self._on(index).open()
+                self.machines[index].replica.repair_from(partial(self._fetch_blocks, index))
             except SimulatedCrash:
                 self._crash((index,))
 
@@ -123,6 +127,8 @@ class PairRun:
                     self._remove()
             if rng.random() < 0.2:
                 self._flush()
+            if rng.random() < 0.1 and all(self.in_sync) and not self.told:
+                self._rot(rng.randrange(2))
             for index in range(2):
                 self._on(index).run(rng.choice([0.0, 0.001, 0.01, 0.3]))
 
@@ -145,6 +151,31 @@ class PairRun:
             owner.change("snapshot", 1, f"s{self.number}", 0)
         elif owner.disk.snapshots():
             owner.change("delete_snapshot", rng.choice(owner.disk.snapshots()).layer)
+
+    # -- rot
+
+    def _rot(self, index: int) -> None:
+        """A block rots here, and is read."""
+        machine = self._on(index)
+        machine.checkpoint()
+        lba = self.random.choice(sorted(self.written) or [0])
+        number = machine.number_at(lba)
+        if not number:
+            return
+        place = machine.place_of(lba)
+        machine.drive.files[segment_path(place.segment)].content[place.offset + 9] ^= 4
+        self.hits["rot"] += 1
+        machine.replica.repair_from(partial(self._fetch_blocks, index))
+        if machine.number_at(lba) != number:
+            raise ViolationError(f"LBA {lba} was repaired with something else")
+
+    def _fetch_blocks(self, index: int, mbas: Sequence[int], done: Callable[[Found], None]) -> None:
+        """From the other one, which does not crash meanwhile."""
+        plan, self._plan = self._plan, ("", 0)
+        (blocks,) = self._ask(1 - index, "read_blocks", mbas, False)
+        self._plan = plan
+        found = {mba: ("other", data) for mba, data in blocks.items()}
+        self._on(index).clock.call_soon(lambda: done(found))
 
     def _note(self, lbas: range, content: int) -> None:
         for lba in lbas:

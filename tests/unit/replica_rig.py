@@ -8,10 +8,12 @@ from typing import Any
 from hypothesis import strategies as st
 
 from metadata.logical_map import LAYER_SHIFT
-from metadata.pages import PAGE_SHIFT
+from metadata.pages import PAGE_MASK, PAGE_SHIFT
 from nbdserver.logdisk.check import check_family
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.maps import OFFSET
 from nbdserver.logdisk.opening import Replicated
+from nbdserver.logdisk.repair import BadBlock
 from nbdserver.logdisk.replica import Replica
 from nbdserver.replication.replica_log import ReplicaLog
 from protocol.disk import NAMELESS
@@ -66,6 +68,14 @@ class ReplicaFamily(SimulatedFamily):
         while (page := maps.page(number)) is None:
             self.wait(lambda done: maps.load([(maps.logical, number)], done))
         return list(page)
+
+    def place_of(self, lba: int) -> BadBlock:
+        """Where the first volume's block lies."""
+        maps = self.disk.maps
+        mba = self.page(self.device.layer << LAYER_SHIFT | lba >> PAGE_SHIFT)[lba & PAGE_MASK]
+        while (page := maps.middle.get(mba >> PAGE_SHIFT)) is None:
+            self.wait(lambda done: maps.load([(maps.middle, mba >> PAGE_SHIFT)], done))
+        return BadBlock(mba, page[mba & PAGE_MASK], page[OFFSET + (mba & PAGE_MASK)])
 
     def shown(self) -> Shown:
         """What each layer with a name is and shows, MBA by MBA."""

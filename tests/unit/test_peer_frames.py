@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE
 from protocol.peer import (
+    BLOCKS_LIMIT,
+    KINDS_SINCE,
     MAGIC,
     PEER_HEADER,
     PEER_HEADER_BYTES,
     VERSION,
     Append,
     Appended,
+    Blocks,
     Copied,
     Copy,
     Cut,
@@ -28,6 +31,7 @@ from protocol.peer import (
     Opened,
     PeerFrameError,
     Position,
+    ReadBlocks,
     Refusal,
     Refused,
     Skip,
@@ -65,6 +69,12 @@ def copies(draw: st.DrawFn) -> Copy:
     return Copy(draw(u64), draw(u64), draw(u64), draw(st.binary(max_size=40)), checksums_of(data), data)
 
 
+@st.composite
+def blocks_by_mba(draw: st.DrawFn) -> Blocks:
+    data = draw(blocks)
+    return Blocks(draw(u64), draw(st.lists(u64, min_size=len(data), max_size=len(data))), checksums_of(data), data)
+
+
 batches = st.lists(modifications(), max_size=3)
 frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Open, st.binary(min_size=16, max_size=16), u32, st.text("abcé-1", max_size=20)),
@@ -78,6 +88,8 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Fetch, positions, u64),
     st.builds(Fetched, batches, st.booleans()),
     st.builds(Refused, u32, st.sampled_from(Refusal)),
+    st.builds(ReadBlocks, u64, st.lists(u64, max_size=4)),
+    blocks_by_mba(),
 )
 
 
@@ -171,3 +183,20 @@ def test_a_later_version_can_open_and_be_opened() -> None:
     assert opened == Open(bytes(16), 7, "node-1", VERSION, VERSION + 1)
     with pytest.raises(PeerFrameError, match="version"):
         frame_bytes(PEER_HEADER.pack(MAGIC, VERSION + 1, Kind.APPEND, 0, 0, 0, 0))
+
+
+@given(frames)
+def test_a_frame_says_with_which_version_its_kind_came(frame: Frame) -> None:
+    """So the program before takes what it knows, and refuses the rest."""
+    _, version, kind, *_ = PEER_HEADER.unpack_from(packed(frame))
+    assert version == KINDS_SINCE.get(kind, 1)
+    assert (version == 1) == (kind <= Kind.REFUSED)
+
+
+def test_so_many_blocks_may_be_asked_for() -> None:
+    whole = packed(ReadBlocks(1, range(BLOCKS_LIMIT)))
+    assert len(decode(whole).mbas) == BLOCKS_LIMIT  # type: ignore[union-attr]
+    meta = whole[PEER_HEADER_BYTES:]
+    more = meta[:8] + (BLOCKS_LIMIT + 1).to_bytes(4, "little") + meta[12:] + bytes(8)
+    with pytest.raises(PeerFrameError, match="too many blocks"):
+        decode(signed(VERSION, Kind.READ_BLOCKS, more))

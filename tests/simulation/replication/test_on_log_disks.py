@@ -6,6 +6,7 @@ What the log in memory proves of the rules is not proved again here; this shows 
 import random
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from nbdserver.block import IN_FLIGHT, Operation
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
+from nbdserver.logdisk.scrub import Progress
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.owner import Owner
@@ -276,4 +278,81 @@ def test_a_replica_that_dies_while_it_fetches_regions_goes_on_with_them(stage: L
     stage.cluster.machines["node-3"].end(power=True)
     stage.write_some(1)
     stage.cluster.start("node-3")
+    stage.end()
+
+
+def rot(stage: LogStage, number: int, content: bytes) -> None:
+    """Wherever the drive of that node has it."""
+    for file in stage.cluster.machines[f"node-{number}"].drive.files.values():
+        at = -1
+        while (at := file.content.find(content, at + 1)) >= 0:
+            file.content[at + 9] ^= 4
+
+
+def read_through(stage: LogStage, number: int, lba: int) -> bytes:
+    """As a client does: it waits for what it asked."""
+    device = stage.node(number).device()
+    found = device.read(lba * BLOCK_BYTES, BLOCK_BYTES)
+    if found is None:
+        answers: list[tuple[int, Any]] = []
+        device.later(
+            Operation.READ, lba * BLOCK_BYTES, BLOCK_BYTES, None, lambda errno, data: answers.append((errno, data))
+        )
+        stage.until(lambda: bool(answers))
+        assert answers[0][0] == 0, f"a client of node-{number} reads block {lba} with errno {answers[0][0]}"
+        found = answers[0][1]
+    return b"".join(found)
+
+
+def helpers(stage: LogStage) -> set[object]:
+    return {fields["from"] for _, kind, fields in stage.reports if kind == "block-repaired"}
+
+
+@pytest.mark.parametrize("rotten", [(1,), (1, 2), (1, 3)])
+def test_a_client_does_not_see_rot_that_another_member_can_repair(stage: LogStage, rotten: tuple[int, ...]) -> None:
+    stage.write_some(1)
+    stage.cluster.run(1.0)
+    for number in rotten:
+        for content in stage.expected.values():
+            rot(stage, number, content)
+    for lba, content in stage.expected.items():
+        assert read_through(stage, 1, lba) == content
+    # Node 2 is asked first; if it was asked in vain it has found its own rot that way.
+    asked = [number for number in rotten if number < 3]
+    stage.until(lambda: all(stage.node(number).log.disk.repairs.repaired_blocks for number in asked))
+
+
+def test_a_member_whose_stream_is_lost_meanwhile_is_asked_again(stage: LogStage) -> None:
+    stage.write_some(1)
+    stage.cluster.machines["node-3"].end(power=False)
+    stage.until(lambda: len(stage.node(1).owner.members) == 1)
+    stage.cluster.run(1.0)
+    lba, content = next(iter(stage.expected.items()))
+    rot(stage, 1, content)
+    stage.node(1).owner.links["node-2"].reopen()
+    assert read_through(stage, 1, lba) == content
+
+
+def test_what_no_member_has_is_an_error_within_a_bound(stage: LogStage) -> None:
+    stage.write_some(1)
+    stage.cluster.run(1.0)
+    lba, content = next(iter(stage.expected.items()))
+    for number in (1, 2, 3):
+        rot(stage, number, content)
+    with pytest.raises(AssertionError, match="errno 5"):
+        read_through(stage, 1, lba)
+    assert stage.node(1).log.disk.damage.listed() == [{"number": 1, "snapshot": "", "lba": lba}]
+
+
+def test_a_replica_that_scrubs_repairs_its_own_from_the_owner(stage: LogStage) -> None:
+    stage.write_some(1)
+    stage.cluster.run(1.0)
+    for content in stage.expected.values():
+        rot(stage, 2, content)
+    disk = stage.node(2).log.disk
+    ends: list[str] = []
+    disk.start_scrub(Progress(), 1 << 40, lambda: 0, ends.append)
+    stage.until(lambda: bool(ends), 600.0)
+    assert disk.repairs.repaired_blocks >= len(stage.expected)
+    assert helpers(stage) == {"node-1"}
     stage.end()
