@@ -7,6 +7,7 @@ none: it makes a checkpoint instead, which a replica may not (nbdserver/logdisk/
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,6 +37,13 @@ class ReplicaState:
     incarnation: int = 0  # raised at each opening
     intact_since: int = 1  # incarnation since which nothing that was appended can have been lost
     promised_epoch: int = 0  # lower ones are refused
+    fetched_txid: int = 0  # what was committed when a region was fetched last: the log is not cut below it
+
+
+def first_state(rng: random.Random) -> ReplicaState:
+    """Of an empty disk. It counts from anywhere, so that nobody takes it for the one that was there before."""
+    incarnation = rng.randrange(1 << 40, 1 << 60)
+    return ReplicaState(incarnation, intact_since=incarnation + 1)
 
 
 def read_replica_state(store: Store) -> ReplicaState:
@@ -43,12 +51,12 @@ def read_replica_state(store: Store) -> ReplicaState:
     value = store.get(REPLICA_KEY)
     if value is None:
         return ReplicaState()
-    incarnation, intact_since, promised_epoch, _ = REPLICA_STATE.unpack(unpack_value(REPLICA_KEY, value))
-    return ReplicaState(incarnation, intact_since, promised_epoch)
+    incarnation, intact_since, promised_epoch, _, fetched_txid = REPLICA_STATE.unpack(unpack_value(REPLICA_KEY, value))
+    return ReplicaState(incarnation, intact_since, promised_epoch, fetched_txid)
 
 
 def put_replica_state(batch: Batch, state: ReplicaState) -> None:
-    payload = REPLICA_STATE.pack(state.incarnation, state.intact_since, state.promised_epoch, 0)
+    payload = REPLICA_STATE.pack(state.incarnation, state.intact_since, state.promised_epoch, 0, state.fetched_txid)
     batch.put(REPLICA_KEY, pack_value(REPLICA_KEY, payload))
 
 

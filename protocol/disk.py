@@ -294,6 +294,7 @@ ReplicaState = Struct(
     "intact_since" / Int64ul,  # incarnation
     "promised_epoch" / Int32ul,
     "reserved" / Int32ul,
+    "fetched_txid" / Int64ul,  # what was committed when a region was fetched last
 )
 Splice = Struct(
     "segment" / Int32ul,  # where the log goes on

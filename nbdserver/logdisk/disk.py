@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from metadata.family_state import (
-    Checkpoint,
     Family,
     OpenState,
     put_checkpoint,
@@ -34,7 +33,7 @@ from metadata.family_state import (
     read_open_state,
 )
 from metadata.layers import Row
-from metadata.replica_state import ReplicaState, put_replica_state
+from metadata.replica_state import first_state, put_replica_state
 from metadata.resync_table import ResyncTable
 from metadata.seams import Batch, Clock, Done, Files, Store
 from nbdserver.block import Later
@@ -46,7 +45,7 @@ from nbdserver.logdisk.checkpoint import Checkpointer
 from nbdserver.logdisk.cleaner import Cleaner
 from nbdserver.logdisk.damage import Damage
 from nbdserver.logdisk.devices import Device, Head, View
-from nbdserver.logdisk.maps import EPOCH_SHIFT, Maps
+from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.opening import Opening, Replicated, Report
 from nbdserver.logdisk.ordering import Rule, holds
 from nbdserver.logdisk.recovery import RecoveryError
@@ -54,6 +53,7 @@ from nbdserver.logdisk.repair import Repairs
 from nbdserver.logdisk.scrub import Progress, Scrub
 from nbdserver.logdisk.segments import CLEANER_KEEPS, CLIENTS_KEEP, DIRECTORY, SegmentPool
 from nbdserver.logdisk.slow_path import SlowPath
+from nbdserver.logdisk.starting_over import empty_checkpoint, start_over
 from nbdserver.logdisk.store_writes import StoreWrites
 from nbdserver.logdisk.tree_changes import TreeChanges
 from nbdserver.logdisk.tree_work import TreeWork
@@ -89,11 +89,8 @@ class LogDisk:
         batch = store.batch()
         put_family(batch, Family(family, size_bytes, segment_bytes))
         put_open_state(batch, OpenState(1, 0, True, ""))
-        # A disk that replaces another one is told from it: no incarnation of the two is the same.
-        incarnation = rng.randrange(1 << 40, 1 << 60)
-        put_replica_state(batch, ReplicaState(incarnation, incarnation + 1))
-        # The first segment's life begins with the first write; its salt is drawn now, so that replay can tell it.
-        put_checkpoint(batch, Checkpoint(0, 0, 0, 1, 0, 0, 1, rng.randbytes(8), 1 << EPOCH_SHIFT, 1, 0))
+        put_replica_state(batch, first_state(rng))
+        put_checkpoint(batch, empty_checkpoint(1, rng))
         store.write(batch)
 
     @classmethod
@@ -152,6 +149,8 @@ class LogDisk:
         self.damage = Damage(maps.tree, report)
         self.pool = pool = SegmentPool(files, self.family.segment_bytes, report)
         try:
+            if replicated is not None and replicated.starts_over:
+                start_over(files, store, self.family, rng, report)
             opening = Opening(files, store, pool, maps, self.family, report, progress, self.fail)
             opened = opening.run(rng, read_open_state(store), epoch, boot_id, replicated)
             self.resync.load(store.range(*self.resync.key_range()))

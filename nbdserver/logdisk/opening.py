@@ -47,6 +47,7 @@ class Replicated:
     """How a replica is opened."""
 
     cut_at: Position | None = None  # what follows it does not count
+    starts_over: bool = False  # as an empty one
 
 
 @dataclass(frozen=True)

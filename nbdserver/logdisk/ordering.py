@@ -53,6 +53,7 @@ class Rule(Enum):
     SKIP_NOTES_WHAT_IS_LACKING = (
         "The batch in which a replica's log skips to another's position notes the regions that differ."
     )
+    STARTS_OVER_IN_ONE_BATCH = "A replica that starts over forgets all that it has in one batch."
     REPLACED_WHERE_IT_WAS_READ = "A copy of a region is applied only at the txid at which it was read."
     REPAIR_IS_WHAT_WAS_THERE = "A block is repaired only with content that has the checksum that its MBA has by then."
 
@@ -85,6 +86,8 @@ CRASH_POINTS: dict[str, Rule] = {
     "region-before-append": Rule.REPLACED_WHERE_IT_WAS_READ,
     "region-after-append": Rule.REPLACED_WHERE_IT_WAS_READ,
     "skip-after-batch": Rule.SKIP_NOTES_WHAT_IS_LACKING,
+    "start-over-before-batch": Rule.STARTS_OVER_IN_ONE_BATCH,
+    "start-over-after-batch": Rule.STARTS_OVER_IN_ONE_BATCH,
     "repair-before-append": Rule.REPAIR_IS_WHAT_WAS_THERE,
     "repair-after-append": Rule.REPAIR_IS_WHAT_WAS_THERE,
 }
@@ -96,6 +99,7 @@ OF_REPLICAS = frozenset(
         Rule.CUT_IS_DURABLE_FIRST,
         Rule.APPEND_FOLLOWS_LAST,
         Rule.SKIP_NOTES_WHAT_IS_LACKING,
+        Rule.STARTS_OVER_IN_ONE_BATCH,
         Rule.REPLACED_WHERE_IT_WAS_READ,
         Rule.REPAIR_IS_WHAT_WAS_THERE,
     }

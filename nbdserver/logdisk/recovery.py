@@ -27,7 +27,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from metadata.epochs import EpochHistory
@@ -77,6 +77,16 @@ _DURABLE_LSN = 10  # place of the field in a record header
 
 class RecoveryError(Exception):
     """The log is damaged where it was known durable: serving it would lose acknowledged data silently."""
+
+
+def highest_sequence(files: Files, handles: Sequence[int], family: bytes) -> int:
+    """Of any life whose header is in a segment file, 0 if there is none; the handles are by number, -1 for none."""
+    sequence = 0
+    for number, handle in enumerate(handles):
+        start = parse_segment_header(files.read(handle, SEGMENT_HEADER_BYTES, 0)) if handle >= 0 else None
+        if start is not None and (start.family, start.segment) == (family, number):
+            sequence = max(sequence, start.sequence)
+    return sequence
 
 
 @dataclass
@@ -190,18 +200,11 @@ class Replay:
         if not segment and (splice or not log.offset):
             segment = self._pool.take(DISCARDS_KEEP)
         if segment:
-            log.start_over(segment, self._highest_sequence(log.sequence) + 1 if splice else log.sequence + 1)
+            highest = highest_sequence(self._files, self._pool.handles, self._family) if splice else 0
+            log.start_over(segment, max(log.sequence, highest) + 1)
         elif self._is_cut or not log.begin_if_needed():
             raise RecoveryError("there is no room for the log to go on: free some space on the file system")
         return bool(segment)
-
-    def _highest_sequence(self, sequence: int) -> int:
-        """Of any life whose header is in a segment file, at least `sequence`."""
-        for number, handle in enumerate(self._pool.handles):
-            start = parse_segment_header(self._files.read(handle, SEGMENT_HEADER_BYTES, 0)) if handle >= 0 else None
-            if start is not None and (start.family, start.segment) == (self._family, number):
-                sequence = max(sequence, start.sequence)
-        return sequence
 
     # -- the chain
 

@@ -4,11 +4,12 @@ Theory. A replica is a log disk that appends what another node has ordered, or o
 epoch. What the two have in common is the log disk's; what a replica has besides is here: who it is (incarnation,
 promised epoch), the order of what is done to it (`Ordered`), its log read back, and that it can be cut and skip.
 
-A log is *cut* by opening it anew (opening.py). It *skips* by a checkpoint: the maps as they are, but at another's
-position and with its history, the layers made the other's, and the regions that differ noted as to be fetched, all in
-one batch (Rule.SKIP_NOTES_WHAT_IS_LACKING).
+A log is *cut* by opening it anew (opening.py); where that is not possible it *starts over* (starting_over.py). It
+*skips* by a checkpoint: the maps as they are, but at another's position and with its history, the layers made the
+other's, and the regions that differ noted as to be fetched, all in one batch (Rule.SKIP_NOTES_WHAT_IS_LACKING).
 
 Rules
+- A log is not cut below what was committed when a region was fetched last: the copy may be what would go.
 - Nothing is appended between the moment when a skip is frozen and the one when it is durable.
 - What is persisted here goes through `disk.store_writes`, in the order of the calls.
 - While regions are to be fetched no layer is taken apart: what a layer shows is not known.
@@ -156,15 +157,17 @@ class Replica:
             call_soon(lambda: done(0))
         elif at > disk.log.last or disk.log.history.position(at.txid) != at:
             call_soon(lambda: done(errnos.EINVAL))
-        elif at.txid < disk.checkpointer.synced_txid:
-            call_soon(lambda: done(errnos.ENOENT))
+        elif at.txid >= max(disk.checkpointer.synced_txid, self._state.fetched_txid):
+            disk.close(lambda: self._reopen(Replicated(cut_at=at), done))
+        elif at == BEGINNING:
+            disk.close(lambda: self._reopen(Replicated(starts_over=True), done))
         else:
-            disk.close(lambda: self._reopen(at, done))
+            call_soon(lambda: done(errnos.ENOENT))
 
-    def _reopen(self, at: Position, done: Done) -> None:
+    def _reopen(self, replicated: Replicated, done: Done) -> None:
         failed = bool(self.disk.failure)
         try:
-            self._take(self._open_disk(Replicated(cut_at=at)))
+            self._take(self._open_disk(replicated))
         except DiskError as error:
             self.disk.report("not-cut", {"reason": str(error)})
             failed = True
@@ -243,7 +246,13 @@ class Replica:
 
     def resync_done(self, regions: Runs, done: Done) -> None:
         self.disk.resync.remove(regions)
-        self._persist(self.disk.resync.put_changes, done)
+        self._state = replace(self._state, fetched_txid=self.committed_txid)
+
+        def put(batch: Batch) -> None:
+            self.disk.resync.put_changes(batch)
+            put_replica_state(batch, self._state)
+
+        self._persist(put, done)
 
     def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
         RegionReading(self.disk, self._files, region, done)

@@ -1,8 +1,9 @@
 """An owner's link to one replica: opens it, makes its log follow ours, keeps it there.
 
 Theory. A link is always on its way to *streaming*: the replica's log is ours up to what was sent, and what is ordered
-goes out with the next frame. It comes there from whatever the replica has. Its log is cut at the last common position.
-If our log goes back that far, what follows is read from it and sent; otherwise the replica skips to our committed txid,
+goes out with the next frame. It comes there from whatever the replica has. Its log is cut at the last common position;
+if its checkpoint is beyond that (all lost their power, and this one had kept more), it starts over as an empty one. If
+our log goes back that far, what follows is read from it and sent; otherwise the replica skips to our committed txid,
 and the regions that changed meanwhile are copied while the stream goes on. A replica that is too slow for the stream is
 brought along from the log again.
 
@@ -136,6 +137,7 @@ class Link:
         self._give_up: Callable[[], None] | None = None
         self._timer: Timer | None = None
         self._sent = BEGINNING  # position of the last modification sent
+        self._cut_at: Position | None = None  # as it was told to on the stream that is there
         self._number = 0
         self._sent_s: deque[tuple[int, float, int]] = deque()  # (number, when, bytes) of frames not answered
         self._last_sent_s = 0.0
@@ -159,6 +161,7 @@ class Link:
             self.state = State.OPENING
             self._sent_s.clear()
             self._number = self.backlog_bytes = 0
+            self._cut_at = None
             self.heard_s = self._clock.now()
             stream.send(Open(self._family, self.events.epoch, self._us))
             self._timer = self._clock.call_later(OPEN_TIMEOUT_S, partial(self._open_timed_out, stream))
@@ -282,7 +285,8 @@ class Link:
             return
         common = common_position(self._log.epochs, opened.epochs)
         if common < opened.last:
-            self._align(stream, Cut(common))
+            self._cut_at = BEGINNING if common == self._cut_at else common  # it could not be cut there
+            self._align(stream, Cut(self._cut_at))
             return
         self._to_copy = list(numbers_of(opened.resync))
         self._to_copy.reverse()

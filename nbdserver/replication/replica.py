@@ -161,7 +161,7 @@ class Replica:
             # A bit that is set again by what follows must not be cleared by what went before.
             self._clock.call_later(0.001, partial(self._opened, stream, errno))
             return
-        if errno and errno != errnos.ESTALE:
+        if errno and errno not in (errnos.ESTALE, errnos.ENOENT):  # ENOENT: the log still ends where it did
             self._refuse(Refusal.FAILED)
             return
         log = self.log

@@ -101,7 +101,9 @@ class ReplicaLog(Protocol):
 
     def cut(self, at: Position, done: Done) -> None:
         """Take away everything from the first modification behind `at` on, durably. EINVAL if `at` is behind `last`,
-        ENOENT below the last checkpoint. The log is opened anew for it: nothing else may be under way; taps end."""
+        ENOENT below the last checkpoint, and below what was committed when a region was fetched last; at BEGINNING the
+        log then starts over as that of an empty disk, in one durable step. The log is opened anew: nothing else may be
+        under way; taps end."""
 
     @property
     def tree(self) -> bytes:

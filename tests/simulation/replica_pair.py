@@ -23,7 +23,7 @@ from typing import Any
 from nbdserver.logdisk.ordering import CRASH_POINTS, hooked
 from nbdserver.logdisk.segments import segment_path
 from nbdserver.replication.replica_log import Found, common_position
-from protocol.peer import Modification
+from protocol.peer import BEGINNING, Modification
 from tests.simulation.faults import FaultMix
 from tests.simulation.registers import ViolationError
 from tests.simulation.world import SimulatedCrash
@@ -227,6 +227,14 @@ class PairRun:
         owner.tap(self.told.append)
         follower = self.machines[other].replica
         common = common_position(owner.epochs, follower.epochs)
+        if not self.in_sync[other] and self.random.random() < 0.2:
+            self.hits["started over"] += 1
+            follower.set_committed(follower.last.txid)
+            self.machines[other].checkpoint()
+            if self._ask(other, "cut", BEGINNING) != (0,):
+                raise ViolationError("a replica could not start over")
+            self.machines[other].look()
+            common = BEGINNING
         if follower.last != common:
             self.hits["cut"] += 1
             if self._ask(other, "cut", common) != (0,):

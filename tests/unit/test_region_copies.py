@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nbdserver.logdisk.ordering import Rule, disabled
 from nbdserver.logdisk.region_copies import REGION_BLOCKS, distinct, pack_views, unpack_views
-from protocol.peer import Copy
+from protocol.peer import BEGINNING, Copy
 from tests.unit.replica_rig import STEPS, Pair, Step, taken
 
 
@@ -122,6 +122,28 @@ def test_a_copy_that_comes_late_is_refused() -> None:
     assert late() == (errno.ESTALE, 77)
     with disabled(Rule.REPLACED_WHERE_IT_WAS_READ):
         assert late() == (0, 2)  # an acknowledged write went back
+
+
+def test_a_log_is_not_cut_below_what_was_committed_when_a_region_was_fetched() -> None:
+    """Its copy may be what would go, and nobody would fetch it again."""
+    pair = gone_and_back()
+    returned(pair)
+    pair.owner.put(0, 77)
+    pair.tell()
+    complete(pair)
+    replica = pair.replica
+    last = replica.replica.last
+    before = replica.replica.epochs[0]._replace(txid=last.txid - 1)
+    replica.crash()
+    replica.open()
+    assert replica.wait(lambda done: replica.replica.cut(before, done)) == (errno.ENOENT,)
+    assert replica.replica.last == last
+    assert replica.wait(lambda done: replica.replica.cut(BEGINNING, done)) == (0,)
+    replica.look()
+    assert (replica.replica.last, replica.number_at(0)) == (BEGINNING, 0)
+    returned(pair)
+    complete(pair)
+    pair.compare()
 
 
 def test_a_copy_right_behind_where_a_log_is_cut_stays() -> None:

@@ -8,6 +8,7 @@ from metadata.seams import Buffer
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica import Replica
 from protocol.peer import (
+    BEGINNING,
     Append,
     Appended,
     Cut,
@@ -177,6 +178,25 @@ def test_a_log_that_is_cut_is_opened_anew() -> None:
     assert opened.incarnation == incarnation + 1
     rig.say(stream, append(1, write(3, 2)))
     assert rig.log.last == Position(3, 2)
+
+
+def test_a_log_that_cannot_be_cut_says_where_it_still_ends_and_may_start_over() -> None:
+    rig = Rig()
+    stream, wire = rig.open(3)
+    rig.say(stream, append(1, write(3, 1), write(3, 2)))
+    rig.log.set_committed(2)
+    rig.log.disk.sync_all()
+    while rig.log.disk.records:
+        rig.log.checkpoint()
+    rig.say(stream, Cut(Position(3, 1)))
+    opened = wire.sent[-1]
+    assert isinstance(opened, Opened)
+    assert opened.last == Position(3, 2)
+    rig.say(stream, Cut(BEGINNING))
+    empty = wire.sent[-1]
+    assert isinstance(empty, Opened)
+    assert empty.last == BEGINNING
+    assert empty.intact_since > opened.incarnation or empty.incarnation < opened.intact_since
 
 
 def test_a_full_disk_ends_the_stream_with_a_reason() -> None:

@@ -162,30 +162,104 @@ def test_a_log_is_not_cut_below_its_checkpoint_nor_where_it_has_another_past() -
 def test_uncommitted_writes_outlive_a_clean_end_without_a_checkpoint() -> None:
     family = replica()
     positions = written(family, 20)
+    before = family.disk.replica_state
     family.close()
     family.boot_id += "+"
     opened(family)
+    assert before is not None
     assert family.disk.replica_state is not None
-    assert family.disk.replica_state.intact_since == 1
+    assert family.disk.replica_state.intact_since == before.intact_since
     assert numbers(family, 20) == list(range(1, 21))
     family.crash()
     opened(family, positions[9])
     assert numbers(family, 20) == [*range(1, 11), *[0] * 10]
 
 
+def test_a_replaced_disk_is_not_taken_for_the_one_that_was_there() -> None:
+    states = [replica(seed=seed).disk.replica_state for seed in (1, 2)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert abs(states[0].incarnation - states[1].incarnation) > 1000
+
+
+KEPT = [*range(41, 61), *range(21, 41)] + [0] * 20
+
+
+def kept_more(family: SimulatedFamily) -> None:
+    """A checkpoint has what a cut would have to take back; KEPT is what it shows."""
+    written(family, 40)
+    assert family.flush() == 0
+    family.disk.log.committed.reach(40)
+    family.checkpoint()
+    written(family, 20, first=41)
+    assert family.flush() == 0
+    family.crash()
+
+
+def started_over(family: SimulatedFamily) -> None:
+    family.replicated = Replicated(starts_over=True)
+    family.open()
+    family.replicated = Replicated()
+
+
+def test_a_replica_that_starts_over_is_an_empty_one_and_another() -> None:
+    family = replica()
+    before = family.disk.replica_state
+    kept_more(family)
+    started_over(family)
+    after = family.disk.replica_state
+    assert before is not None
+    assert after is not None
+    assert after.intact_since == after.incarnation
+    assert abs(after.incarnation - before.incarnation) > 1000
+    assert (family.disk.log.last, family.disk.maps.live_blocks) == (BEGINNING, 0)
+    assert len(family.disk.pool.spare) >= 4, "what it had is room now"
+    assert numbers(family, 60) == [0] * 60
+    written(family, 30, first=101)
+    assert family.flush() == 0
+    family.crash(power=True)
+    opened(family)
+    assert numbers(family, 60) == list(range(101, 131)) + [0] * 30
+
+
+@pytest.mark.parametrize("point", ["start-over-before-batch", "start-over-after-batch"])
+def test_a_crash_finds_all_of_a_replica_that_starts_over_or_nothing(point: str) -> None:
+    def shown() -> list[int]:
+        family = replica()
+        kept_more(family)
+
+        def crash(name: str) -> None:
+            if name == point:
+                raise SimulatedCrash
+
+        with hooked(crash), pytest.raises(SimulatedCrash):
+            started_over(family)
+        family.crash(power=True)
+        opened(family)
+        return numbers(family, 60)
+
+    assert shown() == (KEPT if point == "start-over-before-batch" else [0] * 60)
+    if point == "start-over-before-batch":
+        with disabled(Rule.STARTS_OVER_IN_ONE_BATCH), pytest.raises(IndexError):
+            shown()
+
+
 def test_a_replica_says_since_when_it_can_have_lost_nothing() -> None:
     family = replica()
     written(family, 3)
+    first = family.disk.replica_state
+    assert first is not None
+    assert first.incarnation == first.intact_since
     family.crash(power=True)
     incarnations = []
     for _ in range(3):
         opened(family)
         assert family.disk.replica_state is not None
-        assert family.disk.replica_state.intact_since == 2
-        incarnations.append(family.disk.replica_state.incarnation)
+        assert family.disk.replica_state.intact_since == first.incarnation + 1
+        incarnations.append(family.disk.replica_state.incarnation - first.incarnation)
         assert family.disk.opened.generation == 1, "whether the generation rises is not decided by one replica"
         family.crash()
-    assert incarnations == [2, 3, 4]
+    assert incarnations == [1, 2, 3]
 
 
 def test_a_family_on_one_node_becomes_a_replicated_one_and_keeps_its_past() -> None:

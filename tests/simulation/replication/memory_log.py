@@ -84,14 +84,19 @@ class MemoryDisk:
     """A disk that holds one replica."""
 
     def __init__(self, rng: random.Random) -> None:
+        self.promised_epoch = 0
+        self.start_over(rng)
+
+    def start_over(self, rng: random.Random) -> None:
+        """Be empty."""
         self.base = Image()
         self.records: list[Modification | Copy] = []
         self.dropped = 0  # records that are in the base
         self.synced = 0  # records, those that were dropped too
         self.incarnation = rng.randrange(1 << 40, 1 << 50)
         self.intact_since = self.incarnation + 1
-        self.promised_epoch = 0
         self.resync: set[int] = set()
+        self.fetched_txid = 0  # what was committed when a region was fetched last
         self.has_lost_power = False
 
     def crash(self, rng: random.Random, power: bool) -> None:
@@ -283,8 +288,11 @@ class MemoryLog:
 
     def cut(self, at: Position, done: Done) -> None:
         def act() -> int:
-            if at < self.disk.base.last:
-                return errno.ENOENT
+            if at < self.disk.base.last or at.txid < self.disk.fetched_txid:
+                if at != BEGINNING:
+                    return errno.ENOENT
+                self.disk.start_over(self._random)
+                self._committed_txid = 0
             if at > self.last:
                 return errno.EINVAL
             records = self.disk.records
@@ -359,8 +367,11 @@ class MemoryLog:
         return len(self.disk.resync)
 
     def resync_done(self, regions: Runs, done: Done) -> None:
+        committed_txid = self.committed_txid
+
         def act() -> int:
             self.disk.resync.difference_update(numbers_of(regions))
+            self.disk.fetched_txid = committed_txid
             return 0
 
         self._later("store", act, done)

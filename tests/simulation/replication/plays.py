@@ -225,3 +225,56 @@ def all_lose_their_power_and_the_longest_log_does_not_go_back_to_the_others() ->
     stage.end()
     if stage.scenario.value().generation != 2:
         raise ViolationError("nobody says that acknowledged writes may be gone")
+
+
+def lost_by_all_members(stage: Stage) -> None:
+    """Nodes 1 and 2 lose with their power what node 3, which is no member, has on its disk."""
+    for number in (1, 2):
+        stage.node(number).log.disk.forget_unsynced()
+    for number in (1, 2, 3):
+        stage.kill(number, power=True)
+    stage.cluster.registry.come_back()
+    for number in (1, 2, 3):
+        stage.start(number)
+    stage.attach(1)
+    stage.end()
+
+
+def all_lose_their_power_and_one_that_was_away_has_more_in_its_checkpoint() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.kill(3)
+    stage.until(lambda: stage.in_sync() == {1, 2})
+    stage.cluster.registry.go_down()
+    stage.start(3)
+    stage.until(lambda: stage.node(3).log.last == stage.node(1).log.last)
+    stage.run(2.0)  # synced
+    stage.write(1, 0)
+    stage.until(lambda: not stage.node(1).open)
+    log = stage.node(3).log
+    stage.until(lambda: log.last == stage.node(1).log.last)
+    log.set_committed(log.last.txid)  # as the next beat says
+    log.disk.sync_all()
+    while log.disk.records:
+        log.checkpoint()
+    lost_by_all_members(stage)
+    assert stage.scenario.value().generation == 2
+
+
+def all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.kill(3)
+    stage.until(lambda: stage.in_sync() == {1, 2})
+    stage.write_everywhere(1)
+    stage.forget_log(1)
+    stage.cluster.registry.go_down()
+    stage.start(3)
+    stage.until(lambda: stage.node(3).log.resync_count > 0)
+    log = stage.node(3).log
+    stage.write(1, 0)
+    stage.until(lambda: log.last == stage.node(1).log.last and not stage.node(1).open)
+    for each in (log, stage.node(1).log):
+        each.set_committed(log.last.txid)
+    stage.until(lambda: log.resync_count == 0)
+    lost_by_all_members(stage)

@@ -25,7 +25,7 @@ from protocol.peer import Append, Copy, Epochs, Frame, Position, Runs
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication import plays
-from tests.simulation.replication.memory_log import REGION_BLOCKS, Image, MemoryLog
+from tests.simulation.replication.memory_log import REGION_BLOCKS, Image, MemoryDisk, MemoryLog
 from tests.simulation.replication.replicated import replication_run
 from tests.simulation.seeds import try_seed, wrong_seeds
 
@@ -33,7 +33,12 @@ SEEDS = 20
 CHUNK = 5
 TRIES = 60  # runs in which a canary must be found
 WORLD = "replication"
-FOUND = (1795634723482,)  # a copy that lay right behind where its log was cut went with the cut
+FOUND = (
+    1795634723482,  # a copy that lay right behind where its log was cut went with the cut
+    1795635763228,  # all lost their power, and one that was away had more in its checkpoint: it could not be cut, ever
+    1795635764062,  # the same, and regions that it had fetched went with the cut
+    1795635764404,
+)
 Patch = Callable[[pytest.MonkeyPatch], None]
 Play = Callable[[], None]
 PLAYS: list[Play] = [
@@ -196,6 +201,20 @@ def a_divergent_tail_stays(patch: pytest.MonkeyPatch) -> None:  # rule 11
     patch.setattr(Link, "follow", follow)
 
 
+def nobody_starts_over(patch: pytest.MonkeyPatch) -> None:  # rule 11
+    honest = Link.follow
+
+    def follow(self: Link) -> None:
+        self._cut_at = None
+        honest(self)
+
+    patch.setattr(Link, "follow", follow)
+
+
+def what_was_fetched_may_be_cut_away(patch: pytest.MonkeyPatch) -> None:  # rule 13
+    patch.setattr(MemoryDisk, "fetched_txid", property(lambda self: 0, lambda self, txid: None), raising=False)
+
+
 def regions_to_fetch_are_noted_later(patch: pytest.MonkeyPatch) -> None:  # rule 12
     honest = MemoryLog.skip
 
@@ -330,6 +349,8 @@ CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
     the_shortest_log_wins: plays.the_longest_log_is_not_the_candidates,
     who_is_being_added_is_not_needed: plays.a_replica_is_added_and_the_owner_does_not_hear_of_it,
     a_divergent_tail_stays: plays.an_old_owner_comes_back_with_a_tail,
+    nobody_starts_over: plays.all_lose_their_power_and_one_that_was_away_has_more_in_its_checkpoint,
+    what_was_fetched_may_be_cut_away: plays.all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost,
     regions_to_fetch_are_noted_later: plays.a_replica_dies_when_it_has_skipped,
     a_bit_is_cleared_when_its_copy_is_applied: plays.a_replica_loses_its_power_when_it_has_fetched_a_region,
     a_bit_is_cleared_before_what_it_holds_is_committed: plays.a_region_is_fetched_with_what_is_never_committed,
