@@ -70,6 +70,9 @@ class EpochHistory:
 
     def position(self, txid: int) -> Position:
         """The name of a modification."""
+        entries = self._entries
+        if entries and entries[-1][1] <= txid:
+            return Position(entries[-1][0], txid)
         return Position(self.epoch_of(txid), txid)
 
     def _count(self, txid: int) -> int:

@@ -24,7 +24,7 @@ Rules
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -206,6 +206,10 @@ class Modification:
     @property
     def position(self) -> Position:
         return Position(self.epoch, self.txid)
+
+    def kept(self) -> "Modification":
+        """The same with blocks of its own."""
+        return replace(self, data=[bytes(each) for each in self.data])
 
     @property
     def size_bytes(self) -> int:

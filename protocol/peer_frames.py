@@ -3,9 +3,8 @@
 Rules
 - Blocks are neither copied nor joined when a frame is packed: its buffers go to the socket as they are.
 - Nothing of a frame is given out before all of it was checked.
-- The buffer doubles while one frame is larger than it, and goes back to its first size when it is empty.
-
-Known weakness: a frame is copied once when it is complete.
+- The blocks of an APPEND are a view of the buffer: they stay as they are until the next frame is asked for.
+- The buffer grows to the length of the frame that does not fit, and back when SMALL_FRAMES would have fitted before.
 """
 
 from array import array
@@ -195,15 +194,17 @@ def frame_bytes(data: Buffer | bytearray) -> int:
     return PEER_HEADER_BYTES + int(size_bytes)
 
 
-def decode(data: bytes) -> Frame:
-    """One whole frame; every byte of it is checked. PeerFrameError."""
+def decode(data: bytes | memoryview) -> Frame:
+    """One whole frame; every byte of it is checked. The blocks of an APPEND are views of `data`. PeerFrameError."""
     if not data or frame_bytes(data) != len(data):
         raise PeerFrameError("its length is wrong")
     _, _, kind, _, _, meta_bytes, crc = PEER_HEADER.unpack_from(data)
     end = PEER_HEADER_BYTES + meta_bytes
-    if crc32c(data[: PEER_HEADER_BYTES - 4] + data[PEER_HEADER_BYTES:end]) != crc:
+    head = bytes(data[:end])
+    if crc32c(head[: PEER_HEADER_BYTES - 4] + head[PEER_HEADER_BYTES:]) != crc:
         raise PeerFrameError("its checksum is wrong: it was damaged on its way")
-    reader = _Reader(data, end)
+    blocks = memoryview(data)[end:]
+    reader = _Reader(head, blocks if kind == Kind.APPEND else memoryview(bytes(blocks)))
     try:
         frame = _decode(kind, reader)
     except UnicodeDecodeError as error:
@@ -216,37 +217,37 @@ def decode(data: bytes) -> Frame:
 class _Reader:
     """Takes a frame apart, from its front: the meta, and the blocks behind it."""
 
-    def __init__(self, data: bytes, meta_end: int) -> None:
-        self._data = data
-        self._view = memoryview(data)
+    def __init__(self, head: bytes, blocks: memoryview) -> None:
+        """Header and meta, and what follows them."""
+        self._head = head
+        self._blocks = blocks
         self._at = PEER_HEADER_BYTES
-        self._meta_end = meta_end
-        self._blocks_at = meta_end
+        self._blocks_at = 0
 
     def take(self, size_bytes: int) -> bytes:
         """The next bytes of the meta."""
         begin, end = self._at, self._at + size_bytes
-        if end > self._meta_end:
+        if end > len(self._head):
             raise PeerFrameError("it ends too early")
         self._at = end
-        return self._data[begin:end]
+        return self._head[begin:end]
 
     def blocks(self, count: int, checksums: bytes) -> Sequence[memoryview]:
         """The next blocks, as one buffer, if they have these checksums."""
         begin, end = self._blocks_at, self._blocks_at + count * BLOCK_BYTES
-        if end > len(self._data) or len(checksums) != 4 * count:
+        if end > len(self._blocks) or len(checksums) != 4 * count:
             raise PeerFrameError("it ends too early")
         self._blocks_at = end
         if not count:
             return ()
-        data = self._view[begin:end]
+        data = self._blocks[begin:end]
         if wrong_blocks(data, array("I", checksums)):
             raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
         return (data,)
 
     @property
     def is_at_end(self) -> bool:
-        return self._at == self._meta_end and self._blocks_at == len(self._data)
+        return self._at == len(self._head) and self._blocks_at == len(self._blocks)
 
 
 def _decode(kind: int, reader: _Reader) -> Frame:
@@ -347,23 +348,29 @@ class FrameBuffer:
     """Where the bytes of a stream gather until frames are complete."""
 
     FIRST_BYTES = 256 << 10
+    SMALL_FRAMES = 256
 
     def __init__(self) -> None:
-        self._room = bytearray(self.FIRST_BYTES)
         self._begin = 0  # of what is not used yet
         self._end = 0
+        self._needed_bytes = PEER_HEADER_BYTES  # from `_begin` on, to go on
+        self._small_frames = 0  # since the last one that did not fit into FIRST_BYTES
+        self._take_room(self.FIRST_BYTES)
+
+    def _take_room(self, size_bytes: int) -> None:
+        self._room = memoryview(bytearray(size_bytes))
 
     def writable(self) -> memoryview:
-        """Room for the next bytes, at least one."""
-        if self._end == len(self._room):
+        """Room for the next bytes, at least what is missing of a frame."""
+        if self._begin + self._needed_bytes > len(self._room):
             self._make_room()
-        return memoryview(self._room)[self._end :]
+        return self._room[self._end :]
 
     def _make_room(self) -> None:
-        """Begin at the front again, in twice the room if that was full; a frame's limit bounds it."""
-        held = bytes(memoryview(self._room)[self._begin : self._end])
-        size_bytes = len(self._room) * 2 if self._begin == 0 else len(self._room)
-        self._room = bytearray(size_bytes)
+        """Begin at the front again, in more room if the frame needs it; a frame's limit bounds it."""
+        held = bytes(self._room[self._begin : self._end])
+        if self._needed_bytes > len(self._room):
+            self._take_room(self._needed_bytes)
         self._room[: len(held)] = held
         self._begin, self._end = 0, len(held)
 
@@ -372,12 +379,14 @@ class FrameBuffer:
         self._end += size_bytes
         while True:
             begin = self._begin
-            length = frame_bytes(memoryview(self._room)[begin : min(self._end, begin + PEER_HEADER_BYTES)])
+            length = frame_bytes(self._room[begin : min(self._end, begin + PEER_HEADER_BYTES)])
+            self._needed_bytes = length or PEER_HEADER_BYTES
             if not length or begin + length > self._end:
                 break
             self._begin = begin + length
-            yield decode(bytes(memoryview(self._room)[begin : begin + length]))
+            self._small_frames = 0 if length > self.FIRST_BYTES else self._small_frames + 1
+            yield decode(self._room[begin : begin + length])
         if self._begin == self._end:
             self._begin = self._end = 0
-            if len(self._room) > self.FIRST_BYTES:
-                self._room = bytearray(self.FIRST_BYTES)
+            if self._small_frames > self.SMALL_FRAMES and len(self._room) > self.FIRST_BYTES:
+                self._take_room(self.FIRST_BYTES)

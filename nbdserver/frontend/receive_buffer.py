@@ -30,6 +30,11 @@ class ReceiveBuffer:
             self._move_to_front()
         return self.view[self.end :]
 
+    @property
+    def has_room_behind(self) -> bool:
+        """Whether `room` is there without moving anything."""
+        return self.end + MINIMUM_ROOM_BYTES <= len(self.data)
+
     def put(self, data: bytes) -> None:
         """Append bytes that came another way."""
         self.reserve(self.end - self.start + len(data))

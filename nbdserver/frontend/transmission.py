@@ -206,6 +206,8 @@ class Transmission:
     def _serve(self) -> bool:
         """Do what was received as far as it goes without a commit; say whether one has to follow."""
         if self._stalled or self._over or self._ending:
+            if self._held:
+                self._connection.pause_reading()
             return False
         if self._export.throttle is not None and not self._admitted(self._export.throttle):
             return False
@@ -245,11 +247,13 @@ class Transmission:
                 self._go_on()
 
     def _hold(self) -> None:
-        """What was read may be said; nothing more is done until the changes are acknowledged."""
+        """What was read may be said; nothing more is done until the changes are acknowledged. Reading is paused when
+        something comes meanwhile, if that has room behind what is here: most clients wait for their reply."""
         if not self._over:
-            self._held = True
+            self._held = self._stalled = True
             self._send_replies()
-            self._stall()
+            if not self._buffer.has_room_behind:
+                self._connection.pause_reading()
 
     def _end_batch(self) -> None:
         """Send the batch's replies, give its part of the buffer back, count it, and see how to go on."""

@@ -142,7 +142,7 @@ class LogDisk:
         self.scrub: Scrub | None = None  # the last one
         self._files = files
         self._store = store
-        self._clock = clock
+        self.clock = clock
         self.store_writes = StoreWrites(store)
         self.resync = ResyncTable()
         self.maps = maps = Maps(store, settings.cache_bytes, self.fail)
@@ -246,7 +246,7 @@ class LogDisk:
 
     def changed(self, device: Device, since: int, offset: int, length: int, limit: int, done: Later) -> None:
         """See BlockDevice, for a head or view of this family and a snapshot's layer: changed.py."""
-        Changed(self, self._clock, device, since, offset, length, limit, done)
+        Changed(self, self.clock, device, since, offset, length, limit, done)
 
     def head_moved(self, volume: int, layer: int) -> None:
         """The volume's head is another layer, or the same with another row."""
@@ -283,7 +283,7 @@ class LogDisk:
     def flush(self, done: Done) -> None:
         """See BlockDevice."""
         if self.failure:
-            self._clock.call_soon(lambda: done(errnos.EIO))
+            self.clock.call_soon(lambda: done(errnos.EIO))
         else:
             self.log.sync(done)
 
@@ -291,7 +291,7 @@ class LogDisk:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Answer from the loop."""
-        self._clock.call_soon(callback)
+        self.clock.call_soon(callback)
 
     def read_store(
         self, ranges: Sequence[tuple[bytes, bytes]], done: Callable[[list[list[tuple[bytes, bytes]]]], None], limit: int
@@ -316,7 +316,7 @@ class LogDisk:
         """Begin a scrub, or go on with one: `scrub` has its progress. One that is running is stopped."""
         if self.scrub is not None:
             self.scrub.stop()
-        self.scrub = Scrub(self, self._files, self._clock, begin, bytes_per_s, moved_bytes, finished)
+        self.scrub = Scrub(self, self._files, self.clock, begin, bytes_per_s, moved_bytes, finished)
 
     @property
     def moved_bytes(self) -> int:
@@ -324,7 +324,7 @@ class LogDisk:
         return self.log.appended_bytes + self.slow_path.cold_bytes
 
     def _check_background(self) -> None:
-        self._clock.call_soon(self.background.check)
+        self.clock.call_soon(self.background.check)
 
     def _work_finished(self) -> None:
         self.background.work_finished()
@@ -355,7 +355,7 @@ class LogDisk:
         for device in (*self._heads.values(), *self._views):
             device.stop()
         for done in self.log.fail():
-            self._clock.call_soon(partial(done, errnos.EIO))
+            self.clock.call_soon(partial(done, errnos.EIO))
         self.checkpointer.abandon()
         self.slow_path.wake()
         self._remember_failure()
@@ -383,7 +383,7 @@ class LogDisk:
 
         def wait() -> None:
             if self.scrub is not None and self.scrub.busy:
-                self._clock.call_later(0.01, wait)
+                self.clock.call_later(0.01, wait)
             elif self.failure:
                 self._closed = True
                 self.pool.close()
@@ -395,7 +395,7 @@ class LogDisk:
                 or self.tree_work.layer
                 or self.slow_path.under_way
             ):
-                self._clock.call_later(0.01, wait)
+                self.clock.call_later(0.01, wait)
             elif not self.log.is_committed:
                 self.checkpointer.stop()
                 self.log.sync(lambda _: closed())  # a checkpoint may not be made; replay is part of the next opening

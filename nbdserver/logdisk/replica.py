@@ -39,6 +39,9 @@ from protocol.disk import LAYER_ROW, NAMELESS
 from protocol.invariant import invariant
 from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
 
+ROOM_S = 0.25
+"""For so long it is believed how many segments can be had, while none is begun: others use the same file system."""
+
 Opener = Callable[[Replicated], LogDisk]
 
 
@@ -50,6 +53,9 @@ class Replica:
         self._open_disk = open_disk
         self._files = files
         self._source: BlockSource | None = None
+        self._room_bytes = 0  # of segments that can be had
+        self._room_segment = -1  # that was the open one then
+        self._room_until_s = 0.0
         self._take(open_disk(Replicated()))
 
     def _take(self, disk: LogDisk) -> None:
@@ -92,11 +98,14 @@ class Replica:
     @property
     def room_bytes(self) -> int:
         """What the open segment, the spare ones and those that can be made have room for, but for the reserve; at most
-        a few segments are looked at."""
+        a few segments are looked at, and those not at each call."""
         disk = self.disk
-        pool = disk.pool
-        open_bytes = max(0, pool.segment_bytes - disk.log.offset) if disk.log.offset else 0
-        return open_bytes + pool.segments_to_be_had(CLIENTS_KEEP) * pool.segment_bytes
+        log, pool = disk.log, disk.pool
+        now_s = disk.clock.now()
+        if now_s >= self._room_until_s or log.segment != self._room_segment:
+            self._room_bytes = pool.segments_to_be_had(CLIENTS_KEEP) * pool.segment_bytes
+            self._room_segment, self._room_until_s = log.segment, now_s + ROOM_S
+        return self._room_bytes + (max(0, pool.segment_bytes - log.offset) if log.offset else 0)
 
     @property
     def epochs(self) -> Epochs:
@@ -136,6 +145,9 @@ class Replica:
 
     def append(self, modifications: Sequence[Modification], done: Done) -> None:
         self._appending.submit(modifications, done)
+
+    def append_now(self, modifications: Sequence[Modification]) -> int | None:
+        return self._appending.at_once(modifications)
 
     def set_committed(self, txid: int) -> None:
         self.disk.log.committed.reach(txid)

@@ -8,9 +8,11 @@ where the layer is merged already the old one has no other user, and is freed he
 
 Rules
 - A modification is appended only if it follows the last one (Rule.APPEND_FOLLOWS_LAST); ESTALE otherwise.
-- What does not hold together, or has a block with a wrong checksum, is refused with EBADMSG and changes nothing.
+- What does not hold together is refused with EBADMSG and changes nothing. That its blocks have their checksums was seen
+  where it came in (protocol/peer_frames.py).
 - Everything is done in the order of the calls: what has to wait for a map page, a checkpoint or room holds up what
-  comes after it. The map pages come first, then the record, then the maps: a checkpoint never sees half of it.
+  comes after it. What waits for nothing, and for nobody before it, is done at once.
+- The map pages come first, then the record, then the maps: a checkpoint never sees half of it.
 - It may use the reserve of segments but for the last: whoever orders stops before (Replica.room_bytes).
 
 Known weakness: blocks are looked at one by one where their MBAs are not those that the page has already.
@@ -63,6 +65,11 @@ class Ordered:
         self._busy = False
         self.go_on = guarded(disk.fail, self._go_on)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
     def submit(self, step: Step, done: Done) -> None:
         """Take the step behind all that were submitted before; `done` with what it returned, from the loop."""
         self._waiting.append((step, done))
@@ -113,13 +120,29 @@ class ReplicaAppend:
 
         self._ordered.submit(step, done)
 
+    def at_once(self, modifications: Sequence[Modification]) -> int | None:
+        """How many of them are appended, up to the first that has to wait or is refused; None: the disk has failed, or
+        something waits already."""
+        disk = self._disk
+        if disk.failure or not self._ordered.is_idle:
+            return None
+        count = 0
+        try:
+            for modification in modifications:
+                if self._try(modification) != 0:
+                    break
+                count += 1
+        except Exception as error:
+            disk.parted(error)
+        return count
+
     def _try(self, modification: Modification) -> int | None:
         disk = self._disk
         last = disk.log.last
         follows = modification.txid == last.txid + 1 and modification.epoch >= last.epoch
         if not follows and holds(Rule.APPEND_FOLLOWS_LAST):
             return errnos.ESTALE
-        if disk.background.must_wait_for_checkpoint():
+        if disk.appending.blocked and disk.background.must_wait_for_checkpoint():
             disk.checkpointer.when_done(self._ordered.go_on)
             return None
         if len(modification.body) != body_bytes(modification.kind, modification.extents, modification.blocks):
@@ -163,8 +186,6 @@ class ReplicaAppend:
         if need:
             self._load(need, len(mbas))
             return None
-        if not are_right(modification.data, checksums):
-            return errnos.EBADMSG
         return self._append(modification, lambda offset: self._apply(modification, extents, mbas, checksums, offset))
 
     def _is_sound(self, modification: Modification, extents: array[int]) -> bool:
@@ -173,7 +194,11 @@ class ReplicaAppend:
             if not count or lba + count > 1 << ADDRESS_SHIFT or kind > EXTENT_HOLE:
                 return False
             blocks += count if kind != EXTENT_HOLE else 0
-        return blocks == modification.blocks and _log_bytes(modification) <= self._disk.pool.record_bytes
+        return (
+            blocks == modification.blocks
+            and sum(map(len, modification.data)) == blocks * BLOCK_BYTES
+            and _log_bytes(modification) <= self._disk.pool.record_bytes
+        )
 
     def _needed(self, layer: int, extents: array[int], mbas: array[int]) -> Need:
         maps = self._maps

@@ -41,6 +41,8 @@ class Ordering(Protocol):
 
     def room_bytes(self) -> int: ...
 
+    def commit(self, commit: Callable[[], int]) -> int: ...
+
     def when_committed(self, txid: int, done: Done) -> None: ...
 
     def flush(self, done: Done) -> None: ...
@@ -110,7 +112,7 @@ class ReplicatedDevice:
         if self._owner.is_deposed:
             return errnos.EIO  # to nobody: the open batch was never ordered
         self._look_at_room()
-        return self._inner.commit() or IN_FLIGHT
+        return self._owner.commit(self._inner.commit) or IN_FLIGHT
 
     def _look_at_room(self) -> None:
         self._room_bytes = max(0, self._owner.room_bytes() - _RESERVE_BYTES)

@@ -86,7 +86,7 @@ class Owner:
         self._waiting: deque[tuple[int, Done]] = deque()
         self._flushes: deque[tuple[int, Done]] = deque()
         self._unacknowledged: deque[Modification] = deque()
-        self._is_flushing_links = False
+        self._is_sending_due = False
         self._is_syncing = False
         self._set_needed()
         log.begin_epoch(value.epoch)
@@ -157,6 +157,20 @@ class Owner:
             return 0
         return min([self._log.room_bytes, *(link.room_bytes for link in self._needed)])
 
+    def commit(self, commit: Callable[[], int]) -> int:
+        """What `commit` orders leaves for the replicas before this returns, in one frame each."""
+        self._is_sending_due = True
+        try:
+            errno = commit()
+        finally:
+            self._is_sending_due = False
+        if self.is_deposed:
+            return errno
+        self._send_ordered()
+        if not self._needed:
+            self._clock.call_soon(self._commit_alone)
+        return errno
+
     def when_committed(self, txid: int, done: Done) -> None:
         """`done(0)` when everything up to `txid` is acknowledged, ESHUTDOWN if that is never known. In order of the
         calls; never from inside one. 0: as soon as anything may be answered."""
@@ -208,18 +222,25 @@ class Owner:
         self._unacknowledged.append(modification)
         for link in self.links.values():
             link.ordered(modification)
-        if not self._is_flushing_links:
-            self._is_flushing_links = True
-            self._clock.call_soon(self._flush_links)
+        if not self._is_sending_due:
+            self._is_sending_due = True
+            self._clock.call_soon(self._send_by_itself)
 
-    def _flush_links(self) -> None:
+    def _send_by_itself(self) -> None:
+        """What was ordered outside of `commit`."""
+        self._is_sending_due = False
+        if not self.is_deposed:
+            self._send_ordered()
+            self._commit_alone()
+
+    def _send_ordered(self) -> None:
         """One frame a wake a replica."""
-        self._is_flushing_links = False
-        if self.is_deposed:
-            return
         for link in self.links.values():
             link.flush()
-        if not self._needed:
+
+    def _commit_alone(self) -> None:
+        """No answer will say that what was ordered is committed."""
+        if not self._needed and not self.is_deposed:
             self._commit()
 
     def _commit(self) -> None:
@@ -239,18 +260,24 @@ class Owner:
 
     def _release(self) -> None:
         """Answer who waits for what is committed and durable now, if anything may be answered."""
-        if not (self._waiting or self._flushes or self._unacknowledged) or not self.has_authority:
-            return
         committed_txid = self._committed_txid
-        unacknowledged = self._unacknowledged
+        unacknowledged, flushes = self._unacknowledged, self._flushes
+        if not (
+            (unacknowledged and unacknowledged[0].txid <= committed_txid)
+            or (self._waiting and self._waiting[0][0] <= committed_txid)
+            or (flushes and flushes[0][0] <= self.durable_txid)
+        ):
+            return
+        if not self.has_authority:
+            return
         while unacknowledged and unacknowledged[0].txid <= committed_txid:
             unacknowledged.popleft()
         waiting = self._waiting
         ready: list[Done] = []
         while waiting and waiting[0][0] <= committed_txid:
             ready.append(waiting.popleft()[1])
-        while self._flushes and self._flushes[0][0] <= self.durable_txid:
-            ready.append(self._flushes.popleft()[1])
+        while flushes and flushes[0][0] <= self.durable_txid:
+            ready.append(flushes.popleft()[1])
         for done in ready:
             done(0)
 
@@ -298,10 +325,12 @@ class Owner:
 
     def appended(self, link: Link) -> None:
         """LinkEvents."""
-        if link in self._needed:
+        if link not in self._needed:
+            self._add_if_ready(link)
+            return
+        if link.durable_txid > self.durable_txid:
             self._durable()
-            self._commit()
-        self._add_if_ready(link)
+        self._commit()
 
     def aligned(self, link: Link, frame: Cut | Skip) -> None:
         """LinkEvents."""

@@ -3,6 +3,7 @@
 Rules
 - What is no good frame ends the stream; whoever opened it opens another one.
 - `lost` is said once, and never after `close`.
+- The blocks of an APPEND lie where they were received, until `received_frame` returns: who keeps them copies them.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,9 @@ class PeerStream:
         self._connection = connection
         self.received_frame = received  # replaced when the stream was opened
         self.lost_stream = lost
+        self.batch_ended: Callable[[], None] | None = None
+        """Called when everything was given out that has arrived together."""
+        self.is_receiving = False
         self.is_open = True
         self._frames = FrameBuffer()
 
@@ -46,6 +50,7 @@ class PeerStream:
         return self._frames.writable()
 
     def received(self, size_bytes: int) -> None:
+        self.is_receiving = True
         try:
             for frame in self._frames.received(size_bytes):
                 if not self.is_open:
@@ -55,6 +60,10 @@ class PeerStream:
             if self.is_open:
                 self.close()
                 self.lost_stream(self, str(error))
+        finally:
+            self.is_receiving = False
+            if self.batch_ended is not None:
+                self.batch_ended()
 
     def drained(self) -> None:
         """Nobody waits for it: what a stream may have under way is bounded by its frames."""

@@ -98,6 +98,7 @@ class Replica:
             return
         self._drop_stream()
         stream.received_frame, stream.lost_stream = self._received, self._lost
+        stream.batch_ended = self._answer_if_due
         self._stream, self._is_opening = stream, True
         self._owner, self._version = frame.owner, min(VERSION, frame.newest_version)
         if frame.epoch > self._epoch:
@@ -224,22 +225,27 @@ class Replica:
             return
         if frame.modifications:
             self._queued = frame.modifications[-1].position
-        number = frame.number
+        appended = partial(self._appended, stream, frame.number, frame.committed_txid, frame.sync_txid)
+        count = log.append_now(frame.modifications)
+        if count == len(frame.modifications):
+            appended(0)
+        else:
+            log.append([each.kept() for each in frame.modifications[count or 0 :]], appended)
 
-        def appended(errno: int) -> None:
-            if stream is not self._stream:
-                return
-            if errno:
-                self._refuse(Refusal.NO_ROOM if errno == errnos.ENOSPC else Refusal.FAILED)
-                return
-            self._number = number
-            log.set_committed(frame.committed_txid)
+    def _appended(self, stream: PeerStream, number: int, committed_txid: int, sync_txid: int, errno: int) -> None:
+        if stream is not self._stream:
+            return
+        if errno:
+            self._refuse(Refusal.NO_ROOM if errno == errnos.ENOSPC else Refusal.FAILED)
+            return
+        log = self.log
+        self._number = number
+        log.set_committed(committed_txid)
+        if self._durable:
             self._clear_bits()
-            if frame.sync_txid > log.durable.txid:
-                self._sync()
-            self._answer_soon()
-
-        log.append(frame.modifications, appended)
+        if sync_txid > log.durable.txid:
+            self._sync()
+        self._answer_soon()
 
     def _follows(self, modifications: Sequence[Modification]) -> bool:
         """Whether they follow what was appended last, and each other."""
@@ -254,9 +260,12 @@ class Replica:
         """One answer a wake, however many frames."""
         if not self._answer_due:
             self._answer_due = True
-            self._clock.call_soon(self._answer)
+            if self._stream is None or not self._stream.is_receiving:
+                self._clock.call_soon(self._answer_if_due)
 
-    def _answer(self) -> None:
+    def _answer_if_due(self) -> None:
+        if not self._answer_due:
+            return
         self._answer_due = False
         stream, log = self._stream, self.log
         if stream is None or self._is_opening:

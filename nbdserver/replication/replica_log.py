@@ -85,6 +85,10 @@ class ReplicaLog(Protocol):
         """Append what another node has ordered: ESTALE unless it follows `last`, ENOSPC if there is no room; `last` has
         moved when `done(0)` comes. Calls may follow each other without waiting."""
 
+    def append_now(self, modifications: Sequence[Modification]) -> int | None:
+        """Append what needs no waiting, from the first one on, and return how many those are; the buffers are free
+        again. The rest is for `append`. None: what came before them waits itself."""
+
     def set_committed(self, txid: int) -> None:
         """It only rises."""
 

@@ -23,6 +23,7 @@ class Host:
     files: HostFiles
     store: LevelStore
     clock: HostClock
+    completions: Completions
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def host(
     store = LevelStore(str(directory / "maps"), readers, writer)
     files = kind_of_files(str(directory), completions)
     try:
-        yield Host(files, store, HostClock(loop))
+        yield Host(files, store, HostClock(loop), completions)
     finally:
         store.close()
         files.shut_down()

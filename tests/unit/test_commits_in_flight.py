@@ -5,6 +5,7 @@ import errno
 import pytest
 
 from nbdserver.block import BLOCK_BYTES as BLOCK
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES
 from protocol.nbd import Command, CommandFlag
 from tests.unit.session_rig import Rig, make_rig
 
@@ -42,14 +43,35 @@ def test_reads_of_the_same_batch_do_not_wait(rig: Rig) -> None:
 def test_nothing_more_of_the_connection_is_done_meanwhile_and_all_of_it_then(rig: Rig) -> None:
     wire, other = rig.wire(), rig.wire(peer_name="192.0.2.1:1001")
     wire.feed(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1])
-    assert not wire.connection.reading
     other.feed(other.request(Command.WRITE, BLOCK, data=b"y" * BLOCK)[1])
+    wire.feed(wire.request(Command.WRITE, 0, data=b"z" * BLOCK)[1])
     assert rig.device.events == ["commit 1", "commit 1"]
     rig.device.acknowledge()
     assert len(wire.answers()) == len(other.answers()) == 1
-    wire.feed(wire.request(Command.WRITE, 0, data=b"z" * BLOCK)[1])
+    assert rig.device.events == ["commit 1", "commit 1", "commit 1"]
     rig.device.acknowledge()
     assert len(wire.answers()) == 1
+
+
+def test_a_connection_is_paused_only_when_something_comes_that_has_to_wait(rig: Rig) -> None:
+    wire = rig.wire()
+    wire.feed(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1])
+    assert wire.connection.reading
+    wire.feed(wire.request(Command.WRITE, 0, data=b"y" * BLOCK)[1])
+    assert not wire.connection.reading
+    for _ in range(2):  # the second becomes a batch of its own
+        rig.device.acknowledge()
+    assert wire.connection.reading
+
+
+def test_a_connection_whose_buffer_is_full_is_paused_at_once(rig: Rig) -> None:
+    wire = rig.wire()
+    requests = NORMAL_BYTES // (BLOCK + 28)
+    wire.feed(b"".join(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1] for _ in range(requests)))
+    assert not wire.connection.reading
+    rig.device.acknowledge()
+    assert wire.connection.reading
+    assert len(wire.answers()) == requests
 
 
 def test_what_came_with_the_batch_and_has_no_room_in_it_follows(rig: Rig) -> None:

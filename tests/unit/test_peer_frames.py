@@ -167,6 +167,12 @@ def test_a_frame_larger_than_the_first_room_comes_out_and_the_room_is_given_back
     (found,) = feed(packed(frame), 100_000, buffer)
     assert isinstance(found, Append)
     assert b"".join(found.modifications[0].data) == b"".join(data)
+    room_bytes = len(buffer.writable())
+    assert room_bytes == len(packed(frame))
+    for _ in range(FrameBuffer.SMALL_FRAMES):
+        feed(packed(Append(3, 1, 0, 0, 0)), 100_000, buffer)
+    assert len(buffer.writable()) == room_bytes  # others of its size may follow
+    feed(packed(Append(3, 1, 0, 0, 0)), 100_000, buffer)
     assert len(buffer.writable()) == FrameBuffer.FIRST_BYTES
 
 

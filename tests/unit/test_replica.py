@@ -1,5 +1,6 @@
 """A replica as its owner meets it: whom it obeys, and what it says."""
 
+from array import array
 from collections.abc import Sequence
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from metadata.seams import Buffer
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica import Replica
+from protocol.checksum import crc32c
+from protocol.disk import BLOCK_BYTES, WRITE
 from protocol.peer import (
     BEGINNING,
     Append,
@@ -20,7 +23,7 @@ from protocol.peer import (
     Refusal,
     Refused,
 )
-from protocol.peer_frames import decode
+from protocol.peer_frames import decode, encode
 from tests.simulation.replication.memory_log import MemoryDisk, MemoryLog
 from tests.simulation.world import SimulatedClock, World
 
@@ -77,6 +80,13 @@ def write(epoch: int, txid: int) -> Modification:
     return Modification(epoch, txid, 1, 1, 0, 0, b"", ())
 
 
+def feed(stream: PeerStream, *frames: Frame) -> None:
+    """They arrive together."""
+    data = b"".join(b"".join(encode(frame)) for frame in frames)
+    stream.buffer()[: len(data)] = data
+    stream.received(len(data))
+
+
 def append(number: int, *modifications: Modification, epoch: int = 3) -> Append:
     return Append(epoch, number, 0, 0, 0, modifications)
 
@@ -131,6 +141,32 @@ def test_what_follows_is_appended_and_what_does_not_ends_the_stream() -> None:
     rig.say(stream, append(2, write(3, 4)))
     assert wire.sent[-1] == Refused(3, Refusal.NOT_NEXT)
     assert rig.log.last == Position(3, 2)
+
+
+def test_what_arrives_together_is_answered_once_and_before_anything_else_happens() -> None:
+    rig = Rig()
+    rig.log.at_once = 1.0
+    stream, wire = rig.open(3)
+    wire.sent.clear()
+    feed(stream, *(append(number, write(3, number)) for number in (1, 2, 3)))
+    rig.clock.run(0.1)
+    (answer,) = wire.sent
+    assert isinstance(answer, Appended)
+    assert (answer.number, answer.last) == (3, Position(3, 3))
+
+
+def test_blocks_that_have_to_wait_are_kept_though_their_place_is_used_again() -> None:
+    rig = Rig()
+    stream, _ = rig.open(3)
+    rig.log.append((), lambda errno: None)  # it waits, and so does what follows
+    extents = array("Q", [0, 1]).tobytes()
+    for txid, content in ((1, b"a"), (2, b"b")):
+        block = content * BLOCK_BYTES
+        body = extents + bytes(8) + crc32c(block).to_bytes(4, "little")
+        feed(stream, append(txid, Modification(3, txid, WRITE, 1, 1, 1, body, [block])))
+    rig.clock.run(0.1)
+    written = [b"".join(record.data)[:1] for record in rig.disk.records if isinstance(record, Modification)]
+    assert written == [b"a", b"b"]
 
 
 def test_frames_of_another_epoch_than_the_streams_are_refused() -> None:

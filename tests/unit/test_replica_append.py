@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 
 from nbdserver.logdisk.ordering import Rule, disabled
 from protocol.peer import Modification
-from tests.unit.families import block
-from tests.unit.replica_rig import STEPS, Pair, Step
+from tests.unit.families import BLOCK_BYTES, block
+from tests.unit.replica_rig import STEPS, Pair, Step, taken
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -50,7 +50,6 @@ def test_what_does_not_follow_is_refused() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda m: replace(m, data=[block(77)]),
         lambda m: replace(m, data=[block(1)[:-1]]),
         lambda m: replace(m, data=[]),
         lambda m: replace(m, body=m.body + b"x"),
@@ -67,6 +66,30 @@ def test_what_does_not_hold_together_is_refused_and_changes_nothing(damage: Any)
     assert pair.replica.disk.log.lsn == end
     assert pair.replica.append(told) == 0
     assert pair.replica.number_at(0) == 1
+
+
+def test_what_waits_for_nothing_is_appended_at_once_and_its_buffers_are_free_again() -> None:
+    pair = Pair()
+    assert pair.replica.append(taken(written(pair, 3))) == 0
+    told = taken(written(pair, 3))
+    lent = [replace(each, data=[memoryview(bytearray(each.data[0]))]) for each in told]
+    assert pair.replica.replica.append_now(lent) == 3
+    for each in lent:
+        each.data[0][:] = bytes(BLOCK_BYTES)  # type: ignore[index]
+    assert [pair.replica.number_at(lba) for lba in range(3)] == [1, 2, 3]
+
+
+def test_what_has_to_wait_is_left_and_what_comes_behind_it_is_not_appended_before_it() -> None:
+    pair = Pair()
+    told = taken(written(pair, 4))
+    done: list[int] = []
+    assert pair.replica.replica.append_now(told[:2]) == 0  # the maps' pages are not in memory yet
+    pair.replica.replica.append(told[:2], done.append)
+    assert pair.replica.replica.append_now(told[2:]) is None
+    assert pair.replica.append([told[2]]) == 0
+    assert pair.replica.replica.append_now([told[3], told[3]]) == 1  # it does not follow itself
+    assert done == [0]
+    assert pair.replica.replica.last == told[-1].position
 
 
 def test_a_record_that_touches_more_pages_than_the_cache_holds_is_appended() -> None:

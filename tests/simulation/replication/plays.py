@@ -96,6 +96,7 @@ def a_replica_loses_its_power_when_it_has_fetched_a_region() -> None:
     stage.until(lambda: stage.node(3).log.resync_count > 1)
     left = stage.node(3).log.resync_count
     stage.until(lambda: stage.node(3).log.resync_count < left)
+    stage.node(3).log.disk.forget_unsynced()
     stage.kill(3, power=True)
     stage.start(3)
     stage.end()

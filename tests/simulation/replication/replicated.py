@@ -41,6 +41,7 @@ class ReplicaNode:
         self.machine = machine
         slow = 1.0 if machine.name in scenario.slow else machine.mix.slow
         self.log = MemoryLog(scenario.disk_of(machine), seams.clock, seams.random, slow)
+        self.log.at_once = scenario.at_once
         self.family = ReplicatedFamily(
             seams.clock,
             seams.network,
@@ -88,6 +89,9 @@ class ReplicatedScenario:
         self._operations = rng.choice([1, 2, 6])
         self._attach = rng.choice([0.0, 0.005, 0.05])  # chance that somebody attaches elsewhere for no reason
         self._trouble = rng.choice([0.0, 0.01, 0.05, 0.1]) if trouble is None else trouble  # chance of a conspiracy
+        self.at_once = (
+            rng.choice([0.0, 0.5]) if trouble is None else 0.0
+        )  # how often a replica appends where it receives
         self._disks: dict[str, MemoryDisk] = {}
         self._drives: dict[str, object] = {}
         self._label = 0

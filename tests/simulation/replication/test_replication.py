@@ -253,7 +253,7 @@ def a_copy_is_older_than_its_place(patch: pytest.MonkeyPatch) -> None:  # rule 1
 
     def read_region(self: MemoryLog, region: int, done: Callable[[int, Copy | None], None]) -> None:
         def read(errno: int, copy: Copy | None) -> None:
-            self._clock.call_later(0.2, lambda: done(errno, copy and replace(copy, txid=self.last.txid)))
+            self._clock.call_later(0.5, lambda: done(errno, copy and replace(copy, txid=self.last.txid)))
 
         honest(self, region, read)
 

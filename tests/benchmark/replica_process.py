@@ -1,0 +1,115 @@
+"""One data process with one replicated family, without a node around it: the replicated path by itself.
+
+    python -m tests.benchmark.replica_process DIRECTORY NODE LISTEN PEERS CLIENTS SIZE_BYTES
+
+PEERS is NODE=ADDRESS,... of all. It formats DIRECTORY if there is nothing yet, prints `replica INCARNATION` and follows
+whoever owns the family. A line on its standard input, `own VALUE` with a ReplicaSet as JSON, makes it the owner: it
+takes over, serves the family at the address CLIENTS as the export `bench` and prints `owner`. Each process has a
+registry of its own, so nothing but this may change who owns the family: for measurements only.
+"""
+
+import asyncio
+import gc
+import os
+import random
+import sys
+from pathlib import Path
+
+from metadata.embedded_registry import EmbeddedRegistry
+from metadata.leveldb import LevelStore
+from metadata.registry_table import RegistryTable
+from metadata.replica_set import ReplicaSet, replica_set_key
+from nbdserver.frontend.server import Server
+from nbdserver.host.clock import HostClock
+from nbdserver.host.completions import Workers
+from nbdserver.host.network import SocketNetwork
+from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.opening import Replicated
+from nbdserver.logdisk.replica import Replica
+from nbdserver.replication.device import ReplicatedDevice
+from nbdserver.replication.family import ReplicatedFamily
+from nbdserver.replication.peer_server import PeerServer
+from nbdserver.volume.export import Export, Exports
+
+from .local_family import host
+
+FAMILY = bytes(16)
+EXPORT = "bench"
+SEGMENT_BYTES = 64 << 20
+
+
+def _say(words: str) -> None:
+    print(words, flush=True)
+
+
+def _report(kind: str, fields: dict[str, object]) -> None:
+    print(kind, fields, file=sys.stderr, flush=True)
+
+
+async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], clients: str, size_bytes: int) -> None:
+    loop = asyncio.get_running_loop()
+    is_new = not directory.exists()
+    directory.mkdir(exist_ok=True, parents=True)
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with host(directory, loop) as parts:
+        if is_new:
+            LogDisk.format(parts.files, parts.store, FAMILY, size_bytes, SEGMENT_BYTES, random.SystemRandom())
+
+        def open_disk(replicated: Replicated) -> LogDisk:
+            return LogDisk.open(
+                parts.files, parts.store, parts.clock, random.SystemRandom(), DiskSettings(), None, boot_id,
+                _report, replicated=replicated,
+            )  # fmt: skip
+
+        replica = Replica(open_disk, parts.files)
+        network = SocketNetwork(loop, parts.completions)
+        threads = Workers(parts.completions, 1, "registry")
+        table = RegistryTable(LevelStore(str(directory / "registry"), threads, threads))
+        registry = EmbeddedRegistry(table, parts.clock)
+        family = ReplicatedFamily(
+            parts.clock, network, registry, replica, FAMILY, node, lambda node: peers[node], _report
+        )
+        PeerServer(parts.clock, network, listen, lambda asked: family.accept if asked == FAMILY else None)
+        _say(f"replica {replica.incarnation}")
+        lines = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        gc.disable()
+        while line := (await lines.readline()).decode():
+            word, _, value = line.strip().partition(" ")
+            if word == "own":
+                await _own(table, family, parts.clock, network, replica, value, clients)
+        _say("ends")
+
+
+async def _own(
+    table: RegistryTable,
+    family: ReplicatedFamily,
+    clock: HostClock,
+    network: SocketNetwork,
+    replica: Replica,
+    value: str,
+    clients: str,
+) -> None:
+    table.compare_and_swap([(replica_set_key(FAMILY), None, ReplicaSet.decode(value.encode()).encode())])
+    taken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    family.take_over(taken.set_result)
+    reason = await taken
+    if reason:
+        _say(f"not taken over: {reason}")
+        return
+    assert family.owner is not None
+    exports = Exports()
+    exports.add(Export(EXPORT, ReplicatedDevice(clock, replica.disk.head(1), family.owner)))
+    Server(network, clock, exports, lambda kind, fields: None).listen(clients)
+    _say("owner")
+
+
+def main() -> None:
+    directory, node, listen, peers, clients, size_bytes = sys.argv[1:]
+    addresses = dict(each.split("=", 1) for each in peers.split(","))
+    asyncio.run(serve(Path(directory), node, listen, addresses, clients, int(size_bytes)))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
