@@ -11,8 +11,8 @@ Rules
   is skipped to its last byte, so that the stream stays in step.
 - What an option negotiated counts only if the option succeeded; a failed SET_META_CONTEXT clears the contexts.
   Which contexts there are, and what selects them: contexts.py.
-- An export may live in another process (`ElsewhereError`). The handshake then stands before the option that names it,
-  which nobody has answered: its `HandshakeState` is all that the other process needs to go on.
+- An export may live in another process or node (`ElsewhereError`). The handshake then stands before the option that
+  names it, which nobody has answered: its `HandshakeState` is all that is needed there to go on.
 - After TLS starts, nothing negotiated before it counts, and bytes that were sent before it are an attack: the
   connection closes. Where TLS is required, nothing but STARTTLS and ABORT is done before it.
 
@@ -118,11 +118,13 @@ class OptionRefusedError(Exception):
 
 
 class ElsewhereError(Exception):
-    """An export that the peer may use lives in another process: its number is `worker`."""
+    """An export that the peer may use lives in another process of this node: its number is `worker`. Or, for None, on
+    one of the cluster's nodes."""
 
-    def __init__(self, worker: int) -> None:
-        super().__init__(f"the export lives in process {worker}")
+    def __init__(self, worker: int | None, export: str) -> None:
+        super().__init__(f"{export} lives elsewhere")
         self.worker = worker
+        self.export = export
 
 
 class Offers(Protocol):
@@ -180,9 +182,10 @@ class Enter:
 
 @dataclass(frozen=True)
 class GoElsewhere:
-    """Go on with the handshake's `leave()` in another process."""
+    """Go on with the handshake's `leave()` where the export lives, as ElsewhereError says."""
 
-    worker: int
+    worker: int | None
+    export: str
     data: bytes = b""
 
 
@@ -353,7 +356,7 @@ class Handshake:
             header = nbd.OPTION_HEADER.pack(nbd.OPTION_MAGIC, self._option, self._length)
             self._received[:0] = header + data
             self._move(Move.NOT_HERE)
-            return GoElsewhere(elsewhere.worker)
+            return GoElsewhere(elsewhere.worker, elsewhere.export)
         if isinstance(event, Reply):
             self._move(Move.ANSWERED)
         return event

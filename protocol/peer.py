@@ -11,6 +11,8 @@ it anyway. So every byte is checked, and once.
     replica ─► OPENED, then APPENDED, COPIED, FETCHED; or REFUSED, which ends the stream
     both ─► READ_BLOCKS, answered by BLOCKS: what has rotted at one, the other may have
 
+Streams about clients of other nodes come by the same address; their frames are in peer_clients.py.
+
 Rules
 - The header, OPEN and OPENED begin alike in every version; what follows what is known in them is skipped. OPEN offers
   the versions from OLDEST_VERSION to VERSION, OPENED chooses the highest that both know: each version talks to the one
@@ -32,6 +34,7 @@ from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from protocol.disk import BLOCK_BYTES
 from protocol.layout import derive
+from protocol.peer_clients import ClientFrame
 
 MAGIC = 0x3150444E  # "NDP1"
 VERSION = 2
@@ -152,9 +155,13 @@ class Kind(IntEnum):
     REFUSED = 11
     READ_BLOCKS = 12
     BLOCKS = 13
+    FORWARD = 14
+    FORWARDED = 15
+    KEEP = 16
+    KEPT = 17
 
 
-KINDS_SINCE = {Kind.READ_BLOCKS: 2, Kind.BLOCKS: 2}
+KINDS_SINCE = dict.fromkeys((Kind.READ_BLOCKS, Kind.BLOCKS, Kind.FORWARD, Kind.FORWARDED, Kind.KEEP, Kind.KEPT), 2)
 """Version with which a kind came, 1 for the others."""
 
 
@@ -346,4 +353,7 @@ class Blocks:
     data: Sequence[bytes | memoryview]
 
 
-Frame = Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused | ReadBlocks | Blocks
+Frame = (
+    Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused
+    | ReadBlocks | Blocks | ClientFrame
+)  # fmt: skip

@@ -62,6 +62,7 @@ from protocol.peer import (
     Runs,
     Skip,
 )
+from protocol.peer_clients import Forward, Forwarded, Keep, Kept
 
 Buffer = bytes | memoryview
 
@@ -130,6 +131,14 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
             return Kind.READ_BLOCKS, _pack_mbas(frame.number, frame.mbas), ()
         case Blocks():
             return Kind.BLOCKS, _pack_mbas(frame.number, frame.mbas) + frame.checksums, frame.data
+        case Forward():
+            return Kind.FORWARD, frame.pack(), ()
+        case Forwarded():
+            return Kind.FORWARDED, frame.pack(), ()
+        case Keep():
+            return Kind.KEEP, frame.pack(), ()
+        case Kept():
+            return Kind.KEPT, frame.pack(), ()
 
 
 def blocks_frame(number: int, found: Mapping[int, bytes]) -> Blocks:
@@ -232,6 +241,10 @@ class _Reader:
         self._at = end
         return self._head[begin:end]
 
+    def rest(self) -> bytes:
+        """What is left of the meta."""
+        return self.take(len(self._head) - self._at)
+
     def blocks(self, count: int, checksums: bytes) -> Sequence[memoryview]:
         """The next blocks, as one buffer, if they have these checksums."""
         begin, end = self._blocks_at, self._blocks_at + count * BLOCK_BYTES
@@ -296,6 +309,14 @@ def _decode(kind: int, reader: _Reader) -> Frame:
             number, mbas = _mbas(reader)
             checksums = reader.take(4 * len(mbas))
             return Blocks(number, mbas, checksums, reader.blocks(len(mbas), checksums))
+        case Kind.FORWARD:
+            return Forward.unpack(reader.take, reader.rest)
+        case Kind.FORWARDED:
+            return Forwarded.unpack(reader.take)
+        case Kind.KEEP:
+            return Keep.unpack(reader.take)
+        case Kind.KEPT:
+            return Kept.unpack(reader.take)
     raise PeerFrameError(f"it is of kind {kind}, which this program does not know")
 
 
@@ -390,3 +411,7 @@ class FrameBuffer:
             self._begin = self._end = 0
             if self._small_frames > self.SMALL_FRAMES and len(self._room) > self.FIRST_BYTES:
                 self._take_room(self.FIRST_BYTES)
+
+    def leftover(self) -> bytes:
+        """What is behind the last frame that was given out."""
+        return bytes(self._room[self._begin : self._end])

@@ -45,6 +45,8 @@ class DataNode:
         self.address = f"127.0.0.1:{port}"
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.clients = str(rig.directory / f"{name}.sock")
+        self.port = rig.free_port()
+        """Where clients come by TCP."""
         self.directory = str(rig.directory / name)
         self.incarnation = 0
         self._tls = tls
@@ -71,14 +73,18 @@ class DataNode:
         await self.call("start", cache_bytes=64 << 20, max_connections=100, max_data_bytes=0)
         await self.call("peers", node=self.name, address=self.address, tls=self._tls)
         self.process.notify("peer_addresses", {"nodes": self.rig.addresses()})
+        listing = {"description": "", "allowed": [], "tls": "inherit"}
+        self.process.notify("cluster_exports", {"exports": {VOLUME: listing}})
         Path(self.clients).unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(self.clients)
-            listening.listen()
-            self.process.send_descriptors([listening.fileno()])
-            await self.call("listen", addresses=[f"unix:{self.clients}"])
+        with socket.socket(socket.AF_UNIX) as local, socket.create_server(("127.0.0.1", self.port)) as distant:
+            local.bind(self.clients)
+            local.listen()
+            self.process.send_descriptors([local.fileno(), distant.fileno()])
+            await self.call("listen", addresses=[f"unix:{self.clients}", f"127.0.0.1:{self.port}"])
 
     async def _answer(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name == "attach":
+            return await self.rig.attach(self, **arguments)
         assert self._visit is not None
         return await self._visit.answer(name, arguments)
 
@@ -105,7 +111,7 @@ class DataNode:
                 tries -= 1
                 if not tries:
                     raise
-        settings = asdict(ExportSettings())
+        settings = asdict(self.rig.settings)
         await self.call(
             "serve", family=self.rig.family, volumes=[{"number": FIRST_VOLUME, "name": VOLUME, "settings": settings}]
         )
@@ -148,9 +154,11 @@ class DataRig:
     """Some nodes with a replica of one family each."""
 
     def __init__(
-        self, directory: Path, free_port: FreePort, names: Sequence[str], tls: Callable[[str], Tls | None]
+        self, directory: Path, free_port: FreePort, names: Sequence[str], tls: TlsOf, settings: ExportSettings
     ) -> None:
         self.directory = directory
+        self.free_port = free_port
+        self.settings = settings
         self.family = secrets.token_hex(16)
         self.registry = EmbeddedRegistry(
             RegistryTable(LevelStore(str(directory / "registry"), NO_THREADS, NO_THREADS)),
@@ -173,6 +181,14 @@ class DataRig:
         await self.put(value)
         await first.own()
         await self.until(self.all_in_sync, "all replicas are in sync")
+
+    async def attach(self, asked: DataNode, export: str, failed: Sequence[str]) -> dict[str, Any]:
+        """What the control process of a node answers: the owner serves it."""
+        owner = (await self.value()).owner
+        if owner == asked.name:
+            return {"own": True}
+        node = next(node for node in self.nodes if node.name == owner)
+        return {"node": owner, "address": node.address}
 
     async def put(self, value: ReplicaSet) -> None:
         key = replica_set_key(bytes.fromhex(self.family))
@@ -208,9 +224,10 @@ async def data_nodes(
     free_port: FreePort,
     names: Sequence[str] = ("node-1", "node-2", "node-3"),
     tls: TlsOf = lambda name: None,
+    settings: ExportSettings = ExportSettings(),  # noqa: B008  # it is frozen
 ) -> AsyncIterator[DataRig]:
     """Nodes of which the first one owns a family that all have."""
-    rig = DataRig(directory, free_port, names, tls)
+    rig = DataRig(directory, free_port, names, tls, settings)
     try:
         await rig.begin()
         yield rig

@@ -6,10 +6,14 @@ has finished stands still, and `hand_over` gives the connections to another proc
 
 A node may have several processes with a server each. A client whose handshake names an export of another one is passed
 on there (`pass_on`, to that one's `arrive`): with its socket, or, if that cannot be handed over, by a `Forwarding`. It
-is counted where its session is.
+is counted where its session is. Who wants a volume of the cluster that is not served here is `away` from then on: it is
+taken to another node (`attach`, see attaching.py), or comes back (`arrive`). It counts here all the time, and at the
+other node too (`arrive_from_node`).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
 
 from metadata.seams import Clock, Connection, Network, Receiver, Timer
 from nbdserver.frontend.census import Census
@@ -17,7 +21,7 @@ from nbdserver.frontend.forwarding import Forwarding
 from nbdserver.frontend.session import ClientInfo, Secure, Session
 from nbdserver.volume.export import Export, Exports
 from protocol.handover import ClientState, HandshakingClient
-from protocol.handshake import OptionRefusedError
+from protocol.handshake import GoElsewhere, OptionRefusedError
 
 CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each, once they have entered an export
 
@@ -26,6 +30,21 @@ ForwardingOver = Callable[[Forwarding], None]
 
 PassOn = Callable[[Connection, HandshakingClient, int, ForwardingOver], Forwarding | None]
 """Takes a client to the process of this number: its socket, or a Forwarding, which says when it is over. OSError."""
+
+
+class Away(Protocol):
+    """A client that is taken to another node, or has been."""
+
+    def shut_down(self) -> None:
+        """End it soon; the answers that are under way still reach it."""
+
+    def close(self) -> None:
+        """End it now."""
+
+
+Attach = Callable[[Connection, HandshakingClient, str, Callable[[str], None]], Away]
+"""Takes a client to the node that serves this volume, or back here. Its last argument is called once, and not from
+inside: with why the client is gone, or with "" when it is about to `arrive` here again."""
 
 
 class Server:
@@ -51,6 +70,8 @@ class Server:
         self._census = census or Census()
         self.pass_on: PassOn | None = None
         self._forwardings: set[Forwarding] = set()
+        self.attach: Attach | None = None
+        self._away: dict[int, Away] = {}  # by the client's number
         self._stop_listening: dict[str, Callable[[], None]] = {}
         self._drained: Callable[[], None] | None = None
         self._is_closing = False
@@ -88,6 +109,8 @@ class Server:
         self._accept_nobody(timeout_s, done)
         for session in list(self._sessions.values()):
             session.shut_down()
+        for away in list(self._away.values()):
+            away.shut_down()
         self._check_drained()
 
     def freeze(self, timeout_s: float, done: Callable[[], None]) -> None:
@@ -121,10 +144,22 @@ class Server:
         self._add(session)
         return session
 
-    def arrive(self, connection: Connection, client: HandshakingClient) -> Session | None:
-        """Go on with a client that another process has passed on: its Receiver, whose `go_on` is called when it is
-        connected. None while nobody is accepted."""
-        return None if self._drained is not None else self._begin(client.id, connection, client)
+    def arrive(self, connection: Connection, client: HandshakingClient, refusal: str = "") -> Session | None:
+        """Go on with a client that another process has passed on, or that was `away`: its Receiver, whose `go_on` is
+        called when it is connected. A `refusal` is what it is told of volumes of other nodes. None while nobody is
+        accepted."""
+        return None if self._drained is not None else self._begin(client.id, connection, client, self.secure, refusal)
+
+    def arrive_from_node(self, connection: Connection, client: HandshakingClient, node: str) -> Session | None:
+        """Go on with a client of another node, as `arrive` does. None if it cannot be taken."""
+        if self._is_full or self._drained is not None:
+            return None
+        client = replace(client, id=self._census.next_id(), since_s=self._clock.now())
+        # It is over TLS already, or will never be; and it is not sent on to a third node.
+        moved = "it has just moved to another node: connect again"
+        session = self._begin(client.id, connection, client, None, moved, node)
+        self._report("client-connected", {"client": session.id, "peer": session.peer.name, "via": node})
+        return session
 
     def _accept_nobody(self, timeout_s: float, done: Callable[[], None]) -> None:
         for address in self.addresses():
@@ -138,11 +173,14 @@ class Server:
                 session.disconnect("not finished when the server stopped")
         for forwarding in list(self._forwardings):
             forwarding.close()
+        for away in list(self._away.values()):
+            away.close()
         self._finish_drain()
 
     def _check_drained(self) -> None:
         frozen = all(session.frozen for session in self._sessions.values())
-        if self._drained is not None and frozen and not (self._forwardings and self._is_closing):
+        is_busy = self._is_closing and bool(self._forwardings or self._away)
+        if self._drained is not None and frozen and not is_busy:
             self._clock.call_soon(self._finish_drain)
 
     def _finish_drain(self) -> None:
@@ -152,40 +190,60 @@ class Server:
         if done is not None:
             done()
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._sessions) + len(self._away) + self._census.others() >= self._client_limit
+
     def _accept(self, connection: Connection) -> Receiver | None:
-        if len(self._sessions) + self._census.others() >= self._client_limit or self._drained is not None:
+        if self._is_full or self._drained is not None:
             self._report("client-refused", {"peer": connection.peer_name, "limit": self._client_limit})
             return None
-        session = self._begin(self._census.next_id(), connection)
+        session = self._begin(self._census.next_id(), connection, None, self.secure)
         self._report("client-connected", {"client": session.id, "peer": session.peer.name})
         return session
 
-    def _begin(self, client_id: int, connection: Connection, arrived: HandshakingClient | None = None) -> Session:
+    def _begin(
+        self,
+        client_id: int,
+        connection: Connection,
+        arrived: HandshakingClient | None,
+        secure: Secure | None,
+        refusal: str = "",
+        via: str = "",
+    ) -> Session:
         session = Session(
             client_id,
             connection,
             self._clock,
             self._exports,
             self._gone,
-            secure=self.secure,
+            secure=secure,
             arrived=arrived,
             leaves=self._leaves,
+            refusal=refusal,
+            via=via,
         )
         self._add(session)
         return session
 
     def _add(self, session: Session) -> None:
         self._sessions[session.id] = session
-        self._census.note(len(self._sessions))
+        self._count()
 
     def _remove(self, session: Session) -> None:
         self._sessions.pop(session.id, None)
-        self._census.note(len(self._sessions))
+        self._count()
 
-    def _leaves(self, session: Session, connection: Connection, client: HandshakingClient, worker: int) -> None:
+    def _count(self) -> None:
+        self._census.note(len(self._sessions) + len(self._away))
+
+    def _leaves(self, session: Session, connection: Connection, client: HandshakingClient, going: GoElsewhere) -> None:
+        if going.worker is None:
+            self._go_away(session, connection, client, going.export)
+            return
         assert self.pass_on is not None
         try:
-            forwarding = self.pass_on(connection, client, worker, self._forwarding_over)
+            forwarding = self.pass_on(connection, client, going.worker, self._forwarding_over)
         except OSError as error:
             connection.abort()
             self._gone(session, f"its export's process does not take it: {error.strerror or error}")
@@ -195,14 +253,28 @@ class Server:
         self._remove(session)
         self._check_drained()
 
+    def _go_away(self, session: Session, connection: Connection, client: HandshakingClient, export: str) -> None:
+        def ended(reason: str) -> None:
+            del self._away[client.id]
+            self._count()
+            if reason:
+                self._report_gone(session, export, reason)
+            self._check_drained()
+
+        assert self.attach is not None
+        self._away[client.id] = self.attach(connection, client, export, ended)
+        self._remove(session)
+
     def _forwarding_over(self, forwarding: Forwarding) -> None:
         self._forwardings.discard(forwarding)
         self._check_drained()
 
     def _gone(self, session: Session, reason: str) -> None:
         self._remove(session)
-        export = session.export.name if session.export is not None else ""
+        self._report_gone(session, session.export.name if session.export is not None else "", reason)
+        self._check_drained()
+
+    def _report_gone(self, session: Session, export: str, reason: str) -> None:
         self._report(
             "client-gone", {"client": session.id, "peer": session.peer.name, "export": export, "reason": reason}
         )
-        self._check_drained()

@@ -4,8 +4,9 @@ Theory: a session is the Receiver of its connection. It owns the receive buffer 
 `Handshake`, and after an agreement to `Transmission`. It knows its export from the agreement until the connection is
 gone.
 
-A session whose handshake names an export of another process leaves: `leaves` takes its connection and what it agreed on
-to where the handshake goes on (`HandshakingClient`), and that process has made a session of it by `arrived`.
+A session whose handshake names an export of another process or node leaves: `leaves` takes its connection and what it
+agreed on to where the handshake goes on (`HandshakingClient`), and a session is made of it there by `arrived`. It comes
+back, with a `refusal`, if there is no node that serves it.
 
 Rules
 - The handshake, that of TLS included, has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being
@@ -47,8 +48,8 @@ Secure = Callable[[Connection, Receiver, Callable[[str, str], None]], Connection
 """`Secure` of host/tls.py."""
 
 
-Leaves = Callable[["Session", Connection, HandshakingClient, int], None]
-"""Gets a session, its connection, which has sent everything, what goes on with it, and the number of the process."""
+Leaves = Callable[["Session", Connection, HandshakingClient, GoElsewhere], None]
+"""Gets a session, its connection, which has sent everything, what goes on with it, and where."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,12 @@ class Session:
         secure: Secure | None = None,
         arrived: HandshakingClient | None = None,
         leaves: Leaves | None = None,
+        refusal: str = "",
+        via: str = "",
     ) -> None:
         """`gone(session, reason)` is called once, when the connection is closed or lost; not when it `leaves`. Without
-        `secure` there is no TLS, without `leaves` there is no other process.
+        `secure` there is no TLS, without `leaves` there is no other process. A `refusal` answers whoever asks for an
+        export of another node. `via` is the node that it has come to, if that is another one.
 
         With `resumed` it begins in the transmission phase (OptionRefusedError if its export does not have it any
         more), and serves once `resume` is called. With `arrived` it begins in the handshake, and goes on when `go_on`
@@ -99,6 +103,7 @@ class Session:
         self._exports = exports
         self._report_gone = gone
         self._leaves = leaves
+        self._refusal = refusal
         self._secure = secure
         self._since_s = clock.now()
         self._received_bytes = 0
@@ -107,11 +112,11 @@ class Session:
         self._transmission: Transmission | None = None
         self._agreement: Agreement | None = None
         self._handshake_paused = False
-        self._going_to: int | None = None  # a process, once the peer has taken every reply
+        self._going: GoElsewhere | None = None  # once the peer has taken every reply
         self._over = False
         self._timeout: Timer | None = None
         if arrived is not None:
-            self.peer = Peer(arrived.peer_name, arrived.tls, arrived.certificate)
+            self.peer = Peer(arrived.peer_name, arrived.tls, arrived.certificate, via)
             self._since_s = arrived.since_s
             self._handshake = Handshake.resume(self, arrived.handshake, secure is not None, bool(arrived.tls))
             self._timeout = clock.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_timed_out)
@@ -219,8 +224,8 @@ class Session:
             self._transmission.drained()
         elif self._handshake_paused and not self._over:
             self._handshake_paused = False
-            if self._going_to is not None:
-                self._go_elsewhere(self._going_to)
+            if self._going is not None:
+                self._go_elsewhere(self._going)
                 return
             self._go_on_with_handshake()
             if not self._handshake_paused and not self._over:
@@ -247,7 +252,7 @@ class Session:
                 self._close(event.reason)
                 return
             if isinstance(event, GoElsewhere):
-                self._go_elsewhere(event.worker)
+                self._go_elsewhere(event)
                 return
             if isinstance(event, StartTls):
                 assert self._secure is not None
@@ -258,9 +263,9 @@ class Session:
                 self._connection.pause_reading()
                 return
 
-    def _go_elsewhere(self, worker: int) -> None:
-        """The handshake stands before an option that another process answers."""
-        self._going_to = worker
+    def _go_elsewhere(self, going: GoElsewhere) -> None:
+        """The handshake stands before an option that another process or node answers."""
+        self._going = going
         if self._connection.unsent_bytes:
             self._handshake_paused = True
             self._connection.pause_reading()
@@ -271,7 +276,7 @@ class Session:
         peer = self.peer
         client = HandshakingClient(self.id, self._since_s, peer.name, peer.tls, peer.certificate, state)
         self._leave()
-        self._leaves(self, self._connection, client, worker)
+        self._leaves(self, self._connection, client, going)
 
     def _secured(self, tls: str, certificate: str) -> None:
         """The TLS handshake has ended well."""
@@ -332,7 +337,9 @@ class Session:
             wanted = f"there is no export {name!r}" if name else "there is no default export: name one"
             raise OptionRefusedError(OptionReply.ERR_UNKNOWN, wanted)
         if isinstance(export, Elsewhere):
-            raise ElsewhereError(export.worker)
+            if export.worker is None and self._refusal:
+                raise OptionRefusedError(OptionReply.ERR_UNKNOWN, self._refusal)
+            raise ElsewhereError(export.worker, export.name)
         return export
 
     def _offer_of(self, export: Export) -> Offer:

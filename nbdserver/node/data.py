@@ -40,6 +40,7 @@ from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.node import channel_registry, handover
 from nbdserver.node.channel import Channel
 from nbdserver.node.channel_registry import ChannelRegistry
+from nbdserver.node.cluster_clients import ClusterClients, elsewhere
 from nbdserver.node.descriptors import close_all, receive_descriptors, send_descriptors
 from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.garbage import collect_garbage
@@ -49,7 +50,7 @@ from nbdserver.node.process_name import DATA, name_process
 from nbdserver.node.replica_requests import ReplicaRequests
 from nbdserver.node.shared_figures import SharedBudget, SharedCensus, SharedFigures
 from nbdserver.volume.admission import TlsMode
-from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
+from nbdserver.volume.export import Export, ExportError, Exports
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
@@ -107,7 +108,10 @@ class Worker:
         budget = SharedBudget(self._figures, place.worker)
         self._families = FamilyRequests(self._exports, threads, self._clock, self._report, budget)
         self._registry = ChannelRegistry(self._ask)
-        self._replicas = ReplicaRequests(self._families, self._network, self._clock, self._registry, self._report)
+        self._clients = ClusterClients(self._clock, self._exports, self._ask)
+        self._replicas = ReplicaRequests(
+            self._families, self._network, self._clock, self._registry, self._clients, self._report
+        )
         self._tls = Tls(self._clock.call_soon)
         self._clients_gone = 0
         self._server: Server | None = None
@@ -134,6 +138,7 @@ class Worker:
         place = self._place
         census = SharedCensus(self._figures, place.worker, place.workers)
         self._server = Server(self._network, self._clock, self._exports, self._report, max_connections, census)
+        self._clients.begin(self._server)
         if place.inboxes:
             inbox, *outboxes = (socket.socket(fileno=descriptor) for descriptor in place.inboxes)
             self._passing = Passing(self._network, self._server, inbox, outboxes)
@@ -217,6 +222,7 @@ class Worker:
                 "peer": client.peer.name,
                 "tls": client.peer.tls,
                 "certificate": client.peer.certificate,
+                "via": client.peer.via,
                 "volume": client.export,
                 "connected_s": round(now_s - client.since_s, 1),
                 "in_flight": client.in_flight,
@@ -285,8 +291,8 @@ class Worker:
             raise FamilyError("not closed cleanly: " + "; ".join(dict.fromkeys(problems.values())))
 
     def note(self, kind: str, fields: dict[str, Any]) -> None:
-        """What the control process tells: `exports` of other processes, each {description, allowed, tls} or None; where
-        peers are, and what the registry has."""
+        """What the control process tells: `exports` of other processes, each {description, allowed, tls} or None;
+        `cluster_exports` in the same way; where peers are, and what the registry has."""
         if kind == "peer_addresses":
             self._replicas.peer_addresses(**fields)
         elif kind == channel_registry.EVENT:
@@ -297,9 +303,9 @@ class Worker:
                     if listing is None:
                         self._exports.forget_elsewhere(int(worker), name)
                     else:
-                        tls = TlsMode(listing["tls"])
-                        export = Elsewhere(int(worker), name, listing["description"], listing["allowed"], tls)
-                        self._exports.note_elsewhere(export)
+                        self._exports.note_elsewhere(elsewhere(int(worker), name, listing))
+        elif kind == "cluster_exports":
+            self._clients.note(**fields)
 
     async def _ask(self, name: str, **arguments: Any) -> Any:
         """Ask the control process."""

@@ -21,6 +21,7 @@ from metadata.replica_set import ReplicaSets
 from metadata.seams import Connection, Network, Receiver
 from nbdserver.host.clock import HostClock
 from nbdserver.host.tls_network import DATA_PROTOCOL, PeerContexts, TlsNetwork, make_data_contexts
+from nbdserver.node.cluster_clients import ClusterClients
 from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.open_family import FamilyError
 from nbdserver.node.open_replica import OpenReplica
@@ -47,14 +48,22 @@ class ReplicaRequests:
     """The replicas among the open families."""
 
     def __init__(
-        self, families: FamilyRequests, network: Network, clock: HostClock, registry: ReplicaSets, report: Report
+        self,
+        families: FamilyRequests,
+        network: Network,
+        clock: HostClock,
+        registry: ReplicaSets,
+        clients: ClusterClients,
+        report: Report,
     ) -> None:
-        """`families` has them among the others; `network` is the one without TLS."""
+        """`families` has them among the others; `network` is the one without TLS; `clients` come and go by the same
+        addresses."""
         self._families = families
         self._sockets = network
         self._network = network  # that of the links
         self._clock = clock
         self._registry = registry
+        self._clients = clients
         self._report = report
         self._node = ""
         self._address = ""
@@ -82,10 +91,11 @@ class ReplicaRequests:
                 self._sockets, self._clock, self._present_contexts, self._refused, _no_call, DATA_PROTOCOL
             )
         try:
-            self._server = PeerServer(self._clock, self._network, address, self._acceptor)
+            self._server = PeerServer(self._clock, self._network, address, self._acceptor, self._clients.accept)
         except OSError as error:
             raise FamilyError(f"{address} cannot be listened at: {error.strerror}") from error
         self._node, self._address = node, address
+        self._clients.connect_by(node, self._network)
 
     def peer_addresses(self, nodes: dict[str, Sequence[str]]) -> None:
         """Where each node's data processes are, one after the other."""

@@ -1,7 +1,8 @@
-"""Where a node listens to its peers: the first frame of a stream says which family it is about.
+"""Where a node listens to its peers: the first frame of a stream says which family it is about, or that it is about a
+client of another node.
 
 Rules
-- A stream that does not begin with OPEN within OPEN_LIMIT_S is closed; at most STRANGERS of them wait.
+- A stream that does not begin within OPEN_LIMIT_S is closed; at most STRANGERS of them wait.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from metadata.seams import Clock, Connection, Network
 from nbdserver.replication.peer_stream import PeerStream
 from protocol.peer import Frame, Open, Refusal, Refused
+from protocol.peer_clients import Forward, Keep
 
 OPEN_LIMIT_S = 5.0
 STRANGERS = 256
@@ -23,10 +25,12 @@ class PeerServer:
         network: Network,
         address: str,
         family: Callable[[bytes], Callable[[PeerStream, Open], None] | None],
+        forwarded: Callable[[PeerStream, Forward | Keep], None] | None = None,
     ) -> None:
-        """Raises OSError if it cannot listen there."""
+        """`forwarded` gets streams about clients of other nodes. Raises OSError if it cannot listen there."""
         self._clock = clock
         self._family = family
+        self._forwarded = forwarded
         self._strangers: dict[PeerStream, None] = {}
         self._stop = network.listen(address, self._accept)
 
@@ -47,6 +51,9 @@ class PeerServer:
 
     def _received(self, stream: PeerStream, frame: Frame) -> None:
         self._strangers.pop(stream, None)
+        if isinstance(frame, Forward | Keep) and self._forwarded is not None:
+            self._forwarded(stream, frame)
+            return
         if not isinstance(frame, Open):
             stream.close()
             return

@@ -4,6 +4,7 @@ Rules
 - What is no good frame ends the stream; whoever opened it opens another one.
 - `lost` is said once, and never after `close`.
 - The blocks of an APPEND lie where they were received, until `received_frame` returns: who keeps them copies them.
+- Behind a FORWARD and its answer there are no frames: `give_away` ends the stream and leaves the connection.
 """
 
 from collections.abc import Callable
@@ -44,6 +45,11 @@ class PeerStream:
                 self._connection.send(encode(last))
                 self._connection.close()
 
+    def give_away(self) -> tuple[Connection, bytes]:
+        """(the connection, what it has brought behind the last frame), for somebody else to go on with."""
+        self.is_open = False
+        return self._connection, self._frames.leftover()
+
     # --- Receiver ---
 
     def buffer(self) -> memoryview:
@@ -53,9 +59,9 @@ class PeerStream:
         self.is_receiving = True
         try:
             for frame in self._frames.received(size_bytes):
+                self.received_frame(self, frame)
                 if not self.is_open:
                     return
-                self.received_frame(self, frame)
         except PeerFrameError as error:
             if self.is_open:
                 self.close()

@@ -4,7 +4,8 @@ Theory: an `Export` joins a block device with a name and settings. `Exports` is 
 session enters an export at the end of its handshake and leaves it when its connection is gone; in between the export
 knows it, so that a changed setting acts at once. A node may have several data processes, each with an `Exports`: it has
 its own exports, and knows from the others' what a client is told before it enters one (`Listing`), so that everybody
-sees all exports wherever he connects. What happens to its own it says to `changed`.
+sees all exports wherever he connects. What happens to its own it says to `changed`. Volumes of the cluster are known on
+all of its nodes, wherever they are served at the moment.
 
 Rules
 - *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is
@@ -83,9 +84,9 @@ class Listing:
 
 
 class Elsewhere(Listing):
-    """An export of another data process, `worker`."""
+    """An export of another data process of this node, `worker`; None: of the cluster."""
 
-    def __init__(self, worker: int, name: str, description: str, allowed: Iterable[str], tls: TlsMode) -> None:
+    def __init__(self, worker: int | None, name: str, description: str, allowed: Iterable[str], tls: TlsMode) -> None:
         super().__init__(name, description, allowed, tls)
         self.worker = worker
 
@@ -215,6 +216,7 @@ class Exports:
         """Told of each listing of our own that has changed, by its name; None: it has gone."""
         self._exports: dict[str, Export] = {}
         self._elsewhere: dict[str, Elsewhere] = {}
+        self._in_cluster: dict[str, Elsewhere] = {}
         self._tls = TlsMode.OFF
 
     def __iter__(self) -> Iterator[Export]:
@@ -232,8 +234,10 @@ class Exports:
         return self._exports.get(name)
 
     def find(self, name: str) -> Export | Elsewhere | None:
-        """The export of this name in whichever process."""
-        return self._exports.get(name) or self._elsewhere.get(name)
+        """The export of this name in whichever process or node. A snapshot of a volume of the cluster is where the
+        volume is."""
+        here = self._exports.get(name) or self._elsewhere.get(name)
+        return here or self._in_cluster.get(name.partition("@")[0])
 
     def default(self, peer: Peer) -> Export | Elsewhere | None:
         """What the empty name means to a peer: the only volume that it may see; snapshots do not count."""
@@ -255,13 +259,22 @@ class Exports:
         if name in self._elsewhere and self._elsewhere[name].worker == worker:
             del self._elsewhere[name]
 
+    def note_in_cluster(self, export: Elsewhere) -> None:
+        """The cluster has this volume."""
+        export.inherit_tls(self._tls)
+        self._in_cluster[export.name] = export
+
+    def forget_in_cluster(self, name: str) -> None:
+        """The cluster has no volume of this name any more."""
+        self._in_cluster.pop(name, None)
+
     def _known(self) -> dict[str, Export | Elsewhere]:
-        return {**self._elsewhere, **self._exports}
+        return {**self._in_cluster, **self._elsewhere, **self._exports}
 
     def inherit_tls(self, mode: TlsMode) -> None:
         """What the node says about TLS, for the exports that say nothing themselves; at once."""
         self._tls = mode
-        for export in self._known().values():
+        for export in (*self._in_cluster.values(), *self._elsewhere.values(), *self._exports.values()):
             export.inherit_tls(mode)
 
     def tls(self, peer: Peer) -> TlsMode:

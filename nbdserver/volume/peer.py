@@ -4,7 +4,8 @@ Theory: a peer is known by its address, and by the name in its certificate if th
 *name* here: its subject's common name, or, without one, its first DNS name.
 
 Rules
-- Every peer on a unix socket or a loopback address is the local host, whatever its certificate.
+- Every peer on a unix socket or a loopback address is the local host, whatever its certificate; who has come to another
+  node by such an address is that node's host.
 - Another peer's host is address and certificate name together: a certificate that two machines share does not make them
   one host, and two machines behind one address translation are two if their certificates differ.
 """
@@ -29,6 +30,8 @@ class Peer:
     """Version and cipher; "" in clear text."""
     certificate: str = ""
     """The name in its certificate, which was verified; "" without one."""
+    via: str = ""
+    """The node that it has come to, if that is another one."""
 
     def over_tls(self, tls: str, certificate: str) -> "Peer":
         """The same peer with what its TLS handshake has shown; a name that cannot be written is none."""
@@ -48,7 +51,7 @@ class Peer:
     def host(self) -> str:
         """What tells hosts apart."""
         if self.address is None or self.address.is_loopback:
-            return LOCAL_HOST
+            return f"{LOCAL_HOST} on {self.via}" if self.via else LOCAL_HOST
         return f"{self.address} ({self.certificate})" if self.certificate else str(self.address)
 
 

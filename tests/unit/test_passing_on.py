@@ -17,7 +17,7 @@ from protocol.handover import (
     decode_handshaking,
     encode_handshaking,
 )
-from protocol.handshake import OPTION_LIMIT, HandshakeState, ReplyStyle
+from protocol.handshake import OPTION_LIMIT, GoElsewhere, HandshakeState, ReplyStyle
 from protocol.nbd import Option
 from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HELLO, HandClock, ListConnection, feed, named, option
@@ -59,11 +59,12 @@ class Client:
             arrived=arrived, leaves=self._leaves,
         )  # fmt: skip
 
-    def _leaves(self, _session: object, connection: object, client: HandshakingClient, worker: int) -> None:
+    def _leaves(self, _session: object, connection: object, client: HandshakingClient, going: GoElsewhere) -> None:
         assert connection is self.connection
         assert not self.connection.unsent_bytes
-        self._two.moves.append(worker)
-        self._on_its_way = encode_handshaking(client), worker
+        assert going.worker is not None
+        self._two.moves.append(going.worker)
+        self._on_its_way = encode_handshaking(client), going.worker
 
     def settle(self) -> None:
         """Let it arrive, wherever it has been sent."""

@@ -36,6 +36,7 @@ from protocol.peer import (
     Refused,
     Skip,
 )
+from protocol.peer_clients import Forward, Forwarded, Keep, Kept
 from protocol.peer_frames import FrameBuffer, decode, encode, frame_bytes
 
 u32 = st.integers(0, (1 << 32) - 1)
@@ -43,6 +44,9 @@ u64 = st.integers(0, (1 << 64) - 1)
 positions = st.builds(Position, u32, u64)
 histories = st.lists(positions, max_size=4).map(tuple)
 runs = st.lists(st.tuples(u64, u64), max_size=4).map(tuple)
+forwarders = st.binary(min_size=16, max_size=16)
+names = st.text("abcé-1", max_size=20)
+numbers = st.lists(u64, max_size=4).map(tuple)
 blocks = st.lists(st.binary(min_size=1, max_size=8).map(lambda seed: (seed * BLOCK_BYTES)[:BLOCK_BYTES]), max_size=3)
 
 
@@ -77,7 +81,7 @@ def blocks_by_mba(draw: st.DrawFn) -> Blocks:
 
 batches = st.lists(modifications(), max_size=3)
 frames: st.SearchStrategy[Frame] = st.one_of(
-    st.builds(Open, st.binary(min_size=16, max_size=16), u32, st.text("abcé-1", max_size=20)),
+    st.builds(Open, st.binary(min_size=16, max_size=16), u32, names),
     st.builds(Opened, u64, u64, positions, positions, u64, u64, histories, runs),
     st.builds(Cut, positions),
     st.builds(Skip, positions, histories, runs, st.sampled_from([b"", bytes(3 * LAYER_ROW.size)])),
@@ -90,6 +94,10 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Refused, u32, st.sampled_from(Refusal)),
     st.builds(ReadBlocks, u64, st.lists(u64, max_size=4)),
     blocks_by_mba(),
+    st.builds(Forward, forwarders, u64, names, names, numbers, st.binary(max_size=40)),
+    st.builds(Forwarded, names),
+    st.builds(Keep, forwarders, u64, u64, numbers),
+    st.builds(Kept, u64),
 )
 
 

@@ -99,6 +99,9 @@ class SimulatedConnection:
         self._end()
         self._put_on_wire(_RESET if unread else _END)
 
+    def redirect(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
     def detach(self) -> None:
         """A simulated socket cannot be given to another process."""
         return

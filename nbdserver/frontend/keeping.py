@@ -1,0 +1,100 @@
+"""What a process that forwards clients and one that they are forwarded to say about them, here on the forwarder's side.
+
+Theory: a stream of a client that is silent tells neither side whether the other one lives. So there is one more stream,
+as long as there are clients: KEEP, each beat, says which clients are still there; KEPT says that it was heard. Time is
+counted from when the KEEP was sent that is answered.
+
+Rules
+- When nothing has been heard for a grant time, the clients are told (`silent`), and the process there has dropped them
+  too or is about to (forwarded.py).
+- A stream that is lost is opened again; that alone costs no client anything.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from metadata.seams import Clock, Connection, Network, Timer
+from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
+from nbdserver.replication.peer_stream import PeerStream
+from protocol.peer import Frame
+from protocol.peer_clients import Keep, Kept
+
+
+class KeptClient(Protocol):
+    """A client that is forwarded."""
+
+    host: str
+    export: str
+
+    def silent(self) -> None:
+        """The other process has not been heard of for a grant time."""
+
+
+class Keeping:
+    """The clients that are forwarded to one address."""
+
+    def __init__(self, clock: Clock, network: Network, address: str, forwarder: bytes, last: Callable[[], int]) -> None:
+        """`last()` is the highest number of a client that was given."""
+        self.clients: dict[int, KeptClient] = {}
+        self._clock = clock
+        self._network = network
+        self._address = address
+        self._forwarder = forwarder
+        self._last = last
+        self._heard_s = clock.now()
+        self._beat = 0
+        self._sent_s: dict[int, float] = {}  # of beats without an answer
+        self._stream: PeerStream | None = None
+        self._give_up: Callable[[], None] | None = None
+        self._timer: Timer = clock.call_later(BEAT_S, self._tick)
+        self._connect()
+
+    def add(self, number: int, client: KeptClient) -> None:
+        """A client is on its way there."""
+        self.clients[number] = client
+
+    def remove(self, number: int) -> None:
+        """It is not any more."""
+        self.clients.pop(number, None)
+
+    def close(self) -> None:
+        """Say no more."""
+        self._timer.cancel()
+        if self._give_up is not None:
+            self._give_up()
+        if self._stream is not None:
+            self._stream.close()
+        self._give_up = self._stream = None
+
+    def _tick(self) -> None:
+        if self._clock.now() - self._heard_s >= OWNER_COUNTS_S:
+            for client in list(self.clients.values()):
+                client.silent()
+            return  # who removes the last one closes this; whoever comes later finds another one
+        self._timer = self._clock.call_later(BEAT_S, self._tick)
+        if self._stream is not None:
+            self._send(self._stream)
+        elif self._give_up is None:
+            self._connect()
+
+    def _connect(self) -> None:
+        self._give_up = self._network.connect(self._address, self._connected, self._failed)
+
+    def _connected(self, connection: Connection) -> PeerStream:
+        self._give_up = None
+        stream = self._stream = PeerStream(connection, self._received, lambda _, why: self._failed(why))
+        self._send(stream)
+        return stream
+
+    def _failed(self, _reason: str) -> None:
+        self._stream = self._give_up = None
+
+    def _send(self, stream: PeerStream) -> None:
+        self._beat += 1
+        self._sent_s[self._beat] = self._clock.now()
+        stream.send(Keep(self._forwarder, self._beat, self._last(), tuple(self.clients)))
+
+    def _received(self, _stream: PeerStream, frame: Frame) -> None:
+        if isinstance(frame, Kept):
+            for beat in [beat for beat in self._sent_s if beat <= frame.beat]:
+                self._heard_s = max(self._heard_s, self._sent_s.pop(beat))

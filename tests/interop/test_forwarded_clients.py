@@ -1,0 +1,252 @@
+"""Real data processes of three nodes: clients of all sorts come to one that does not serve their volume."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metadata.registry import ExportSettings
+from nbdserver.node.authority import Authority
+from nbdserver.node.errors import NodeError
+from nbdserver.replication.grants import GRANT_S
+from protocol.nbd import Command
+from tests.certificates import DAY, make_certificates
+from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes
+from tests.nbd_client import Client, RefusedError
+
+BLOCK_BYTES = 4096
+PATIENCE_S = 30.0
+SHARED = ExportSettings(shared=True)  # clients on loopback are of another host at each node
+
+Needs = Callable[[str, str], str]
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+async def tool(*command: str) -> str:
+    """What a tool of other people prints."""
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def attach(node: DataNode, **more: Any) -> Client:
+    """A client that has come to this node by TCP."""
+    return await asyncio.to_thread(Client, ("127.0.0.1", node.port), VOLUME, PATIENCE_S, **more)
+
+
+async def write(client: Client, block: int, data: bytes) -> None:
+    answer = await asyncio.to_thread(client.request, Command.WRITE, block * BLOCK_BYTES, 0, data)
+    assert answer.error == 0
+
+
+async def read(client: Client, block: int) -> bytes:
+    return await asyncio.to_thread(client.read, block * BLOCK_BYTES, BLOCK_BYTES)
+
+
+def is_gone(client: Client) -> bool:
+    """Wait for the end of a connection that nothing is expected on any more."""
+    try:
+        client.receive()
+    except ConnectionError:
+        return True
+    return False
+
+
+async def vias(node: DataNode) -> list[str]:
+    return sorted(client["via"] for client in await node.call("clients"))
+
+
+def block_of(seed: object) -> bytes:
+    return random.Random(str(seed)).randbytes(BLOCK_BYTES)
+
+
+def peer_resident_bytes(node: DataNode) -> int:
+    status = Path(f"/proc/{node.process.pid}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+def test_other_peoples_clients_use_a_volume_by_way_of_any_node(
+    tmp_path: Path, free_port: FreePort, needs: Needs
+) -> None:
+    tools = {name: needs(name, package) for name, package in (("nbdinfo", "libnbd-bin"), ("nbdcopy", "libnbd-bin"))}
+    fio = needs("fio", "fio")
+    image, copy = tmp_path / "image", tmp_path / "copy"
+    image.write_bytes(random.Random(3).randbytes(SIZE_BYTES))
+
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, settings=SHARED) as rig:
+            first, second, third = rig.nodes
+            told = [await tool(tools["nbdinfo"], node.uri()) for node in rig.nodes]
+            assert len({text.replace(node.clients, "") for text, node in zip(told, rig.nodes, strict=True)}) == 1
+            assert VOLUME in await tool(tools["nbdinfo"], "--list", third.uri(""))
+            await tool(
+                tools["nbdcopy"], "--flush", "--connections=4", str(image), f"nbd://127.0.0.1:{second.port}/{VOLUME}"
+            )
+            await tool(tools["nbdcopy"], "--connections=4", third.uri(), str(copy))
+            assert copy.read_bytes() == image.read_bytes()
+            await tool(
+                fio, "--name=verify", "--verify_state_save=0", "--ioengine=nbd", f"--uri=nbd://127.0.0.1:{second.port}/{VOLUME}",
+                "--rw=randwrite", "--bs=4k", "--iodepth=16", f"--size={SIZE_BYTES}", "--io_size=16M", "--verify=crc32c",
+                "--do_verify=1", "--verify_fatal=1", "--randseed=5",
+            )  # fmt: skip
+            clients = [await attach(node) for node in (second, third, second, second)]
+            assert await vias(first) == ["node-2", "node-2", "node-2", "node-3"]
+            for number, client in enumerate(clients):
+                await write(client, number, block_of(number))
+            for client in clients:
+                assert [await read(client, number) for number in range(4)] == [block_of(number) for number in range(4)]
+                client.close()
+            await rig.until(lambda: _nobody(first), "the clients have gone")
+            assert not second.heard("peer-refused")
+
+    run(story())
+
+
+async def _nobody(node: DataNode) -> bool:
+    return await node.call("clients") == []
+
+
+def test_over_tls_between_client_and_node_and_between_the_nodes(tmp_path: Path, free_port: FreePort) -> None:
+    certificates = make_certificates(tmp_path)
+    authority = Authority(tmp_path / "cluster")
+    authority.make_ca("cluster", DAY)
+    certificate, key = authority.make_member("node", DAY).files
+    tls = {"ca": str(authority.ca_certificate), "certificate": str(certificate), "key": str(key)}
+    files = {name: str(path) for name, path in certificates.settings.items()}
+
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, ("node-1", "node-2"), lambda _: tls) as rig:
+            first, second = rig.nodes
+            for node in rig.nodes:
+                await node.call("tls", mode="allowed", verify_clients=False, **files)
+            secure = await attach(second, tls=certificates.client_context("web1"))
+            plain = await attach(second)
+            (shown,) = [client for client in await first.call("clients") if client["tls"]]
+            assert (shown["certificate"], shown["via"], shown["peer"][:10]) == ("web1", "node-2", "127.0.0.1:")
+            data = [block_of(number) for number in range(256)]
+            await write(secure, 0, b"".join(data))
+            assert [await read(plain, number) for number in range(256)] == data
+            secure.close()
+            plain.close()
+
+    run(story())
+
+
+def test_whoever_dies_its_clients_hear_of_it_and_go_on_at_another_node(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, settings=SHARED) as rig:
+            first, second, third = rig.nodes
+            clients = [await attach(node) for node in (second, third)]
+            await write(clients[0], 1, block_of("by way of node-2"))
+            await second.kill()
+            assert await asyncio.to_thread(is_gone, clients[0])
+            clients[0].close()
+            await rig.until(lambda: _has(first, ["node-3"]), "the owner has dropped the client of the killed one")
+            assert await read(clients[1], 1) == block_of("by way of node-2")
+            await second.start()
+            await second.follow()
+            await rig.until(rig.all_in_sync, "the killed one is back in sync")
+
+            await first.kill()
+            assert await asyncio.to_thread(is_gone, clients[1])
+            clients[1].close()
+            again = asyncio.ensure_future(attach(third))
+            await asyncio.sleep(0.5)
+            await second.own()
+            client = await again
+            assert await vias(second) == ["node-3"]
+            assert await read(client, 1) == block_of("by way of node-2")
+            client.close()
+
+    run(story())
+
+
+async def _has(node: DataNode, clients: list[str]) -> bool:
+    return await vias(node) == clients
+
+
+def test_an_owner_that_stands_still_loses_its_clients_after_a_grant_time(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, settings=SHARED) as rig:
+            first, second, _ = rig.nodes
+            client = await attach(second)
+            await write(client, 1, block_of("before"))
+            os.kill(first.process.pid, signal.SIGSTOP)
+            try:
+                stopped_s = time.monotonic()
+                client.send(Command.WRITE, 0, data=block_of("late"))
+                assert await asyncio.to_thread(is_gone, client)
+                assert 0.5 * GRANT_S < time.monotonic() - stopped_s < 3 * GRANT_S
+                await rig.until(lambda: bool(second.heard("client-gone")), "the client's end is reported")
+                assert [fields["reason"] for fields in second.heard("client-gone")] == ["node-1 does not answer"]
+                await second.own()
+                client.close()
+                again = await attach(second)
+                assert await read(again, 1) == block_of("before")
+                await write(again, 0, block_of("after"))
+            finally:
+                os.kill(first.process.pid, signal.SIGCONT)
+            await rig.until(lambda: _nobody(first), "the one that stood still has no clients")
+            assert await read(again, 0) == block_of("after")
+            again.close()
+
+    run(story())
+
+
+def test_a_client_that_takes_nothing_costs_little_memory_and_hears_everything(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    requests = 100
+    length = 4 << 20
+
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, ("node-1", "node-2")) as rig:
+            second = rig.nodes[1]
+            client = await attach(second)
+            before = [peer_resident_bytes(node) for node in rig.nodes]
+            for _ in range(requests):
+                client.send(Command.READ, 0, length)
+            await asyncio.sleep(1.0)
+            after = [peer_resident_bytes(node) for node in rig.nodes]
+            grown = [now - then for now, then in zip(after, before, strict=True)]
+            assert max(grown) < 64 << 20, f"{requests} answers of {length} bytes lie in memory: {grown}"
+            other = await attach(second)
+            assert await read(other, 0) == bytes(BLOCK_BYTES)
+            for _ in range(requests):
+                assert len((await asyncio.to_thread(client.receive)).data) == length
+            client.close()
+            other.close()
+
+    run(story())
+
+
+def test_a_client_is_told_when_nobody_serves_its_volume(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, ("node-1", "node-2")) as rig:
+            first, second = rig.nodes
+
+            async def nobody(*_arguments: object, **_more: object) -> dict[str, Any]:
+                return {"error": "node-1, which owns it, does not answer; 1 of 2 replicas are away"}
+
+            rig.attach = nobody  # type: ignore[method-assign]
+            with pytest.raises(
+                RefusedError, match="disk0 cannot be served now: node-1, which owns it, does not answer"
+            ):
+                await attach(second)
+            with contextlib.suppress(NodeError):
+                await first.call("disown", family=rig.family)
+            with pytest.raises(RefusedError, match="disk0 cannot be served now"):
+                await attach(first)
+
+    run(story())

@@ -1,0 +1,393 @@
+"""Clients of three simulated nodes, of which one serves the volume: each of them takes the client, whatever fails."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from metadata.seams import Connection
+from nbdserver.frontend.attaching import ATTACH_S, Answer, Attaching, Here, Nobody, There
+from nbdserver.frontend.forwarded import ForwardedClients
+from nbdserver.frontend.forwarding import UNSENT_LIMIT_BYTES
+from nbdserver.frontend.server import Server
+from nbdserver.replication.grants import BEAT_S, GRANT_S
+from nbdserver.replication.peer_server import PeerServer
+from nbdserver.volume.admission import TlsMode
+from nbdserver.volume.export import Elsewhere, Export, Exports
+from protocol import nbd
+from protocol.nbd import Command, Option
+from tests.simulation.cluster.cluster import Cluster
+from tests.simulation.cluster.faults import Mix
+from tests.simulation.cluster.machine import Machine, Seams
+from tests.unit.memory_device import MemoryDevice
+from tests.unit.session_rig import HELLO, named, option
+
+SIZE_BYTES = 1 << 20
+NBD_PORT, PEER_PORT = 10809, 10810
+CLIENT_LIMIT = 4
+GREETING_BYTES = 18
+
+
+class Node:
+    """One life of a node."""
+
+    def __init__(self, stage: "Stage", machine: Machine, seams: Seams) -> None:
+        self.exports = Exports()
+        self.exports.note_in_cluster(Elsewhere(None, "disk", "of the cluster", (), TlsMode.INHERIT))
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.device = stage.device
+        self.server = Server(
+            seams.network, seams.clock, self.exports, lambda *event: self.events.append(event), CLIENT_LIMIT
+        )
+        self.server.listen(f"{machine.host}:{NBD_PORT}")
+        number = machine.lives
+        self.attaching = Attaching(
+            seams.clock, self.server, f"{machine.name} {number}".encode().ljust(16), stage.ask(machine.name, seams)
+        )
+        self.attaching.connect_by(machine.name, seams.network)
+        self.forwarded = ForwardedClients(seams.clock, self.server, self.exports)
+        PeerServer(seams.clock, seams.network, f"{machine.host}:{PEER_PORT}", lambda _: None, self.forwarded.accept)
+        if machine.name == stage.owner:
+            self.serve()
+
+    def serve(self) -> None:
+        self.exports.add(Export("disk", self.device))
+
+    def gone(self) -> list[object]:
+        return [fields["reason"] for kind, fields in self.events if kind == "client-gone"]
+
+    def close(self) -> None:
+        pass
+
+
+class Client:
+    """An NBD client's connection."""
+
+    def __init__(self, seams: Seams, address: str) -> None:
+        self.received_bytes = bytearray()
+        self.lost_because = ""
+        self.connection: Connection | None = None
+        self._room = bytearray(64 << 10)
+        self._sent = 0
+        seams.network.connect(address, self._connected, self._failed)
+
+    def _connected(self, connection: Connection) -> "Client":
+        self.connection = connection
+        return self
+
+    def _failed(self, reason: str) -> None:
+        self.lost_because = reason
+
+    def send(self, data: bytes) -> None:
+        assert self.connection is not None
+        self.connection.send([data])
+
+    def go(self, name: str = "disk") -> None:
+        self.send(HELLO + named(Option.GO, name))
+
+    def request(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
+        self._sent += 1
+        fields = {
+            "flags": 0, "command": command, "cookie": self._sent, "offset": offset, "length": length or len(data)
+        }  # fmt: skip
+        self.send(nbd.Request.build(fields) + data)
+
+    def hang_up(self) -> None:
+        assert self.connection is not None
+        self.connection.close()
+
+    def buffer(self) -> memoryview:
+        return memoryview(self._room)
+
+    def received(self, size_bytes: int) -> None:
+        self.received_bytes += self._room[:size_bytes]
+
+    def drained(self) -> None:
+        pass
+
+    def lost(self, reason: str) -> None:
+        self.lost_because = reason
+
+
+@dataclass
+class Hosts:
+    """The process of a machine that has clients."""
+
+    seams: Seams
+    clients: list[Client] = field(default_factory=list)
+
+    def close(self) -> None:
+        pass
+
+
+class Stage:
+    """Nodes node-1 to node-3 and a host `client`."""
+
+    def __init__(self, owner: str = "node-1") -> None:
+        self.owner = owner
+        self.answers: list[Answer] | None = None  # what control processes answer, one after the other
+        self.asked: list[tuple[str, tuple[str, ...]]] = []
+        self.cluster = Cluster(7, Mix(), self._begin)
+        scheduler = self.cluster.scheduler
+        self.device = MemoryDevice(SIZE_BYTES, lambda callback: scheduler.after(0.0001, callback) and None)
+        for name in ("node-1", "node-2", "node-3", "client", "other"):
+            self.cluster.add(name)
+            self.cluster.start(name)
+
+    def _begin(self, machine: Machine, seams: Seams) -> "Node | Hosts":
+        return Node(self, machine, seams) if machine.name.startswith("node") else Hosts(seams)
+
+    def ask(self, node: str, seams: Seams) -> Callable[[str, tuple[str, ...], Callable[[Answer], None]], None]:
+        def asked(_export: str, failed: tuple[str, ...], done: Callable[[Answer], None]) -> None:
+            self.asked.append((node, failed))
+            answer: Answer = Here() if node == self.owner else There(self.owner, self.peer_address(self.owner))
+            if self.answers is not None:
+                answer = self.answers.pop(0) if self.answers else Nobody("no node has it")
+            seams.clock.call_later(0.01, lambda: done(answer))
+
+        return asked
+
+    def peer_address(self, name: str) -> str:
+        return f"{self.cluster.machines[name].host}:{PEER_PORT}"
+
+    def node(self, name: str) -> Node:
+        node = self.cluster.machines[name].node
+        assert isinstance(node, Node)
+        return node
+
+    def connect(self, name: str, host: str = "client") -> Client:
+        hosts = self.cluster.machines[host].node
+        assert isinstance(hosts, Hosts)
+        client = Client(hosts.seams, f"{self.cluster.machines[name].host}:{NBD_PORT}")
+        hosts.clients.append(client)
+        self.until(lambda: len(client.received_bytes) >= GREETING_BYTES or bool(client.lost_because))
+        return client
+
+    def attach(self, name: str, host: str = "client") -> Client:
+        """A client that has entered the volume."""
+        client = self.connect(name, host)
+        client.go()
+        self.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+        client.received_bytes.clear()
+        return client
+
+    def until(self, holds: Callable[[], bool], limit_s: float = 5.0) -> None:
+        assert self.cluster.run_until(holds, limit_s), f"not within {limit_s} s"
+
+    def read(self, client: Client, offset: int, length: int) -> bytes:
+        client.received_bytes.clear()
+        client.request(Command.READ, offset, length)
+        self.until(lambda: len(client.received_bytes) == 16 + length)
+        return bytes(client.received_bytes[16:])
+
+    def sessions(self, name: str) -> int:
+        return len(self.node(name).server.clients())
+
+
+ACKNOWLEDGED = nbd.OPTION_REPLY_HEADER.pack(nbd.OPTION_REPLY_MAGIC, Option.GO, nbd.OptionReply.ACK, 0)
+
+
+def told(client: Client) -> str:
+    return bytes(client.received_bytes).decode(errors="replace")
+
+
+def test_whichever_node_a_client_comes_to_it_reads_what_others_have_written() -> None:
+    stage = Stage()
+    clients = [stage.attach(name) for name in ("node-1", "node-2", "node-3")]
+    clients[1].request(Command.WRITE, 4096, data=b"written by way of node-2".ljust(512, b"."))
+    stage.until(lambda: len(clients[1].received_bytes) == 16)
+    for client in clients:
+        assert stage.read(client, 4096, 512).startswith(b"written by way of node-2")
+    shown = stage.node("node-1").server.clients()
+    assert [client.peer.via for client in shown] == ["", "node-2", "node-3"]
+    assert len({client.peer.host for client in shown}) == 1, "it is not the client's address that is shown"
+    assert stage.sessions("node-2") == stage.sessions("node-3") == 0
+
+
+def test_it_is_told_the_same_by_every_node() -> None:
+    stage = Stage()
+    conversation = HELLO + option(Option.STRUCTURED_REPLY) + named(Option.INFO, "disk") + named(Option.GO, "disk")
+    answers = []
+    for name in ("node-1", "node-2"):
+        client = stage.connect(name)
+        client.send(conversation)
+        stage.until(lambda client=client: client.received_bytes.endswith(ACKNOWLEDGED))  # type: ignore[misc]
+        answers.append(bytes(client.received_bytes))
+    assert answers[0] == answers[1]
+
+
+def test_a_node_that_is_asked_to_serve_it_itself_does() -> None:
+    stage = Stage(owner="node-2")
+    stage.node("node-2").exports.remove("disk")
+    client = stage.connect("node-2")
+    client.go()
+    stage.node("node-2").serve()
+    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+    assert stage.sessions("node-2") == 1
+
+
+def test_a_client_hears_why_its_volume_cannot_be_served_and_may_ask_for_another() -> None:
+    stage = Stage()
+    stage.answers = [Nobody("all of node-1, node-3 are away")]
+    stage.node("node-2").exports.add(Export("near", MemoryDevice(SIZE_BYTES, lambda _: None)))
+    client = stage.connect("node-2")
+    client.go()
+    stage.until(lambda: "disk cannot be served now: all of node-1, node-3 are away" in told(client))
+    client.send(named(Option.GO, "near"))
+    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+
+
+def test_a_node_that_does_not_take_it_is_named_when_it_is_asked_again_until_the_time_is_over() -> None:
+    stage = Stage()
+    stage.node("node-1").exports.remove("disk")
+    client = stage.connect("node-2")
+    begun_s = stage.cluster.now_s
+    client.go()
+    stage.until(lambda: "cannot be served" in told(client), ATTACH_S + 1.0)
+    assert "node-1: it does not serve disk" in told(client)
+    assert stage.asked[:3] == [("node-2", ()), ("node-2", ("node-1",)), ("node-2", ("node-1", "node-1"))]
+    assert ATTACH_S <= stage.cluster.now_s - begun_s < ATTACH_S + 0.5
+
+
+def test_a_client_waits_while_its_volume_moves() -> None:
+    stage = Stage()
+    stage.cluster.machines["node-1"].end(power=True)
+    client = stage.connect("node-2")
+    client.go()
+    stage.cluster.run(2.0)
+    stage.owner = "node-3"
+    stage.node("node-3").serve()
+    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED), 6.0)
+    assert not client.lost_because
+
+
+def test_who_asks_at_the_same_time_asks_once() -> None:
+    stage = Stage()
+    clients = [stage.connect("node-2") for _ in range(3)]
+    for client in clients:
+        client.go()
+    stage.until(lambda: all(client.received_bytes.endswith(ACKNOWLEDGED) for client in clients))
+    assert stage.asked == [("node-2", ())]
+
+
+def test_clients_that_are_forwarded_count_at_both_nodes() -> None:
+    stage = Stage()
+    clients = [stage.attach("node-2") for _ in range(CLIENT_LIMIT)]
+    assert stage.connect("node-2").lost_because
+    other = stage.connect("node-3")
+    other.go()
+    stage.until(lambda: "node-1: it takes no more clients" in told(other), ATTACH_S + 1.0)
+    clients[0].hang_up()
+    stage.until(lambda: stage.sessions("node-1") == CLIENT_LIMIT - 1)
+    assert not stage.connect("node-2").lost_because
+
+
+def test_what_a_client_sends_before_it_hangs_up_is_done() -> None:
+    stage = Stage()
+    client = stage.attach("node-2")
+    client.request(Command.WRITE, 0, data=b"last words".ljust(512))
+    client.hang_up()
+    stage.until(lambda: not stage.sessions("node-1"))
+    assert stage.device.data.startswith(b"last words")
+    assert stage.node("node-2").gone() == ["it was forwarded to node-1, until one side closed the connection"]
+
+
+def test_when_the_owner_ends_its_clients_are_disconnected_wherever_they_are() -> None:
+    stage = Stage()
+    clients = [stage.attach(name) for name in ("node-1", "node-2")]
+    stage.cluster.machines["node-1"].end(power=False)
+    stage.until(lambda: all(client.lost_because for client in clients), 1.0)
+
+
+def test_a_forwarder_that_hears_nothing_from_the_owner_drops_its_clients_after_a_grant_time() -> None:
+    stage = Stage()
+    client = stage.attach("node-2")
+    stage.cluster.run(10.0)
+    assert not client.lost_because
+    stage.cluster.machines["node-1"].pause()
+    client.request(Command.WRITE, 0, data=b"late".ljust(512))
+    paused_s = stage.cluster.now_s
+    stage.until(lambda: bool(client.lost_because), 3.0)
+    assert GRANT_S - BEAT_S < stage.cluster.now_s - paused_s <= GRANT_S + 2 * BEAT_S
+    assert stage.node("node-2").gone() == ["node-1 does not answer"]
+
+
+def test_an_owner_that_hears_nothing_from_a_forwarder_drops_its_clients_and_no_others() -> None:
+    stage = Stage()
+    stage.attach("node-2")
+    kept = stage.attach("node-3")
+    stage.cluster.isolate("node-2")
+    stage.until(lambda: stage.sessions("node-1") == 1, GRANT_S + 3 * BEAT_S)
+    assert stage.node("node-1").gone() == ["the node that it had come to is silent"]
+    stage.cluster.run(5.0)
+    assert not kept.lost_because
+    assert stage.read(kept, 0, 512)
+    assert [client.peer.via for client in stage.node("node-1").server.clients()] == ["node-3"]
+
+
+def test_a_stream_between_the_nodes_that_breaks_costs_only_its_client() -> None:
+    stage = Stage()
+    first, second = stage.attach("node-2"), stage.attach("node-2")
+    streams = [each for each in stage.cluster.wires.connections if each.peer_name == stage.peer_address("node-1")]
+    assert len(streams) == 3, "one for each client, and one for what is said about them"
+    lost = []
+    for stream in streams:
+        stream.lose("reset")
+        stage.cluster.run(3.0)
+        lost.append(sum(bool(client.lost_because) for client in (first, second)))
+        assert stage.sessions("node-1") == 2 - lost[-1]
+    assert lost in ([0, 1, 2], [1, 1, 2], [1, 2, 2])
+
+
+def test_what_a_client_has_left_behind_is_not_done_after_what_it_asks_for_when_it_comes_again() -> None:
+    stage = Stage()
+    stage.device.in_flight = True
+    first = stage.attach("node-2")
+    first.request(Command.WRITE, 0, data=b"first".ljust(512))
+    stage.cluster.run(0.01)
+    first.request(Command.WRITE, 0, data=b"old".ljust(512))  # waits until the one before it is acknowledged
+    stage.cluster.run(0.01)
+    first.hang_up()
+    second = stage.attach("node-2")
+    second.request(Command.WRITE, 0, data=b"new".ljust(512))
+    stage.cluster.run(0.01)
+    stage.device.in_flight = False
+    stage.device.acknowledge(0)
+    stage.until(lambda: len(second.received_bytes) == 16, 0.05)
+    stage.cluster.run(5.0)
+    assert stage.device.data.startswith(b"new")
+    assert stage.node("node-1").gone() == ["node-2 has it no more, and its host has come again"]
+
+
+def test_what_neither_end_takes_is_bounded_and_nothing_of_it_is_lost() -> None:
+    stage = Stage()
+    client = stage.attach("node-2")
+    assert client.connection is not None
+    client.connection.pause_reading()
+    wanted = 40
+    for _ in range(wanted):
+        client.request(Command.READ, 0, SIZE_BYTES)
+    stage.cluster.run(5.0)
+
+    def waiting(name: str) -> int:
+        lives = stage.cluster.machines[name].life
+        return sum(each.unsent_bytes for each in stage.cluster.wires.connections if each.life is lives)
+
+    assert 0 < waiting("node-2") < UNSENT_LIMIT_BYTES + (1 << 20)
+    assert waiting("node-1") < UNSENT_LIMIT_BYTES + 4 * SIZE_BYTES
+    client.connection.resume_reading()
+    stage.until(lambda: len(client.received_bytes) == wanted * (16 + SIZE_BYTES), 60.0)
+
+
+def test_a_node_that_stops_lets_its_clients_have_their_answers_and_does_not_wait_for_them() -> None:
+    stage = Stage()
+    client, waiting = stage.attach("node-2"), stage.connect("node-2")
+    stage.answers = []
+    client.request(Command.FLUSH)
+    waiting.go()
+    stage.cluster.run(0.005)
+    drained: list[float] = []
+    stage.node("node-2").server.drain(10.0, lambda: drained.append(stage.cluster.now_s))
+    begun_s = stage.cluster.now_s
+    stage.until(lambda: bool(drained), 1.0)
+    assert len(client.received_bytes) == 16
+    assert drained[0] - begun_s < 1.0
+    stage.until(lambda: bool(client.lost_because and waiting.lost_because), 0.1)
