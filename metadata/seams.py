@@ -55,6 +55,9 @@ class Connection(Protocol):
 
     def resume_reading(self) -> None: ...
 
+    def has_hung_up(self) -> bool:
+        """Whether the peer has closed while reading is paused, so that nobody has been told."""
+
     def close(self) -> None:
         """Send what is queued, then close; idempotent."""
 

@@ -14,9 +14,9 @@ Rules
 - Nothing of a client that waits is lost: what it sends is kept, at most WAITING_BYTES of it.
 - Whom the other node's process has not answered for a grant time (keeping.py), its clients are dropped with all that is
   on its way: what they have asked for must not be done later, when they have asked for it again elsewhere.
+- A client that has hung up is looked for at each beat, and before another one of its host is forwarded: while the other
+  node takes nothing it is not heard of. What it has asked for and was not taken is dropped.
 - Clients of one export that ask at the same time ask once.
-
-Known weakness: that a client has hung up is not noticed while the other node takes nothing.
 """
 
 from collections.abc import Callable
@@ -107,21 +107,24 @@ class Attaching:
         self._last += 1
         keeping = self._keeping.get(address)
         if keeping is None:
-            keeping = Keeping(self.clock, network, address, self.forwarder, lambda: self._last)
-            self._keeping[address] = keeping
+            keeping = self._keeping[address] = Keeping(
+                self.clock,
+                network,
+                address,
+                self.forwarder,
+                lambda: self._last,
+                lambda: self._keeping.pop(address),
+            )
         keeping.add(self._last, client)
         return self._last, keeping
 
     def let_go(self, address: str, number: int) -> None:
         """The client of this number is not on its way there any more."""
-        keeping = self._keeping[address]
-        keeping.remove(number)
-        if not keeping.clients:
-            keeping.close()
-            del self._keeping[address]
+        self._keeping[address].remove(number)
 
     def others(self, keeping: Keeping, client: "AwayClient") -> tuple[int, ...]:
-        """Those of its host and export."""
+        """Those of its host and export that are still there."""
+        keeping.drop_gone()
         return tuple(
             number
             for number, other in keeping.clients.items()
@@ -183,6 +186,11 @@ class AwayClient:
         self._leave_there()
         self._connection.abort()
         self._end(reason)
+
+    def drop_if_gone(self) -> None:
+        """The client may have hung up while the other node took nothing: nobody was told."""
+        if self._forwarding is not None and self._connection.has_hung_up():
+            self.drop("it has hung up while the other node took nothing")
 
     def silent(self) -> None:
         """The process that it was or shall be forwarded to does not answer (keeping.py)."""

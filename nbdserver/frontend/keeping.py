@@ -8,12 +8,13 @@ Rules
 - When nothing has been heard for a grant time, the clients are told (`silent`), and the process there has dropped them
   too or is about to (forwarded.py).
 - A stream that is lost is opened again; that alone costs no client anything.
+- The last client that goes is told of, too: a process that reads nothing from its connection does not see it end.
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
-from metadata.seams import Clock, Connection, Network, Timer
+from metadata.seams import Clock, Connection, Network
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from protocol.peer import Frame
@@ -26,6 +27,9 @@ class KeptClient(Protocol):
     host: str
     export: str
 
+    def drop_if_gone(self) -> None:
+        """Look whether it is still there."""
+
     def silent(self) -> None:
         """The other process has not been heard of for a grant time."""
 
@@ -33,20 +37,29 @@ class KeptClient(Protocol):
 class Keeping:
     """The clients that are forwarded to one address."""
 
-    def __init__(self, clock: Clock, network: Network, address: str, forwarder: bytes, last: Callable[[], int]) -> None:
-        """`last()` is the highest number of a client that was given."""
+    def __init__(
+        self,
+        clock: Clock,
+        network: Network,
+        address: str,
+        forwarder: bytes,
+        last: Callable[[], int],
+        ended: Callable[[], object],
+    ) -> None:
+        """`last()` is the highest number of a client that was given. `ended()` is called when there are none here."""
         self.clients: dict[int, KeptClient] = {}
         self._clock = clock
         self._network = network
         self._address = address
         self._forwarder = forwarder
         self._last = last
+        self._ended = ended
         self._heard_s = clock.now()
         self._beat = 0
         self._sent_s: dict[int, float] = {}  # of beats without an answer
         self._stream: PeerStream | None = None
         self._give_up: Callable[[], None] | None = None
-        self._timer: Timer = clock.call_later(BEAT_S, self._tick)
+        clock.call_later(BEAT_S, self._tick)
         self._connect()
 
     def add(self, number: int, client: KeptClient) -> None:
@@ -57,21 +70,29 @@ class Keeping:
         """It is not any more."""
         self.clients.pop(number, None)
 
-    def close(self) -> None:
-        """Say no more."""
-        self._timer.cancel()
+    def drop_gone(self) -> None:
+        """Forget the clients that have hung up."""
+        for client in list(self.clients.values()):
+            client.drop_if_gone()
+
+    def _close(self) -> None:
+        """Say for the last time what there is to say: nobody is there."""
         if self._give_up is not None:
             self._give_up()
         if self._stream is not None:
-            self._stream.close()
+            self._stream.close(self._keep())
         self._give_up = self._stream = None
+        self._ended()
 
     def _tick(self) -> None:
         if self._clock.now() - self._heard_s >= OWNER_COUNTS_S:
             for client in list(self.clients.values()):
                 client.silent()
-            return  # who removes the last one closes this; whoever comes later finds another one
-        self._timer = self._clock.call_later(BEAT_S, self._tick)
+        self.drop_gone()
+        if not self.clients:
+            self._close()
+            return
+        self._clock.call_later(BEAT_S, self._tick)
         if self._stream is not None:
             self._send(self._stream)
         elif self._give_up is None:
@@ -90,9 +111,13 @@ class Keeping:
         self._stream = self._give_up = None
 
     def _send(self, stream: PeerStream) -> None:
+        frame = self._keep()
+        self._sent_s[frame.beat] = self._clock.now()
+        stream.send(frame)
+
+    def _keep(self) -> Keep:
         self._beat += 1
-        self._sent_s[self._beat] = self._clock.now()
-        stream.send(Keep(self._forwarder, self._beat, self._last(), tuple(self.clients)))
+        return Keep(self._forwarder, self._beat, self._last(), tuple(self.clients))
 
     def _received(self, _stream: PeerStream, frame: Frame) -> None:
         if isinstance(frame, Kept):

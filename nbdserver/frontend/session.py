@@ -146,6 +146,10 @@ class Session:
             write_bytes=self.counters.write_bytes,
         )
 
+    def has_hung_up(self) -> bool:
+        """Whether the client has closed its connection while that is not read."""
+        return self._transmission is not None and self._connection.has_hung_up()
+
     def disconnect(self, reason: str) -> None:
         """Drop the connection now; waiting requests run to their end unanswered."""
         if not self._over:

@@ -338,6 +338,13 @@ class SocketConnection:
         self._reading = True
         self._watch()
 
+    def has_hung_up(self) -> bool:
+        if self._closed or self._reading:
+            return False
+        looking = select.poll()
+        looking.register(self._descriptor, select.POLLRDHUP)
+        return bool(looking.poll(0))
+
     def close(self) -> None:
         if self._closed or self._closing:
             return

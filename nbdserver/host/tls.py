@@ -207,6 +207,9 @@ class TlsConnection:
         if self._receiver is not None and not self._scheduled:
             self._schedule()  # something may be left that is decrypted without another byte
 
+    def has_hung_up(self) -> bool:
+        return not self._reading and self._below.has_hung_up()
+
     def close(self) -> None:
         if self._receiver is not None:
             self._receiver = None

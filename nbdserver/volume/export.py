@@ -10,6 +10,8 @@ all of its nodes, wherever they are served at the moment.
 Rules
 - *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is
   refused as long as sessions of the first are connected, unless the export is `shared`. `peer.py` says what a host is.
+- Before a host's connection enters, those of its connections that it has closed are dropped, with what waits
+  in them: that is not done after what it asks for now.
 - A client that `admission.py` does not admit neither sees nor enters an export. Whether it is used over TLS is what the
   export says of itself, or else what the node says; an export that lists certificate names requires TLS.
 - Settings change live: an export made read-only refuses its writers' next write; clients that are no longer allowed
@@ -46,6 +48,9 @@ class ExportSession(Protocol):
     @property
     def counters(self) -> Counters:
         """What it has done so far."""
+
+    def has_hung_up(self) -> bool:
+        """Whether it has closed its connection, and what it has asked for before that still waits."""
 
     def disconnect(self, reason: str) -> None:
         """Close the connection now."""
@@ -152,6 +157,9 @@ class Export(Listing):
 
     def enter(self, session: ExportSession) -> None:
         """Add a session. ExportError when another host writes and the export is not shared."""
+        for other in list(self.sessions):
+            if other.peer.host == session.peer.host and other.has_hung_up():
+                other.disconnect("it has hung up, and its host has come again")
         if not self.read_only and not self.shared:
             others = self.hosts() - {session.peer.host}
             if others:

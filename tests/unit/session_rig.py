@@ -86,6 +86,7 @@ class ListConnection:
         self.sends = 0
         self.taking = True
         self.reading = True
+        self.hung_up = False
         self.closed = False
         self.aborted = False
         self.receiver: Receiver | None = None
@@ -124,6 +125,9 @@ class ListConnection:
 
     def resume_reading(self) -> None:
         self.reading = True
+
+    def has_hung_up(self) -> bool:
+        return self.hung_up
 
     def close(self) -> None:
         self.closed = True

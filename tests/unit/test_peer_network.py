@@ -215,3 +215,23 @@ def test_an_address_and_its_text_are_one() -> None:
     for text in ("192.0.2.1:80", "[2001:db8::1]:65535", "[fe80::1%1]:7"):
         _, address = numeric_address(text, socket.SOCK_STREAM)
         assert address_name(address) == text
+
+
+def test_a_peer_that_closes_while_it_is_not_read_is_noticed_by_who_asks(
+    loop: Loop, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    for address in (f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/socket"):
+        loop.listen(address)
+        attempt = Attempt(loop, address)
+        loop.wait(lambda attempt=attempt: attempt.echo)
+        ours, theirs = attempt.echo, loop.echoes[-1]
+        assert ours is not None
+        loop.call(theirs.connection.pause_reading)
+        assert not loop.call(theirs.connection.has_hung_up)
+        loop.call(lambda ours=ours: ours.connection.send([b"what is not read"]))
+        loop.call(ours.connection.close)
+        loop.wait(theirs.connection.has_hung_up)
+        assert not theirs.lost_reason
+        loop.call(theirs.connection.resume_reading)
+        loop.wait(lambda theirs=theirs: theirs.lost_reason)
+        assert theirs.received_bytes == len(b"what is not read")

@@ -82,6 +82,9 @@ class SimulatedConnection:
         self._reading = True
         self._deliver_soon()
 
+    def has_hung_up(self) -> bool:
+        return self._has_ended and not self._reading
+
     def close(self) -> None:
         if self._closed or self._closing:
             return
