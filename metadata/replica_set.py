@@ -58,6 +58,8 @@ class ReplicaSet:
     """Raised when acknowledged writes may be gone."""
     number: int = 1
     """Of this value."""
+    leaving: tuple[str, ...] = ()
+    """Of the placement: members that are to go when all the others are in sync."""
 
     def member(self, node: str) -> Member | None:
         """The member on that node."""
@@ -68,13 +70,44 @@ class ReplicaSet:
         return replace(self, number=self.number + 1, **values)
 
     def without(self, node: str) -> "ReplicaSet":
-        """The next value, with one member less."""
-        return self.changed(in_sync=tuple(member for member in self.in_sync if member.node != node))
+        """The next value, with one member less; one that is leaving is gone."""
+        in_sync = tuple(member for member in self.in_sync if member.node != node)
+        if node not in self.leaving:
+            return self.changed(in_sync=in_sync)
+        placement = tuple(each for each in self.placement if each != node)
+        return self.changed(
+            in_sync=in_sync, placement=placement, leaving=tuple(each for each in self.leaving if each != node)
+        )
 
     def with_member(self, added: Member) -> "ReplicaSet":
         """The next value, with this member in place of any other on its node."""
         others = tuple(member for member in self.in_sync if member.node != added.node)
         return self.changed(in_sync=(*others, added))
+
+    @property
+    def staying(self) -> tuple[str, ...]:
+        """Nodes that have a replica, or are to have one, and are not leaving."""
+        return tuple(node for node in self.placement if node not in self.leaving)
+
+    def placed(self, nodes: Sequence[str]) -> "ReplicaSet":
+        """The next value, with replicas on these nodes; members elsewhere are leaving."""
+        leaving = tuple(member.node for member in self.in_sync if member.node not in nodes)
+        return self.changed(placement=(*nodes, *leaving), leaving=leaving)
+
+    @property
+    def can_let_go(self) -> bool:
+        """Whether somebody is leaving who is not needed any more. An owner stays as long as it is that."""
+        is_whole = all(self.member(node) is not None for node in self.staying)
+        return is_whole and any(node != self.owner for node in self.leaving)
+
+    def without_leaving(self) -> "ReplicaSet":
+        """The next value, when it can let go."""
+        gone = tuple(node for node in self.leaving if node != self.owner)
+        return self.changed(
+            in_sync=tuple(member for member in self.in_sync if member.node not in gone),
+            placement=tuple(node for node in self.placement if node not in gone),
+            leaving=tuple(node for node in self.leaving if node not in gone),
+        )
 
     def encode(self) -> bytes:
         """As it is in the registry."""
@@ -89,7 +122,8 @@ class ReplicaSet:
             if version != _VERSION:
                 raise ReplicaSetError(f"it has version {version}, this program knows version {_VERSION}")
             members = tuple(Member(**member) for member in content.pop("in_sync"))
-            return ReplicaSet(in_sync=members, placement=tuple(content.pop("placement")), **content)
+            placement, leaving = tuple(content.pop("placement")), tuple(content.pop("leaving", ()))
+            return ReplicaSet(in_sync=members, placement=placement, leaving=leaving, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReplicaSetError(f"it is damaged: {error}") from error
 

@@ -32,8 +32,6 @@ TIMEOUT_S = 30.0
 
 FreePort = Callable[[], int]
 Tls = dict[str, str]
-TlsOf = Callable[[str], Tls | None]
-"""Of a node's name."""
 
 
 class DataNode:
@@ -154,7 +152,7 @@ class DataRig:
     """Some nodes with a replica of one family each."""
 
     def __init__(
-        self, directory: Path, free_port: FreePort, names: Sequence[str], tls: TlsOf, settings: ExportSettings
+        self, directory: Path, free_port: FreePort, names: Sequence[str], tls: Tls | None, settings: ExportSettings
     ) -> None:
         self.directory = directory
         self.free_port = free_port
@@ -165,7 +163,7 @@ class DataRig:
             HostClock(asyncio.get_running_loop()),
         )
         self.desk = RegistryDesk(self.registry)
-        self.nodes = [DataNode(self, name, free_port(), tls(name)) for name in names]
+        self.nodes = [DataNode(self, name, free_port(), tls) for name in names]
 
     def addresses(self) -> dict[str, list[str]]:
         return {node.name: [node.address] for node in self.nodes}
@@ -207,6 +205,16 @@ class DataRig:
     async def all_in_sync(self) -> bool:
         return await self.in_sync() == {node.name for node in self.nodes}
 
+    async def are_in_sync(self, *names: str) -> bool:
+        """Whether these are, and nobody else has a replica."""
+        value = await self.value()
+        return await self.in_sync() == set(names) == set(value.placement)
+
+    def tell_addresses(self) -> None:
+        """Tell everybody where all are."""
+        for node in self.nodes:
+            node.process.notify("peer_addresses", {"nodes": self.addresses()})
+
     async def until(self, holds: Callable[[], Any], what: str) -> None:
         """Wait for a condition, which may have to be awaited."""
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -223,7 +231,7 @@ async def data_nodes(
     directory: Path,
     free_port: FreePort,
     names: Sequence[str] = ("node-1", "node-2", "node-3"),
-    tls: TlsOf = lambda name: None,
+    tls: Tls | None = None,
     settings: ExportSettings = ExportSettings(),  # noqa: B008  # it is frozen
 ) -> AsyncIterator[DataRig]:
     """Nodes of which the first one owns a family that all have."""

@@ -30,6 +30,9 @@ class FamilyError(Exception):
     """A family cannot be made or opened; one line."""
 
 
+NOT_OWNED = "this node does not own the volume"
+
+
 class NotOwnedError(FamilyError):
     """Another node orders what happens in this family."""
 

@@ -3,16 +3,16 @@ replicas where it is replicated.
 
 Rules
 - A change of the tree of layers is told when it is durable wherever it has to be. When that is never known, because
-  another node has taken the family over meanwhile, it is FamilyError.
+  another node has taken the family over meanwhile, it is NotOwnedError.
 """
 
 import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from metadata.seams import Clock, Done
+from metadata.seams import Done
 from nbdserver.block import BlockDevice
-from nbdserver.node.open_family import FamilyError
+from nbdserver.node.open_family import NotOwnedError
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.owner import Owner
 
@@ -24,7 +24,7 @@ class Ownership(Protocol):
         """What clients are served from: a head or view of the log disk, as it may be told."""
 
     async def settled(self) -> None:
-        """Wait until everything ordered so far is durable wherever it has to be. FamilyError if that is not known."""
+        """Wait until everything ordered so far is durable wherever it has to be. NotOwnedError if that is not known."""
 
 
 class OneNode:
@@ -41,13 +41,12 @@ class OneNode:
 class ReplicatedOwnership:
     """A replicated family, for as long as this node owns it."""
 
-    def __init__(self, clock: Clock, owner: Owner) -> None:
-        self._clock = clock
+    def __init__(self, owner: Owner) -> None:
         self._owner = owner
 
     def device(self, inner: BlockDevice) -> BlockDevice:
         """It is told what the others have too."""
-        return ReplicatedDevice(self._clock, inner, self._owner)
+        return ReplicatedDevice(inner, self._owner)
 
     async def settled(self) -> None:
         """All members have it, durably."""
@@ -60,7 +59,7 @@ async def _told(ask: Callable[[Done], None]) -> None:
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     ask(answer.set_result)
     if await answer:
-        raise FamilyError("another node has taken this volume over; whether the change happened is to be seen there")
+        raise NotOwnedError("another node has taken this volume over; whether the change happened is to be seen there")
 
 
 async def answered(ownership: Ownership, begin: Callable[[Done], None]) -> int:

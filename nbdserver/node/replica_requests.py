@@ -23,7 +23,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.host.tls_network import DATA_PROTOCOL, PeerContexts, TlsNetwork, make_data_contexts
 from nbdserver.node.cluster_clients import ClusterClients
 from nbdserver.node.family_requests import FamilyRequests
-from nbdserver.node.open_family import FamilyError
+from nbdserver.node.open_family import NOT_OWNED, FamilyError, NotOwnedError
 from nbdserver.node.open_replica import OpenReplica
 from nbdserver.node.ownership import ReplicatedOwnership
 from nbdserver.node.served_family import ServedFamily
@@ -152,7 +152,7 @@ class ReplicaRequests:
         if reason or owner is None:
             raise FamilyError(reason or "another node has taken the volume over at once")
         if served.ownership is None:
-            served.ownership = ReplicatedOwnership(self._clock, owner)
+            served.ownership = ReplicatedOwnership(owner)
             self._report("owned", {"family": family, "epoch": owner.epoch})
         return {
             "epoch": owner.epoch,
@@ -172,6 +172,20 @@ class ReplicaRequests:
         owner.flush(flushed.set_result)
         await asyncio.wait([flushed], timeout=DISOWN_TIMEOUT_S)
         owner.depose("it is given up")
+
+    async def do_place(self, family: str, placement: list[str]) -> None:
+        """Have replicas on these nodes alone. Who is new is brought into sync; members elsewhere are let go when all of
+        these are. Answered when the registry says so. NotOwnedError; FamilyError without this node."""
+        owner = self._followed(family)[1].family.owner
+        if owner is None:
+            raise NotOwnedError(NOT_OWNED)
+        if self._node not in placement or len(set(placement)) < len(placement):
+            raise FamilyError(f"{self._node} owns the volume: it is one of the nodes, each of which is named once")
+        placed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        owner.place(placement, placed.set_result)
+        reason = await placed
+        if reason:
+            raise NotOwnedError(reason)
 
     async def do_replicas(self, family: str = "") -> dict[str, Any]:
         """How replication of one family stands, or of all."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from metadata.seams import Clock
 from nbdserver.logdisk.disk import LogDisk
-from nbdserver.node.open_family import FamilyError, NotOwnedError, OpenFamily
+from nbdserver.node.open_family import NOT_OWNED, FamilyError, NotOwnedError, OpenFamily
 from nbdserver.node.ownership import Ownership, answered
 from nbdserver.node.snapshot_exports import SnapshotExports
 from nbdserver.volume.admission import TlsMode, is_name_of_certificate
@@ -61,7 +61,7 @@ class ServedFamily:
     def owned(self) -> Ownership:
         """NotOwnedError if another node orders."""
         if self.ownership is None:
-            raise NotOwnedError("this node does not own the volume")
+            raise NotOwnedError(NOT_OWNED)
         return self.ownership
 
     def give_up(self, reason: str) -> None:

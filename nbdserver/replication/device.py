@@ -8,7 +8,7 @@ Rules (docs/replication.md has the reasons)
 - Authority is asked for after the request has come (2).
 - What a read shows is noted when it is read, and its answer waits for that (17): it never waits for what comes later.
 - What is in the open batch has no txid yet: nothing is answered inline while there is one.
-- Room is asked for before ordering (18), once a batch.
+- Room is asked for before ordering (18), once a batch; a write that finds none waits until the owner has an answer.
 - When the owner is deposed nobody is told anything any more: whoever has the device disconnects its clients.
 """
 
@@ -16,11 +16,10 @@ import errno as errnos
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from metadata.seams import Buffer, Clock, Done
+from metadata.seams import Buffer, Done
 from nbdserver.block import BLOCK_BYTES, IN_FLIGHT, BlockDevice, BlockRoom, Extents, Later, Operation, RunRoom
 
 _CHANGES = (Operation.WRITE, Operation.DISCARD)
-_RESERVE_BYTES = 4 << 20  # what is ordered between two looks at the room: headers, and what other clients write
 
 
 class Ordering(Protocol):
@@ -39,7 +38,11 @@ class Ordering(Protocol):
     def ordered_txid(self) -> int:
         """Of the newest modification."""
 
-    def room_bytes(self) -> int: ...
+    def room_bytes(self) -> int:
+        """That may be ordered at once."""
+
+    def ask_for_room(self, size_bytes: int, done: Done) -> None:
+        """`done(0)` when so much may be ordered, or with an errno."""
 
     def commit(self, commit: Callable[[], int]) -> int: ...
 
@@ -53,8 +56,7 @@ class Ordering(Protocol):
 class ReplicatedDevice:
     """`BlockDevice` of one head, on its owner."""
 
-    def __init__(self, clock: Clock, inner: BlockDevice, owner: Ordering) -> None:
-        self._clock = clock
+    def __init__(self, inner: BlockDevice, owner: Ordering) -> None:
         self._inner = inner
         self._owner = owner
         self._room_bytes = 0  # that the open batch may still take
@@ -115,7 +117,7 @@ class ReplicatedDevice:
         return self._owner.commit(self._inner.commit) or IN_FLIGHT
 
     def _look_at_room(self) -> None:
-        self._room_bytes = max(0, self._owner.room_bytes() - _RESERVE_BYTES)
+        self._room_bytes = self._owner.room_bytes()
 
     def acknowledged(self, done: Done) -> None:
         self._tell_when(self._owner.ordered_txid, lambda: done(0))
@@ -134,12 +136,25 @@ class ReplicatedDevice:
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1
     ) -> None:
+        if self._owner.is_deposed:
+            return
         if operation is Operation.WRITE:
             self._look_at_room()
             if length > self._room_bytes:
-                self._clock.call_soon(lambda: done(errnos.ENOSPC, None))
-                return
 
+                def asked(errno: int) -> None:
+                    if errno:
+                        done(errno, None)
+                    else:
+                        self._begin(operation, offset, length, data, done, limit)
+
+                self._owner.ask_for_room(length, asked)
+                return
+        self._begin(operation, offset, length, data, done, limit)
+
+    def _begin(
+        self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int
+    ) -> None:
         def answered(errno: int, result: Sequence[Buffer] | Extents | None) -> None:
             owner = self._owner
             txid = owner.ordered_txid if operation in _CHANGES else self._newest(offset, length)

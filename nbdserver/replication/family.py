@@ -16,7 +16,7 @@ from metadata.registry_calls import Event, Reading, Unavailable
 from metadata.replica_set import ReplicaSet, ReplicaSetError, ReplicaSets, replica_set_key
 from metadata.seams import Clock, Network
 from nbdserver.replication.block_requests import ask_in_turn
-from nbdserver.replication.link import Link
+from nbdserver.replication.link import Link, LinkEvents
 from nbdserver.replication.owner import Owner, Report
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica import Replica
@@ -145,11 +145,11 @@ class ReplicatedFamily:
 
     def links(self, value: ReplicaSet, events: Takeover) -> Mapping[str, Link]:
         """TakeoverEvents."""
-        return {
-            node: Link(self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of)
-            for node in value.placement
-            if node != self._node
-        }
+        return {node: self.link(node, events) for node in value.placement if node != self._node}
+
+    def link(self, node: str, events: LinkEvents) -> Link:
+        """OwnerEvents."""
+        return Link(self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of)
 
     def taken(self, value: ReplicaSet, links: Mapping[str, Link]) -> None:
         """TakeoverEvents."""

@@ -428,7 +428,7 @@ class Link:
     @property
     def is_congested(self) -> bool:
         """So much is under way that no more should be ordered."""
-        return self.state is State.STREAMING and self.backlog_bytes > BACKLOG_LIMIT_BYTES // 2
+        return self.is_following and self.backlog_bytes > BACKLOG_LIMIT_BYTES // 2
 
     # --- single blocks ---
 

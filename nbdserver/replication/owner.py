@@ -18,16 +18,19 @@ Known weakness: one change of the set at a time: two replicas that die together 
 
 import errno as errnos
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Done, Timer
 from nbdserver.replication.grants import BEAT_S, CANDIDATE_S, GRANT_S
-from nbdserver.replication.link import Link
+from nbdserver.replication.link import Link, LinkEvents
+from nbdserver.replication.placing import Placed, Placing
 from nbdserver.replication.replica_log import ReplicaLog
+from nbdserver.replication.room import Room
 from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
+from protocol.invariant import invariant
 from protocol.peer import Cut, Modification, Opened, Refusal, Refused, Skip
 
 Report = Callable[[str, dict[str, object]], None]
@@ -41,6 +44,9 @@ class OwnerEvents(Protocol):
 
     def changed(self, value: ReplicaSet) -> None:
         """The registry has a new value."""
+
+    def link(self, node: str, events: LinkEvents) -> Link:
+        """A link to another node of the placement."""
 
 
 def is_whole(member: Member, incarnation: int, intact_since: int) -> bool:
@@ -66,7 +72,7 @@ class Owner:
         """Begin with the value that names this node, and links under its epoch that have not followed yet."""
         self.epoch = value.epoch
         self.value = value
-        self.links = links
+        self.links = dict(links)
         self.sync_txid = 0
         self.durable_txid = 0
         self.is_deposed = False
@@ -81,8 +87,10 @@ class Owner:
         self._begin_txid = log.last.txid
         self._committed_txid = log.committed_txid
         self._change: Change | None = None
+        self._placing = Placing(clock)
         self._adding = ""  # node of the replica that is being added
         self._candidates: set[str] = set()  # members that want to own the family
+        self._room = Room(clock, log)
         self._waiting: deque[tuple[int, Done]] = deque()
         self._flushes: deque[tuple[int, Done]] = deque()
         self._unacknowledged: deque[Modification] = deque()
@@ -104,6 +112,8 @@ class Owner:
         if self._adding and self._adding not in others:
             others.append(self._adding)
         self._needed = [self.links[node] for node in others if node in self.links]
+        self._room.needed = self._needed
+        self._room.look()
         self._has_link_to_all = len(self._needed) == len(others)
 
     @property
@@ -141,10 +151,12 @@ class Owner:
             self._change.cancel()
         for link in self.links.values():
             link.close()
+        self._placing.close("this node does not own the volume any more")
         waiting = [done for _, done in (*self._waiting, *self._flushes)]
         self._waiting.clear()
         self._flushes.clear()
         self._unacknowledged.clear()
+        self._room.close()
         for done in waiting:
             self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
         self._events.deposed(reason)
@@ -152,10 +164,13 @@ class Owner:
     # --- for clients ---
 
     def room_bytes(self) -> int:
-        """That may still be ordered; 0 while the links are congested. To be asked before ordering (rule 18)."""
-        if self.is_deposed or any(link.is_congested for link in self._needed):
-            return 0
-        return min([self._log.room_bytes, *(link.room_bytes for link in self._needed)])
+        """That may be ordered at once. To be asked before ordering (rule 18)."""
+        return 0 if self.is_deposed else self._room.room_bytes()
+
+    def ask_for_room(self, size_bytes: int, done: Done) -> None:
+        """`done(0)` when so much may be ordered, ENOSPC if there is no room for it; never, once it is deposed."""
+        if not self.is_deposed:
+            self._room.ask(size_bytes, done)
 
     def commit(self, commit: Callable[[], int]) -> int:
         """What `commit` orders leaves for the replicas before this returns, in one frame each."""
@@ -331,6 +346,7 @@ class Owner:
         if link.durable_txid > self.durable_txid:
             self._durable()
         self._commit()
+        self._room.look()
 
     def aligned(self, link: Link, frame: Cut | Skip) -> None:
         """LinkEvents."""
@@ -377,11 +393,38 @@ class Owner:
                 patience_s = CANDIDATE_S if link.node in self._candidates else 0.0
                 if link.granted_until_s + patience_s <= now_s and self.value.member(link.node) is not None:
                     self._remove(link.node, "it is silent")
-        for link in self.links.values():
+        for link in list(self.links.values()):
             self._add_if_ready(link)
         if self._log.durable < self._log.last:
             self._sync()
+        self._room.look()
         self._release()
+        self._place()
+
+    def place(self, nodes: Sequence[str], done: Placed) -> None:
+        """Have replicas on these nodes alone, this one among them (placing.py)."""
+        invariant(self._node in nodes, "an owner has a replica")
+        self._placing.ask(nodes, done)
+        if self.is_deposed:
+            self._placing.close("this node does not own the volume any more")
+        self._place()
+
+    def _place(self) -> None:
+        """Make the change of the placement that is due."""
+        if self._change is not None or self.is_deposed:
+            return
+        new = self._placing.next_value(self.value)
+        if new is not None:
+            self._report("placement-changed", {"placement": new.placement, "leaving": new.leaving})
+            self._make(new)
+
+    def _set_links(self) -> None:
+        """To all nodes of the placement, and to no others."""
+        for node in set(self.links) - set(self.value.placement):
+            self.links.pop(node).close()
+        for node in self.value.placement:
+            if node not in self.links and node != self._node:
+                self.links[node] = self._events.link(node, self)
 
     def _remove(self, node: str, reason: str) -> None:
         member = self.value.member(node)
@@ -392,6 +435,8 @@ class Owner:
     def _add_if_ready(self, link: Link) -> None:
         """Ask for a replica to be a member when it has everything."""
         if self._change is not None or self.is_deposed or self.value.member(link.node) is not None:
+            return
+        if link.node not in self.value.staying:
             return
         opened = link.opened
         if opened is None or not link.is_streaming or link.regions_left or link.appended.epoch > self.epoch:
@@ -418,9 +463,11 @@ class Owner:
             return
         self._adding = ""
         self.value = there
+        self._set_links()
         self._set_needed()
         self._events.changed(there)
         self._check_members()
+        self._place()
         self._durable()
         self._commit()
 

@@ -99,7 +99,7 @@ async def _own(
         return
     assert family.owner is not None
     exports = Exports()
-    exports.add(Export(EXPORT, ReplicatedDevice(clock, replica.disk.head(1), family.owner)))
+    exports.add(Export(EXPORT, ReplicatedDevice(replica.disk.head(1), family.owner)))
     Server(network, clock, exports, lambda kind, fields: None).listen(clients)
     _say("owner")
 

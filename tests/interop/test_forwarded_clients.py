@@ -126,7 +126,7 @@ def test_over_tls_between_client_and_node_and_between_the_nodes(tmp_path: Path, 
     files = {name: str(path) for name, path in certificates.settings.items()}
 
     async def story() -> None:
-        async with data_nodes(tmp_path, free_port, ("node-1", "node-2"), lambda _: tls) as rig:
+        async with data_nodes(tmp_path, free_port, ("node-1", "node-2"), tls) as rig:
             first, second = rig.nodes
             for node in rig.nodes:
                 await node.call("tls", mode="allowed", verify_clients=False, **files)

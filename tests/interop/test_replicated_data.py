@@ -1,13 +1,21 @@
 """Data processes with replicas of one family: what a client was told is there, whichever of them dies."""
 
 import asyncio
+import os
 import random
+import shutil
+import signal
 import subprocess
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from nbdserver.node.authority import Authority
+from nbdserver.node.data_process import DataProcessError
 from protocol.nbd import Command
+from tests.certificates import DAY
 from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes
 from tests.nbd_client import Client
 
@@ -66,9 +74,9 @@ class Writer:
     def close(self) -> None:
         self._client.close()
 
-    def wrong_blocks(self, node: DataNode) -> list[int]:
+    def wrong_blocks(self, node: DataNode, export: str = VOLUME) -> list[int]:
         """Blocks that this node shows otherwise."""
-        reader = Client(node.clients, VOLUME)
+        reader = Client(node.clients, export)
         wrong = []
         for block, contents in sorted(self.may_have.items()):
             reader.send(Command.READ, block * BLOCK_BYTES, BLOCK_BYTES)
@@ -115,5 +123,141 @@ def test_an_image_is_copied_in_at_one_node_and_out_at_another(tmp_path: Path, fr
             await rig.nodes[2].own()
             await tool("nbdcopy", rig.nodes[2].uri(), str(copy))
             assert copy.read_bytes() == image.read_bytes()
+
+    run(story())
+
+
+def test_clients_of_an_owner_that_is_no_more_are_disconnected_without_an_answer(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port) as rig:
+            first, second, _ = rig.nodes
+            writer = Writer(first)
+            await writer.write(20)
+            os.kill(first.process.pid, signal.SIGSTOP)
+            writer.send()
+            await second.own()
+            os.kill(first.process.pid, signal.SIGCONT)
+            assert await asyncio.to_thread(writer.is_gone)
+            assert (await first.replicas())["role"] == "following"
+            with pytest.raises(DataProcessError) as refused:
+                await first.call("snapshot_create", family=rig.family, number=1, snapshot="late")
+            assert refused.value.kind == "NotOwnedError"
+            await rig.until(rig.all_in_sync, "who was the owner follows")
+            assert await asyncio.to_thread(writer.wrong_blocks, second) == []
+
+    run(story())
+
+
+def test_a_volume_that_is_given_up_is_flushed_and_its_clients_go(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port) as rig:
+            first = rig.nodes[0]
+            writer = Writer(first)
+            await writer.write(20)
+            last_txid = (await first.replicas())["last_txid"]
+            await first.call("disown", family=rig.family)
+            await first.call("disown", family=rig.family)
+            assert await asyncio.to_thread(writer.is_gone)
+            assert (await first.replicas())["role"] == "following"
+            await first.own()
+            assert await asyncio.to_thread(writer.wrong_blocks, first) == []
+            assert last_txid >= 20
+
+    run(story())
+
+
+def test_changes_of_the_tree_are_on_every_replica_and_snapshots_are_read_at_the_next_owner(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port) as rig:
+            first, second, _ = rig.nodes
+            family = {"family": rig.family, "number": 1}
+            writer = Writer(first)
+            await writer.write(50)
+            assert await first.call("snapshot_create", **family, snapshot="monday") == 0
+            at_snapshot = dict(writer.may_have)
+            await writer.write(50)
+            layer = (await first.call("snapshot", **family, snapshot="monday"))["layer"]
+            assert await first.call("clone", family=rig.family, layer=layer, number=2) == 0
+            assert await first.call("resize", **family, size_bytes=2 * SIZE_BYTES) == 0
+            await first.kill()
+            writer.close()
+            assert (await second.own())["sizes_bytes"] == {"1": 2 * SIZE_BYTES, "2": SIZE_BYTES}
+            assert await asyncio.to_thread(writer.wrong_blocks, second) == []
+            writer.may_have = at_snapshot
+            assert await asyncio.to_thread(writer.wrong_blocks, second, f"{VOLUME}@monday") == []
+            assert await second.call("snapshot_rollback", **family, snapshot="monday") == 0
+            assert await asyncio.to_thread(writer.wrong_blocks, second) == []
+            assert await second.call("snapshot_delete", **family, snapshot="monday") == 0
+            await first.start()
+            await first.follow()
+            await rig.until(rig.all_in_sync, "who was the owner follows")
+            await second.kill()
+            await first.own()
+            assert await first.call("snapshots", **family) == []
+            assert await asyncio.to_thread(writer.wrong_blocks, first) == []
+
+    run(story())
+
+
+def test_replicas_go_where_they_are_asked_to_be(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, ("node-1", "node-2", "node-3")) as rig:
+            first, second, third = rig.nodes
+            writer = Writer(first)
+            await writer.write(50)
+            await first.call("place", family=rig.family, placement=["node-1", "node-2"])
+            await rig.until(lambda: rig.are_in_sync("node-1", "node-2"), "node-3 is let go")
+            await third.call("close", family=rig.family)
+            shutil.rmtree(third.directory)
+            await third.follow()
+            await first.call("place", family=rig.family, placement=["node-1", "node-3"])
+            await rig.until(lambda: rig.are_in_sync("node-1", "node-3"), "node-3 is in the place of node-2")
+            await writer.write(50)
+            writer.close()
+            with pytest.raises(DataProcessError, match="node-1 owns the volume"):
+                await first.call("place", family=rig.family, placement=["node-2", "node-3"])
+            with pytest.raises(DataProcessError, match="not in sync"):
+                await second.call("own", family=rig.family)
+            await first.kill()
+            await third.own()
+            assert await asyncio.to_thread(writer.wrong_blocks, third) == []
+
+    run(story())
+
+
+def test_streams_between_data_processes_are_tls_with_certificates_of_one_ca(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    files = {}
+    for ca in ("ours", "theirs"):
+        (tmp_path / ca).mkdir()
+        authority = Authority(tmp_path / ca)
+        authority.make_ca(ca, DAY)
+        certificate, key = authority.make_member("node", DAY).files
+        files[ca] = {"ca": str(authority.ca_certificate), "certificate": str(certificate), "key": str(key)}
+
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, tls=files["ours"]) as rig:
+            writer = Writer(rig.nodes[0])
+            await writer.write(100)
+            stranger = DataNode(rig, "stranger", free_port(), files["theirs"])
+            rig.nodes.append(stranger)
+            await stranger.start()
+            await stranger.follow()
+            rig.tell_addresses()
+            names = ["node-1", "node-2", "node-3", "stranger"]
+            await rig.nodes[0].call("place", family=rig.family, placement=names)
+            await rig.until(lambda: rig.nodes[0].heard("peer-refused"), "the stranger is refused")
+            assert not await rig.all_in_sync()
+            (link,) = [each for each in (await rig.nodes[0].replicas())["links"] if each["node"] == "stranger"]
+            assert "TLS" in link["reason"]
+            await rig.nodes[0].kill()
+            writer.close()
+            await rig.nodes[1].own()
+            assert await asyncio.to_thread(writer.wrong_blocks, rig.nodes[1]) == []
 
     run(story())

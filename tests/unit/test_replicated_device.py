@@ -28,6 +28,7 @@ class Ordered:
         self.blocks: dict[int, int] = {}  # txid of each block that was written
         self.waiting: deque[tuple[int, Done]] = deque()
         self.flushes: list[Done] = []
+        self.asked: deque[tuple[int, Done]] = deque()
 
     @property
     def is_settled(self) -> bool:
@@ -35,6 +36,9 @@ class Ordered:
 
     def room_bytes(self) -> int:
         return self.room
+
+    def ask_for_room(self, size_bytes: int, done: Done) -> None:
+        self.asked.append((size_bytes, done))
 
     def when_committed(self, txid: int, done: Done) -> None:
         self.waiting.append((txid, done))
@@ -69,7 +73,7 @@ class Rig:
         self.clock = HandClock()
         self.inner = MemoryDevice(SIZE_BYTES, self.clock.call_soon)
         self.owner = Ordered()
-        self.device = ReplicatedDevice(self.clock, self.inner, self.owner)
+        self.device = ReplicatedDevice(self.inner, self.owner)
 
     def write(self, block: int) -> int:
         assert self.device.write(block * BLOCK_BYTES, memoryview(b"x" * BLOCK_BYTES))
@@ -158,15 +162,32 @@ def test_without_room_nothing_is_ordered(rig: Rig) -> None:
     rig.owner.room = 0
     rig.device.commit()
     assert not rig.device.write(0, memoryview(b"x" * BLOCK_BYTES))
-    assert rig.later(Operation.WRITE, 0) == [errno.ENOSPC]
+    told = rig.later(Operation.WRITE, 0)
+    assert told == []
+    assert rig.owner.asked[0][0] == BLOCK_BYTES
+    rig.owner.asked.popleft()[1](errno.ENOSPC)
+    assert told == [errno.ENOSPC]
     assert rig.device.discard(0, BLOCK_BYTES), "what makes room goes on"
     rig.owner.room = ROOM_BYTES
     rig.device.commit()
     assert rig.device.write(0, memoryview(b"x" * BLOCK_BYTES))
 
 
+def test_a_write_that_was_held_back_is_ordered_when_there_is_room(rig: Rig) -> None:
+    rig.owner.room = 0
+    told = rig.later(Operation.WRITE, 3)
+    rig.owner.room = ROOM_BYTES
+    rig.owner.order(3)
+    rig.owner.asked.popleft()[1](0)
+    rig.clock.run()
+    assert told == [], "the others do not have it yet"
+    rig.owner.acknowledge(1)
+    assert told == [0]
+    assert rig.inner.read(3 * BLOCK_BYTES, BLOCK_BYTES) == [b"y" * BLOCK_BYTES]
+
+
 def test_a_batch_takes_no_more_than_there_is_room_for(rig: Rig) -> None:
-    rig.owner.room = (4 << 20) + 3 * BLOCK_BYTES
+    rig.owner.room = 3 * BLOCK_BYTES
     rig.device.commit()
     taken = [rig.device.write(block * BLOCK_BYTES, memoryview(b"x" * BLOCK_BYTES)) for block in range(5)]
     assert taken == [True, True, True, False, False]

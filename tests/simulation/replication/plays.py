@@ -279,3 +279,40 @@ def all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost() -> No
         each.set_committed(log.last.txid)
     stage.until(lambda: log.resync_count == 0)
     lost_by_all_members(stage)
+
+
+def a_member_leaves_when_another_has_come() -> None:
+    stage = Stage(4)
+    stage.place(1, 1, 2, 3)
+    stage.until(lambda: stage.in_sync() == {1, 2, 3})
+    stage.write_everywhere(1)
+    stage.kill(4)
+    stage.place(1, 1, 2, 4)
+    stage.until(lambda: stage.scenario.value().leaving == ("node-3",))
+    stage.run(3.0)
+    if stage.in_sync() != {1, 2, 3}:
+        raise ViolationError("a member was let go before another one was there")
+    stage.start(4)
+    stage.until(lambda: stage.in_sync() == {1, 2, 4}, 30.0)
+    stage.write_everywhere(1)
+    stage.end()
+
+
+def the_owner_dies_while_a_member_is_leaving() -> None:
+    stage = Stage(4)
+    stage.place(1, 1, 2, 3)
+    stage.until(lambda: stage.in_sync() == {1, 2, 3})
+    stage.kill(4)
+    stage.place(1, 1, 2, 4)
+    stage.until(lambda: stage.scenario.value().leaving == ("node-3",))
+    stage.kill(1)
+    stage.attach(3)
+    stage.write_everywhere(3)
+    stage.start(4)
+    stage.start(1)
+    stage.until(lambda: stage.in_sync() == {1, 2, 3, 4}, 30.0)
+    if stage.scenario.value().owner != "node-3":
+        raise ViolationError("an owner that was to leave is none any more")
+    stage.attach(2)
+    stage.until(lambda: stage.in_sync() == {1, 2, 4}, 30.0)
+    stage.end()

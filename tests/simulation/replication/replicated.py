@@ -88,6 +88,7 @@ class ReplicatedScenario:
         self._count = rng.choice([1, 2, 3, 3, 3, 3, 4, 5]) if count is None else count
         self._operations = rng.choice([1, 2, 6])
         self._attach = rng.choice([0.0, 0.005, 0.05])  # chance that somebody attaches elsewhere for no reason
+        self._place = rng.choice([0.0, 0.0, 0.01, 0.05])  # chance that replicas shall be elsewhere
         self._trouble = rng.choice([0.0, 0.01, 0.05, 0.1]) if trouble is None else trouble  # chance of a conspiracy
         self.at_once = (
             rng.choice([0.0, 0.5]) if trouble is None else 0.0
@@ -185,6 +186,8 @@ class ReplicatedScenario:
             self.attach_at(self._random.choice(running))
         if self._random.random() < self._trouble:
             self._conspire()
+        if owners and self._random.random() < self._place:
+            self.place_by(self._random.choice(owners))
         for _ in range(self._random.randint(1, self._operations)):
             if owners:
                 self._operate(self._random.choice(owners))
@@ -197,6 +200,21 @@ class ReplicatedScenario:
             self.answers["taken over" if not reason else "not taken over"] += 1
 
         node.family.take_over(taken)
+
+    def place_by(self, node: ReplicaNode, names: Sequence[str] | None = None) -> None:
+        """Replicas shall be on some nodes, this one among them."""
+        owner = node.family.owner
+        assert owner is not None
+        if names is None:
+            others = [name for name in self.cluster.machines if name != node.machine.name]
+            others = self._random.sample(others, self._random.randint(0, len(others)))
+            names = sorted((node.machine.name, *others))
+        self.cluster.tell(f"replicas shall be on {names}")
+
+        def placed(reason: str) -> None:
+            self.answers["placed" if not reason else "not placed"] += 1
+
+        owner.place(names, placed)
 
     # --- conspiracies: what chance alone brings together too rarely ---
 
@@ -360,9 +378,11 @@ class ReplicatedScenario:
         owners = sum(node.may_answer for node in self.nodes())
         if owners != 1:
             return f"{owners} owners"
-        if len(value.in_sync) != len(self.nodes()):
-            return f"in sync are only {[member.node for member in value.in_sync]}"
-        lasts = {node.log.last for node in self.nodes()}
+        if value.leaving and value.leaving != (value.owner,):
+            return f"{value.leaving} are still leaving"
+        if len(value.in_sync) != len(self.placed()):
+            return f"in sync are only {[member.node for member in value.in_sync]} of {value.placement}"
+        lasts = {node.log.last for node in self.placed()}
         if len(lasts) > 1:
             return f"the logs end at {lasts}"
         return ""
@@ -370,11 +390,16 @@ class ReplicatedScenario:
     def act_to_heal(self) -> None:
         """Somebody wants to use the volume."""
         if not any(node.family.owner is not None for node in self.nodes()):
-            self.attach_at(self._random.choice(self.nodes()))
+            self.attach_at(self._random.choice(self.placed()))
+
+    def placed(self) -> list[ReplicaNode]:
+        """Those with a replica that counts."""
+        placement = self.value().placement
+        return [node for node in self.nodes() if node.machine.name in placement]
 
     def end(self) -> None:
         self._bury()
-        nodes = self.nodes()
+        nodes = self.placed()
         (owner,) = [node.family.owner for node in nodes if node.family.owner is not None]
         self._knows_generation(owner)
         first = nodes[0]

@@ -77,6 +77,10 @@ class Stage:
             self.write(number, lba)
         self.until(lambda: not self.node(number).open)
 
+    def place(self, number: int, *numbers: int) -> None:
+        """Its owner is told where replicas shall be."""
+        self.scenario.place_by(self.node(number), [f"node-{each}" for each in numbers])
+
     def read(self, number: int, lba: int) -> None:
         self.scenario.read(self.node(number), self.owner(number), lba, 1)
 

@@ -76,7 +76,7 @@ class LogNode:  # not ReplicaNode: what it writes goes through a block device
         return self.family.owner
 
     def device(self) -> ReplicatedDevice:
-        return ReplicatedDevice(self.seams.clock, self.log.disk.head(VOLUME), self.owner)
+        return ReplicatedDevice(self.log.disk.head(VOLUME), self.owner)
 
     def content(self, lba: int) -> bytes:
         """What its own log shows."""

@@ -12,7 +12,7 @@ import pytest
 
 from metadata.ranges import numbers_of
 from metadata.registry_calls import Outcome, Swap
-from metadata.replica_set import Change
+from metadata.replica_set import Change, ReplicaSet
 from metadata.seams import Done
 from nbdserver.replication import owner as owner_module
 from nbdserver.replication import takeover as takeover_module
@@ -63,6 +63,7 @@ def test_the_first_seeds_meet_everything_that_can_happen_to_a_replica() -> None:
     missed = {
         "write", "write unknown", "read at once", "read later", "flush", "taken over", "not taken over", "generation",
         "conspiracy", "owner-deposed", "replica-removed", "replica-added", "replica-cut", "replica-skipped",
+        "placed", "placement-changed",
     }  # fmt: skip
     for seed in range(TRIES):
         scenario, run = replication_run(seed, trouble=0.1)
@@ -297,6 +298,10 @@ def room_is_not_asked_for(patch: pytest.MonkeyPatch) -> None:  # rule 18
     patch.setattr(Owner, "room_bytes", lambda self: 1 << 40)
 
 
+def who_leaves_goes_at_once(patch: pytest.MonkeyPatch) -> None:  # rule 19
+    patch.setattr(ReplicaSet, "can_let_go", property(lambda self: bool(self.leaving)))
+
+
 def what_is_not_acknowledged_is_read(patch: pytest.MonkeyPatch) -> None:  # rule 17
     patch.setattr(Owner, "unacknowledged", lambda self, lba, count: 0)
 
@@ -357,6 +362,7 @@ CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
     what_is_not_acknowledged_is_read: plays.what_is_read_dies_with_the_owner,
     a_flush_is_the_owners_alone: plays.a_flush_is_all_that_is_left,
     room_is_not_asked_for: plays.a_member_has_no_room,
+    who_leaves_goes_at_once: plays.a_member_leaves_when_another_has_come,
 }
 
 
