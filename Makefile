@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help run cluster test lint fuzz bench simulate soak power-loss man clean
+.PHONY: help run cluster test lint fuzz bench bench-cluster simulate soak power-loss man clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -48,6 +48,10 @@ fuzz: $(VENV)/installed-for-tests  ## the property and mutation tests with EXAMP
 bench: $(VENV)/installed-for-tests  ## fio against this server and its peers in one run; results in bench-results/
 	@tests/provision.sh
 	exec $(BIN)/python -m tests.benchmark $(BENCH)
+
+bench-cluster: $(VENV)/installed-for-tests  ## three replicas of ours beside three of Ceph's (Debian's, installed as root), in one run
+	@tests/benchmark/cluster/provision.sh
+	exec $(BIN)/python -m tests.benchmark.cluster $(BENCH)
 
 simulate: $(VENV)/installed-for-tests  ## run fresh seeds for MINUTES on all cores, or one SEED again with its story; WORLD says of what
 	@exec $(BIN)/python -m tests.simulation --world $(WORLD) $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))

@@ -7,7 +7,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .processes import TICKS_PER_S, BenchmarkError
 from .rows import Row
@@ -31,6 +31,23 @@ class Sample:
     other_cores: float  # how many cores everything else on the machine kept busy meanwhile: noise
 
 
+class Accounted(Protocol):
+    """Processes whose CPU is counted together."""
+
+    def cpu_s(self) -> float: ...
+
+
+class Served(Protocol):
+    """What fio works on."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def server(self) -> Accounted | None:
+        """None while it does not run."""
+
+
 def fio_version() -> str:
     return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -49,8 +66,12 @@ def fio_command(row: Row, uri: str, size_bytes: int, duration_s: float, seed: in
 
 def fio_job(target: Target, name: str, *arguments: str) -> list[str]:
     """fio with one job on a target."""
-    job = [f"--name={name}", "--ioengine=nbd", f"--uri={target.uri}", "--thread", *arguments]
-    return ["fio", "--output-format=json", *job]
+    return fio_of(name, "--ioengine=nbd", f"--uri={target.uri}", "--thread", *arguments)
+
+
+def fio_of(name: str, *arguments: str) -> list[str]:
+    """fio with one job on whatever the arguments say."""
+    return ["fio", "--output-format=json", f"--name={name}", *arguments]
 
 
 def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
@@ -99,14 +120,20 @@ def warm(target: Target) -> None:
 
 
 def measure(target: Target, row: Row, duration_s: float, seed: int, command: list[str] | None = None) -> Sample:
-    """Run the row once against a started target, or instead of it another `command` of fio with one group of jobs.
+    """Run the row once against a started target, or instead of it another `command` of fio with one group of jobs."""
+    return measure_command(
+        target, row.writes, duration_s, command or fio_command(row, target.uri, target.size_bytes, duration_s, seed)
+    )
+
+
+def measure_command(target: Served, writes: bool, duration_s: float, command: list[str]) -> Sample:
+    """Run fio with one group of jobs against what is served.
 
     Dirty pages are written back after each run that wrote, so that no target pays for its predecessor's.
     """
     server = target.server
     if server is None:
         raise BenchmarkError(f"{target.name} is not running")
-    command = command or fio_command(row, target.uri, target.size_bytes, duration_s, seed)
     server_before, client_before, machine_before = server.cpu_s(), _children_cpu_s(), busy_s()
     started_s = time.monotonic()
     job = run_fio(command, timeout_s=duration_s * 4 + 60)
@@ -115,12 +142,12 @@ def measure(target: Target, row: Row, duration_s: float, seed: int, command: lis
     server_s = server.cpu_s() - server_before
     other_s = busy_s() - machine_before - client_s - server_s
     elapsed_s = time.monotonic() - started_s
-    if row.writes:
+    if writes:
         os.sync()
-    side = job["write" if row.writes else "read"]
+    side = job["write" if writes else "read"]
     operations = side["total_ios"]
     if not operations:
-        raise BenchmarkError(f"{target.name} did nothing in {duration_s} s of {row.name}; give it more --seconds")
+        raise BenchmarkError(f"{target.name} did nothing in {duration_s} s; give it more --seconds")
     percentiles = side["clat_ns"].get("percentile", {})
     return Sample(
         operations_per_s=side["iops"],

@@ -269,3 +269,29 @@ python
 \t    7f0003 _PyObject_Malloc (/usr/lib/libpython3.11.so.1.0)
 """
     assert costs(script) == [("the interpreter", 0.5), ("pwritev()", 0.25), ("checksums", 0.25)]
+
+
+def test_replicated_volumes_are_measured_with_all_their_daemons(tmp_path: Path) -> None:
+    need("fio")
+    arguments = ["--quick", "--systems", "data-processes", "--rows", "randwrite-4k-d16,flush-4k-d1"]
+    done = bench(*arguments, "--json", "--results", str(tmp_path), module="tests.benchmark.cluster")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert [row["name"] for row in result["rows"]] == ["randwrite-4k-d16", "flush-4k-d1"]
+    for row in result["rows"]:
+        taken = row["samples"]["data-processes"]
+        assert len(taken["operations_per_s"]) == 2
+        assert min(taken["server_cpu_s_per_1000"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rows", "randwrite-4k-d2"], "no row is called randwrite-4k-d2; rows are randwrite-4k-d1"),
+        (["--systems", "vitastor"], "no system is called vitastor; systems are data-processes, ceph"),
+    ],
+)
+def test_the_cluster_benchmark_says_what_there_is(arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = bench(*arguments, "--results", str(tmp_path), module="tests.benchmark.cluster")
+    assert done.returncode == 2
+    assert words in done.stderr

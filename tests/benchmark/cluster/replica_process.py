@@ -1,6 +1,6 @@
 """One data process with one replicated family, without a node around it: the replicated path by itself.
 
-    python -m tests.benchmark.replica_process DIRECTORY NODE LISTEN PEERS CLIENTS SIZE_BYTES
+    python -m tests.benchmark.cluster.replica_process DIRECTORY NODE LISTEN PEERS CLIENTS SIZE_BYTES
 
 PEERS is NODE=ADDRESS,... of all. It formats DIRECTORY if there is nothing yet, prints `replica INCARNATION` and follows
 whoever owns the family. A line on its standard input, `own VALUE` with a ReplicaSet as JSON, makes it the owner: it
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import LevelStore
+from metadata.registry_calls import Event
 from metadata.registry_table import RegistryTable
 from metadata.replica_set import ReplicaSet, replica_set_key
 from nbdserver.frontend.server import Server
@@ -31,7 +32,7 @@ from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.volume.export import Export, Exports
 
-from .local_family import host
+from ..local_family import host
 
 FAMILY = bytes(16)
 EXPORT = "bench"
@@ -70,6 +71,7 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
             parts.clock, network, registry, replica, FAMILY, node, lambda node: peers[node], _report
         )
         PeerServer(parts.clock, network, listen, lambda asked: family.accept if asked == FAMILY else None)
+        _keep_value(directory, registry)
         _say(f"replica {replica.incarnation}")
         lines = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
@@ -81,6 +83,19 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
         _say("ends")
 
 
+def _keep_value(directory: Path, registry: EmbeddedRegistry) -> None:
+    """Write the family's value down, whenever it changes, for those who look."""
+
+    def changed(event: Event) -> None:
+        for _, value in event.changes:
+            if value is not None:
+                beside = directory / "replica-set.new"
+                beside.write_bytes(value)
+                beside.rename(directory / "replica-set.json")
+
+    registry.watch(replica_set_key(FAMILY), changed)
+
+
 async def _own(
     table: RegistryTable,
     family: ReplicatedFamily,
@@ -90,7 +105,7 @@ async def _own(
     value: str,
     clients: str,
 ) -> None:
-    table.compare_and_swap([(replica_set_key(FAMILY), None, ReplicaSet.decode(value.encode()).encode())])
+    await table.compare_and_swap([(replica_set_key(FAMILY), None, ReplicaSet.decode(value.encode()).encode())])
     taken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     family.take_over(taken.set_result)
     reason = await taken

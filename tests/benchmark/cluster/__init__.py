@@ -1,0 +1,1 @@
+"""`make bench-cluster`: replicated volumes beside Ceph's, three replicas each, all daemons on this machine."""

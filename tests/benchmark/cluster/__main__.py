@@ -1,0 +1,197 @@
+"""`python -m tests.benchmark.cluster`: operations a second and their CPU, our three replicas beside three of Ceph's.
+
+Both systems run all the time; what is compared was measured within seconds, the first one changing from round to
+round (`../measuring.py` says why). CPU is that of all daemons, whatever they do: of Ceph the monitor and the manager
+too, of ours etcd and the control processes.
+"""
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import machine
+from ..__main__ import refuse_a_slow_checksum, size_bytes_of
+from ..load import Sample, fio_of, fio_version, measure_command, run_fio
+from ..measuring import ratio_between, row_as_json
+from ..outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from ..processes import BenchmarkError
+from ..report import figure, rate_text
+from .ceph import Ceph
+from .data_processes import DataProcesses
+from .rows import ROWS_BY_NAME, ClusterRow
+from .systems import System
+
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DataProcesses, Ceph)}
+USUAL = ",".join(SYSTEMS)
+PEER = Ceph.name
+ROOM_FACTOR = 5  # three replicas of each system, and what a log and its cleaner need besides
+QUICK_SIZE_BYTES = 64 << 20
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def chosen_rows(names: str | None) -> list[ClusterRow]:
+    wanted = list(ROWS_BY_NAME) if names is None else names.split(",")
+    unknown = [name for name in wanted if name not in ROWS_BY_NAME]
+    if unknown:
+        raise BenchmarkError(f"no row is called {unknown[0]}; rows are {', '.join(ROWS_BY_NAME)}")
+    return [ROWS_BY_NAME[name] for name in wanted]
+
+
+def chosen_systems(names: str, directory: Path, size_bytes: int) -> list[System]:
+    """Not started yet."""
+    wanted = names.split(",")
+    unknown = [name for name in wanted if name not in SYSTEMS]
+    if unknown:
+        raise BenchmarkError(f"no system is called {unknown[0]}; systems are {', '.join(SYSTEMS)}")
+    absent = [program for name in wanted for program in SYSTEMS[name].missing()]
+    if absent:
+        raise BenchmarkError(f"not installed: {', '.join(absent)}. Run tests/benchmark/cluster/provision.sh as root")
+    return [SYSTEMS[name](directory, size_bytes) for name in wanted]
+
+
+def command_of(system: System, row: ClusterRow, seconds: float, seed: int) -> list[str]:
+    """One job of fio; the seed fixes the addresses."""
+    arguments = [*system.fio_arguments(), "--thread", f"--size={system.size_bytes}", *row.fio_arguments()]
+    timing = ["--time_based", f"--runtime={round(seconds * 1000)}ms", "--randrepeat=0", f"--randseed={seed}"]
+    return fio_of(row.name, *arguments, *timing)
+
+
+def fill(system: System) -> None:
+    """Write all of it once, with bytes that do not compress."""
+    arguments = [*system.fio_arguments(), "--thread", f"--size={system.size_bytes}", "--rw=write", "--bs=1m"]
+    run_fio(fio_of("fill", *arguments, "--iodepth=4", "--refill_buffers", "--end_fsync=1"), timeout_s=600)
+
+
+def measure_rows(
+    rows: list[ClusterRow], systems: list[System], rounds: int, seconds: float
+) -> dict[str, dict[str, list[Sample]]]:
+    """Row → system → a sample for each round."""
+    samples: dict[str, dict[str, list[Sample]]] = {}
+    say = Console(stderr=True)
+    for row in rows:
+        of_row: dict[str, list[Sample]] = {system.name: [] for system in systems}
+        for number in range(rounds):
+            first = number % len(systems)
+            for system in systems[first:] + systems[:first]:
+                command = command_of(system, row, seconds, seed=number + 1)
+                of_row[system.name].append(measure_command(system, row.writes, seconds, command))
+        samples[row.name] = of_row
+        rates = ", ".join(
+            f"{name} {median(each.operations_per_s for each in taken):,.0f}" for name, taken in of_row.items()
+        )
+        say.print(f"{row.name}: {rates}", highlight=False, soft_wrap=True)
+    return samples
+
+
+def cpu_fraction(row: dict[str, Any], subject: str) -> float | None:
+    """CPU of all daemons for an operation, ours over Ceph's."""
+    if PEER not in row["samples"] or subject == PEER:
+        return None
+    return figure(row, subject, "server_cpu_s_per_1000") / figure(row, PEER, "server_cpu_s_per_1000")
+
+
+def assemble(
+    systems: list[System], rows: list[ClusterRow], samples: dict[str, dict[str, list[Sample]]], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What is kept: all that the table and the documents are made from."""
+    rows_json = []
+    for row in rows:
+        subject = systems[0].name
+        ratio = ratio_between(samples[row.name], subject) if len(systems) > 1 else None
+        rows_json.append(
+            {
+                "name": row.name,
+                "title": row.title,
+                "block_bytes": row.block_bytes,
+                "goal": row.goal,
+                "cpu_goal": row.cpu_goal,
+                "fio_commands": {
+                    system.name: " ".join(command_of(system, row, options["seconds"], 1)) for system in systems
+                },
+                **row_as_json(samples[row.name], ratio),
+            }
+        )
+    return {
+        "fio_version": fio_version(),
+        "options": options,
+        "subject": systems[0].name,
+        "systems_in_order": [system.name for system in systems],
+        "systems": {system.name: {"title": system.title, "version": system.version()} for system in systems},
+        "rows": rows_json,
+    }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """Rates, their ratio, and the fraction of CPU, with the goals."""
+    names: list[str] = result["systems_in_order"]
+    table = Table(title="Operations a second: median of the rounds (below: CPU ms of all daemons an operation)")
+    for head in ("row", "times Ceph\n95 % interval", "goal", "CPU of\nCeph's", "goal"):
+        table.add_column(head, justify="left" if head == "row" else "right")
+    for name in names:
+        table.add_column(result["systems"][name]["title"], justify="right")
+    for row in result["rows"]:
+        table.add_row(*cells_of(row, result), end_section=True)
+    return table
+
+
+def cells_of(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    ratio, fraction = row["ratio"], cpu_fraction(row, result["subject"])
+    return [
+        row["title"],
+        f"{ratio['value']:.2f}\n{ratio['low']:.2f} – {ratio['high']:.2f}" if ratio else "–",
+        f"{row['goal']:.1f}",
+        f"{fraction:.3f}" if fraction is not None else "–",
+        f"{row['cpu_goal']:.2f}" if row["cpu_goal"] else "–",
+        *(
+            f"{rate_text(row, figure(row, name, 'operations_per_s'))}\n{figure(row, name, 'server_cpu_s_per_1000'):.3f}"
+            for name in result["systems_in_order"]
+        ),
+    ]
+
+
+@application.command()
+def benchmark(
+    rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
+    systems: Annotated[str, typer.Option(help="Comma-separated systems; the first is the subject.")] = USUAL,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each system in each row.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 5.0,
+    size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    quick: Annotated[bool, typer.Option(help="A smoke run: 64M, 2 rounds of half a second.")] = False,
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+) -> None:
+    """Measure replicated volumes beside Ceph RBD by fio, in turn, all daemons on this machine."""
+    with run_of("bench-cluster", results, directory) as bench, ExitStack() as stack:
+        refuse_a_slow_checksum()
+        wanted = chosen_rows(rows)
+        size_bytes = QUICK_SIZE_BYTES if quick else size_bytes_of(size)
+        if quick:
+            rounds, seconds = 2, 0.5
+        there = chosen_systems(systems, bench.place, size_bytes)
+        machine.check_room(bench.place, size_bytes * ROOM_FACTOR * len(there))
+        for system in there:
+            stack.callback(system.stop)
+            system.start()
+            fill(system)
+        samples = measure_rows(wanted, there, rounds, seconds)
+        options = {"size_bytes": size_bytes, "rounds": rounds, "seconds": seconds}
+        result = bench.keep(assemble(there, wanted, samples, options), told=not as_json)
+        if as_json:
+            sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        else:
+            console.print(table_of(result))
+    os.sync()
+
+
+if __name__ == "__main__":
+    application()

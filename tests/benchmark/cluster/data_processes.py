@@ -1,0 +1,99 @@
+"""Three data processes with one replicated family and no nodes around them: the replicated path by itself.
+
+They are `replica_process.py`; the first one owns the family. What a node has besides, its control process and etcd, is
+not on that path and is not counted here.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from metadata.replica_set import Member, ReplicaSet
+
+from ..processes import BenchmarkError
+from ..targets import Nbdserver
+from .replica_process import EXPORT
+from .systems import System, end, free_ports
+
+NODES = ("node-1", "node-2", "node-3")
+
+
+class DataProcesses(System):
+    """See above."""
+
+    name = "data-processes"
+    title = "nbdserver, data processes alone"
+    programs = (sys.executable,)
+
+    def __init__(self, directory: Path, size_bytes: int) -> None:
+        super().__init__(directory, size_bytes)
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._port = 0
+
+    def version(self) -> str:
+        return Nbdserver.version()
+
+    @property
+    def _socket(self) -> Path:
+        return self.directory / "bench.sock"
+
+    def start(self) -> None:
+        self.directory.mkdir(parents=True)
+        self._port = free_ports(len(NODES))
+        members = tuple(Member(node, self._start(node)) for node in NODES)
+        value = ReplicaSet(0, NODES[0], members, NODES)
+        owner = self._processes[NODES[0]]
+        assert owner.stdin is not None
+        owner.stdin.write(f"own {value.encode().decode()}\n")
+        owner.stdin.flush()
+        self._heard(NODES[0], "owner")
+        self.wait_until_whole()
+
+    def _start(self, node: str) -> int:
+        """Its incarnation."""
+        addresses = {each: f"127.0.0.1:{self._port + number}" for number, each in enumerate(NODES)}
+        peers = ",".join(f"{each}={address}" for each, address in addresses.items())
+        arguments = [str(self.directory / node), node, addresses[node], peers, f"unix:{self._socket}"]
+        with (self.directory / f"{node}.log").open("ab") as log:
+            self._processes[node] = subprocess.Popen(
+                [sys.executable, "-m", "tests.benchmark.cluster.replica_process", *arguments, str(self.size_bytes)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+            )  # fmt: skip
+        return int(self._heard(node, "replica"))
+
+    def _heard(self, node: str, word: str) -> str:
+        """Wait for a line that begins with the word; what follows it."""
+        output = self._processes[node].stdout
+        assert output is not None
+        line = output.readline().strip()
+        if not line.startswith(word):
+            log = (self.directory / f"{node}.log").read_text().strip().splitlines()
+            raise BenchmarkError(f"{node} says {line!r} instead of {word}; {log[-1] if log else 'its log is empty'}")
+        return line.removeprefix(word).strip()
+
+    def stop(self) -> None:
+        end(self.pids())
+        for process in self._processes.values():
+            process.wait()
+
+    def fio_arguments(self) -> list[str]:
+        return ["--ioengine=nbd", f"--uri=nbd+unix:///{EXPORT}?socket={self._socket}"]
+
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes.values() if process.poll() is None]
+
+    def kill_replica(self) -> None:
+        process = self._processes[NODES[-1]]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def start_replica(self) -> int:
+        self._start(NODES[-1])
+        return self._processes[NODES[-1]].pid
+
+    def is_whole(self) -> bool:
+        value = json.loads((self.directory / NODES[0] / "replica-set.json").read_text())
+        return {member["node"] for member in value["in_sync"]} == set(NODES)

@@ -1,0 +1,137 @@
+"""What is compared: a system of three replicas on loopback, started and ended by exactly its processes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import processes
+from ..processes import BenchmarkError
+
+PORTS = range(20_000, 31_000)  # below those that outgoing connections are given
+ENDED_S = 20.0
+
+
+class System(ABC):
+    """One replicated disk of `size_bytes`, its files below `directory`. It is what fio's measurements call a server."""
+
+    name = ""
+    title = ""
+    programs: tuple[str, ...] = ()
+
+    def __init__(self, directory: Path, size_bytes: int) -> None:
+        self.directory = directory / self.name
+        self.size_bytes = size_bytes
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Programs that are not installed."""
+        return [program for program in cls.programs if shutil.which(program) is None]
+
+    @abstractmethod
+    def version(self) -> str: ...
+
+    @abstractmethod
+    def start(self) -> None:
+        """Make the empty disk and serve it; all replicas are in sync."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End all of it; idempotent."""
+
+    @abstractmethod
+    def fio_arguments(self) -> list[str]:
+        """Engine and target."""
+
+    @abstractmethod
+    def pids(self) -> list[int]:
+        """Of every daemon, whatever it is for."""
+
+    @abstractmethod
+    def kill_replica(self) -> None:
+        """As kill -9 does: one that the client is not attached to."""
+
+    @abstractmethod
+    def start_replica(self) -> int:
+        """Start it again; its process."""
+
+    @abstractmethod
+    def is_whole(self) -> bool:
+        """Whether all replicas are in sync."""
+
+    @property
+    def server(self) -> "System":
+        return self
+
+    def cpu_s(self) -> float:
+        """User and system seconds of all daemons."""
+        return sum(map(processes.cpu_s, self.pids()))
+
+    def wait_until_whole(self, limit_s: float = 60.0) -> None:
+        wait_until(self.is_whole, f"{self.title} is not whole", limit_s)
+
+
+def wait_until(holds: Callable[[], bool], otherwise: str, limit_s: float = 60.0, pause_s: float = 0.1) -> None:
+    """BenchmarkError when it does not hold in time."""
+    deadline_s = time.monotonic() + limit_s
+    while not holds():
+        if time.monotonic() > deadline_s:
+            raise BenchmarkError(f"{otherwise} after {limit_s:.0f} s")
+        time.sleep(pause_s)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many neighbouring TCP ports on 127.0.0.1 that nobody listens at."""
+    for base in range(PORTS.start, PORTS.stop - count, count):
+        if all(_is_free(port) for port in range(base, base + count)):
+            return base
+    raise BenchmarkError(f"there are no {count} free ports from {PORTS.start} to {PORTS.stop}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def run(command: list[str], limit_s: float = 60.0) -> str:
+    """What it prints; BenchmarkError with its last words if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise BenchmarkError(f"{' '.join(command)} hangs for {limit_s:.0f} s") from None
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()
+        raise BenchmarkError(f"{' '.join(command)} failed: {words[-1] if words else 'it said nothing'}")
+    return done.stdout
+
+
+def end(pids: list[int]) -> None:
+    """SIGTERM to all, and to those that are there after ENDED_S SIGKILL."""
+    for wanted, limit_s in ((signal.SIGTERM, ENDED_S), (signal.SIGKILL, ENDED_S)):
+        for pid in pids:
+            try:
+                os.kill(pid, wanted)
+            except ProcessLookupError:
+                continue
+        deadline_s = time.monotonic() + limit_s
+        while pids and time.monotonic() < deadline_s:
+            pids = [pid for pid in pids if is_running(pid)]
+            time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
