@@ -83,6 +83,11 @@ class ClusterNode:
         found: dict[str, Any] = self.get(f"/v1/nodes/{name}")
         return found
 
+    def volume(self, name: str) -> dict[str, Any]:
+        """What its status page shows of a volume, wherever that is; {} if it knows of none."""
+        rows: list[dict[str, Any]] = self.get(f"/v1/overview?match={name}")["volumes"]["rows"]
+        return next((row for row in rows if row["name"] == name), {})
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.get("/v1/events?limit=2000") if event["kind"] == kind]
 

@@ -305,11 +305,12 @@ class TrafficNow(BaseModel):
     bytes_history: list[int]
 
 
-class VolumeRow(TrafficNow):
-    """A volume as the status page shows it."""
+class VolumeRow(BaseModel):
+    """A volume as the status page shows it; null: of one on another node that is not known here."""
 
     key: str = Field(description="stays when the volume is renamed")
     name: str
+    node: str = Field(description="where it is; empty: this node stands alone")
     description: str
     state: str
     reason: str
@@ -318,13 +319,20 @@ class VolumeRow(TrafficNow):
     shares_data: bool = Field(description="with clones")
     damaged_blocks: int
     base: str
-    snapshots: int
-    clients: int
+    snapshots: int | None
+    clients: int | None
     read_only: bool
+    requests_per_s: float | None
+    bytes_per_s: int | None = Field(description="read and written together")
+    read_bytes_per_s: int | None
+    write_bytes_per_s: int | None
+    latency_us: int | None = Field(description="mean, from a request's arrival to its reply; 0: nothing was asked")
+    requests_history: list[int] = Field(description="a second, in the last slots of slot_s, oldest first")
+    bytes_history: list[int]
 
 
 class VolumeRows(BaseModel):
-    """The volumes that were asked for."""
+    """The volumes that were asked for, of all nodes of the cluster."""
 
     total: int
     matching: int

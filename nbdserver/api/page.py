@@ -36,7 +36,7 @@ HEADERS = {
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
-Sort = Literal["trouble", "name", "size", "data", "clients", "requests", "bytes", "latency"]
+Sort = Literal["trouble", "name", "node", "size", "data", "clients", "requests", "bytes", "latency"]
 """Those of overview.SORTS."""
 
 
@@ -47,7 +47,7 @@ def add_to(app: FastAPI, node: Node) -> None:
     @app.get("/v1/overview", summary="What the status page shows: the node, and the first of its volumes")
     async def overview(
         match: Annotated[
-            str, Query(max_length=200, description="only volumes whose name or description has these words")
+            str, Query(max_length=200, description="only volumes whose name, description or node has these words")
         ] = "",
         sort: Annotated[Sort, Query(description="names from a to z, numbers from the largest")] = "trouble",
         limit: Annotated[int, Query(ge=0, le=MOST_ROWS, description="at most so many volumes")] = 50,

@@ -8,6 +8,7 @@ What this node publishes, under its own name:
 
     node/NAME     where it stands, version, start: once
     load/NAME     volumes, clients, rates, fill: every REPORT_S; goes by itself LOAD_EXPIRES_S after the last
+    volumes/NAME  which volumes it has (volumes_told.py): when that has changed, with the load
     drain/NAME    it shall get nothing new (kept in the registry; published by whichever node was asked)
 
 Rules
@@ -43,6 +44,7 @@ from nbdserver.node.cluster_settings import (
     FACTS_PREFIX,
     LOAD_PREFIX,
     SAID_PREFIXES,
+    VOLUMES_PREFIX,
     ClusterSettings,
 )
 from nbdserver.node.cluster_view import LATE_S, Picture
@@ -50,6 +52,7 @@ from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
 from nbdserver.node.membership import Membership
+from nbdserver.node.volumes_told import Elsewhere, Row
 from protocol.directory import Confirm, NodeKind
 from protocol.disk import DamagedValueError
 from protocol.sealed_frames import ClusterKeys
@@ -77,13 +80,17 @@ class Cluster:
         directory: DataDirectory,
         version: str,
         measure: Measure,
+        volumes: Callable[[], bytes],
         event: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        """Take part, on the running loop. `measure()` is this node's load. WrongInputError for files and addresses that
-        cannot be used, NodeError for a store that cannot."""
+        """Take part, on the running loop. `measure()` is this node's load, `volumes()` what it says of its volumes.
+        WrongInputError for files and addresses that cannot be used, NodeError for a store that cannot."""
         loop = asyncio.get_running_loop()
         self.settings = settings
         self._measure = measure
+        self._volumes = volumes
+        self._volumes_told = b""
+        self._elsewhere = Elsewhere()
         self._event = event
         self._version = version
         self.clock = HostClock(loop)
@@ -203,6 +210,14 @@ class Cluster:
             "nodes": cluster_view.nodes(picture),
         }
 
+    def volumes_elsewhere(self) -> tuple[list[Row], int]:
+        """The volumes of the other nodes, as they have told them, and how many there are."""
+        picture = self._picture()
+        rows = self._elsewhere.rows(
+            cluster_view.nodes(picture), picture.me, lambda key: picture.directory.get(key, b"")
+        )
+        return rows, self._elsewhere.total
+
     def gauges(self) -> dict[str, float]:
         """For metrics."""
         return {
@@ -293,6 +308,10 @@ class Cluster:
             return  # the file system cannot be asked: the last report ends by itself
         value = json.dumps(load, separators=(",", ":")).encode()
         self.directory.publish(LOAD_PREFIX + self.settings.node, value, expires_s=LOAD_EXPIRES_S)
+        volumes = self._volumes()
+        if volumes and volumes != self._volumes_told:
+            self._volumes_told = volumes
+            self.directory.publish(VOLUMES_PREFIX + self.settings.node, volumes)
 
     def _look(self, now_s: float) -> None:
         """Tell what has changed with this node."""

@@ -14,7 +14,7 @@ from nbdserver.node.setting_values import Address, Model, NameValue, OwnAddress,
 
 DEFAULT_SITE = "main"
 
-FACTS_PREFIX, LOAD_PREFIX, DRAIN_PREFIX = SAID_PREFIXES = ("node/", "load/", "drain/")
+FACTS_PREFIX, LOAD_PREFIX, VOLUMES_PREFIX, DRAIN_PREFIX = SAID_PREFIXES = ("node/", "load/", "volumes/", "drain/")
 """What every node hears of every other one."""
 
 

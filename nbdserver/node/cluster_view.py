@@ -16,9 +16,10 @@ from typing import Any
 
 from metadata.directory.registry_keys import Member
 from metadata.registry_calls import Health
-from nbdserver.node.cluster_settings import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX
+from nbdserver.node.cluster_settings import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX, VOLUMES_PREFIX
 from nbdserver.node.errors import listed
 from nbdserver.node.findings import NOW, SOON, Finding
+from nbdserver.node.volumes_told import volumes_of
 from protocol.directory import NodeKind
 
 FULL_PERCENT, FILLED_PERCENT = 95.0, 90.0
@@ -41,7 +42,7 @@ class Picture:
     epoch: int = 0
     voters: frozenset[str] = frozenset()
     directory: Mapping[str, bytes] = field(default_factory=dict)
-    """What the nodes say of themselves: keys under node/, load/, drain/."""
+    """What the nodes say of themselves: keys under SAID_PREFIXES."""
     silent_s: Mapping[str, float] = field(default_factory=dict)
     """For how long the master has not heard them, by name."""
     is_active: bool = True
@@ -155,10 +156,11 @@ def _registry(picture: Picture) -> Iterable[Finding]:
 
 def _others(picture: Picture, rows: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
     for name, silent_s in sorted(picture.silent_s.items()):
+        volumes = sorted(volumes_of(picture.directory.get(VOLUMES_PREFIX + name, b"")))
         yield Finding(
             NOW,
             f"node {name}",
-            f"has been silent for {silent_s:.0f} s",
+            f"has been silent for {silent_s:.0f} s" + (f", with its volumes: {listed(volumes, 5)}" if volumes else ""),
             f"look at it; if it does not come back: nbdserver node remove {name}",
         )
     for row in rows:

@@ -51,6 +51,7 @@ from nbdserver.node.sizes import round_size
 from nbdserver.node.snapshots import Snapshots
 from nbdserver.node.succession import Succession
 from nbdserver.node.volumes import Volumes
+from nbdserver.node.volumes_told import Row
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
@@ -112,7 +113,7 @@ class Node:
         self.scrubs = Scrubs(
             directory.scrub, lambda: self.settings.scrub, self._families.all, self.call, self.events.add
         )
-        self.overview = Overview(self.status, self.events)
+        self.overview = Overview(self.status, self.events, elsewhere=self._volumes_elsewhere)
         self.cluster: Cluster | None = None
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
@@ -222,6 +223,9 @@ class Node:
             "fill_percent": file_system.percent,
         }
 
+    def _volumes_elsewhere(self) -> tuple[list[Row], int]:
+        return self.cluster.volumes_elsewhere() if self.cluster else ([], 0)
+
     def free_bytes(self) -> int:
         """Return the room on the file system of the data directory."""
         statistics = os.statvfs(self.directory.path)
@@ -284,7 +288,9 @@ class Node:
             return
         from nbdserver.node.cluster import Cluster  # what speaks to etcd is loaded where there is a cluster
 
-        self.cluster = Cluster(self.settings.cluster, self.directory, program.version(), self.load, self.events.add)
+        self.cluster = Cluster(
+            self.settings.cluster, self.directory, program.version(), self.load, self.overview.told, self.events.add
+        )
         self._cluster_watch = asyncio.get_running_loop().create_task(self.cluster.watch())
 
     async def _leave_cluster(self) -> None:

@@ -5,6 +5,8 @@ process for all of them, at most one in SHORTEST_S, and one in SLOT_S where look
 of the time; and everybody gets the rows that they asked for, not all. History is taken all the time: who opens the page
 because something is slow sees what the last minutes were like.
 
+In a cluster the rows are the volumes of all nodes, as far as the others have told them (volumes_told.py).
+
 Rules
 - Filtering, sorting and cutting are pure (`select`).
 - A look that fails leaves what was seen before; `seen_s` says how old that is.
@@ -20,6 +22,7 @@ from metadata.registry import RegistryError
 from nbdserver.node.activity import IDLE, SLOT_S, Activity, Rates
 from nbdserver.node.errors import NodeError
 from nbdserver.node.events import Event, EventLog
+from nbdserver.node.volumes_told import Row, busiest, told
 
 SHORTEST_S = 1.0
 LOOKS_COST = 20
@@ -32,19 +35,21 @@ TROUBLED = ("failed", "full", "unknown", "starting")
 
 COPIED = ("name", "state", "reason", "size_bytes", "base", "snapshots", "clients")
 
-Row = dict[str, Any]
-
 SORTS: dict[str, Callable[[Row], Any]] = {
     "trouble": lambda row: (*_trouble(row), row["name"]),
     "name": lambda row: row["name"],
+    "node": lambda row: (row["node"], row["name"]),
     "size": lambda row: (-row["size_bytes"], row["name"]),
     "data": lambda row: (-(row["live_bytes"] or 0), row["name"]),
-    "clients": lambda row: (-row["clients"], row["name"]),
-    "requests": lambda row: (-row["requests_per_s"], row["name"]),
-    "bytes": lambda row: (-row["bytes_per_s"], row["name"]),
-    "latency": lambda row: (-row["latency_us"], row["name"]),
+    "clients": lambda row: (-(row["clients"] or 0), row["name"]),
+    "requests": lambda row: (-(row["requests_per_s"] or 0), row["name"]),
+    "bytes": lambda row: (-(row["bytes_per_s"] or 0), row["name"]),
+    "latency": lambda row: (-(row["latency_us"] or 0), row["name"]),
 }
-"""How volumes can be ordered: names from a to z, numbers from the largest."""
+"""How volumes can be ordered: names from a to z, numbers from the largest, those that are not known last."""
+
+Elsewhere = Callable[[], tuple[list[Row], int]]
+"""The rows of volumes on other nodes, and how many there are."""
 
 
 class Overview:
@@ -55,14 +60,17 @@ class Overview:
         status: Callable[[], Awaitable[dict[str, Any]]],
         events: EventLog,
         now_s: Callable[[], float] = time.monotonic,
+        elsewhere: Elsewhere = lambda: ([], 0),
     ) -> None:
         """`status` is `Node.status`."""
         self._status = status
+        self._elsewhere = elsewhere
         self._events = events
         self._now_s = now_s
         self._activity = Activity()
         self._seen: dict[str, Any] = {}
-        self._rows: list[Row] | None = None  # of `_seen`, once they are asked for
+        self._rows: list[Row] | None = None  # of `_seen`, once they are asked for, and those elsewhere
+        self._total = 0
         self._seen_s = 0.0
         self._next_s = 0.0
         self._looking: asyncio.Task[None] | None = None
@@ -83,10 +91,11 @@ class Overview:
         if not self._seen or self._now_s() >= self._next_s:
             await self._look()
         seen = self._seen
+        own = seen["volumes"]
         if self._rows is None:
-            self._rows = [self._row(volume) for volume in seen["volumes"]]
-        volumes = self._rows
-        chosen = select(volumes, match, sort)
+            elsewhere, count = self._elsewhere()
+            self._rows, self._total = [*map(self._row, own), *elsewhere], len(own) + count
+        chosen = select(self._rows, match, sort)
         rows = [row | _history(self._activity.history(row["key"])) for row in chosen[:limit]]
         slots = self._activity.together()
         return {
@@ -95,10 +104,10 @@ class Overview:
             "fills": _fullest(seen["fills"]),
             "seen_s": round(self._now_s() - self._seen_s, 1),
             "slot_s": SLOT_S,
-            "states": _counted([volume["state"] for volume in volumes]),
-            "clients": sum(volume["clients"] for volume in volumes),
+            "states": _counted([volume["state"] for volume in own]),
+            "clients": sum(volume["clients"] for volume in own),
             "traffic": _shown(slots[-1] if slots else IDLE) | _history(slots),
-            "volumes": {"total": len(volumes), "matching": len(chosen), "rows": rows},
+            "volumes": {"total": self._total, "matching": len(chosen), "rows": rows},
             "events": self._told(),
         }
 
@@ -113,7 +122,15 @@ class Overview:
         traffic = _shown(slots[-1] if slots else IDLE)
         del traffic["bytes_per_s"]
         volumes = self._seen.get("volumes", ())
-        return {"volumes": len(volumes), "clients": sum(volume["clients"] for volume in volumes), **traffic}
+        clients = sum(volume["clients"] for volume in volumes)
+        rows = [self._row(volume) for volume in volumes]
+        return {"volumes": len(volumes), "clients": clients, **traffic, "busiest": busiest(rows)}
+
+    def told(self) -> bytes:
+        """What the other nodes are told of this one's volumes, those in trouble first; empty before the first look."""
+        if not self._seen:
+            return b""
+        return told(select([self._row(volume) for volume in self._seen["volumes"]], "", "trouble"))
 
     def _take(self) -> None:
         """A slot of the history ends."""
@@ -141,6 +158,7 @@ class Overview:
         settings, disk = volume["settings"], volume["disk"]
         return {
             "key": key,
+            "node": (self._seen.get("cluster") or {}).get("node", ""),
             **{name: volume[name] for name in COPIED},
             "description": settings["description"],
             "read_only": settings["read_only"],
@@ -152,10 +170,14 @@ class Overview:
 
 
 def select(rows: Sequence[Row], match: str, sort: str) -> list[Row]:
-    """The rows whose name or description has every word of `match`, whatever its case, in the order of `sort`."""
+    """The rows whose name, description or node has every word of `match`, whatever its case, in the order of `sort`."""
     words = match.casefold().split()
-    found = [row for row in rows if all(word in f"{row['name']} {row['description']}".casefold() for word in words)]
-    return sorted(found, key=SORTS[sort])
+    return sorted((row for row in rows if not words or _matches(row, words)), key=SORTS[sort])
+
+
+def _matches(row: Row, words: Sequence[str]) -> bool:
+    text = f"{row['name']} {row['description']} {row['node']}".casefold()
+    return all(word in text for word in words)
 
 
 def together(events: Sequence[Event]) -> list[Event]:

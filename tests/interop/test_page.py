@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 
 from nbdserver.api import page
 from nbdserver.api.access import PAGE_FILES
+from nbdserver.node.volumes_told import NOT_TOLD
 from tests.browser import Browser
 from tests.conftest import Processes
 from tests.nbd_client import Client
@@ -67,6 +69,7 @@ def test_the_page_shows_the_node_and_what_changes_and_asks_nobody_else(browser: 
     browser.open(site.url)
     is_live(browser)
     assert browser.text("#verdict") == "All is well: 2 volumes served to 0 client connections."
+    assert browser.run("getComputedStyle(document.querySelector('#volume-rows th:nth-child(2)')).display") == "none"
     browser.wait(f"document.querySelector('#volume-rows').innerText.includes({json.dumps(NASTY)})")
     client = Client(("127.0.0.1", site.server.port), "disk0")
     site.server.command("volume", "create", "late", "--size", "1G")
@@ -91,9 +94,9 @@ def test_volumes_are_filtered_and_ordered_and_by_keyboard_too(browser: Browser, 
     browser.wait("document.querySelector('#volumes-more').innerText.startsWith('None of')")
     browser.type("#volumes-match", "")
     browser.wait(f"{names}.includes('disk0')")
-    browser.run("document.querySelector('#volume-rows th:nth-child(3) button').focus()")
+    browser.run("document.querySelector('#volume-rows th:nth-child(4) button').focus()")
     browser.press("Enter", 13)
-    browser.wait("document.querySelector('#volume-rows th:nth-child(3)').getAttribute('aria-sort') === 'descending'")
+    browser.wait("document.querySelector('#volume-rows th:nth-child(4)').getAttribute('aria-sort') === 'descending'")
     browser.wait(f"{names}.endsWith('web,disk0')")
     assert browser.run("document.activeElement.innerText") == "Size", "the focus stays where it was"
 
@@ -205,6 +208,7 @@ def large() -> dict[str, Any]:
         traffic
         | {
             "key": f"f{number}/1",
+            "node": "node1",
             "name": f"volume-with-a-rather-long-name-{number:04}",
             "description": NASTY if number == 0 else "",
             "state": "full" if number == 0 else "serving",
@@ -218,8 +222,18 @@ def large() -> dict[str, Any]:
             "clients": 4,
             "read_only": False,
         }
-        for number in range(50)
+        for number in range(49)
     ]
+    elsewhere = {
+        "key": "node node7/lost",
+        "name": "lost",
+        "node": "node7",
+        "state": "unknown",
+        "reason": "node7 is silent",
+    }
+    rows.insert(
+        1, {**rows[1], **NOT_TOLD, "requests_history": [], "bytes_history": [], "size_bytes": 1 << 40} | elsewhere
+    )
     finding = {"urgency": "now", "subject": NASTY, "problem": "is silent", "remedy": "look at it"}
     event = {"sequence": 1, "time": "2026-01-01T00:00:00.000+00:00", "kind": "checksum-error", "volume": NASTY}
     event |= {"times": 2, "since": "2026-01-01T00:00:00.000+00:00"}
@@ -304,6 +318,11 @@ def test_a_large_cluster_is_shown_wide_and_narrow_light_and_dark(
         browser.wait(f"{rows} === 10")
         assert "Showing 10 of 300 nodes" in browser.text("#nodes-more")
         assert "the first 50 of 1,000" in browser.text("#volumes-more")
+        shown = browser.run("document.querySelector('#volume-rows tbody tr:nth-child(2)').innerText")
+        assert re.split(r"\s*[\t\n]\s*", shown)[:4] == ["lost", "node7", "unknown", "node7 is silent"]
+        assert "999 volumes served here" in browser.text("#verdict")
+        assert "Together 1,000 volumes" in browser.text("#cluster-facts")
+        assert browser.text("#tiles-title") == "On node1, this node"
         for place in ("#findings", "#volume-rows", "#events"):
             assert NASTY in browser.text(place)
         assert "(2 times since 202" in browser.text("#events")

@@ -11,6 +11,7 @@ from nbdserver.node.activity import NO_TRAFFIC, SLOT_S
 from nbdserver.node.errors import NodeError
 from nbdserver.node.events import EventLog
 from nbdserver.node.overview import LOOKS_COST, MOST_EVENTS, MOST_SHOWN, SORTS, Overview, select, together
+from nbdserver.node.volumes_told import NOT_TOLD, Row, volumes_of
 
 
 def volume(number: int, **more: Any) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def volume(number: int, **more: Any) -> dict[str, Any]:
 class Rig:
     """An overview of a node that is as slow as is wanted."""
 
-    def __init__(self, path: Path, volumes: int = 3) -> None:
+    def __init__(self, path: Path, volumes: int = 3, elsewhere: tuple[list[Row], int] = ([], 0)) -> None:
         self.looks = 0
         self.took_s = 0.0
         self.now_s = 1000.0
@@ -43,7 +44,7 @@ class Rig:
         self.scrubs: list[dict[str, Any]] = []
         self.fills: list[dict[str, Any]] = []
         self.events = EventLog(path / "events.jsonl", lambda: self.now_s)
-        self.overview = Overview(self.status, self.events, lambda: self.now_s)
+        self.overview = Overview(self.status, self.events, lambda: self.now_s, lambda: elsewhere)
 
     async def status(self) -> dict[str, Any]:
         self.looks += 1
@@ -176,11 +177,11 @@ def test_what_happens_again_and_again_does_not_hide_the_rest() -> None:
 
 
 ROWS = [
-    {"name": "b", "description": "Mail of the office", "state": "serving", "damaged_blocks": 0},
-    {"name": "a", "description": "", "state": "serving", "damaged_blocks": 0},
-    {"name": "z", "description": "mail, old", "state": "full", "damaged_blocks": 0},
-    {"name": "y", "description": "", "state": "failed", "damaged_blocks": 0},
-    {"name": "x", "description": "", "state": "serving", "damaged_blocks": 3},
+    {"name": "b", "description": "Mail of the office", "state": "serving", "damaged_blocks": 0, "node": "n1"},
+    {"name": "a", "description": "", "state": "serving", "damaged_blocks": 0, "node": "n1"},
+    {"name": "z", "description": "mail, old", "state": "full", "damaged_blocks": 0, "node": "n1"},
+    {"name": "y", "description": "", "state": "failed", "damaged_blocks": 0, "node": "n1"},
+    {"name": "x", "description": "", "state": "serving", "damaged_blocks": 3, "node": "n0"},
 ]
 
 
@@ -192,6 +193,7 @@ ROWS = [
         ("OFFICE mail", "b"),
         ("a", "zab"),
         ("nobody", ""),
+        ("N0", "x"),
         ("   ", "yzxab"),
     ],
 )
@@ -203,6 +205,20 @@ def test_the_api_offers_every_order_there_is() -> None:
     assert set(get_args(Sort)) == set(SORTS)
     numbers = dict.fromkeys(("size_bytes", "live_bytes", "clients", "requests_per_s", "bytes_per_s", "latency_us"), 1)
     rows = [row | {key: value * place for key, value in numbers.items()} for place, row in enumerate(ROWS)]
-    for sort in set(SORTS) - {"trouble", "name"}:
+    for sort in set(SORTS) - {"trouble", "name", "node"}:
         assert select(rows, "", sort) == rows[::-1]
     assert [row["name"] for row in select(rows, "", "name")] == ["a", "b", "x", "y", "z"]
+    assert [row["name"] for row in select(rows, "", "node")] == ["x", "a", "b", "y", "z"]
+
+
+def test_volumes_of_other_nodes_are_shown_among_the_own_ones(tmp_path: Path) -> None:
+    elsewhere = {**NOT_TOLD, "key": "node n2/there", "name": "there", "node": "n2", "reason": "n2 is silent"}
+    rig = Rig(tmp_path, elsewhere=([elsewhere], 5))
+    assert rig.overview.told() == b"", "nothing is told before it is known"
+    shown = asyncio.run(rig.overview.show())
+    assert [row["name"] for row in shown["volumes"]["rows"]] == ["there", "v0", "v1", "v2"]
+    assert (shown["volumes"]["total"], shown["states"], shown["clients"]) == (3 + 5, {"serving": 3}, 3)
+    for sort in SORTS:
+        assert len(asyncio.run(rig.overview.show(sort=sort))["volumes"]["rows"]) == 4
+    assert list(volumes_of(rig.overview.told())) == ["v0", "v1", "v2"]
+    assert list(rig.overview.load()["busiest"]) == ["v0", "v1", "v2"]

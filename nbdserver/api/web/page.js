@@ -125,6 +125,7 @@ function show(content) {
   lost(false);
   setText(byId("host"), content.cluster ? content.cluster.node : content.host);
   setText(byId("about"), `nbdserver ${content.version} · up ${duration(content.uptime_s)}`);
+  document.body.classList.toggle("is-alone", !content.cluster);
   showFindings(content);
   showTiles(content);
   showCluster(content);
@@ -135,9 +136,9 @@ function show(content) {
   showEvents(content);
 }
 
-function showFindings({ findings, volumes, clients, states, host }) {
+function showFindings({ findings, volumes, clients, states, host, cluster }) {
   const urgent = findings.filter((finding) => finding.urgency !== "note");
-  const served = `${count(states.serving ?? 0, "volume")} served to ${count(clients, "client connection")}.`;
+  const served = `${count(states.serving ?? 0, "volume")} served ${cluster ? "here " : ""}to ${count(clients, "client connection")}.`;
   const well = volumes.total ? `All is well: ${served}` : "All is well. There are no volumes yet: nbdserver volume create NAME --size 10G";
   const verdict = byId("verdict");
   setText(verdict, urgent.length ? `${count(urgent.length, "thing")} to look at. ${served}` : well);
@@ -156,11 +157,13 @@ function tile(title, value, below, drawing) {
     element("b", {}, value), drawing, below ? element("span", {}, below) : null));
 }
 
-function showTiles({ volumes, states, clients, traffic, capacity, fills }) {
+function showTiles({ states, clients, traffic, capacity, fills, cluster }) {
+  setText(byId("tiles-title"), cluster ? `On ${cluster.node}, this node` : "");
+  const own = Object.values(states).reduce((sum, number) => sum + number, 0);
   const troubled = Object.entries(states).filter(([state]) => state !== "serving").map(([state, number]) => `${number} ${state}`);
   const disk = fills.find((fill) => fill.subject === "file system");
   const tiles = [
-    ["Volumes", volumes.total.toLocaleString("en"), troubled.join(", ") || (volumes.total ? "all are served" : "none yet"), null],
+    ["Volumes", own.toLocaleString("en"), troubled.join(", ") || (own ? "all are served" : "none yet"), null],
     ["Client connections", clients.toLocaleString("en"), "", null],
     ["Requests a second", rate(traffic.requests_per_s), `latency ${latency(traffic.latency_us)}`, [traffic.requests_history, rate]],
     ["Throughput", bandwidth(traffic.bytes_per_s), `read ${bandwidth(traffic.read_bytes_per_s)}, write ${bandwidth(traffic.write_bytes_per_s)}`,
@@ -194,6 +197,7 @@ const volumes = new Table(byId("volume-rows"), [
   { title: "Volume", sort: "name", draw: (row) => [[row.name, row.description, row.base, row.read_only], () => [
     element("b", {}, row.name),
     element("small", {}, [row.description, row.base && `clone of ${row.base}`, row.read_only && "read-only"].filter(Boolean).join(" · "))]] },
+  { title: "Node", sort: "node", ofCluster: true, draw: (row) => plain(row.node) },
   { title: "State", sort: "trouble", draw: (row) => [[row.state, row.damaged_blocks, row.reason], () => [
     ...state(row.state)[1](),
     element("small", {}, [row.reason, row.damaged_blocks && `${row.damaged_blocks} damaged`].filter(Boolean).join(" · "))]] },
@@ -201,7 +205,7 @@ const volumes = new Table(byId("volume-rows"), [
   { title: "Data", sort: "data", number: true, draw: (row) => [[row.live_bytes, row.shares_data, row.snapshots], () => [
     size(row.live_bytes),
     element("small", {}, [row.shares_data && "with its clones", row.snapshots && count(row.snapshots, "snapshot")].filter(Boolean).join(" · "))]] },
-  { title: "Clients", sort: "clients", number: true, draw: (row) => plain(String(row.clients)) },
+  { title: "Clients", sort: "clients", number: true, draw: (row) => plain(row.clients === null ? "–" : String(row.clients)) },
   { title: "Requests/s", sort: "requests", number: true, draw: (row) => activity(row.requests_per_s, row.requests_history, rate) },
   { title: "Throughput", sort: "bytes", number: true, draw: (row) => activity(row.bytes_per_s, row.bytes_history, bandwidth) },
   { title: "Latency", sort: "latency", number: true, draw: (row) => plain(latency(row.latency_us)) },
@@ -212,13 +216,14 @@ function askFor(change) {
   ask();
 }
 
-function showVolumes({ volumes: { total, matching, rows } }) {
+function showVolumes({ volumes: { total, matching, rows }, cluster }) {
   volumes.showSort(asked.sort);
   volumes.update(rows);
   const some = rows.length < matching ? `the first ${rows.length} of ${matching.toLocaleString("en")}` : `all ${matching.toLocaleString("en")}`;
   setText(byId("volumes-more"), !total ? "There are none yet: nbdserver volume create NAME --size 10G"
     : !matching ? `None of ${count(total, "volume")} matches.`
-      : `Showing ${some}${asked.match ? ` that match, of ${count(total, "volume")}` : ""}. Curves are of the last 5 minutes.`);
+      : `Showing ${some}${asked.match ? ` that match, of ${count(total, "volume")}` : ""}. Curves are of the last 5 minutes.`
+        + (cluster ? " Of other nodes' volumes those are shown with their load that do the most." : ""));
   byId("volumes-all").hidden = rows.length >= matching || asked.limit >= 1000;
 }
 
@@ -252,7 +257,11 @@ const nodes = new Table(byId("nodes"), [
     : [`${row.fill_percent.toFixed(0)} %`, bar(row.fill_percent, mark(row.fill_percent))]] },
 ]);
 
-function showCluster({ cluster }) {
+function sum(nodes, field) {
+  return nodes.reduce((all, node) => all + (node[field] ?? 0), 0);
+}
+
+function showCluster({ cluster, volumes: { total } }) {
   byId("cluster").hidden = !cluster;
   if (!cluster) return;
   const registry = cluster.registry;
@@ -269,7 +278,9 @@ function showCluster({ cluster }) {
   const up = all.filter((node) => node.state === "up").length;
   const old = cluster.is_active ? "" : "Old, for this node does not hear the master. ";
   setText(byId("cluster-facts"), `${old}Cluster ${cluster.name}: ${up} of ${count(all.length, "node")} up, master ${cluster.master || "none"}, `
-    + `registry ${registry.kind} ${registry.is_connected ? "connected" : "not connected"}${registry.endpoint ? ` (${registry.endpoint})` : ""}`);
+    + `registry ${registry.kind} ${registry.is_connected ? "connected" : "not connected"}${registry.endpoint ? ` (${registry.endpoint})` : ""}. `
+    + `Together ${count(total, "volume")}, ${count(sum(all, "clients"), "client connection")}, ${rate(sum(all, "requests_per_s"))} requests/s, `
+    + `${bandwidth(sum(all, "read_bytes_per_s") + sum(all, "write_bytes_per_s"))}`);
   const rows = Math.min(found.length, mostNodes);
   setText(byId("nodes-more"), rows < all.length ? `Showing ${rows} of ${count(all.length, "node")}.` : "");
   byId("nodes-all").hidden = rows === found.length;

@@ -26,7 +26,7 @@ export function redraw(target, value, draw) {
   target.replaceChildren(...draw(value));
 }
 
-// A table whose rows have a `key`; columns are {title, sort, number, draw: row -> [what to compare, () -> nodes]}.
+// A table whose rows have a `key`; columns are {title, sort, number, ofCluster, draw: row -> [what to compare, () -> nodes]}.
 export class Table {
   constructor(table, columns, onSort) {
     this.columns = columns;
@@ -40,7 +40,7 @@ export class Table {
   }
 
   #heading(column, onSort) {
-    const attributes = { scope: "col", role: "columnheader", class: column.number ? "number" : null };
+    const attributes = { scope: "col", role: "columnheader", class: kindOf(column) };
     if (!column.sort) return element("th", attributes, column.title);
     const button = element("button", { type: "button" }, column.title);
     button.addEventListener("click", () => onSort(column.sort));
@@ -51,7 +51,7 @@ export class Table {
 
   showSort(sort) {
     for (const [name, heading] of this.sorts) {
-      heading.setAttribute("aria-sort", name !== sort ? "none" : name === "name" ? "ascending" : "descending");
+      heading.setAttribute("aria-sort", name !== sort ? "none" : name === "name" || name === "node" ? "ascending" : "descending");
     }
   }
 
@@ -74,10 +74,14 @@ export class Table {
   #make() {
     const cells = this.columns.map((column, number) => {
       const kind = { role: number === 0 ? "rowheader" : "cell", scope: number === 0 ? "row" : null };
-      return element(number === 0 ? "th" : "td", { ...kind, "data-label": column.title, class: column.number ? "number" : null });
+      return element(number === 0 ? "th" : "td", { ...kind, "data-label": column.title, class: kindOf(column) });
     });
     return element("tr", { role: "row" }, ...cells);
   }
+}
+
+function kindOf({ number, ofCluster }) {
+  return [number && "number", ofCluster && "of-cluster"].filter(Boolean).join(" ") || null;
 }
 
 const SVG = "http://www.w3.org/2000/svg";
