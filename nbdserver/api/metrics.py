@@ -44,6 +44,7 @@ HELP = {
     "loop_held": "turns of the event loop longer than 5 ms: nobody else is served meanwhile",
     "loop_longest_turn_seconds": "the longest turn of the event loop since the start",
     "connections": "client connections, those in their handshake too",
+    "forwarded_connections": "client connections that other nodes of the cluster serve",
     "worker_cpu_seconds": "CPU that one data process has used",
     "worker_connections": "client connections that one data process serves",
     "volume_size_bytes": "size of the volume",

@@ -1,6 +1,6 @@
 """`nbdserver client ...`: who is attached."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ app = typer.Typer(no_args_is_help=True, help="List and disconnect NBD clients.")
 def list_clients(context: typer.Context, data: DataOption = None, json_output: JsonOption = False) -> None:
     """List the client connections; a client with several connections has several lines.
 
+    In a cluster a client may have come to another node than the one that serves its volume: both show it.
+
     Example:
 
       nbdserver client list
@@ -27,7 +29,7 @@ def list_clients(context: typer.Context, data: DataOption = None, json_output: J
         [
             str(client["id"]),
             client["volume"],
-            client["peer"],
+            client["peer"] + _way(client),
             client["tls"] or "-",
             client["certificate"] or "-",
             str(client["requests"]),
@@ -37,6 +39,13 @@ def list_clients(context: typer.Context, data: DataOption = None, json_output: J
         for client in clients
     ]
     print_table([">ID", "VOLUME", "PEER", "TLS", "CERTIFICATE", ">REQUESTS", ">READ", ">WRITTEN"], rows)
+
+
+def _way(client: dict[str, Any]) -> str:
+    """Of a client that has come to one node and is served by another."""
+    if client["via"]:
+        return f" via {client['via']}"
+    return f" -> {client['forwarded_to']}" if client["forwarded_to"] else ""
 
 
 @app.command("disconnect")

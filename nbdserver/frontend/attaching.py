@@ -26,6 +26,7 @@ from metadata.seams import Clock, Connection, Network, Timer
 from nbdserver.frontend.forwarding import Forwarding
 from nbdserver.frontend.keeping import Keeping
 from nbdserver.frontend.server import Server
+from nbdserver.frontend.session import ClientInfo
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.volume.peer import Peer
 from protocol.handover import HandshakingClient, encode_handshaking
@@ -128,7 +129,7 @@ class Attaching:
         return tuple(
             number
             for number, other in keeping.clients.items()
-            if other is not client and (other.host, other.export) == (client.host, client.export)
+            if other is not client and (other.peer.host, other.export) == (client.peer.host, client.export)
         )
 
 
@@ -144,7 +145,7 @@ class AwayClient:
         ended: Callable[[str], None],
     ) -> None:
         self.export = export
-        self.host = Peer(client.peer_name, client.tls, client.certificate).host
+        self.peer = Peer(client.peer_name, client.tls, client.certificate)
         self._attaching = attaching
         self._clock = attaching.clock
         self._connection = connection
@@ -167,6 +168,22 @@ class AwayClient:
 
     # --- Away ---
 
+    def info(self) -> ClientInfo:
+        """Away."""
+        return ClientInfo(
+            id=self._client.id,
+            peer=self.peer,
+            export=self.export,
+            since_s=self._client.since_s,
+            in_flight=0,
+            received_bytes=0,
+            unsent_bytes=self._connection.unsent_bytes,
+            requests=0,
+            read_bytes=0,
+            write_bytes=0,
+            forwarded_to=self._there.node if self._there is not None else "",
+        )
+
     def shut_down(self) -> None:
         """Away."""
         if self._forwarding is None:
@@ -175,12 +192,8 @@ class AwayClient:
             self._connection.pause_reading()
             self._clock.call_later(FINISH_S, lambda: self.drop("the server is shutting down"))
 
-    def close(self) -> None:
-        """Away."""
-        self.drop("not finished when the server stopped")
-
     def drop(self, reason: str) -> None:
-        """End it now, with all that is on its way."""
+        """Away: with all that is on its way."""
         if self._ended is None:
             return
         self._leave_there()

@@ -17,6 +17,7 @@ from typing import Protocol
 from metadata.seams import Clock, Connection, Network
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
+from nbdserver.volume.peer import Peer
 from protocol.peer import Frame
 from protocol.peer_clients import Keep, Kept
 
@@ -24,7 +25,7 @@ from protocol.peer_clients import Keep, Kept
 class KeptClient(Protocol):
     """A client that is forwarded."""
 
-    host: str
+    peer: Peer
     export: str
 
     def drop_if_gone(self) -> None:

@@ -35,10 +35,13 @@ PassOn = Callable[[Connection, HandshakingClient, int, ForwardingOver], Forwardi
 class Away(Protocol):
     """A client that is taken to another node, or has been."""
 
+    def info(self) -> ClientInfo:
+        """For those who list clients."""
+
     def shut_down(self) -> None:
         """End it soon; the answers that are under way still reach it."""
 
-    def close(self) -> None:
+    def drop(self, reason: str) -> None:
         """End it now."""
 
 
@@ -91,16 +94,21 @@ class Server:
         self._stop_listening.pop(address)()
 
     def clients(self) -> list[ClientInfo]:
-        """Every connection, the oldest first."""
+        """Every connection that is served here, the oldest first."""
         return [session.info() for session in self._sessions.values()]
+
+    def away(self) -> list[ClientInfo]:
+        """Those that are forwarded to other nodes, or wait for that."""
+        return [away.info() for away in self._away.values()]
 
     def disconnect(self, client_id: int) -> bool:
         """Drop a client; False if there is none of this id."""
-        session = self._sessions.get(client_id)
-        if session is None:
-            return False
-        session.disconnect("disconnected by the operator")
-        return True
+        session, away = self._sessions.get(client_id), self._away.get(client_id)
+        if session is not None:
+            session.disconnect("disconnected by the operator")
+        elif away is not None:
+            away.drop("disconnected by the operator")
+        return session is not None or away is not None
 
     def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
         """Stop listening, finish and close every session; `done()` when none is left, nor a Forwarding, or `timeout_s`
@@ -174,7 +182,7 @@ class Server:
         for forwarding in list(self._forwardings):
             forwarding.close()
         for away in list(self._away.values()):
-            away.close()
+            away.drop("not finished when the server stopped")
         self._finish_drain()
 
     def _check_drained(self) -> None:

@@ -66,6 +66,7 @@ class ClientInfo:
     requests: int
     read_bytes: int
     write_bytes: int
+    forwarded_to: str = ""  # the node that serves it, if that is another one
 
 
 class Session:

@@ -206,6 +206,7 @@ class Worker:
             "gauges": {
                 "loop_longest_turn_seconds": self._watch.longest_s,
                 "connections": len(self._server.clients()) if self._server else 0,
+                "forwarded_connections": len(self._server.away()) if self._server else 0,
                 "data_process_peak_resident_bytes": usage.ru_maxrss * 1024,
             },
         }
@@ -213,8 +214,9 @@ class Worker:
         return {"worker": self._place.worker, "node": node, "volumes": volumes, "last": last}
 
     async def do_clients(self) -> list[dict[str, Any]]:
-        """Every connection."""
+        """Every connection, also those that are forwarded to other nodes: what they do is counted there."""
         now_s = self._clock.now()
+        clients = [*self._server.clients(), *self._server.away()] if self._server else []
         return [
             {
                 "id": client.id,
@@ -223,6 +225,7 @@ class Worker:
                 "tls": client.peer.tls,
                 "certificate": client.peer.certificate,
                 "via": client.peer.via,
+                "forwarded_to": client.forwarded_to,
                 "volume": client.export,
                 "connected_s": round(now_s - client.since_s, 1),
                 "in_flight": client.in_flight,
@@ -231,7 +234,7 @@ class Worker:
                 "write_bytes": client.write_bytes,
                 "unsent_bytes": client.unsent_bytes,
             }
-            for client in (self._server.clients() if self._server else [])
+            for client in clients
         ]
 
     async def do_disconnect(self, client: int) -> bool:

@@ -200,6 +200,11 @@ def test_whichever_node_a_client_comes_to_it_reads_what_others_have_written() ->
     assert [client.peer.via for client in shown] == ["", "node-2", "node-3"]
     assert len({client.peer.host for client in shown}) == 1, "it is not the client's address that is shown"
     assert stage.sessions("node-2") == stage.sessions("node-3") == 0
+    (away,) = stage.node("node-2").server.away()
+    assert (away.export, away.forwarded_to, away.peer.host) == ("disk", "node-1", shown[1].peer.host)
+    assert stage.node("node-2").server.disconnect(away.id)
+    stage.until(lambda: bool(clients[1].lost_because) and stage.sessions("node-1") == 2)
+    assert not stage.node("node-2").server.disconnect(away.id)
 
 
 def test_it_is_told_the_same_by_every_node() -> None:
