@@ -244,7 +244,7 @@ class Worker:
     async def do_prepare(self) -> None:
         """Make a checkpoint of every family, so that closing them soon has little to write."""
         for disk in self._families.disks():
-            if not disk.failure:
+            if not disk.failure and disk.log.is_committed:
                 made = asyncio.Event()
                 disk.checkpointer.when_done(made.set)
                 with contextlib.suppress(TimeoutError):

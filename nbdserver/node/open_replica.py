@@ -3,6 +3,9 @@
 Theory. `Replica` (nbdserver/logdisk/replica.py) opens the log disk, and again whenever the log has to be cut; so the
 disk is asked for each time, and what a data process has set for it is set again (`opened`). `ReplicatedFamily`
 (nbdserver/replication/family.py) follows whoever owns the family, or owns it.
+
+Rules
+- An owner whose disk has failed is none any more: its clients are disconnected, and find another node.
 """
 
 import random
@@ -67,6 +70,15 @@ class OpenReplica(OpenFamily):
             self._clock, network, registry, self.replica, bytes.fromhex(self.id), node, address_of, self._report
         )
 
+    def _disk_reports(self, kind: str, fields: dict[str, Any]) -> None:
+        self._report(kind, fields)
+        if kind == "family-failed":
+            self._clock.call_soon(self._disk_failed)  # it may be in the middle of a client's request
+
+    def _disk_failed(self) -> None:
+        if self._family is not None and self._family.owner is not None:
+            self._family.owner.depose("its disk has failed here")
+
     async def close(self) -> None:
         """Obey and order no more, and close it. Whoever serves clients from it has ended that, or lets them wait."""
         self.ended()
@@ -84,7 +96,7 @@ class OpenReplica(OpenFamily):
             self._settings,
             None,
             self._boot_id,
-            self._report,
+            self._disk_reports,
             progress(self._clock, self._report),
             replicated,
         )

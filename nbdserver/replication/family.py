@@ -73,6 +73,7 @@ class ReplicatedFamily:
         self.log.repair_from(None)
         self._watch.cancel()
         self._end_takeover("the node stops")
+        self._tell_taken("the node stops")
         if self.owner is not None:
             self.owner.depose("the node stops")
         self.replica.close()

@@ -44,13 +44,13 @@ class Room:
 
     def room_bytes(self) -> int:
         """That may still be ordered; 0 while the links are congested."""
-        if self.is_congested:
-            return 0
-        return self._log_bytes()
+        return 0 if self.is_congested else self._log_bytes()
 
     def _log_bytes(self) -> int:
-        others = (link.room_bytes - link.backlog_bytes for link in self.needed)
-        return max(0, min([self._log.room_bytes, *others]) - RESERVE_BYTES)
+        room_bytes = self._log.room_bytes
+        for link in self.needed:
+            room_bytes = min(room_bytes, link.room_bytes - link.backlog_bytes)
+        return max(0, room_bytes - RESERVE_BYTES)
 
     def ask(self, size_bytes: int, done: Done) -> None:
         """`done(0)` when so much may be ordered, ENOSPC if there is no room for it. Never from inside this call."""

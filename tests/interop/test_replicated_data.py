@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,13 @@ class Writer:
         except ConnectionError:
             return True
         return False
+
+    def is_refused(self) -> bool:
+        """Whether it was disconnected, or told of an error."""
+        try:
+            return self._client.receive().error != 0
+        except ConnectionError:
+            return True
 
     def close(self) -> None:
         self._client.close()
@@ -259,5 +267,43 @@ def test_streams_between_data_processes_are_tls_with_certificates_of_one_ca(
             writer.close()
             await rig.nodes[1].own()
             assert await asyncio.to_thread(writer.wrong_blocks, rig.nodes[1]) == []
+
+    run(story())
+
+
+def test_clients_stay_when_the_owners_program_is_replaced(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port) as rig:
+            first, second, _ = rig.nodes
+            writer = Writer(first)
+            await writer.write(50)
+            assert (await first.hand_over())["clients"] == 1
+            await writer.write(50)
+            assert (await first.replicas())["value"]["epoch"] == 2
+            await second.own()
+            assert await asyncio.to_thread(writer.wrong_blocks, second) == []
+            assert await asyncio.to_thread(writer.is_gone)
+
+    run(story())
+
+
+def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port) as rig:
+            first, second, _ = rig.nodes
+            writer = Writer(first)
+            await writer.write(50)
+            resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+            writer.send()
+            assert await asyncio.to_thread(writer.is_refused)
+            await rig.until(lambda: first.heard("owner-deposed"), "the owner is deposed")
+            with pytest.raises(DataProcessError):
+                await first.call("own", family=rig.family)
+            await second.own()
+            assert await asyncio.to_thread(writer.wrong_blocks, second) == []
+            await first.kill()
+            await first.start()
+            await first.follow()
+            await rig.until(rig.all_in_sync, "who had failed is in sync again")
 
     run(story())
