@@ -149,6 +149,14 @@ class Files(Protocol):
     def read(self, handle: int, length: int, offset: int) -> bytes:
         """May wait for the device and return less at the end of the file: recovery and offline checks only."""
 
+    @property
+    def answers_from_cache(self) -> bool:
+        """False where there is no RWF_NOWAIT: then nothing is ever read inline."""
+
+    def fetch_later(self, extents: Sequence[tuple[int, int, int]], done: Callable[[], None]) -> None:
+        """Bring (handle, length, offset) extents into the page cache, all at once; `done()` when that is over, whatever
+        came of it."""
+
     def read_later(
         self, handle: int, extents: Sequence[tuple[int, int]], done: Callable[[int, list[bytes]], None]
     ) -> None:

@@ -1,10 +1,10 @@
 """The one narrow block interface between NBD sessions and what stores bytes.
 
-Theory: a wake of the loop brings many requests. Each is first tried *inline*: `read`, `write`, `discard` and
-`extents` answer at once or say that they cannot (None, False), at the cost of one function call and no object. What
-cannot be answered inline (a map page that is not in memory, a block that is not in the page cache, a full disk, a
-damaged block) goes to `later`, which takes a callback. So the hot path has no callbacks, and the slow path has one
-door.
+Theory: a wake of the loop brings many requests. Each is first tried *inline*: `read`, `write`, `discard` and `extents`
+answer at once or say that they cannot (None, False), at the cost of one function call and no object. What cannot be
+answered inline (a map page that is not in memory, a block that is not in the page cache, a full disk, a damaged block)
+goes to `later`, which takes a callback; reads go to `fetch` first, many at once, which makes them ready to be tried
+again. So the hot path has no callbacks, and the slow path has one door.
 
 Rules
 - Offsets and lengths have been checked against `size_bytes` and the export's settings by the session: they are
@@ -70,9 +70,9 @@ class BlockDevice(Protocol):
     def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Buffers that together hold the range, or None: ask `later`."""
 
-    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
-        """Fill `rooms` from number `first` on with the blocks at `offsets`, up to the first that is not at hand; how
-        many were. For that one ask `read`; its room may have been written to."""
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> Sequence[int]:
+        """Fill `rooms` from number `first` on with the blocks at `offsets`, without a gap where one is not at hand;
+        returns which ones (0: the first) are not. The room behind the last may have been written to."""
 
     def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
         """Fill `blocks` blocks of `room` from number `first` on with what begins at `offset`, a multiple of the
@@ -97,6 +97,10 @@ class BlockDevice(Protocol):
         """After a commit that was IN_FLIGHT: `done(0)` when all that was committed so far is acknowledged, or `done`
         with an errno as of `commit`. In the order of the calls. Never, if that cannot be known any more: whoever made
         the device sees to it that its clients are disconnected."""
+
+    def fetch(self, ranges: Sequence[tuple[int, int]], done: Callable[[], None]) -> bool:
+        """Bring what these (offset, length) ranges lack to hand; `done()` when that is over, and they may be asked for
+        inline again, which may fail again. False, and nothing done, where that cannot help: ask `later`."""
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

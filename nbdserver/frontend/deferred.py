@@ -145,19 +145,19 @@ class Deferred:
         self._freed = freed
         self._ready: list[Buffer] = []
         self._delivery_pending = False
-        self._connected = True
+        self.connected = True
         self._zero_fills: deque[_ZeroFill] = deque()  # the first one is being done
         self._statuses: deque[_Status] = deque()  # the first one is being done
 
-    def has_room(self, length: int) -> bool:
-        """Whether one more request with `length` bytes of data may wait."""
-        if self.operations >= OPERATION_LIMIT:
+    def has_room(self, length: int, operations: int = 1) -> bool:
+        """Whether so many more requests with `length` bytes of data may wait."""
+        if self.operations + operations > OPERATION_LIMIT:
             return False
         return not self.operations or self.data_bytes + length <= BYTES_LIMIT
 
     def disconnect(self) -> None:
         """Drop all replies from now on."""
-        self._connected = False
+        self.connected = False
         self._freed = _nothing  # the transmission, which refers back to this: no cycle stays
         self._ready.clear()
         if self._zero_fills:
@@ -245,6 +245,22 @@ class Deferred:
         if len(self._zero_fills) == 1:
             self._clock.call_soon(self._zero_fills[0].step)
 
+    # --- those that wait elsewhere ---
+
+    def begin(self, data_bytes: int, operations: int = 1) -> None:
+        """So many more requests wait."""
+        self.operations += operations
+        self.data_bytes += data_bytes
+
+    def end(self, data_bytes: int, operations: int = 1) -> None:
+        """So many do not any more."""
+        self.operations -= operations
+        self.data_bytes -= data_bytes
+
+    def go_on(self) -> None:
+        """They have ended, and their replies are sent."""
+        self._freed()
+
     # --- bookkeeping ---
 
     def _change(
@@ -270,16 +286,14 @@ class Deferred:
 
     def _begin(self, data_bytes: int) -> Callable[[Sequence[Buffer]], None]:
         """Count one more waiting request; the result ends it with its reply."""
-        self.operations += 1
-        self.data_bytes += data_bytes
+        self.begin(data_bytes)
         self._counters.deferred += 1
         started_s = self._clock.now()
 
         def finish(reply: Sequence[Buffer]) -> None:
-            self.operations -= 1
-            self.data_bytes -= data_bytes
+            self.end(data_bytes)
             self._counters.latency_us.add(int((self._clock.now() - started_s) * 1e6))
-            if self._connected:
+            if self.connected:
                 self._ready += reply
             if not self.operations:
                 self._deliver()
@@ -294,7 +308,7 @@ class Deferred:
         self._deliver()
 
     def _deliver(self) -> None:
-        if not self._connected:
+        if not self.connected:
             return
         if self._ready:
             ready, self._ready = self._ready, []

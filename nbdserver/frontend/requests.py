@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from metadata.seams import Buffer
-from nbdserver.block import SPARSE_READ_BYTES, ZERO, BlockDevice, Extents
+from nbdserver.block import BLOCK_BYTES, SPARSE_READ_BYTES, ZERO, BlockDevice, Extents
+from nbdserver.frontend.cold_reads import ColdReads
 from nbdserver.frontend.deferred import Deferred
+from nbdserver.frontend.inline_reads import RUN_LIMIT_BYTES
 from nbdserver.volume.counters import Counters
 from protocol.contexts import Context
 from protocol.handshake import Agreement, ReplyStyle
@@ -46,12 +48,19 @@ class Requests:
     """Does requests of one connection."""
 
     def __init__(
-        self, device: BlockDevice, agreement: Agreement, counters: Counters, deferred: Deferred, batch: Batch
+        self,
+        device: BlockDevice,
+        agreement: Agreement,
+        counters: Counters,
+        deferred: Deferred,
+        cold_reads: ColdReads,
+        batch: Batch,
     ) -> None:
         self._device = device
         self._agreement = agreement
         self._counters = counters
         self._deferred = deferred
+        self._cold_reads = cold_reads
         self._batch = batch
         self._replies = replies_of(agreement.style)
         self._simple = agreement.style is ReplyStyle.SIMPLE
@@ -113,6 +122,13 @@ class Requests:
                 self._count_read(length)
                 self._batch.replies.append(self._replies.data(cookie, offset, offset, length, True))
                 self._batch.replies += answer
+                return
+            if (
+                length <= RUN_LIMIT_BYTES
+                and not (offset | length) & (BLOCK_BYTES - 1)
+                and self._cold_reads.missed([(cookie, offset, length)])
+            ):
+                self._batch.size_bytes += length
                 return
         self._deferred.read(cookie, offset, length)
 

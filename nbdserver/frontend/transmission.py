@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 from metadata.seams import Clock, Connection, Timer
 from nbdserver.block import BLOCK_BYTES, IN_FLIGHT
+from nbdserver.frontend.cold_reads import ColdReads
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import SLOTS, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
@@ -81,7 +82,9 @@ class Transmission:
         self._replies = replies_of(agreement.style)
         self._extended = agreement.style is ReplyStyle.EXTENDED
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
-        self._inline_reads = InlineReads(agreement.style, export.device, connection.send)
+        self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
+        self._cold_reads = ColdReads(export.device, clock, counters, self._deferred)
+        self._inline_reads = InlineReads(agreement.style, export.device, connection.send, self._cold_reads.missed)
         self._bound = (  # what `_walk` needs and what never changes on a connection
             self._request.unpack_from,
             self._request.size,
@@ -90,9 +93,8 @@ class Transmission:
             self._inline_reads.take,
             export.device.write,
         )
-        self._deferred = Deferred(export.device, clock, self._replies, counters, connection.send, self._freed)
         self._batch = Batch()
-        self._others = Requests(export.device, agreement, counters, self._deferred, self._batch)
+        self._others = Requests(export.device, agreement, counters, self._deferred, self._cold_reads, self._batch)
         self._requests = 0
         self._started_s = 0.0
         self._position = 0  # how far the batch has come in the buffer
@@ -169,7 +171,7 @@ class Transmission:
         if self._serve():
             if self._export.open_batch.join(self._committed):
                 self._connection.at_round_end(self._export.open_batch.commit)
-            if self._inline_reads.count and self._batch.waits_for_commit:
+            if self._inline_reads.requests and self._batch.waits_for_commit:
                 self._send_replies()
 
     def _serve_reads(self, count: int) -> bool:
@@ -185,13 +187,16 @@ class Transmission:
         ):
             return False
         started_s = self._clock.now()
-        replies = self._inline_reads.whole_batch(buffer.data, count)
-        if replies is None:
+        answered = self._inline_reads.whole_batch(buffer.data, count)
+        if answered is None:
             return False
         buffer.end = 0
-        self._connection.send(replies)
-        counters.reads += count
-        counters.read_bytes += count * BLOCK_BYTES
+        if answered:
+            self._connection.send(self._inline_reads.first_slots[answered])
+        if answered < count:
+            self._cold_reads.fetch(self._inline_reads.again)
+        counters.reads += answered
+        counters.read_bytes += answered * BLOCK_BYTES
         counters.add_batch(count, self._clock.now() - started_s)
         if self._connection.unsent_bytes > UNSENT_LIMIT_BYTES:
             self._stall()
@@ -213,6 +218,7 @@ class Transmission:
             return False
         self._started_s = self._clock.now()
         self._position = self._walk()
+        self._cold_reads.fetch(self._inline_reads.again)
         if self._batch.waits_for_commit:
             return True
         self._end_batch()
@@ -277,10 +283,10 @@ class Transmission:
 
     def _send_replies(self) -> None:
         batch, reads = self._batch, self._inline_reads
-        if reads.count:
-            self._counters.reads += reads.count
+        if reads.requests:
+            self._counters.reads += reads.answered
             self._counters.read_bytes += reads.size_bytes
-            self._requests += reads.count
+            self._requests += reads.requests
             batch.replies += reads.complete()
         if batch.replies:
             replies, batch.replies = batch.replies, []

@@ -35,6 +35,7 @@ REUSED_BUFFERS = 64  # lengths kept: runs of blocks have few different ones
 Pieces = list[bytes]
 
 _ZEROS = bytes(ZERO_PIECE_BYTES)
+_DISCARDED = memoryview(bytearray(1 << 20))  # where threads read what only has to pass through the page cache
 
 
 class HostFiles:
@@ -171,6 +172,13 @@ class HostFiles:
         """Up to `length` bytes, fewer only at the end of the file; waits for the device."""
         return _read_all(handle, length, offset)
 
+    def fetch_later(self, extents: Sequence[tuple[int, int, int]], done: Callable[[], None]) -> None:
+        """As the seam says. Asking does not wait for the device; one that is alone is only read, because then the
+        kernel reads ahead. Devices answer in about the order they were asked, so only the last one is waited for."""
+        for handle, length, offset in extents[:-1]:
+            os.posix_fadvise(handle, offset, length, os.POSIX_FADV_WILLNEED)
+        self._readers.run(done, _read_past, *extents[-1])
+
     def read_later(self, handle: int, extents: Sequence[tuple[int, int]], done: Callable[[int, Pieces], None]) -> None:
         """Read (length, offset) extents in a thread; an extent that ends past the file is EIO."""
         self._readers.run(done, _read_extents, handle, extents)
@@ -244,6 +252,14 @@ def _read_all(handle: int, length: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def _read_past(handle: int, length: int, offset: int) -> tuple[()]:
+    try:
+        os.preadv(handle, [_DISCARDED[:length]], offset)
+    except OSError:
+        pass  # whoever reads it will meet it
+    return ()
 
 
 def _read_extents(handle: int, extents: Sequence[tuple[int, int]]) -> tuple[int, list[bytes]]:

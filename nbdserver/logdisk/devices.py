@@ -40,7 +40,7 @@ class Device:
         if disk.failure:
             self.reader.stop()
         self.read: Callable[[int, int], Sequence[Buffer] | None] = self.reader.read
-        self.read_blocks: Callable[[Sequence[int], Sequence[BlockRoom], int], int] = self.reader.read_blocks
+        self.read_blocks: Callable[[Sequence[int], Sequence[BlockRoom], int], Sequence[int]] = self.reader.read_blocks
         self.read_run: Callable[[int, int, RunRoom, int], bool] = self.reader.read_run
         self.extents: Callable[[int, int, int], Extents | None] = self.reader.extents
 
@@ -48,6 +48,10 @@ class Device:
     def first_address(self) -> int:
         """Of the layer's block 0."""
         return self.layer << ADDRESS_SHIFT
+
+    def fetch(self, ranges: Sequence[tuple[int, int]], done: Callable[[], None]) -> bool:
+        """See BlockDevice."""
+        return not self.gone and self.disk.fetching.fetch(self, ranges, done)
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

@@ -45,6 +45,7 @@ from nbdserver.logdisk.checkpoint import Checkpointer
 from nbdserver.logdisk.cleaner import Cleaner
 from nbdserver.logdisk.damage import Damage
 from nbdserver.logdisk.devices import Device, Head, View
+from nbdserver.logdisk.fetching import Fetching
 from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.opening import Opening, Replicated, Report
 from nbdserver.logdisk.ordering import Rule, holds
@@ -186,6 +187,7 @@ class LogDisk:
             self.repairs.want,
         )
         self.slow_path = SlowPath(self, files, clock)
+        self.fetching = Fetching(self, files, clock)
         self.tree_changes = changes = TreeChanges(self)
         self.tree_work = TreeWork(self, clock)
         self.background = Background(self, clock)

@@ -12,6 +12,7 @@ import errno
 import os
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
@@ -25,6 +26,14 @@ from protocol.disk import BLOCK_BYTES, block_splitter
 
 _ZEROS = memoryview(bytes(PAGE_BLOCKS * BLOCK_BYTES))
 _NOWAIT = os.RWF_NOWAIT
+
+
+class Place(NamedTuple):
+    """A piece of a segment."""
+
+    segment: int
+    length: int
+    offset: int
 
 
 class Reader:
@@ -56,28 +65,36 @@ class Reader:
             return None
         return self._read_range(offset, length)
 
-    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
-        """See BlockDevice. The shortest way there is: everything unusual ends it."""
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> Sequence[int]:
+        """See BlockDevice. The shortest way there is: everything unusual is missing."""
         logical, first_page, middles = self._logical_pages, self._first_page, self._middle_pages
         handles, read_into = self._handles, self._read_into
+        missing: list[int] = []
         number = first
-        try:
-            for offset in offsets:
+        for offset in offsets:
+            try:
                 lba = offset >> 12
                 mba = logical[(lba >> PAGE_SHIFT) + first_page][lba & PAGE_MASK]
-                middle = middles[mba >> PAGE_SHIFT]  # zeros are no MBA: nothing is found
+                middle = middles[mba >> PAGE_SHIFT]  # of a hole there is none
                 index = mba & PAGE_MASK
                 views, data = rooms[number]
                 if (
-                    read_into(handles[middle[index]], views, middle[OFFSET + index], _NOWAIT) != BLOCK_BYTES
-                    or crc32c(data) != middle[CHECKSUM + index]
+                    read_into(handles[middle[index]], views, middle[OFFSET + index], _NOWAIT) == BLOCK_BYTES
+                    and crc32c(data) == middle[CHECKSUM + index]
                 ):
-                    break
-                number += 1
-        except (KeyError, OSError):
-            pass  # a page that is not in memory; a block that is not in the page cache, or worse: `read` finds out
+                    number += 1
+                    continue
+            except KeyError:
+                page = logical.get((lba >> PAGE_SHIFT) + first_page)
+                if page is not None and not page[lba & PAGE_MASK]:
+                    rooms[number][0][0][:] = _ZEROS[:BLOCK_BYTES]
+                    number += 1
+                    continue
+            except OSError:
+                pass  # not in the page cache, or worse
+            missing.append(number - first + len(missing))
         self.blocks_read += number - first
-        return number - first
+        return missing
 
     def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
         """See BlockDevice. As `read`, without a copy."""
@@ -123,55 +140,67 @@ class Reader:
             at += count
 
     def _read_range(self, offset: int, length: int) -> Sequence[Buffer] | None:
-        first = offset >> 12
-        stop = (offset + length + BLOCK_BYTES - 1) >> 12
+        runs = self._runs(offset, length)
+        if runs is None:
+            return None
         pieces: list[Buffer] = []
-        lba = first
-        while lba < stop:
-            page = self._maps.page((lba >> PAGE_SHIFT) + self._first_page)
-            if page is None:
+        for middle, index, count in runs:
+            if middle is None:
+                pieces.append(_ZEROS[: count * BLOCK_BYTES])
+                continue
+            data = self._read_cached(self._handles[middle[index]], count * BLOCK_BYTES, middle[OFFSET + index])
+            if data is None:
                 return None
-            index = lba & PAGE_MASK
-            count = min(stop - lba, PAGE_BLOCKS - index)
-            if not self._read_in_page(page[index : index + count], pieces):
+            expected = middle[CHECKSUM + index : CHECKSUM + index + count]
+            if array("I", map(crc32c, block_splitter(count).unpack(data))) != expected:
                 return None
-            lba += count
-        self.blocks_read += stop - first
-        before = offset & 4095
-        after = (stop << 12) - offset - length
+            pieces.append(data)
+        before, after = offset & 4095, -(offset + length) & 4095
+        self.blocks_read += (before + length + after) >> 12
         if before or after:
             whole = b"".join(pieces)
             return (whole[before : len(whole) - after],)
         return pieces
 
-    def _read_in_page(self, mbas: array[int], pieces: list[Buffer]) -> bool:
-        """Append the content of these MBAs (0: zeros) to `pieces`; False if any of it cannot be had inline."""
-        at, total = 0, len(mbas)
-        while at < total:
-            if not mbas[at]:
-                zeros = same_length(mbas, at)
-                pieces.append(_ZEROS[: zeros * BLOCK_BYTES])
-                at += zeros
-                continue
-            run = run_length(mbas, at, 1)
-            while run:
+    def places(self, offset: int, length: int) -> list[Place] | None:
+        """What a range is read from; None: pages of the maps are not in memory."""
+        runs = self._runs(offset, length)
+        if runs is None:
+            return None
+        return [
+            Place(middle[index], count * BLOCK_BYTES, middle[OFFSET + index])
+            for middle, index, count in runs
+            if middle is not None
+        ]
+
+    def _runs(self, offset: int, length: int) -> list[tuple[Page | None, int, int]] | None:
+        """The blocks of a range, as far as they lie one after the other: middle page (None: zeros), index in it, how
+        many. None: pages of the maps are not in memory."""
+        runs: list[tuple[Page | None, int, int]] = []
+        lba = offset >> 12
+        stop = (offset + length + BLOCK_BYTES - 1) >> 12
+        while lba < stop:
+            page = self._maps.page((lba >> PAGE_SHIFT) + self._first_page)
+            if page is None:
+                return None
+            first = lba & PAGE_MASK
+            mbas = page[first : first + stop - lba]
+            at, total = 0, len(mbas)
+            while at < total:
                 mba = mbas[at]
-                index = mba & PAGE_MASK
-                count = min(run, PAGE_BLOCKS - index)
-                middle = self._maps.middle.get(mba >> PAGE_SHIFT)
-                if middle is None:
-                    return False
-                count = contiguous_blocks(middle, index, count)
-                data = self._read_cached(self._handles[middle[index]], count * BLOCK_BYTES, middle[OFFSET + index])
-                if data is None:
-                    return False
-                expected = middle[CHECKSUM + index : CHECKSUM + index + count]
-                if array("I", map(crc32c, block_splitter(count).unpack(data))) != expected:
-                    return False
-                pieces.append(data)
+                if mba:
+                    index = mba & PAGE_MASK
+                    middle = self._maps.middle.get(mba >> PAGE_SHIFT)
+                    if middle is None:
+                        return None
+                    count = contiguous_blocks(middle, index, min(run_length(mbas, at, 1), PAGE_BLOCKS - index))
+                    runs.append((middle, index, count))
+                else:
+                    count = same_length(mbas, at)
+                    runs.append((None, 0, count))
                 at += count
-                run -= count
-        return True
+            lba += total
+        return runs
 
     def extents(self, offset: int, length: int, limit: int) -> Extents | None:
         """See BlockDevice."""

@@ -84,10 +84,17 @@ class ReplicatedDevice:
     def read(self, offset: int, length: int) -> Sequence[Buffer] | None:
         return self._inner.read(offset, length) if self._may_show(offset, length) else None
 
-    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> Sequence[int]:
         if self._owner.is_settled and not self._is_open and self._owner.has_authority:
             return self._inner.read_blocks(offsets, rooms, first)
-        return 0
+        shown = [index for index, offset in enumerate(offsets) if self._may_show(offset, BLOCK_BYTES)]
+        if not shown:
+            return range(len(offsets))
+        missing = set(range(len(offsets))) - set(shown)
+        missing.update(
+            shown[each] for each in self._inner.read_blocks([offsets[index] for index in shown], rooms, first)
+        )
+        return sorted(missing)
 
     def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
         return self._may_show(offset, blocks * BLOCK_BYTES) and self._inner.read_run(offset, blocks, room, first)
@@ -132,6 +139,9 @@ class ReplicatedDevice:
         self._owner.when_committed(txid, committed)
 
     # --- what waits ---
+
+    def fetch(self, ranges: Sequence[tuple[int, int]], done: Callable[[], None]) -> bool:
+        return all(self._may_show(*each) for each in ranges) and self._inner.fetch(ranges, done)
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

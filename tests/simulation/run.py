@@ -470,12 +470,26 @@ class Run:
         if self.random.random() < 0.2:
             cut = self.random.randrange(BLOCK_BYTES)
             offset, length = offset + cut, max(1, length - cut)
+        if not self._read_inline(offset, length):
+            self.in_flight += 1
+            if not self.device.fetch([(offset, length)], partial(self._fetched, offset, length)):
+                self._fetched(offset, length)
+
+    def _read_inline(self, offset: int, length: int) -> bool:
         found = self.device.read(offset, length)
-        if found is not None:
-            data = b"".join(found)
-            right_length(data, length)
-            self.registers.read(offset, data)
-            return
+        if found is None:
+            return False
+        data = b"".join(found)
+        right_length(data, length)
+        self.registers.read(offset, data)
+        return True
+
+    def _fetched(self, offset: int, length: int) -> None:
+        self.in_flight -= 1
+        if not self._read_inline(offset, length):
+            self._read_later(offset, length)
+
+    def _read_later(self, offset: int, length: int) -> None:
         begun = self.registers.begin_read(offset, length)
 
         def answered(errno: int, result: Any) -> None:

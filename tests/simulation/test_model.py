@@ -125,6 +125,10 @@ class BlockDeviceMachine(RuleBasedStateMachine):
     def read(self, offset: int, length: int) -> None:
         length = min(length, SIZE_BYTES - offset)
         found = self.device.read(offset, length)
+        fetched: list[bool] = []
+        if found is None and self.device.fetch([(offset, length)], lambda: fetched.append(True)):
+            self._wait(fetched)
+            found = self.device.read(offset, length)
         if found is None:
             found = self._later(Operation.READ, offset, length, None)
         assert b"".join(found) == self.model[offset : offset + length]

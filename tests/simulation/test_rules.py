@@ -124,7 +124,7 @@ def test_every_rule_has_its_test() -> None:
 
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The canary: a flush that is answered too early, as if every device kept what it was given."""
-    monkeypatch.setattr(LogDisk, "flush", lambda disk, done: disk._clock.call_soon(lambda: done(0)))
+    monkeypatch.setattr(LogDisk, "flush", lambda disk, done: disk.clock.call_soon(lambda: done(0)))
     assert "after a power loss" in _first_violation(Bend({**POWER, "tear": 0.0}))[1]
 
 

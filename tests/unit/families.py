@@ -101,16 +101,30 @@ class FamilyUnderTest(ABC):
         found = self.device.read(offset, length)
         if length == BLOCK_BYTES and offset % BLOCK_BYTES == 0:
             room = rooms(0).blocks
-            if self.device.read_blocks([offset], room, 0):
+            if not self.device.read_blocks([offset], room, 0):
                 alone = bytes(room[0][0][0])
                 assert found is None or b"".join(found) == alone, "the two inline reads differ"
                 found = [alone]
+        if found is None and self.fetch(offset, length):
+            found = self.device.read(offset, length)
         if found is None:
             errno, found = self._later(Operation.READ, offset, length, None)
             if errno:
                 raise OSError(errno, "read")
         buffers: list[Buffer] = list(found)
         return b"".join(buffers)
+
+    def fetch(self, offset: int, length: int) -> bool:
+        """Whether something was done about it."""
+        took: list[bool] = []
+
+        def ask(done: Callable[..., None]) -> None:
+            took.append(self.device.fetch([(offset, length)], done))
+            if not took[0]:
+                done()
+
+        self.wait(ask)
+        return took[0]
 
     def extents(self, offset: int, length: int, limit: int = 1000) -> list[tuple[int, int]]:
         found = self.device.extents(offset, length, limit)

@@ -1,7 +1,7 @@
 """A BlockDevice in memory: the twin of a disk, for tests of what stands before it.
 
 In the mode `deferring` nothing is answered inline, so that every request goes through `later`; the blocks at the
-offsets in `cold` never are. `commit_error`,
+offsets in `cold` are not, until `fetch` has brought in those of them that are `fetchable`. `commit_error`,
 `flush_error` and `later_error` make the next one fail; `events` tells the order of commits, flushes and completions.
 With `in_flight` commits are acknowledged by `acknowledge(errno)`.
 `snapshot(name)` makes a bitmap; what differs from it is told by the content of whole grains.
@@ -35,6 +35,7 @@ class MemoryDevice:
         self.size_bytes = size_bytes
         self.deferring = deferring
         self.cold: set[int] = set()
+        self.fetchable: set[int] = set()
         self.data = bytearray(size_bytes)
         self.written = bytearray(-(-size_bytes // GRAIN_BYTES))
         self.commit_error = 0
@@ -56,18 +57,21 @@ class MemoryDevice:
             return None
         return [bytes(self._view[offset : offset + length])]
 
-    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> int:
+    def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> Sequence[int]:
         if self.deferring:
-            return 0
-        for number, offset in enumerate(offsets, first):
+            return range(len(offsets))
+        missing: list[int] = []
+        for index, offset in enumerate(offsets):
             assert not offset % BLOCK_BYTES
             if offset in self.cold:
-                return number - first
-            rooms[number][0][0][:] = self._view[offset : offset + BLOCK_BYTES]
-        return len(offsets)
+                missing.append(index)
+            else:
+                room = rooms[first + index - len(missing)]
+                room[0][0][:] = self._view[offset : offset + BLOCK_BYTES]
+        return missing
 
     def read_run(self, offset: int, blocks: int, room: RunRoom, first: int) -> bool:
-        if self.deferring:
+        if self.deferring or offset in self.cold:
             return False
         length = blocks * BLOCK_BYTES
         if length >= SPARSE_READ_BYTES and any(flags for _, flags in self._extents(offset, length, 2)):
@@ -107,6 +111,18 @@ class MemoryDevice:
         waiting, self.unacknowledged = self.unacknowledged, []
         for done in waiting:
             done(error)
+
+    def fetch(self, ranges: Sequence[tuple[int, int]], done: Callable[[], None]) -> bool:
+        if self.deferring:
+            return False
+
+        def fetched() -> None:
+            self.events.append(f"fetched {len(ranges)}")
+            self.cold -= self.fetchable
+            done()
+
+        self._soon(fetched)
+        return True
 
     def later(
         self, operation: Operation, offset: int, length: int, data: bytes | None, done: Later, limit: int = 1

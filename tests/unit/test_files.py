@@ -134,6 +134,21 @@ def test_a_cold_read_is_none_and_a_file_system_without_nowait_is_remembered(
     files.close(handle)
 
 
+def test_extents_that_are_fetched_are_in_the_page_cache(files: HostFiles, loop: asyncio.AbstractEventLoop) -> None:
+    handle = files.create("a", 4 << 20)
+    data = os.urandom(4 << 20)
+    files.append(handle, [data], 0)
+    extents = [(handle, 5000, 77), (handle, 4096, 1 << 20), (handle, 1 << 17, 3 << 20), (handle, 10, (4 << 20) + 5)]
+    for number in range(1, len(extents) + 1):
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert finished(loop, lambda done, few=extents[:number]: files.fetch_later(few, done)) == ()
+        if files.answers_from_cache:
+            _, length, offset = extents[min(number, 3) - 1]
+            assert files.read_cached(handle, length, offset) == data[offset : offset + length]
+    files.close(handle)
+
+
 def test_read_later_answers_each_extent_and_a_short_one_is_an_error(
     files: HostFiles, loop: asyncio.AbstractEventLoop
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from metadata.seams import Done
 from nbdserver.block import BLOCK_BYTES, IN_FLIGHT, Operation
+from nbdserver.frontend.inline_reads import rooms
 from nbdserver.replication.device import ReplicatedDevice
 from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HandClock
@@ -102,6 +103,27 @@ def test_a_commit_is_in_flight_until_the_others_have_it(rig: Rig) -> None:
     assert told == []
     rig.owner.acknowledge(1)
     assert told == [0]
+
+
+def test_only_what_may_be_shown_is_fetched(rig: Rig) -> None:
+    rig.write(3)
+    assert not rig.device.fetch([(0, BLOCK_BYTES), (3 * BLOCK_BYTES, BLOCK_BYTES)], lambda: None)
+    assert rig.device.fetch([(0, BLOCK_BYTES)], lambda: None)
+    rig.owner.acknowledge(1)
+    assert rig.device.fetch([(0, BLOCK_BYTES), (3 * BLOCK_BYTES, BLOCK_BYTES)], lambda: None)
+
+
+def test_of_several_blocks_those_are_read_that_may_be_shown(rig: Rig) -> None:
+    rig.write(3)
+    rig.inner.cold = {7 * BLOCK_BYTES}
+    offsets = [number * BLOCK_BYTES for number in (1, 3, 5, 7, 9)]
+    room = rooms(16).blocks
+    assert rig.device.read_blocks(offsets, room, 2) == [1, 3]
+    rig.owner.acknowledge(1)
+    assert rig.device.read_blocks(offsets, room, 2) == [3]
+    assert bytes(room[3][0][0]) == b"x" * BLOCK_BYTES
+    rig.owner.has_authority = False
+    assert list(rig.device.read_blocks(offsets, room, 2)) == [0, 1, 2, 3, 4]
 
 
 def test_a_commit_that_fails_is_failed(rig: Rig) -> None:

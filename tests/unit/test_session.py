@@ -573,6 +573,85 @@ def test_zeroing_for_a_client_that_left_stops(rig: Rig) -> None:
     assert rig.device.data == b"x" * SIZE_BYTES
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_reads_of_a_wake_that_are_not_at_hand_are_fetched_together_and_leave_with_one_send(style: ReplyStyle) -> None:
+    rig = make_rig()
+    rig.device.data[:] = random.Random(1).randbytes(SIZE_BYTES)
+    wire = rig.wire(style)
+    places = [(number * BLOCK, BLOCK) for number in range(20)] + [(40 * BLOCK, 8 * BLOCK), (60 * BLOCK, 2 * BLOCK)]
+    rig.device.cold = {number * BLOCK for number in (3, 4, 19, 40)}
+    rig.device.fetchable = set(rig.device.cold)
+    asked = {}
+    packed = b""
+    for offset, length in places:
+        cookie, request = wire.request(Command.READ, offset, length)
+        asked[cookie] = bytes(rig.device.data[offset : offset + length])
+        packed += request
+    sends = wire.connection.sends
+    wire.feed(packed)
+    assert wire.session.info().in_flight == 4
+    first = wire.answers()
+    assert len(first) == 18
+    rig.clock.run()
+    assert rig.device.events == ["fetched 4"]
+    assert wire.connection.sends == sends + 2
+    assert wire.session.info().in_flight == 0
+    assert {cookie: told.joined() for cookie, told in {**first, **wire.answers()}.items()} == asked
+    assert rig.export.counters.reads == len(places)
+    assert rig.export.counters.requests == len(places)
+    assert rig.export.counters.read_bytes == sum(length for _, length in places)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_read_that_fetching_does_not_help_waits_for_itself(count: int) -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    rig.device.cold = {number * BLOCK for number in range(count)}
+    rig.device.fetchable = {0} if count > 1 else set()
+    requests = [wire.request(Command.READ, number * BLOCK, BLOCK) for number in range(count)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    rig.clock.run()
+    left = count - len(rig.device.fetchable)
+    assert rig.device.events == [f"fetched {count}", f"fetched {left}"] + ["later READ"] * left
+    assert len(wire.answers()) == count
+    assert wire.session.info().in_flight == 0
+
+
+def test_fetched_reads_of_a_client_that_left_are_not_answered() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    rig.device.cold = rig.device.fetchable = {0}
+    wire.feed(wire.request(Command.READ, 0, BLOCK)[1])
+    wire.session.lost("gone")
+    rig.clock.run()
+    assert rig.device.events == ["fetched 1"]
+    assert wire.answers() == {}
+
+
+def test_a_disconnect_waits_for_reads_that_are_fetched() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    rig.device.cold = rig.device.fetchable = {0}
+    read, packed = wire.request(Command.READ, 0, BLOCK)
+    wire.feed(packed + wire.request(Command.DISC)[1])
+    assert not wire.connection.closed
+    rig.clock.run()
+    assert wire.connection.closed
+    assert wire.answers()[read].done
+
+
+def test_reads_that_are_fetched_are_bounded_and_the_rest_is_not_read() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+    rig.device.cold = {0}
+    requests = [wire.request(Command.READ, 0, BLOCK) for _ in range(3 * OPERATION_LIMIT)]
+    wire.feed(b"".join(packed for _, packed in requests))
+    assert OPERATION_LIMIT - SLOTS < wire.session.info().in_flight <= OPERATION_LIMIT
+    rig.clock.run()
+    assert wire.connection.reading
+    assert len(wire.answers()) == 3 * OPERATION_LIMIT
+
+
 def test_requests_that_wait_are_bounded_and_the_rest_is_not_read() -> None:
     rig = make_rig(deferring=True)
     wire = rig.wire()

@@ -1,0 +1,74 @@
+"""Reads of one connection that were not at hand: fetched together, then answered as inline ones are.
+
+Theory. `InlineReads` hands over what it misses and goes on. At the end of the batch the device is asked to fetch all of
+it; when that is over the reads are tried again, and what is not at hand after FETCHES waits for itself (`Deferred`).
+
+Rules
+- They count as waiting requests from the moment they are missed, and are bounded as these.
+- When the connection is gone nothing of it is answered.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from metadata.seams import Clock
+from nbdserver.block import BlockDevice
+from nbdserver.frontend.deferred import Deferred
+from nbdserver.volume.counters import Counters
+
+FETCHES = 2  # the first one may have waited for less than all
+MissedRead = tuple[int, int, int]
+"""cookie, offset, length"""
+
+Answer = Callable[[Sequence[MissedRead]], Sequence[MissedRead]]
+
+
+class ColdReads:
+    """Those that are to be fetched next."""
+
+    def __init__(self, device: BlockDevice, clock: Clock, counters: Counters, deferred: Deferred) -> None:
+        self._device = device
+        self._clock = clock
+        self._counters = counters
+        self._deferred = deferred
+        self._missed: list[MissedRead] = []
+
+    def missed(self, reads: list[MissedRead]) -> bool:
+        """Take reads that are not at hand; False, and none is taken, if there is no room for all of them."""
+        if not self._deferred.has_room(_size_bytes(reads), len(reads)):
+            return False
+        self._deferred.begin(_size_bytes(reads), len(reads))
+        self._missed += reads
+        return True
+
+    def fetch(self, answer: Answer) -> None:
+        """Bring in what was missed since the last call. `answer` replies as far as reads are at hand by then and
+        returns the others."""
+        if self._missed:
+            missed, self._missed = self._missed, []
+            self._fetch(missed, answer, self._clock.now(), FETCHES)
+
+    def _fetch(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:
+        fetched = partial(self._fetched, reads, answer, since_s, fetches - 1)
+        if not fetches or not self._device.fetch([(offset, length) for _, offset, length in reads], fetched):
+            self._deferred.end(_size_bytes(reads), len(reads))
+            for read in reads:
+                self._deferred.read(*read)
+
+    def _fetched(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:
+        deferred, counters = self._deferred, self._counters
+        left = answer(reads) if deferred.connected else ()
+        answered, size_bytes = len(reads) - len(left), _size_bytes(reads) - _size_bytes(left)
+        deferred.end(size_bytes, answered)
+        if deferred.connected:
+            counters.reads += answered
+            counters.read_bytes += size_bytes
+            counters.deferred += answered
+            counters.latency_us.add(int((self._clock.now() - since_s) * 1e6), answered)
+            if left:
+                self._fetch(left, answer, since_s, fetches)
+            deferred.go_on()
+
+
+def _size_bytes(reads: Sequence[MissedRead]) -> int:
+    return sum(length for _, _, length in reads)
