@@ -17,10 +17,11 @@ from collections.abc import Iterator
 
 from metadata.pages import KeyRange
 from metadata.seams import Batch
-from protocol.disk import pack_value, unpack_value
+from protocol.disk import BLOCK_BYTES, pack_value, unpack_value
 from protocol.invariant import invariant
 
 REGION_SHIFT = 10  # of an LBA
+REGION_BYTES = BLOCK_BYTES << REGION_SHIFT
 _PAGE_SHIFT = 9
 _PAGE_REGIONS = 1 << _PAGE_SHIFT
 _PREFIX = b"R"

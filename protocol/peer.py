@@ -10,6 +10,7 @@ it anyway. So every byte is checked, and once.
     owner ─► OPEN, then CUT, SKIP, APPEND (a beat is one without modifications), COPY, FETCH
     replica ─► OPENED, then APPENDED, COPIED, FETCHED; or REFUSED, which ends the stream
     both ─► READ_BLOCKS, answered by BLOCKS: what has rotted at one, the other may have
+    owner ─► COMPARE, answered by COMPARED: what the replica has of a region; COPY_PARTS is then a copy of the rest
 
 Streams about clients of other nodes come by the same address; their frames are in peer_clients.py.
 
@@ -20,7 +21,8 @@ Rules
   it knows; what is newer is not said to it.
 - What is refused is a PeerFrameError with a sentence for people: close the stream, nothing of the frame counts.
 - Bounds: FRAME_LIMIT_BYTES a frame, MODIFICATIONS_LIMIT a frame, EPOCHS_LIMIT epochs of a history, RUNS_LIMIT runs of
-  regions, BLOCKS_LIMIT blocks read by their MBAs; whoever sends has to cut before.
+  regions, BLOCKS_LIMIT blocks read by their MBAs, COMPARED_LIMIT blocks of a region compared, PART_BLOCKS blocks a part
+  of a copy; whoever sends has to cut before.
 
 `protocol/peer_frames.py` packs and takes apart what is declared here.
 """
@@ -44,6 +46,9 @@ MODIFICATIONS_LIMIT = 4096
 EPOCHS_LIMIT = 1024
 RUNS_LIMIT = 1 << 20
 BLOCKS_LIMIT = 256
+COMPARED_LIMIT = 4096
+DIGEST_BYTES = 16
+PART_BLOCKS = 16
 NAME_BYTES = 64
 
 PeerHeader = Struct(
@@ -112,6 +117,14 @@ CopyBody = Struct(
     "blocks" / Int32ul,
     "entries_bytes" / Int32ul,
 )
+CopyPartsBody = Struct(
+    *CopyBody.subcons,
+    "parts" / Int32ul,
+    "is_whole" / Int32ul,  # 0: a bit a block follows, set where the block does not travel, because it is there
+)
+CopyPart = Struct("blocks" / Int32ul, "size_bytes" / Int32ul)  # Zstandard, unless as many bytes as the blocks have
+CompareBody = Struct("region" / Int64ul)
+ComparedBody = Struct("region" / Int64ul, "count" / Int32ul, "reserved" / Int32ul)  # MBAs follow, then digests
 CopiedBody = Struct("region" / Int64ul, "errno" / Int32ul, "reserved" / Int32ul)
 FetchBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul, "limit_bytes" / Int64ul)
 FetchedBody = Struct("is_gone" / Int32ul, "count" / Int32ul)
@@ -130,6 +143,10 @@ POSITION_BODY = derive(PositionBody)
 SKIP_BODY = derive(SkipBody)
 REGION_RUN = derive(RegionRun)
 COPY_BODY = derive(CopyBody)
+COPY_PARTS_BODY = derive(CopyPartsBody)
+COPY_PART = derive(CopyPart)
+COMPARE_BODY = derive(CompareBody)
+COMPARED_BODY = derive(ComparedBody)
 COPIED_BODY = derive(CopiedBody)
 FETCH_BODY = derive(FetchBody)
 FETCHED_BODY = derive(FetchedBody)
@@ -159,9 +176,12 @@ class Kind(IntEnum):
     FORWARDED = 15
     KEEP = 16
     KEPT = 17
+    COMPARE = 18
+    COMPARED = 19
+    COPY_PARTS = 20
 
 
-KINDS_SINCE = dict.fromkeys((Kind.READ_BLOCKS, Kind.BLOCKS, Kind.FORWARD, Kind.FORWARDED, Kind.KEEP, Kind.KEPT), 2)
+KINDS_SINCE = {kind: 2 for kind in Kind if kind > Kind.REFUSED}
 """Version with which a kind came, 1 for the others."""
 
 
@@ -290,6 +310,13 @@ class Appended:
     room_bytes: int
 
 
+class Part(NamedTuple):
+    """At most PART_BLOCKS of the blocks of a copy as they travel: packed, or as they are if that is no shorter."""
+
+    blocks: int
+    data: bytes | memoryview
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """A region as of `txid`, which is its place in the stream. `entries` is the log's affair."""
@@ -299,7 +326,29 @@ class Copy:
     region_txid: int
     entries: bytes
     checksums: bytes
+    """Of all blocks."""
     data: Sequence[bytes | memoryview]
+    """Of the blocks that travel."""
+    kept: bytes = b""
+    """A bit a block, the lowest first: whether it does not travel, because the replica has it. Empty: all travel."""
+    parts: Sequence[Part] = ()
+    """`data` as it travels; empty: as it is, and that all travels (version 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Say what you have of a region."""
+
+    region: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """MBAs of blocks that the replica has in the region, and a digest of the content of each."""
+
+    region: int
+    mbas: Sequence[int]
+    digests: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,5 +404,5 @@ class Blocks:
 
 Frame = (
     Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused
-    | ReadBlocks | Blocks | ClientFrame
+    | ReadBlocks | Blocks | Compare | Compared | ClientFrame
 )  # fmt: skip

@@ -8,18 +8,26 @@ Rules
 """
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, body_bytes, wrong_blocks
 from protocol.invariant import invariant
+from protocol.packing import unpack
 from protocol.peer import (
     APPEND_BODY,
     APPENDED_BODY,
     BLOCKS_BODY,
     BLOCKS_LIMIT,
+    COMPARE_BODY,
+    COMPARED_BODY,
+    COMPARED_LIMIT,
     COPIED_BODY,
     COPY_BODY,
+    COPY_PART,
+    COPY_PARTS_BODY,
+    DIGEST_BYTES,
     EPOCHS_LIMIT,
     FETCH_BODY,
     FETCHED_BODY,
@@ -32,6 +40,7 @@ from protocol.peer import (
     OLDEST_VERSION,
     OPEN_BODY,
     OPENED_BODY,
+    PART_BLOCKS,
     PEER_HEADER,
     PEER_HEADER_BYTES,
     POSITION_BODY,
@@ -43,6 +52,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Compare,
+    Compared,
     Copied,
     Copy,
     Cut,
@@ -54,6 +65,7 @@ from protocol.peer import (
     Modification,
     Open,
     Opened,
+    Part,
     PeerFrameError,
     Position,
     ReadBlocks,
@@ -65,6 +77,7 @@ from protocol.peer import (
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept
 
 Buffer = bytes | memoryview
+T = TypeVar("T")
 
 
 def encode(frame: Frame) -> list[Buffer]:
@@ -96,10 +109,20 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
             head = FETCHED_BODY.pack(frame.is_gone, len(frame.modifications))
             return Kind.FETCHED, head + _pack_modifications(frame.modifications), _blocks(frame.modifications)
         case Copy():
-            head = COPY_BODY.pack(
-                frame.region, frame.txid, frame.region_txid, len(frame.checksums) // 4, len(frame.entries)
-            )
-            return Kind.COPY, head + frame.entries + frame.checksums, frame.data
+            blocks = len(frame.checksums) // 4
+            fields = frame.region, frame.txid, frame.region_txid, blocks, len(frame.entries)
+            if not frame.parts and not frame.kept:
+                return Kind.COPY, COPY_BODY.pack(*fields) + frame.entries + frame.checksums, frame.data
+            head = COPY_PARTS_BODY.pack(*fields, len(frame.parts), not frame.kept)
+            sizes = b"".join(COPY_PART.pack(part.blocks, len(part.data)) for part in frame.parts)
+            meta = b"".join((head, frame.entries, frame.checksums, frame.kept, sizes))
+            return Kind.COPY_PARTS, meta, [part.data for part in frame.parts]
+        case Compare():
+            return Kind.COMPARE, COMPARE_BODY.pack(frame.region), ()
+        case Compared():
+            invariant(len(frame.mbas) <= COMPARED_LIMIT, "too many blocks are compared at once")
+            head = COMPARED_BODY.pack(frame.region, len(frame.mbas), 0)
+            return Kind.COMPARED, head + array("Q", frame.mbas).tobytes() + frame.digests, ()
         case Copied():
             return Kind.COPIED, COPIED_BODY.pack(frame.region, frame.errno, 0), ()
         case Open():
@@ -258,6 +281,14 @@ class _Reader:
             raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
         return (data,)
 
+    def bytes_of_part(self, size_bytes: int) -> memoryview:
+        """The next bytes behind the meta; whoever takes them checks them."""
+        begin, end = self._blocks_at, self._blocks_at + size_bytes
+        if end > len(self._blocks):
+            raise PeerFrameError("it ends too early")
+        self._blocks_at = end
+        return self._blocks[begin:end]
+
     @property
     def is_at_end(self) -> bool:
         return self._at == len(self._head) and self._blocks_at == len(self._blocks)
@@ -281,6 +312,17 @@ def _decode(kind: int, reader: _Reader) -> Frame:
             entries = reader.take(entries_bytes)
             checksums = reader.take(4 * blocks)
             return Copy(region, txid, region_txid, entries, checksums, reader.blocks(blocks, checksums))
+        case Kind.COPY_PARTS:
+            return _copy_parts(reader)
+        case Kind.COMPARE:
+            (region,) = COMPARE_BODY.unpack(reader.take(COMPARE_BODY.size))
+            return Compare(region)
+        case Kind.COMPARED:
+            region, count, _ = COMPARED_BODY.unpack(reader.take(COMPARED_BODY.size))
+            if count > COMPARED_LIMIT:
+                raise PeerFrameError("it compares too many blocks")
+            compared = array("Q", reader.take(8 * count))
+            return Compared(region, compared, reader.take(DIGEST_BYTES * count))
         case Kind.COPIED:
             region, errno, _ = COPIED_BODY.unpack(reader.take(COPIED_BODY.size))
             return Copied(region, errno)
@@ -318,6 +360,41 @@ def _decode(kind: int, reader: _Reader) -> Frame:
         case Kind.KEPT:
             return Kept.unpack(reader.take)
     raise PeerFrameError(f"it is of kind {kind}, which this program does not know")
+
+
+def _copy_parts(reader: _Reader) -> Copy:
+    fields = COPY_PARTS_BODY.unpack(reader.take(COPY_PARTS_BODY.size))
+    region, txid, region_txid, blocks, entries_bytes, count, is_whole = fields
+    entries = reader.take(entries_bytes)
+    checksums = array("I", reader.take(4 * blocks))
+    kept = b"" if is_whole else reader.take((blocks + 7) // 8)
+    travel = checksums if is_whole else array("I", travelling(kept, checksums))
+    parts: list[Part] = []
+    data: list[Buffer] = []
+    at = 0
+    for part_blocks, size_bytes in COPY_PART.iter_unpack(reader.take(count * COPY_PART.size)):
+        if at + part_blocks > len(travel):
+            raise PeerFrameError("it has another number of blocks than it says")
+        if not 0 < part_blocks <= PART_BLOCKS or size_bytes > part_blocks * BLOCK_BYTES:
+            raise PeerFrameError("a part of it has a wrong size")
+        part = Part(part_blocks, reader.bytes_of_part(size_bytes))
+        try:
+            plain = unpack(part)
+        except ValueError as error:
+            raise PeerFrameError(f"a part of it cannot be unpacked: {error}") from error
+        if wrong_blocks(plain, travel[at : at + part_blocks]):
+            raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
+        parts.append(part)
+        data.append(plain)
+        at += part_blocks
+    if at != len(travel):
+        raise PeerFrameError("it has another number of blocks than it says")
+    return Copy(region, txid, region_txid, entries, checksums.tobytes(), data, kept, parts)
+
+
+def travelling(kept: bytes, values: Iterable[T]) -> Iterator[T]:
+    """Those of the values, one a block of a copy, whose blocks travel."""
+    return (value for at, value in enumerate(values) if not kept[at >> 3] >> (at & 7) & 1)
 
 
 def _mbas(reader: _Reader) -> tuple[int, Sequence[int]]:

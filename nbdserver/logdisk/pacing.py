@@ -82,13 +82,16 @@ class Pace:
 
     def __init__(self, bytes_per_s: int, now_s: float) -> None:
         self.bytes_per_s = bytes_per_s
+        self.is_slowed = False
+        """Whether clients were moving more, when it was asked last."""
         self._due_s = now_s
         self._moved_bytes = 0
 
     def wait_s(self, size_bytes: int, moved_bytes: int, now_s: float) -> float:
         """How long to wait after `size_bytes` were read; `moved_bytes` is what clients have moved since the start."""
         by_clients, self._moved_bytes = moved_bytes - self._moved_bytes, moved_bytes
-        share = BUSY_SHARE if by_clients > size_bytes else 1.0
+        self.is_slowed = by_clients > size_bytes
+        share = BUSY_SHARE if self.is_slowed else 1.0
         # What was slow is not made up for: the device has enough to do.
         self._due_s = max(self._due_s, now_s - size_bytes / self.bytes_per_s) + size_bytes / (self.bytes_per_s * share)
         return max(0.0, self._due_s - now_s)

@@ -31,7 +31,9 @@ from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.log_reading import LogReading
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.region_copies import CopyApplying, RegionReading
+from nbdserver.logdisk.region_copies import CopyApplying
+from nbdserver.logdisk.region_digests import RegionDigests
+from nbdserver.logdisk.region_reading import RegionReading
 from nbdserver.logdisk.replica_append import Ordered, ReplicaAppend
 from nbdserver.logdisk.segments import CLIENTS_KEEP
 from nbdserver.replication.replica_log import BlockSource
@@ -266,8 +268,13 @@ class Replica:
 
         self._persist(put, done)
 
-    def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
-        RegionReading(self.disk, self._files, region, done)
+    def read_region(
+        self, region: int, known: Mapping[int, bytes] | None, done: Callable[[int, Copy | None], None]
+    ) -> None:
+        RegionReading(self.disk, self._files, region, known, done)
+
+    def digest_region(self, region: int, done: Callable[[Mapping[int, bytes]], None]) -> None:
+        RegionDigests(self.disk, self._files, region, done)
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
         self._copies.submit(copy, done)

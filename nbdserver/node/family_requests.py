@@ -200,7 +200,7 @@ class FamilyRequests:
         if disk.failure:
             raise FamilyError(disk.failure)
         scrubbed = self._scrubbed = _Scrubbed(family, disk)
-        disk.start_scrub(Progress(**begin), bytes_per_s, self._moved_bytes, scrubbed.ended)
+        disk.start_scrub(Progress(**begin), bytes_per_s, self.moved_bytes, scrubbed.ended)
 
     async def do_scrub_progress(self, family: str, bytes_per_s: int) -> dict[str, Any] | None:
         """How far the scrub of this family is, which goes on at this rate; None if it is not the last one here."""
@@ -223,7 +223,8 @@ class FamilyRequests:
         scrubbed.disk.scrub.stop()
         return scrubbed.describe()
 
-    def _moved_bytes(self) -> int:
+    def moved_bytes(self) -> int:
+        """By clients and cleaners, in all families."""
         return sum(family.disk.moved_bytes for family in self._families.values())
 
     # -- volumes

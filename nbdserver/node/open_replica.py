@@ -19,6 +19,7 @@ from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, progress
+from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.family import ReplicatedFamily
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -64,11 +65,19 @@ class OpenReplica(OpenFamily):
             raise FamilyError("the replica does not take part in its family yet")
         return self._family
 
-    def take_part(self, network: Network, registry: ReplicaSets, node: str, address_of: Callable[[str], str]) -> None:
+    def take_part(
+        self,
+        network: Network,
+        registry: ReplicaSets,
+        node: str,
+        address_of: Callable[[str], str],
+        budget: CopyBudget,
+    ) -> None:
         """Obey whoever owns the family, from now on."""
         self._family = ReplicatedFamily(
-            self._clock, network, registry, self.replica, bytes.fromhex(self.id), node, address_of, self._report
-        )
+            self._clock, network, registry, self.replica, bytes.fromhex(self.id), node, address_of, self._report,
+            budget,
+        )  # fmt: skip
 
     def _disk_reports(self, kind: str, fields: dict[str, Any]) -> None:
         self._report(kind, fields)

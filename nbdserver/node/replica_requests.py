@@ -27,6 +27,7 @@ from nbdserver.node.open_family import NOT_OWNED, FamilyError, NotOwnedError
 from nbdserver.node.open_replica import OpenReplica
 from nbdserver.node.ownership import ReplicatedOwnership
 from nbdserver.node.served_family import ServedFamily
+from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.link import Link
 from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_server import PeerServer
@@ -61,6 +62,7 @@ class ReplicaRequests:
         self._families = families
         self._sockets = network
         self._network = network  # that of the links
+        self._budget = CopyBudget(clock, families.moved_bytes)
         self._clock = clock
         self._registry = registry
         self._clients = clients
@@ -128,7 +130,7 @@ class ReplicaRequests:
         served = self._families.open_replica(directory, family, volume, max_data_bytes)
         replica = served.family
         assert isinstance(replica, OpenReplica)
-        replica.take_part(self._network, self._registry, self._node, self._address_of(family))
+        replica.take_part(self._network, self._registry, self._node, self._address_of(family), self._budget)
         replica.family.gave_up = lambda reason: self._gave_up(family, served, reason)
         replica.ended = lambda: self._replicas.pop(family, None)
         self._replicas[family] = replica
@@ -223,8 +225,11 @@ def _link(owner: Owner, link: Link) -> dict[str, Any]:
         "appended_txid": link.appended.txid,
         "lag_bytes": link.backlog_bytes,
         "regions_left": link.regions_left,
-        "regions_total": link.regions_total,
-        "reason": link.reason,
+        "regions_total": link.copying.regions_total,
+        "bytes_per_s": link.copying.bytes_per_s,
+        "resync_bytes_sent": link.copying.sent_bytes,
+        "resync_bytes_saved": link.copying.saved_bytes,
+        "reason": link.reason or link.copying.reason,
     }
 
 

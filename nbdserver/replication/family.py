@@ -16,6 +16,7 @@ from metadata.registry_calls import Event, Reading, Unavailable
 from metadata.replica_set import ReplicaSet, ReplicaSetError, ReplicaSets, replica_set_key
 from metadata.seams import Clock, Network
 from nbdserver.replication.block_requests import ask_in_turn
+from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.link import Link, LinkEvents
 from nbdserver.replication.owner import Owner, Report
 from nbdserver.replication.peer_stream import PeerStream
@@ -41,7 +42,9 @@ class ReplicatedFamily:
         node: str,
         address_of: Callable[[str], str],
         report: Report,
+        budget: CopyBudget | None = None,
     ) -> None:
+        """`budget`: what all families of a process share when regions are copied."""
         self.family = family
         self.log = log
         self.value: ReplicaSet | None = None
@@ -55,6 +58,7 @@ class ReplicatedFamily:
         self._node = node
         self._address_of = address_of
         self._report = report
+        self._budget = CopyBudget(clock) if budget is None else budget
         self._takeover: Takeover | None = None
         self.gave_up: Callable[[str], None] = lambda reason: None
         """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
@@ -150,7 +154,9 @@ class ReplicatedFamily:
 
     def link(self, node: str, events: LinkEvents) -> Link:
         """OwnerEvents."""
-        return Link(self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of)
+        return Link(
+            self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of, self._budget
+        )
 
     def taken(self, value: ReplicaSet, links: Mapping[str, Link]) -> None:
         """TakeoverEvents."""

@@ -10,10 +10,9 @@ brought along from the log again.
 Rules (docs/replication.md has the reasons)
 - Frames are numbered; a grant counts from when the answered one was sent (rule 2).
 - Skipping is to a committed position only: it is never cut away.
-- A copy is sent at the very place in the stream that it is of (14), so only while streaming.
-- At most COPIES_AT_ONCE copies and BACKLOG_LIMIT_BYTES of modifications are under way.
+- At most BACKLOG_LIMIT_BYTES of modifications are under way.
 
-Known weakness: a region is sent whole, however little of it differs.
+What has to be copied is the affair of copying.py.
 """
 
 from collections import deque
@@ -25,6 +24,8 @@ from typing import Protocol
 from metadata.ranges import numbers_of
 from metadata.seams import Clock, Connection, Network, Timer
 from nbdserver.replication.block_requests import Answered, BlockRequests, answer
+from nbdserver.replication.copy_budget import CopyBudget
+from nbdserver.replication.copying import Copying
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica_log import ReplicaLog, common_position, history_up_to, position_of
@@ -35,8 +36,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Compared,
     Copied,
-    Copy,
     Cut,
     Fetch,
     Fetched,
@@ -53,7 +54,6 @@ from protocol.peer import (
 
 FRAME_BYTES = 4 << 20  # of modifications, unless one alone is larger
 BACKLOG_LIMIT_BYTES = 64 << 20
-COPIES_AT_ONCE = 4
 RECONNECT_S = 0.2
 OPEN_TIMEOUT_S = 2.0
 SILENCE_S = 10.0  # after which a stream is given up that nobody has said is lost
@@ -111,6 +111,7 @@ class Link:
         us: str,
         node: str,
         address_of: Callable[[str], str],
+        budget: CopyBudget,
     ) -> None:
         self.node = node
         self.state = State.CONNECTING
@@ -122,8 +123,6 @@ class Link:
         self.heard_s = clock.now()
         self.backlog_bytes = 0
         """Of modifications that were sent and not answered."""
-        self.regions_total = 0
-        """That it had to fetch when it was opened."""
         self.reason = ""
         """Why the stream was lost last; "" once it has been opened again."""
         self.events = events
@@ -143,8 +142,7 @@ class Link:
         self._last_sent_s = 0.0
         self._pending: list[Modification] = []
         self._is_reading = False
-        self._to_copy: list[int] = []
-        self._copies: set[int] = set()  # under way
+        self.copying = Copying(clock, log, budget, self)
         self._fetched: Callable[[Fetched | None], None] | None = None
         self._requests = BlockRequests(clock)
         self._connect()
@@ -211,8 +209,7 @@ class Link:
         if stream is not None:
             stream.close()
         self._pending.clear()
-        self._copies.clear()
-        self._to_copy = []
+        self.copying.end()
         if self.state is State.CLOSED:
             self._requests.forget()
         else:
@@ -239,7 +236,9 @@ class Link:
             case Appended():
                 self._appended(frame)
             case Copied():
-                self._copied(frame)
+                self.copying.copied(frame)
+            case Compared():
+                self.copying.compared(frame)
             case ReadBlocks():
                 answer(self._log, stream, frame, is_patient=True)
             case Blocks():
@@ -288,9 +287,7 @@ class Link:
             self._cut_at = BEGINNING if common == self._cut_at else common  # it could not be cut there
             self._align(stream, Cut(self._cut_at))
             return
-        self._to_copy = list(numbers_of(opened.resync))
-        self._to_copy.reverse()
-        self.regions_total = len(self._to_copy)
+        self.copying.begin(list(numbers_of(opened.resync)), opened.version)
         self.state = State.CATCHING_UP
         self._catch_up()
 
@@ -302,7 +299,7 @@ class Link:
         if self._sent == self._log.last:
             self.state = State.STREAMING
             self._requests.send(stream)
-            self._copy_more()
+            self.copying.more()
             return
         if self.backlog_bytes >= BACKLOG_LIMIT_BYTES:
             return  # goes on with the next answer
@@ -363,7 +360,7 @@ class Link:
             self.reason = f"it has been silent for {SILENCE_S:g} s"
             self.reopen()
             return
-        self._copy_more()
+        self.copying.more()
         self._catch_up()
         if self.state is not State.ALIGNING and now_s - self._last_sent_s >= BEAT_S / 2:
             self._send(())
@@ -448,29 +445,18 @@ class Link:
     @property
     def regions_left(self) -> int:
         """That it has still to fetch."""
-        return len(self._to_copy) + len(self._copies)
+        return self.copying.regions_left
 
-    def _copy_more(self) -> None:
-        stream = self._stream
-        while self.state is State.STREAMING and self._to_copy and len(self._copies) < COPIES_AT_ONCE:
-            region = self._to_copy.pop()
-            self._copies.add(region)
-            self._log.read_region(region, partial(self._region_read, stream, region))
+    @property
+    def sent_txid(self) -> int:
+        """CopyStream."""
+        return self._sent.txid
 
-    def _region_read(self, stream: PeerStream | None, region: int, errno: int, copy: Copy | None) -> None:
-        if stream is None or stream is not self._stream or region not in self._copies:
-            return
-        self.flush()
-        if errno or copy is None or self.state is not State.STREAMING or self._sent.txid != copy.txid:
-            self._copies.discard(region)
-            self._to_copy.append(region)
-            return  # again when it streams, or with the next answer
-        stream.send(copy)
+    def send(self, frame: Frame) -> None:
+        """CopyStream."""
+        if self._stream is not None:
+            self._stream.send(frame)
 
-    def _copied(self, frame: Copied) -> None:
-        self._copies.discard(frame.region)
-        if frame.errno:
-            self._to_copy.append(frame.region)
-        self._copy_more()
-        if not self.regions_left:
-            self.events.copied(self)
+    def all_copied(self) -> None:
+        """CopyStream."""
+        self.events.copied(self)

@@ -17,7 +17,7 @@ as it would a dead one.
 """
 
 import errno as errnos
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from metadata.ranges import runs_of
@@ -33,6 +33,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Compare,
+    Compared,
     Copied,
     Copy,
     Cut,
@@ -203,6 +205,8 @@ class Replica:
                 self._append(stream, frame)
             case Copy():
                 self._copy(stream, frame)
+            case Compare():
+                self.log.digest_region(frame.region, partial(self._compared, stream, frame.region))
             case Cut() | Skip():
                 self._align(stream, frame)
             case Fetch():
@@ -326,6 +330,10 @@ class Replica:
             self._sync()
 
         self.log.apply_copy(frame, applied)
+
+    def _compared(self, stream: PeerStream, region: int, digests: Mapping[int, bytes]) -> None:
+        """Say what is here of a region."""
+        stream.send(Compared(region, list(digests), b"".join(digests.values())))
 
     def _forget_copies(self) -> None:
         """Their bits stay: they are made again."""

@@ -133,13 +133,21 @@ class ReplicaLog(Protocol):
     def resync_done(self, regions: Runs, done: Done) -> None:
         """They are fetched: the copies are durable and cannot be cut away any more."""
 
-    def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
+    def digest_region(self, region: int, done: Callable[[Mapping[int, bytes]], None]) -> None:
+        """What this log has of a region, out of date or not: a digest of each block (protocol/packing.py), at most
+        COMPARED_LIMIT, under a number that is the same in every log."""
+
+    def read_region(
+        self, region: int, known: Mapping[int, bytes] | None, done: Callable[[int, Copy | None], None]
+    ) -> None:
         """A region, exactly as of what is `last` when `done` is called: who puts it into a stream does it in that very
-        call."""
+        call. What is `known` to the other log, which has said so on that stream, is left out; None: nothing is left
+        out, and all travels as it is."""
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
-        """*Replace* the region, in the order of the calls of `append`: what the source lacks goes, and the region has
-        the source's txid. ESTALE unless the copy is of `last`."""
+        """*Replace* the region, in the order of the calls of
+        `append`: what the source lacks goes, and the region has the source's txid. ESTALE unless the copy is of `last`;
+        ENOENT if a block that was left out of it is not here."""
 
     # --- single blocks ---
 

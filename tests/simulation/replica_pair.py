@@ -276,7 +276,10 @@ class PairRun:
             region = follower.resync[0][0]
             if self.random.random() < 0.3:
                 self._change()
-            error, copy = self._ask(self.owner, "read_region", region)
+            (known,) = self._ask(other, "digest_region", region)
+            if self.random.random() < 0.5:
+                self._change()
+            error, copy = self._ask(self.owner, "read_region", region, known)
             told = taken(self.told)
             if error or self._ask(other, "append", told) != (0,) or self._ask(other, "apply_copy", copy) != (0,):
                 raise ViolationError(f"region {region} could not be copied")
@@ -284,6 +287,7 @@ class PairRun:
             self._on(other).replica.set_committed(follower.last.txid)
             self._ask(other, "resync_done", ((region, 1),))
             self.hits["copied"] += 1
+            self.hits["kept"] += bool(copy.kept)
 
     # -- judging
 

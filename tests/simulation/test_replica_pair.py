@@ -28,7 +28,7 @@ def test_the_runs_meet_what_they_are_for() -> None:
     for seed in range(40):
         seen.update(try_pair(seed)[1].hits)
     points = [name for name, rule in CRASH_POINTS.items() if rule in OF_REPLICAS]
-    work = ("power", "kill", "removed", "cut", "caught up", "skipped", "copied", "started over", "rot")
+    work = ("power", "kill", "removed", "cut", "caught up", "skipped", "copied", "kept", "started over", "rot")
     for name in (*points, *work):
         assert seen[name] >= 3, f"{name}: {seen[name]}"
     assert sum(seen[f"crash at {name}"] for name in points) >= 3

@@ -9,16 +9,22 @@ from hypothesis import strategies as st
 
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE
+from protocol.packing import Packer
 from protocol.peer import (
     BLOCKS_LIMIT,
+    COMPARED_LIMIT,
+    DIGEST_BYTES,
     KINDS_SINCE,
     MAGIC,
+    PART_BLOCKS,
     PEER_HEADER,
     PEER_HEADER_BYTES,
     VERSION,
     Append,
     Appended,
     Blocks,
+    Compare,
+    Compared,
     Copied,
     Copy,
     Cut,
@@ -29,6 +35,7 @@ from protocol.peer import (
     Modification,
     Open,
     Opened,
+    Part,
     PeerFrameError,
     Position,
     ReadBlocks,
@@ -74,6 +81,24 @@ def copies(draw: st.DrawFn) -> Copy:
 
 
 @st.composite
+def copies_of_the_rest(draw: st.DrawFn) -> Copy:
+    whole = draw(st.lists(st.sampled_from([bytes(BLOCK_BYTES), b"ab" * 2048, bytes(range(256)) * 16]), max_size=20))
+    keeps = draw(st.lists(st.booleans(), min_size=len(whole), max_size=len(whole)))
+    bits = sum(keep << at for at, keep in enumerate(keeps))
+    data = [each for each, keep in zip(whole, keeps, strict=True) if not keep]
+    packer = Packer()
+    parts = [packer.pack(data[at : at + 7]) for at in range(0, len(data), 7)]
+    kept = bits.to_bytes((len(whole) + 7) // 8, "little") if bits else b""
+    return Copy(draw(u64), draw(u64), draw(u64), draw(st.binary(max_size=40)), checksums_of(whole), data, kept, parts)
+
+
+@st.composite
+def compared(draw: st.DrawFn) -> Compared:
+    mbas = draw(st.lists(u64, max_size=5))
+    return Compared(draw(u64), mbas, bytes(range(DIGEST_BYTES)) * len(mbas))
+
+
+@st.composite
 def blocks_by_mba(draw: st.DrawFn) -> Blocks:
     data = draw(blocks)
     return Blocks(draw(u64), draw(st.lists(u64, min_size=len(data), max_size=len(data))), checksums_of(data), data)
@@ -98,6 +123,9 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Forwarded, names),
     st.builds(Keep, forwarders, u64, u64, numbers),
     st.builds(Kept, u64),
+    copies_of_the_rest(),
+    st.builds(Compare, u64),
+    compared(),
 )
 
 
@@ -214,3 +242,38 @@ def test_so_many_blocks_may_be_asked_for() -> None:
     more = meta[:8] + (BLOCKS_LIMIT + 1).to_bytes(4, "little") + meta[12:] + bytes(8)
     with pytest.raises(PeerFrameError, match="too many blocks"):
         decode(signed(VERSION, Kind.READ_BLOCKS, more))
+
+
+def test_so_many_blocks_may_be_compared() -> None:
+    frame = Compared(1, range(COMPARED_LIMIT), bytes(DIGEST_BYTES * COMPARED_LIMIT))
+    assert len(decode(packed(frame)).mbas) == COMPARED_LIMIT  # type: ignore[union-attr]
+    meta = bytes(8) + (COMPARED_LIMIT + 1).to_bytes(4, "little") + bytes(4 + 24 * (COMPARED_LIMIT + 1))
+    with pytest.raises(PeerFrameError, match="too many blocks"):
+        decode(signed(VERSION, Kind.COMPARED, meta))
+
+
+DATA = [bytes([number]) * BLOCK_BYTES for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ([Part(2, b"".join(DATA[:2]))], "another number of blocks"),
+        ([Part(2, b"".join(DATA[:2])), Part(2, b"".join(DATA[:2]))], "another number of blocks"),
+        ([Part(3, b"".join(reversed(DATA)))], "checksum"),
+        ([Part(0, b""), Part(3, b"".join(DATA))], "wrong size"),
+        ([Part(3, b"garbage")], "cannot be unpacked"),
+        ([Part(3, bytes(3 * BLOCK_BYTES + 1))], "wrong size"),
+    ],
+)
+def test_parts_that_do_not_hold_together_are_refused(parts: list[Part], why: str) -> None:
+    copy = Copy(1, 2, 3, b"", checksums_of(DATA), (), b"", parts)
+    with pytest.raises(PeerFrameError, match=why):
+        decode(packed(copy))
+
+
+def test_a_part_has_so_many_blocks_at_most() -> None:
+    data = [bytes(BLOCK_BYTES)] * (PART_BLOCKS + 1)
+    parts = [Part(len(data), b"".join(data))]
+    with pytest.raises(PeerFrameError, match="wrong size"):
+        decode(packed(Copy(1, 2, 3, b"", checksums_of(data), (), b"", parts)))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nbdserver.logdisk.ordering import Rule, disabled
 from nbdserver.logdisk.region_copies import REGION_BLOCKS, distinct, pack_views, unpack_views
 from protocol.peer import BEGINNING, Copy
+from protocol.peer_frames import decode, encode
 from tests.unit.replica_rig import STEPS, Pair, Step, taken
 
 
@@ -28,10 +29,13 @@ def returned(pair: Pair, crash: bool = False) -> None:
     pair.tell()
 
 
-def copied(pair: Pair, region: int) -> Copy:
-    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(region, done))
+def copied(pair: Pair, region: int, compares: bool = True) -> Copy:
+    known = pair.replica.wait(lambda done: pair.replica.replica.digest_region(region, done))[0] if compares else None
+    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(region, known, done))
     assert error == 0
-    return copy  # type: ignore[no-any-return]
+    on_the_wire = decode(b"".join(encode(copy)))
+    assert isinstance(on_the_wire, Copy)
+    return on_the_wire
 
 
 def fetched(pair: Pair, region: int) -> None:
@@ -167,7 +171,7 @@ def test_what_is_written_while_a_region_is_read_is_in_the_copy() -> None:
     owner.disk.maps.set_cache_bytes(0)
     answers: list[tuple[int, Copy | None]] = []
     for count in range(40):
-        owner.replica.read_region(0, lambda error, copy: answers.append((error, copy)))
+        owner.replica.read_region(0, None, lambda error, copy: answers.append((error, copy)))
         for lba in (count, 100, 500):
             owner.put(lba, 10_000 + count)
         while not answers:
@@ -191,14 +195,14 @@ def test_a_rotten_block_is_not_copied() -> None:
         at = bytes(file.content).find((502).to_bytes(8, "little") * 512)
         if at >= 0:
             file.content[at] ^= 1
-    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, done))
+    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, None, done))
     assert (error, copy) == (errno.EIO, None)
 
 
 def test_a_copy_that_does_not_hold_together_is_refused() -> None:
     pair = gone_and_back()
     returned(pair)
-    copy = copied(pair, 0)
+    copy = copied(pair, 0, compares=False)
     replica = pair.replica
     end = replica.disk.log.lsn
     for damaged in (
@@ -224,3 +228,103 @@ def test_views_outlive_packing(views: dict[int, list[int]]) -> None:
 def test_runs_that_lead_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match="half a run"):
         unpack_views(b"x", REGION_BLOCKS)
+
+
+# --- what does not travel
+
+
+def block_count(copy: Copy) -> int:
+    return sum(map(len, copy.data)) // 4096
+
+
+def test_only_what_differs_travels() -> None:
+    pair = gone_and_back()
+    pair.owner.put(0, 1)  # as the replica has it
+    returned(pair)
+    whole, copy = copied(pair, 0, compares=False), copied(pair, 0)
+    assert (whole.kept, whole.parts) == (b"", ())
+    alike = int.from_bytes(copy.kept, "little").bit_count()
+    assert (alike, block_count(copy)) == (1, block_count(whole) - 1)
+    complete(pair)
+    pair.compare()
+
+
+def test_a_region_that_is_alike_costs_its_digests() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    complete(pair)
+    copy = copied(pair, 0)
+    assert (block_count(copy), list(copy.parts)) == (0, [])
+    end = pair.replica.disk.maps.live_blocks
+    assert pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done)) == (0,)
+    assert pair.replica.disk.maps.live_blocks == end
+    pair.compare()
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_what_was_left_out_is_there_after_a_crash(power: bool) -> None:
+    pair = gone_and_back()
+    returned(pair)
+    replica = pair.replica
+    for region in (0, 1):
+        fetched(pair, region)
+        copy = copied(pair, region)
+        assert copy.kept
+        assert replica.wait(lambda done, copy=copy: replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
+    replica.wait(lambda done: replica.replica.sync(done))
+    replica.crash(power)
+    replica.open()
+    pair.tell()
+    pair.compare()
+
+
+def test_a_block_that_was_left_out_and_is_not_there_is_asked_for() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    complete(pair)
+    copy = copied(pair, 0)
+    replica = pair.replica.replica
+    bad = replace(copy, checksums=bytes(4) + copy.checksums[4:])
+    end = pair.replica.disk.log.lsn
+    assert pair.replica.wait(lambda done: replica.apply_copy(bad, done)) == (errno.ENOENT,)
+    assert pair.replica.disk.log.lsn == end
+
+
+def test_what_has_rotted_at_the_replica_travels() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    complete(pair)
+    for file in pair.replica.drive.files.values():
+        at = bytes(file.content).find((502).to_bytes(8, "little") * 512)
+        if at >= 0:
+            file.content[at] ^= 1
+    copy = copied(pair, 0)
+    assert block_count(copy) == 1
+    assert pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done)) == (0,)
+    assert pair.replica.number_at(500) == 502
+
+
+def test_what_changes_while_it_is_compared_and_packed_travels_as_it_is_by_then() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    complete(pair)
+    owner, replica = pair.owner, pair.replica
+    (known,) = replica.wait(lambda done: replica.replica.digest_region(0, done))
+    for count in range(20):
+        answers: list[tuple[int, Copy | None]] = []
+        owner.replica.read_region(0, known, lambda error, copy, told=answers: told.append((error, copy)))  # type: ignore[misc]
+        for _ in range(count):
+            if not answers:
+                owner.clock.step()
+        if not answers:
+            owner.put(500, 5000 + count)
+            owner.put(501, 6000 + count)
+        assert owner.clock.run_until(lambda told=answers: bool(told))  # type: ignore[misc]
+        error, copy = answers[0]
+        assert error == 0
+        assert copy is not None
+        again = decode(b"".join(encode(copy)))
+        pair.tell()
+        assert replica.wait(lambda done, copy=again: replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
+        assert [replica.number_at(lba) for lba in (500, 501)] == [owner.number_at(lba) for lba in (500, 501)]
+    pair.compare()

@@ -165,7 +165,7 @@ def test_the_cleaner_repairs_and_its_victim_gets_free() -> None:
 def test_what_is_copied_is_repaired_first() -> None:
     pair = pair_with()
     rot(pair.owner, 8)
-    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, done))
+    error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, None, done))
     assert error == 0
     assert block(8) in b"".join(copy.data)
     assert pair.owner.disk.repairs.repaired_blocks == 1

@@ -22,7 +22,9 @@ from nbdserver.replication.replica_log import BlockSource, Tap
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE, extents_of_array
 from protocol.invariant import invariant
+from protocol.packing import Packer, digest
 from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
+from protocol.peer_frames import travelling
 
 REGION_BLOCKS = 4
 CAPACITY_BYTES = 1 << 30
@@ -65,9 +67,15 @@ class Image:
     def _apply_copy(self, copy: Copy) -> None:
         entries = array("Q", copy.entries)
         data = b"".join(copy.data)
+        kept = left_out(copy)
         theirs: dict[int, tuple[int, bytes | None]] = {}
-        for index, (lba, txid) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
-            theirs[lba] = (txid, data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+        at = 0
+        for lba, txid in zip(entries[::2], entries[1::2], strict=True):
+            if lba in kept:
+                theirs[lba] = (txid, self.blocks[lba][1])
+            else:
+                theirs[lba] = (txid, data[at : at + BLOCK_BYTES])
+                at += BLOCK_BYTES
         first = copy.region * REGION_BLOCKS
         for lba in range(first, first + REGION_BLOCKS):
             if lba in theirs:
@@ -78,6 +86,13 @@ class Image:
 
     def read(self, lba: int) -> bytes:
         return self.blocks.get(lba, (0, None))[1] or bytes(BLOCK_BYTES)
+
+
+def left_out(copy: Copy) -> dict[int, int]:
+    """By LBA: the checksums of the blocks that do not travel."""
+    lbas, checksums = array("Q", copy.entries)[::2], array("I", copy.checksums)
+    travels = set(travelling(copy.kept, lbas) if copy.kept else lbas)
+    return {lba: checksum for lba, checksum in zip(lbas, checksums, strict=True) if lba not in travels}
 
 
 class MemoryDisk:
@@ -132,6 +147,7 @@ class MemoryLog:
         self.at_once = 0.0  # how often something need not wait
         self._lanes: dict[str, deque[tuple[Callable[[], int], Done]]] = {"log": deque(), "store": deque()}
         self._committed_txid = 0
+        self._packer = Packer()
         self.is_full = False
         self.epoch = 0
         self._open()
@@ -388,19 +404,32 @@ class MemoryLog:
 
         self._later("store", act, done)
 
-    def read_region(self, region: int, done: Callable[[int, Copy | None], None]) -> None:
+    def digest_region(self, region: int, done: Callable[[Mapping[int, bytes]], None]) -> None:
         def answer() -> None:
-            first = region * REGION_BLOCKS
-            entries, data = array("Q"), []
-            for lba in range(first, first + REGION_BLOCKS):
-                txid, content = self.image.blocks.get(lba, (0, None))
-                if content is not None:
-                    entries.extend((lba, txid))
-                    data.append(content)
-            checksums = array("I", map(crc32c, data)).tobytes()
+            done({lba: digest(content) for lba, _, content in self._blocks_in(region)})
+
+        self._clock.call_later(0.002 * self._random.random(), answer)
+
+    def _blocks_in(self, region: int) -> list[tuple[int, int, bytes]]:
+        """(LBA, txid, content) of a region."""
+        first = region * REGION_BLOCKS
+        found = ((lba, *self.image.blocks.get(lba, (0, None))) for lba in range(first, first + REGION_BLOCKS))
+        return [(lba, txid, content) for lba, txid, content in found if content is not None]
+
+    def read_region(
+        self, region: int, known: Mapping[int, bytes] | None, done: Callable[[int, Copy | None], None]
+    ) -> None:
+        def answer() -> None:
+            blocks = self._blocks_in(region)
+            same = [known is not None and known.get(lba) == digest(content) for lba, _, content in blocks]
+            data = [content for (_, _, content), is_same in zip(blocks, same, strict=True) if not is_same]
+            entries = array("Q", [value for lba, txid, _ in blocks for value in (lba, txid)])
+            checksums = array("I", [crc32c(content) for _, _, content in blocks]).tobytes()
             region_txid = self.image.region_txids.get(region, 0)
-            copy = Copy(region, self.last.txid, region_txid, entries.tobytes(), checksums, data)
-            done(0, copy)
+            bits = sum(is_same << at for at, is_same in enumerate(same))
+            kept = bits.to_bytes((len(blocks) + 7) // 8, "little") if bits else b""
+            parts = [] if known is None else [self._packer.pack([content]) for content in data]
+            done(0, Copy(region, self.last.txid, region_txid, entries.tobytes(), checksums, data, kept, parts))
 
         self._clock.call_later(self._random.choice([0.001, 0.01, 0.2]) * self._random.random(), answer)
 
@@ -408,6 +437,10 @@ class MemoryLog:
         def act() -> int:
             if copy.txid != self.last.txid:
                 return errno.ESTALE
+            for lba, checksum in left_out(copy).items():
+                content = self.image.blocks.get(lba, (0, None))[1]
+                if content is None or crc32c(content) != checksum:
+                    return errno.ENOENT
             self._take(copy)
             return 0
 

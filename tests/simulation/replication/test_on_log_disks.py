@@ -5,6 +5,7 @@ What the log in memory proves of the rules is not proved again here; this shows 
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,12 @@ from nbdserver.logdisk.replica import Replica
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.family import ReplicatedFamily
+from nbdserver.replication.link import Link
 from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_server import PeerServer
+from nbdserver.replication.peer_stream import PeerStream
+from protocol.peer import Frame, Opened
+from protocol.peer_frames import encode
 from tests.simulation.cluster.cluster import Cluster
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Machine, Seams
@@ -270,6 +275,45 @@ def test_regions_are_fetched_when_the_logs_do_not_go_back(stage: LogStage) -> No
     stage.write_some(1)
     stage.end()
     assert any(kind == "replica-skipped" for _, kind, _ in stage.reports)
+    copying = stage.node(1).owner.links["node-3"].copying
+    assert (copying.regions_left, copying.reason) == (0, "")
+    assert copying.bytes_per_s > 0
+    assert 0 < copying.sent_bytes < copying.saved_bytes
+
+
+def test_a_replica_that_has_nearly_everything_is_sent_the_rest(stage: LogStage) -> None:
+    away_for_long(stage)
+    stage.until(lambda: stage.node(3).log.resync_count > 0)
+    stage.end()
+    link = stage.node(1).owner.links["node-3"]
+    sent_bytes = link.copying.sent_bytes
+    for region in range(4):
+        link.copying.add(region)
+    stage.until(lambda: not link.regions_left)
+    assert link.copying.sent_bytes == sent_bytes
+    assert link.copying.saved_bytes > 4 << 12
+    stage.end()
+
+
+def test_a_replica_of_the_version_before_gets_whole_copies(stage: LogStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows neither what asks it for blocks nor parts: whatever it is sent is of version 1."""
+    versions: list[int] = []
+    honest_send, honest_opened = PeerStream.send, Link._opened
+
+    def send(self: PeerStream, frame: Frame) -> None:
+        versions.append(encode(frame)[0][4])
+        honest_send(self, frame)
+
+    def opened(self: Link, frame: Opened) -> None:
+        honest_opened(self, replace(frame, version=1))
+
+    monkeypatch.setattr(PeerStream, "send", send)
+    monkeypatch.setattr(Link, "_opened", opened)
+    away_for_long(stage)
+    stage.end()
+    copying = stage.node(1).owner.links["node-3"].copying
+    assert set(versions) == {1}
+    assert (copying.saved_bytes, copying.sent_bytes > 0) == (0, True)
 
 
 def test_a_replica_that_dies_while_it_fetches_regions_goes_on_with_them(stage: LogStage) -> None:

@@ -3,7 +3,7 @@
 Each rule of docs/replication.md has a canary: the rule is taken away, and the simulator must notice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -252,11 +252,13 @@ def a_bit_is_cleared_before_what_it_holds_is_committed(patch: pytest.MonkeyPatch
 def a_copy_is_older_than_its_place(patch: pytest.MonkeyPatch) -> None:  # rule 14
     honest = MemoryLog.read_region
 
-    def read_region(self: MemoryLog, region: int, done: Callable[[int, Copy | None], None]) -> None:
+    def read_region(
+        self: MemoryLog, region: int, known: Mapping[int, bytes] | None, done: Callable[[int, Copy | None], None]
+    ) -> None:
         def read(errno: int, copy: Copy | None) -> None:
             self._clock.call_later(0.5, lambda: done(errno, copy and replace(copy, txid=self.last.txid)))
 
-        honest(self, region, read)
+        honest(self, region, known, read)
 
     patch.setattr(MemoryLog, "read_region", read_region)
 

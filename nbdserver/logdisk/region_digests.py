@@ -1,0 +1,81 @@
+"""What this replica has of a region that it is to fetch, so that the owner leaves that out of the copy.
+
+Theory. Whatever any layer shows in the region here, out of date or not, is named by its MBA with a digest of its
+content. The owner compares; an MBA that it has too, with the same content, need not travel.
+
+Rules
+- Only blocks with the right checksum are named: what has rotted here travels.
+- Nothing is relied on: a layer that shows what is nowhere is no error here. At most COMPARED_LIMIT blocks are named.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from metadata.logical_map import ADDRESS_SHIFT
+from metadata.pages import PAGE_SHIFT
+from metadata.region_table import REGION_SHIFT
+from metadata.seams import Files
+from nbdserver.logdisk.blocks_reading import BlocksReading
+from nbdserver.logdisk.pacing import guarded
+from nbdserver.logdisk.region_copies import REGION_BLOCKS
+from protocol.packing import digest
+from protocol.peer import BLOCKS_LIMIT, COMPARED_LIMIT
+
+if TYPE_CHECKING:
+    from nbdserver.logdisk.disk import LogDisk
+
+_DIGESTS_A_STEP = 64  # some 0.25 ms
+
+
+class RegionDigests:
+    """One answer on its way: `done` with the digest of each block, by MBA."""
+
+    def __init__(self, disk: LogDisk, files: Files, region: int, done: Callable[[Mapping[int, bytes]], None]) -> None:
+        self._disk = disk
+        self._files = files
+        self._done = done
+        first_lba = region << REGION_SHIFT
+        self._pages = [
+            (layer << ADDRESS_SHIFT) + first_lba + lba >> PAGE_SHIFT
+            for layer in sorted(disk.maps.tree.layers)
+            for lba in range(0, REGION_BLOCKS, 1 << PAGE_SHIFT)
+        ]
+        self._mbas: set[int] = set()
+        self._digests: dict[int, bytes] = {}
+        disk.call_soon(guarded(disk.fail, self._look))
+
+    def _look(self) -> None:
+        """Gather what the layers show, page by page."""
+        maps = self._disk.maps
+        while self._pages and len(self._mbas) < COMPARED_LIMIT:
+            number = self._pages[-1]
+            if number >> (ADDRESS_SHIFT - PAGE_SHIFT) in maps.tree.layers:
+                page: array[int] | None = maps.page(number)
+                if page is None:
+                    maps.load([(maps.logical, number)], guarded(self._disk.fail, self._look))
+                    return
+                self._mbas.update(page)
+            self._pages.pop()
+        self._mbas.discard(0)
+        self._read(sorted(self._mbas)[:COMPARED_LIMIT])
+
+    def _read(self, mbas: Sequence[int]) -> None:
+        if not mbas or self._disk.failure:
+            self._done(self._digests)
+            return
+        step = guarded(self._disk.fail, partial(self._step, mbas[BLOCKS_LIMIT:]))
+        BlocksReading(
+            self._disk, self._files, mbas[:BLOCKS_LIMIT], is_patient=False, done=lambda found: step(iter(found.items()))
+        )
+
+    def _step(self, rest: Sequence[int], found: Iterator[tuple[int, bytes]]) -> None:
+        for count, (mba, block) in enumerate(found, 1):
+            self._digests[mba] = digest(block)
+            if count == _DIGESTS_A_STEP:
+                self._disk.call_soon(guarded(self._disk.fail, partial(self._step, rest, found)))
+                return
+        self._read(rest)
