@@ -139,6 +139,9 @@ class ClusterRig:
         assert not done.returncode, done.stderr
         assert config.read_text().startswith(f"# of {name}\n")
         self.token = self.token or json.loads(done.stdout)["token"]
+        if not self._site:  # all on one machine: the port above a node's may be another one's
+            own = f"cluster:\n  data_address: 127.0.0.1:{self._free_port()}\n"
+            config.write_text(config.read_text().replace("cluster:\n", own, 1))
         return config
 
     def start(self, name: str, *more: str) -> ClusterNode:

@@ -9,13 +9,13 @@ import errno
 import time
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from metadata.registry import RegistryError
-from nbdserver.api import cluster_routes, page
+from nbdserver.api import cluster_routes, page, sent_on
 from nbdserver.api.metrics import Figures, exposition, of_worker
 from nbdserver.api.models import (
     CloneRequest,
@@ -31,6 +31,7 @@ from nbdserver.api.models import (
     VolumeRequest,
 )
 from nbdserver.node import program
+from nbdserver.node.at_owner import ApiRequest
 from nbdserver.node.control import Node
 from nbdserver.node.errors import NodeError, WrongInputError
 
@@ -49,13 +50,17 @@ def make_app(node: Node) -> FastAPI:
     )
     _add_errors(app)
     _add_node(app, node)
-    _add_volumes(app, node)
-    _add_snapshots(app, node)
-    _add_scrubs(app, node)
+    of_volumes = APIRouter(route_class=sent_on.route_class(node))
+    _add_volumes(of_volumes, node)
+    _add_snapshots(of_volumes, node)
+    _add_scrubs(of_volumes, node)
+    app.include_router(of_volumes)
     _add_names(app, node)
     _add_clients(app, node)
     cluster_routes.add_to(app, node)
     page.add_to(app, node)
+    if node.part is not None:
+        node.part.at_owner.answer_here = sent_on.answer_in(app)
     return app
 
 
@@ -158,14 +163,16 @@ async def _next_event(node: Node, wait_s: float) -> None:
         unfollow()
 
 
-def _add_volumes(app: FastAPI, node: Node) -> None:
+def _add_volumes(app: APIRouter, node: Node) -> None:
     @app.get("/v1/volumes", summary="Every volume")
     async def list_volumes() -> list[Volume]:
         return [Volume(**volume) for volume in await node.volumes.list()]
 
-    @app.post("/v1/volumes", status_code=201, summary="Make an empty volume")
-    async def create_volume(request: VolumeRequest) -> Volume:
-        return Volume(**await node.volumes.create(request.name, request.size_bytes))
+    @app.post("/v1/volumes", status_code=201, summary="Make an empty volume", response_model=Volume)
+    async def create_volume(request: VolumeRequest) -> Volume | Response:
+        if not request.replicas and not request.on:
+            return Volume(**await node.volumes.create(request.name, request.size_bytes))
+        return await _create_replicated(node, request)
 
     @app.get("/v1/volumes/{name:path}", summary="One volume")
     async def show_volume(name: str) -> Volume:
@@ -180,7 +187,18 @@ def _add_volumes(app: FastAPI, node: Node) -> None:
         await node.volumes.delete(name, force)
 
 
-def _add_snapshots(app: FastAPI, node: Node) -> None:
+async def _create_replicated(node: Node, request: VolumeRequest) -> Volume | Response:
+    """At the first of the nodes that it shall be on."""
+    if node.part is None:
+        raise WrongInputError("this node stands alone, replicas need a cluster; nbdserver cluster init makes one")
+    nodes = node.part.changes.choose(request.replicas or len(request.on), request.on)
+    if nodes[0] == node.part.settings.node:
+        return Volume(**await node.part.changes.create(request.name, request.size_bytes, nodes))
+    body = request.model_copy(update={"on": list(nodes)}).model_dump_json()
+    return sent_on.as_response(await node.part.at_owner.ask(nodes[0], ApiRequest("POST", "/v1/volumes", "", body)))
+
+
+def _add_snapshots(app: APIRouter, node: Node) -> None:
     @app.post("/v1/volumes/{name}/resize", summary="Give a volume another size")
     async def resize_volume(name: str, request: ResizeRequest) -> Volume:
         return Volume(**await node.snapshots.resize(name, request.size_bytes, request.force))
@@ -218,7 +236,7 @@ def _add_names(app: FastAPI, node: Node) -> None:
         return Names(volumes=list(node.volumes.names()), snapshots=snapshots, nodes=nodes)
 
 
-def _add_scrubs(app: FastAPI, node: Node) -> None:
+def _add_scrubs(app: APIRouter, node: Node) -> None:
     @app.get("/v1/scrubs", summary="How far the reading of all data is")
     async def list_scrubs() -> list[Scrub]:
         return [Scrub(**found) for found in node.scrubs.status()]

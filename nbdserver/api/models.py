@@ -20,6 +20,8 @@ class VolumeRequest(RequestBody):
 
     name: str = Field(description="the volume's name, which clients attach by")
     size_bytes: int = Field(description="a multiple of 4096, at most 16 TiB")
+    replicas: int = Field(default=0, description="on how many nodes of the cluster; 0: on this one alone, as its own")
+    on: list[str] = Field(default=[], description="nodes that are to have one")
 
 
 class Settings(BaseModel):
@@ -52,7 +54,10 @@ class Volume(BaseModel):
 
     name: str
     size_bytes: int
-    state: str = Field(description="serving, full, failed, starting, or unknown: the data process does not answer")
+    state: str = Field(
+        description="serving, full, failed, starting, or unknown: the data process does not answer; of a volume of the "
+        "cluster also elsewhere: another node serves it, or idle: it is taken over by whom it is used at"
+    )
     reason: str = Field(description="why it failed")
     base: str = Field(description="the newest snapshot of another volume that it stands on; empty for none")
     snapshots: int = Field(description="how many it has")
@@ -60,9 +65,26 @@ class Volume(BaseModel):
     epoch: int
     family: str = Field(description="a volume and its clones are one family, with one log")
     settings: Settings
-    clients: int = Field(description="client connections")
+    clients: int | None = Field(description="client connections; null for a volume that another node serves")
     traffic: Traffic | None = Field(description="what clients have done so far; null while nothing is known")
     disk: dict[str, Any] = Field(description="what the family's log-structured disk says of itself")
+    replicas: "Replicas"
+
+
+class Replica(BaseModel):
+    """A replica of a volume."""
+
+    node: str
+    state: str = Field(description="in sync; returning: it is being made complete; silent: its node is not heard")
+
+
+class Replicas(BaseModel):
+    """Where a volume is."""
+
+    wanted: int = Field(description="on how many nodes it shall be; 0: it is one node's own")
+    owner: str = Field(description="the node that serves it, or did last; empty if that is not known")
+    in_sync: int = Field(description="how many have everything")
+    nodes: list[Replica]
 
 
 class SnapshotRequest(RequestBody):
@@ -199,6 +221,7 @@ class ClusterNode(BaseModel):
     across_wan: bool
     draining: bool = Field(description="it gets nothing new")
     address: str
+    data_addresses: list[str] = Field(description="where its data processes are reached by those of other nodes")
     site: str
     fault_domain: str
     version: str

@@ -26,24 +26,51 @@ def create(
     size: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="10G, 512M, 1.5T: powers of 1024.", show_default=False)
     ],
+    replicas: Annotated[
+        int,
+        typer.Option("--replicas", metavar="N", help="On so many nodes of the cluster.  [default: on this one alone]"),
+    ] = 0,
+    on: Annotated[
+        str, typer.Option("--on", metavar="NODE,...", help="Nodes that are to have one.", show_default=False)
+    ] = "",
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Make an empty, thin volume: it takes room as it is written.
 
-    Example:
+    With --replicas it is on several nodes of the cluster, spread over fault domains: it goes on when one of them dies,
+    and is attached, shown and changed at any node.
+
+    Examples:
 
       nbdserver volume create disk1 --size 200G
+
+      nbdserver volume create db --size 1T --replicas 3
     """
     try:
         size_bytes = parse_volume_size(size)
     except SizeError as error:
         raise WrongInputError(f"--size: {error}") from None
-    volume = _client(context, data).post("/v1/volumes", {"name": name, "size_bytes": size_bytes})
+    wanted = {
+        "name": name,
+        "size_bytes": size_bytes,
+        "replicas": replicas,
+        "on": [node for node in on.split(",") if node],
+    }
+    volume = _client(context, data).post("/v1/volumes", wanted)
     if wants_json(context, json_output):
         print_json(volume)
     else:
-        print(f"made volume {name} of {format_size(size_bytes)}")
+        print(f"made volume {name} of {format_size(size_bytes)}{_where(volume['replicas'])}")
+
+
+def _where(replicas: dict[str, Any]) -> str:
+    """Where a volume is, and what its replicas still lack."""
+    if not replicas["wanted"]:
+        return ""
+    late = [f"{each['node']} is {each['state']}" for each in replicas["nodes"] if each["state"] != "in sync"]
+    nodes = ", ".join(each["node"] for each in replicas["nodes"])
+    return f" on {nodes}" + (f"; not in sync yet: {', '.join(late)} (nbdserver resync)" if late else ", all in sync")
 
 
 @app.command("list")
@@ -69,7 +96,7 @@ def print_volumes(volumes: list[dict[str, Any]]) -> None:
             volume["name"],
             format_size(volume["size_bytes"]),
             volume["state"],
-            str(volume["clients"]),
+            "-" if volume["clients"] is None else str(volume["clients"]),
             str(volume["generation"]),
             str(volume["snapshots"]),
             volume["base"],
@@ -113,7 +140,9 @@ def print_one(context: typer.Context, volume: dict[str, Any], json_output: bool)
     flat = {**volume, **{f"disk.{key}": value for key, value in volume["disk"].items()}, **volume["settings"]}
     flat["disk.damaged"] = [f"{block['export']} block {block['lba']}" for block in volume["disk"].get("damaged", [])]
     flat["size"] = format_size(volume["size_bytes"])
-    for key in ("disk", "settings"):
+    flat["replicas"] = [f"{each['node']} {each['state']}" for each in volume["replicas"]["nodes"]]
+    flat["owner"] = volume["replicas"]["owner"]
+    for key in ("disk", "settings", *(() if volume["replicas"]["wanted"] else ("replicas", "owner"))):
         del flat[key]
     if not flat["reason"]:
         del flat["reason"]

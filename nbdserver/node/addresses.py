@@ -17,7 +17,7 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 def check_address(text: str) -> str:
     """Return `text` if it is `HOST:PORT` or `[V6]:PORT`. Raises WrongInputError with what would be right."""
     host, port = split_address(text)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join_address(host, port)
 
 
 def split_address(text: str) -> tuple[str, int]:
@@ -39,6 +39,11 @@ def split_address(text: str) -> tuple[str, int]:
     elif not _HOST_NAME.fullmatch(host) or (host.replace(".", "").isdigit() and not _is_ip(host, 4)):
         raise WrongInputError(f"{text!r} has no host that could be meant; write for example 127.0.0.1:{port}")
     return host, port
+
+
+def join_address(host: str, port: int) -> str:
+    """What `split_address` has taken apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_socket_path(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A node in its cluster: the registry on etcd, the directory, what this node says of itself, and what it sees.
+"""A node in its cluster: the directory, what this node says of itself, and what it sees of the others.
 
 Theory: the control process takes part in the cluster, beside serving the API; no client's data and no data process is
 touched by it. The node's own volumes are listed in the registry of its data directory, as on a node alone: etcd holds
@@ -21,7 +21,7 @@ import asyncio
 import json
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,8 +29,8 @@ from metadata.directory.node import DirectoryNode
 from metadata.directory.registry_keys import MASTER_KEY, MEMBER_PREFIX, STATE_PREFIX
 from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
-from metadata.etcd_registry import EtcdRegistry
 from metadata.leveldb import LevelSettings, LevelStore
+from metadata.seams import Registry
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.network import SocketNetwork
@@ -38,7 +38,7 @@ from nbdserver.host.tls_network import TlsNetwork
 from nbdserver.node import cluster_view
 from nbdserver.node.certificates import read_certificate
 from nbdserver.node.cluster_calls import CallServer
-from nbdserver.node.cluster_files import Keys, read_contexts, read_etcd_settings, read_keys, write_keys
+from nbdserver.node.cluster_files import Keys, read_contexts, read_keys, write_keys
 from nbdserver.node.cluster_settings import (
     DRAIN_PREFIX,
     FACTS_PREFIX,
@@ -51,7 +51,7 @@ from nbdserver.node.cluster_view import LATE_S, Picture
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
-from nbdserver.node.membership import Membership
+from nbdserver.node.membership import Answering, Membership
 from nbdserver.node.volumes_told import Elsewhere, Row
 from protocol.directory import Confirm, NodeKind
 from protocol.disk import DamagedValueError
@@ -66,7 +66,6 @@ REFUSED_KEPT = 16
 REFUSED_S = 600.0  # how long a refusal stays in the status
 CERTIFICATE_LOOK_S = 3600.0
 PUBLISH_TIMEOUT_S = 35.0
-SETTLE_S = 0.5  # for the lease of a master that leaves to be given back: the others need not wait for its end
 
 Measure = Callable[[], dict[str, Any]]
 
@@ -79,12 +78,17 @@ class Cluster:
         settings: ClusterSettings,
         directory: DataDirectory,
         version: str,
+        registry: Registry,
+        data_addresses: Sequence[str],
         measure: Measure,
         volumes: Callable[[], bytes],
         event: Callable[[str, dict[str, Any]], None],
+        nodes_moved: Callable[[], None],
     ) -> None:
-        """Take part, on the running loop. `measure()` is this node's load, `volumes()` what it says of its volumes.
-        WrongInputError for files and addresses that cannot be used, NodeError for a store that cannot."""
+        """Take part, on the running loop. `registry` is the caller's; `data_addresses` are what replicas here are
+        reached at; `measure()` is this node's load, `volumes()` what it says of its volumes; `nodes_moved()` is called
+        when what the others are reached at may have changed. WrongInputError for files and addresses that cannot be
+        used, NodeError for a store that cannot."""
         loop = asyncio.get_running_loop()
         self.settings = settings
         self._measure = measure
@@ -103,7 +107,11 @@ class Cluster:
         self._was_connected = True
         self._certificate_problem = ""
         self._certificate_look_s = 0.0
-        etcd = read_etcd_settings(settings)
+        self.registry = registry
+        self._data_addresses = list(data_addresses)
+        self._nodes_moved = nodes_moved
+        self.answering: dict[str, Answering] = {}
+        """What members may ask this node besides, by the question's `do`."""
         self.membership = Membership(
             settings,
             lambda: self.directory,
@@ -111,13 +119,13 @@ class Cluster:
             self._use_keys,
             lambda: set(self._silent_since_s),
             event,
+            self.answering,
         )
         self._calls = calls = CallServer(self.clock, self.membership.answer)
         self._sockets = SocketNetwork(loop)
         network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refuse, calls.accept)
         self._workers = Workers(Completions(loop), 1, "directory")
         self._store = self._open_store(directory)
-        self.registry = EtcdRegistry(etcd, self.clock, random.SystemRandom(), loop)
         try:
             self.directory = DirectoryNode(
                 self._directory_settings(), self.clock, network, self._store, self.registry, random.SystemRandom()
@@ -138,6 +146,7 @@ class Cluster:
             (MASTER_KEY, self._master_changed),
             (MEMBER_PREFIX, self._member_changed),
             (STATE_PREFIX, self._state_changed),
+            (FACTS_PREFIX, self._facts_changed),
         ):
             self.directory.watch(prefix, watcher)
         for key, _ in self.directory.range(STATE_PREFIX):
@@ -146,7 +155,6 @@ class Cluster:
 
     def _give_back(self) -> None:
         """What was opened before the directory could not be."""
-        self.registry.close()
         self._store.close()
         self._sockets.close()
 
@@ -174,6 +182,7 @@ class Cluster:
             "site": settings.site,
             "fault_domain": settings.own_fault_domain,
             "version": self._version,
+            "data_addresses": self._data_addresses,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.directory.publish(FACTS_PREFIX + settings.node, json.dumps(facts).encode())
@@ -343,9 +352,6 @@ class Cluster:
         """Leave, and give everything back."""
         self._calls.close()
         self.directory.close()
-        await self.registry.settle(SETTLE_S)
-        self.registry.close()
-        await self.registry.wait_closed()
         await asyncio.to_thread(self._store.close)
         await asyncio.to_thread(self._workers.close)
         self._sockets.close()
@@ -378,7 +384,22 @@ class Cluster:
             self._silent_since_s[name] = self.clock.now()
             self._event("node-silent", {"node": name})
 
+    def _facts_changed(self, key: str, value: bytes | None) -> None:
+        self._nodes_moved()
+
     # --- nodes ---
+
+    def is_up(self, name: str) -> bool:
+        """Whether the cluster has such a node and hears it."""
+        return name in self.names() and name not in self._silent_since_s
+
+    def data_addresses(self) -> dict[str, list[str]]:
+        """Where the replicas of each node are reached."""
+        return cluster_view.data_addresses(self.directory.range(FACTS_PREFIX))
+
+    async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """A question to another node and its answer. NotFoundError, NodeError."""
+        return await self.membership.ask(node, question, timeout_s)
 
     def names(self) -> list[str]:
         """Of all nodes."""

@@ -22,8 +22,8 @@ from nbdserver.node.errors import NodeError
 
 REQUEST_BYTES = 64 << 10
 REQUEST_S = 10.0
-ANSWER_BYTES = 256 << 10
-MOST_CALLS = 16
+ANSWER_BYTES = 4 << 20
+MOST_CALLS = 64
 CALL_S = 15.0
 
 Answering = Callable[[str, str, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -114,12 +114,20 @@ class _Call:
         self.end()
 
 
-async def call(address: str, context: ssl.SSLContext, question: dict[str, Any]) -> dict[str, Any]:
-    """Ask the node at IP:PORT. NodeError: it refuses, or cannot be reached within CALL_S."""
+class NotReachedError(NodeError):
+    """The node cannot be asked: nothing of the question has reached it."""
+
+
+async def call(
+    address: str, context: ssl.SSLContext, question: dict[str, Any], timeout_s: float = CALL_S
+) -> dict[str, Any]:
+    """Ask the node at IP:PORT. NotReachedError; NodeError: it refuses, or has not answered in time."""
     host, port = split_address(address)
+    is_reached = False
     try:
-        async with asyncio.timeout(CALL_S):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, port, ssl=context, limit=ANSWER_BYTES)
+            is_reached = True
             try:
                 writer.write(json.dumps(question).encode() + b"\n")
                 await writer.drain()
@@ -127,12 +135,14 @@ async def call(address: str, context: ssl.SSLContext, question: dict[str, Any]) 
             finally:
                 writer.close()
     except ssl.SSLCertVerificationError as error:
-        raise NodeError(f"{address} is not a node of this cluster: {error.verify_message}") from None
+        raise NotReachedError(f"{address} is not a node of this cluster: {error.verify_message}") from None
     except TimeoutError:
-        raise NodeError(f"{address} has not answered in {CALL_S:.0f} s") from None
+        kind = NodeError if is_reached else NotReachedError
+        raise kind(f"{address} has not answered in {timeout_s:.0f} s") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "it hung up"
-        raise NodeError(f"{address} cannot be asked: {reason}") from None
+        kind = NodeError if is_reached else NotReachedError
+        raise kind(f"{address} cannot be asked: {reason}") from None
     if not isinstance(answer, dict):
         raise NodeError(f"{address} answers in a way that this program does not know")
     if "error" in answer:

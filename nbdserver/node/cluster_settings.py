@@ -10,7 +10,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from metadata.etcd_settings import MAX_ENDPOINTS
-from nbdserver.node.setting_values import Address, Model, NameValue, OwnAddress, PathValue, one_or_more
+from nbdserver.node.addresses import join_address, split_address
+from nbdserver.node.setting_values import Address, Model, NameValue, OwnAddress, PathValue, delay, one_or_more
 
 DEFAULT_SITE = "main"
 
@@ -82,6 +83,18 @@ class ClusterSettings(Model):
     address: OwnAddress = Field(
         description="IP:PORT that other nodes reach this one at, by UDP and by TCP, for example 10.0.0.5:10810"
     )
+    data_address: OwnAddress | None = Field(
+        default=None,
+        description="IP:PORT that other nodes' replicas reach this one's at, by TCP; with workers: N also the N-1 ports"
+        " above it; default: the IP of address, and the port above its one",
+    )
+    data_tls: StrictBool = Field(
+        default=True, description="whether what replicas say to each other is encrypted; the same on all nodes"
+    )
+    repair_delay: Annotated[float, BeforeValidator(delay)] = Field(
+        default=1800.0,
+        description="after which a replica that is not back is made on another node (30m, 6h); none: never",
+    )
     site: NameValue = Field(default=DEFAULT_SITE, description="where it stands")
     fault_domain: NameValue | None = Field(
         default=None, description="what fails together with it, as a rack; default: the node alone"
@@ -106,6 +119,15 @@ class ClusterSettings(Model):
             most = OWN_PREFIXES_LIMIT - len(SAID_PREFIXES)
             raise ValueError(f"subscribe has {len(self.subscribe)} beginnings; name at most {most}, shorter ones")
         return self
+
+    def data_addresses(self, workers: int) -> list[str]:
+        """Where the data processes listen to their peers, one after the other."""
+        address = self.data_address
+        if address is None:
+            host, port = split_address(self.address)
+            address = join_address(host, port + 1)
+        host, port = split_address(address)
+        return [join_address(host, port + worker) for worker in range(workers)]
 
     @property
     def own_fault_domain(self) -> str:

@@ -81,6 +81,7 @@ def _node(picture: Picture, member: Member) -> dict[str, Any]:
         "fault_domain": str(facts.get("fault_domain", "")),
         "version": str(facts.get("version", "")),
         "started": str(facts.get("started", "")),
+        "data_addresses": data_addresses([(FACTS_PREFIX + name, _raw(picture, FACTS_PREFIX, name))]).get(name, []),
         "id": f"{member.node:016x}",
         "volumes": _number(load, "volumes"),
         "clients": _number(load, "clients"),
@@ -94,9 +95,27 @@ def _node(picture: Picture, member: Member) -> dict[str, Any]:
     }
 
 
+def data_addresses(facts: Iterable[tuple[str, bytes]]) -> dict[str, list[str]]:
+    """Where each node's data processes are, from what the nodes say of themselves (FACTS_PREFIX)."""
+    found: dict[str, list[str]] = {}
+    for key, value in facts:
+        addresses = _content(value).get("data_addresses")
+        if isinstance(addresses, list) and all(isinstance(address, str) for address in addresses):
+            found[key.removeprefix(FACTS_PREFIX)] = addresses
+    return found
+
+
 def _said(picture: Picture, prefix: str, name: str) -> dict[str, Any]:
+    return _content(_raw(picture, prefix, name))
+
+
+def _raw(picture: Picture, prefix: str, name: str) -> bytes:
+    return picture.directory.get(prefix + name, b"{}")
+
+
+def _content(value: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(picture.directory.get(prefix + name, b"{}"))
+        content = json.loads(value)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

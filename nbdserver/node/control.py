@@ -55,6 +55,7 @@ from nbdserver.node.volumes_told import Row
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
+    from nbdserver.node.cluster_part import ClusterPart
 
 NO_LIMIT = 1 << 20
 """Of descriptors that the program on disk can take over, beyond the data process's own limit."""
@@ -99,22 +100,21 @@ class Node:
         self._data = DataProcesses(
             settings.workers,
             directory.lock_descriptor,
-            self._families.all,
+            self._families.here,
             self._begin_again,
             self._data_event,
             self._say,
             self._give_up,
         )
         ask, event = self._data.ask, self.events.add
-        self.capacity = Capacity(directory.path, lambda: self.settings, self._families.all, ask, event)
+        self.capacity = Capacity(directory.path, lambda: self.settings, self._families.here, ask, event)
         self.volumes = Volumes(directory, self._families, self.call, ask, event, settings.segment, self._admit)
         self.snapshots = Snapshots(self.volumes)
         self.tls = NodeTls(settings.tls)
-        self.scrubs = Scrubs(
-            directory.scrub, lambda: self.settings.scrub, self._families.all, self.call, self.events.add
-        )
+        self.scrubs = Scrubs(directory.scrub, lambda: self.settings.scrub, self.families, self.call, self.events.add)
         self.overview = Overview(self.status, self.events, elsewhere=self._volumes_elsewhere)
-        self.cluster: Cluster | None = None
+        self.part: ClusterPart | None = None
+        """Of a node that belongs to a cluster, while it runs."""
         self._hello: dict[str, Any] = {}
         self._stopping = asyncio.Event()
         self._stop_asked_s = 0.0
@@ -137,6 +137,7 @@ class Node:
         for problem in self._inherited.problems:
             self._say(f"WARNING: {problem}")
         await self.volumes.remove_scraps()
+        self._open_part()
         try:
             await self._start_data()
             await self._take_over()
@@ -146,6 +147,7 @@ class Node:
             self._join_cluster()
         except BaseException:
             await self._stop_data()
+            await self._close_part()
             raise
         self._data.supervise()
         watching = [loop.create_task(each.watch()) for each in (self.capacity, self.scrubs, self.overview)]
@@ -155,6 +157,7 @@ class Node:
             _cancel(watching)
             await self._leave_cluster()
             await self._stop_data()
+            await self._close_part()
             raise
         self.events.add("node-started", {"pid": os.getpid()})
         self._announce()
@@ -174,6 +177,7 @@ class Node:
         await self._leave_cluster()
         if not await self._leave_clients_to_systemd():
             await self._stop_data()
+        await self._close_part()
         await stop_api()
         self.close()
         return self._exit_code
@@ -232,8 +236,11 @@ class Node:
         return statistics.f_bavail * statistics.f_frsize
 
     def families(self) -> list[Family]:
-        """Return what the registry knows."""
-        return self._families.all()
+        """Return those whose volumes this node has to serve."""
+        return [family for family in self._families.here() if not family.replicas or self._owns(family)]
+
+    def _owns(self, family: Family) -> bool:
+        return self.part is not None and self.part.replicas.owns(family.id)
 
     def addresses(self) -> list[str]:
         """Return what NBD clients can connect to, as `HOST:PORT` and `unix:PATH`."""
@@ -252,8 +259,8 @@ class Node:
             try:
                 await self._listen()
                 await self.tls.reload(fresh.tls, self.call)
-                if self.cluster is not None:
-                    self.cluster.reload()
+                if self.part is not None:
+                    await self.part.reload()
                 await self.call("limit_data", max_data_bytes=self.settings.max_data)
             except NodeError:
                 self.settings = old
@@ -282,22 +289,42 @@ class Node:
             self.cluster.refuse_if_draining()
         await self.capacity.admit(what, more_bytes)
 
-    def _join_cluster(self) -> None:
-        """Take part in the cluster that the settings name, if they do. NodeError."""
+    @property
+    def cluster(self) -> "Cluster | None":
+        """The cluster, while this node takes part in it."""
+        return self.part.cluster if self.part is not None else None
+
+    def _open_part(self) -> None:
+        """Have what belongs to the cluster that the settings name, if they do. WrongInputError."""
         if self.settings.cluster is None:
             return
-        from nbdserver.node.cluster import Cluster  # what speaks to etcd is loaded where there is a cluster
+        from nbdserver.node.cluster_part import ClusterPart  # what speaks to etcd is loaded where there is a cluster
 
-        self.cluster = Cluster(
-            self.settings.cluster, self.directory, program.version(), self.load, self.overview.told, self.events.add
+        self.part = ClusterPart(
+            self.settings.cluster,
+            self.directory,
+            self._families,
+            self.volumes,
+            self._data,
+            program.version(),
+            self.load,
+            self.overview.told,
+            self.events.add,
         )
-        self._cluster_watch = asyncio.get_running_loop().create_task(self.cluster.watch())
+
+    def _join_cluster(self) -> None:
+        """Take part in the cluster. NodeError."""
+        if self.part is not None:
+            self.part.join()
 
     async def _leave_cluster(self) -> None:
-        cluster, self.cluster = self.cluster, None
-        if cluster is not None:
-            _cancel([self._cluster_watch])
-            await cluster.close()
+        if self.part is not None:
+            await self.part.leave()
+
+    async def _close_part(self) -> None:
+        part, self.part = self.part, None
+        if part is not None:
+            await part.close()
 
     # --- handing over and taking over ---
 
@@ -354,6 +381,7 @@ class Node:
         await asyncio.sleep(0)  # what has arrived before is dealt with in a turn of the loop
         if self._stopping.is_set():
             late.add(signal.SIGTERM)
+        await self._close_part()
         activated = [("socket-unit", descriptor) for descriptor, _ in self._inherited.activated]
         self.close()
         program.replace([(LOCK, self.directory.lock_descriptor), *activated, *descriptors], late)
@@ -407,6 +435,8 @@ class Node:
             max_data_bytes=self.settings.max_data,
         )
         await self.tls.start(process.call)
+        if self.part is not None:
+            await self.part.begin(process)
 
     async def _begin_again(self, process: DataProcess) -> None:
         """Bring one that was started again to where it serves."""
@@ -416,9 +446,11 @@ class Node:
         await self._listen_at(process)
 
     async def _open_families(self, processes: Sequence[DataProcess]) -> None:
-        families = self._families.all()
+        families = self._families.own()
         await self.volumes.open_all([self._data.placement.families(each.worker, families) for each in processes])
         for process in processes:
+            if self.part is not None:
+                await self.part.follow(process)
             await self._data.families_are_open(process)
 
     async def _listen(self) -> None:
@@ -442,6 +474,8 @@ class Node:
         self._wanted.set()
 
     def _data_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if self.part is not None:
+            self.part.replicas.heard(kind, fields)
         if kind == "recovering":
             self._say(f"recovering {fields['volume']}: {round_size(fields['bytes'])} of log replayed")
             return

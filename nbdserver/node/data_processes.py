@@ -16,6 +16,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from metadata.registry import Family
@@ -31,6 +32,9 @@ from nbdserver.node.worker_answers import PARTIAL, merged
 
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
+
+Answer = Callable[[int, str, dict[str, Any]], Awaitable[Any]]
+"""(worker, what it asks, arguments) → answer."""
 
 _STARTING = "the data process is being started again; try again in a moment"
 
@@ -67,6 +71,10 @@ class DataProcesses:
         self._asked: dict[int, Asking] = {}
         self._table = ExportTable(workers)
         self._telling = asyncio.Lock()
+        self.answer: Answer | None = None
+        """Answers what a data process asks."""
+        self.ended: Callable[[int], None] = lambda worker: None
+        """Told of each that has ended."""
         self._supervisors: list[asyncio.Task[None]] = []
 
     def running(self) -> list[DataProcess]:
@@ -155,6 +163,16 @@ class DataProcesses:
             worker = self.placement.place(family, self._families())
         return self._running.get(worker)
 
+    def notify(self, worker: int, kind: str, fields: dict[str, Any]) -> None:
+        """Tell one something, if it runs."""
+        if worker in self._running:
+            self._running[worker].notify(kind, fields)
+
+    def notify_all(self, kind: str, fields: dict[str, Any]) -> None:
+        """Tell all that run."""
+        for process in self.running():
+            process.notify(kind, fields)
+
     # -- what they know of each other
 
     async def _tell(self) -> None:
@@ -190,7 +208,11 @@ class DataProcesses:
     async def _start(self, worker: int) -> DataProcess:
         self._table.begins(worker)
         process = self._running[worker] = await DataProcess.start(
-            worker, self.workers, self._shared, lambda kind, fields: self._heard(worker, kind, fields)
+            worker,
+            self.workers,
+            self._shared,
+            lambda kind, fields: self._heard(worker, kind, fields),
+            None if self.answer is None else partial(self.answer, worker),
         )
         process.notify("exports", {"workers": self._table.others(worker)})
         return process
@@ -239,6 +261,7 @@ class DataProcesses:
         self._running.pop(process.worker, None)
         self._asked.pop(process.worker, None)
         self._figures.clear(process.worker)
+        self.ended(process.worker)
 
     # -- ending
 

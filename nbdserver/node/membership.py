@@ -11,14 +11,14 @@ Rules
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from metadata.directory.node import DirectoryNode
 from metadata.directory.reports import Answer
 from nbdserver.host.tls_network import CALL_PROTOCOL, make_client_context
 from nbdserver.node import cluster_making
-from nbdserver.node.cluster_calls import call
+from nbdserver.node.cluster_calls import CALL_S, call
 from nbdserver.node.cluster_files import KEY_BYTES, Keys
 from nbdserver.node.cluster_settings import ClusterSettings
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, listed
@@ -29,6 +29,9 @@ SETTLE_S = 0.5
 """Between the steps of a rotation: what was sealed in the step before is under way no longer."""
 REMOVE_TRIES = 20
 REMOVE_RETRY_S = 0.5
+
+Answering = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+"""A question of a member → its answer; raises NodeError."""
 
 
 class Membership:
@@ -42,14 +45,17 @@ class Membership:
         use_keys: Callable[[Keys], None],
         silent: Callable[[], set[str]],
         event: Callable[[str, dict[str, Any]], None],
+        more: Mapping[str, Answering],
     ) -> None:
-        """`use_keys` makes keys this node's own, on its disk first; `silent()` are the names that are not heard."""
+        """`use_keys` makes keys this node's own, on its disk first; `silent()` are the names that are not heard; `more`
+        are the answers to what else members may ask, by the question's `do`."""
         self._settings = settings
         self._directory = directory
         self._keys = keys
         self._use_keys = use_keys
         self._silent = silent
         self._event = event
+        self._more = more
         self._rotating = asyncio.Lock()
 
     # --- answering ---
@@ -71,6 +77,9 @@ class Membership:
             case "remove":
                 await self._remove_as_master(str(question.get("node")))
                 return {}
+        answer = self._more.get(str(question.get("do")))
+        if answer is not None:
+            return await answer(question)
         raise WrongInputError(f"this program does not know the question {question.get('do')!r:.40}")
 
     def _let_in(self, peer: str, question: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +105,17 @@ class Membership:
         """Where each is reached, by name."""
         return {member.name: member.streams for member in self._directory().members.values()}
 
-    async def _call(self, address: str, question: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """A question to another member and its answer. NotFoundError, NodeError."""
+        members = self._members()
+        if node not in members:
+            raise NotFoundError(f"there is no node {node}; there are: {listed(sorted(members), 10)}")
+        return await self._call(members[node], question, timeout_s)
+
+    async def _call(self, address: str, question: dict[str, Any], timeout_s: float = CALL_S) -> dict[str, Any]:
         tls = self._settings.tls
-        return await call(address, make_client_context(tls.ca, tls.certificate, tls.key, CALL_PROTOCOL), question)
+        context = make_client_context(tls.ca, tls.certificate, tls.key, CALL_PROTOCOL)
+        return await call(address, context, question, timeout_s)
 
     async def rotate_key(self) -> None:
         """Give the cluster another key, or go on with that. NodeError: as far as it has come both keys are valid."""

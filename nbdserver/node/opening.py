@@ -68,9 +68,7 @@ class Opening:
             is_open = True
             if answer["generation"] > raised.generation:
                 raised = await self._families.change(raised, generation=answer["generation"])
-            raised = await self._settle(raised, {int(key): size for key, size in answer["sizes_bytes"].items()})
-            there = [volume for volume in raised.volumes if volume.state == VolumeState.THERE]
-            await self.serve(raised, [volume for volume in there if not self.why_not(raised, volume)])
+            await self.settle_and_serve(raised, {int(key): size for key, size in answer["sizes_bytes"].items()})
         except NodeError as error:
             self.failed[family.id] = str(error)
             for volume in family.volumes:
@@ -79,6 +77,12 @@ class Opening:
                 with contextlib.suppress(NodeError):
                     await self._call("close", family=family.id)
             raise
+
+    async def settle_and_serve(self, family: Family, sizes_bytes: dict[int, int]) -> None:
+        """Serve the volumes of a family that is open, whose log has them with these sizes. NodeError."""
+        settled = await self._settle(family, sizes_bytes)
+        there = [volume for volume in settled.volumes if volume.state == VolumeState.THERE]
+        await self.serve(settled, [volume for volume in there if not self.why_not(settled, volume)])
 
     async def _settle(self, family: Family, sizes_bytes: dict[int, int]) -> Family:
         """Finish what was begun in the family when the node stopped, and see that every volume is there."""

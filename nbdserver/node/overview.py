@@ -22,6 +22,7 @@ from metadata.registry import RegistryError
 from nbdserver.node.activity import IDLE, SLOT_S, Activity, Rates
 from nbdserver.node.errors import NodeError
 from nbdserver.node.events import Event, EventLog
+from nbdserver.node.replica_view import ELSEWHERE, UNOWNED
 from nbdserver.node.volumes_told import Row, busiest, told
 
 SHORTEST_S = 1.0
@@ -105,7 +106,7 @@ class Overview:
             "seen_s": round(self._now_s() - self._seen_s, 1),
             "slot_s": SLOT_S,
             "states": _counted([volume["state"] for volume in own]),
-            "clients": sum(volume["clients"] for volume in own),
+            "clients": sum(volume["clients"] or 0 for volume in own),
             "traffic": _shown(slots[-1] if slots else IDLE) | _history(slots),
             "volumes": {"total": self._total, "matching": len(chosen), "rows": rows},
             "events": self._told(),
@@ -122,7 +123,7 @@ class Overview:
         traffic = _shown(slots[-1] if slots else IDLE)
         del traffic["bytes_per_s"]
         volumes = self._seen.get("volumes", ())
-        clients = sum(volume["clients"] for volume in volumes)
+        clients = sum(volume["clients"] or 0 for volume in volumes)
         rows = [self._row(volume) for volume in volumes]
         return {"volumes": len(volumes), "clients": clients, **traffic, "busiest": busiest(rows)}
 
@@ -130,7 +131,8 @@ class Overview:
         """What the other nodes are told of this one's volumes, those in trouble first; empty before the first look."""
         if not self._seen:
             return b""
-        return told(select([self._row(volume) for volume in self._seen["volumes"]], "", "trouble"))
+        volumes = [volume for volume in self._seen["volumes"] if volume["state"] != UNOWNED]  # all know of these
+        return told(select([self._row(volume) for volume in volumes], "", "trouble"))
 
     def _take(self) -> None:
         """A slot of the history ends."""
@@ -146,7 +148,9 @@ class Overview:
     async def _look_now(self) -> None:
         began_s = self._now_s()
         try:
-            self._seen, self._rows = await self._status(), None
+            seen = await self._status()
+            here = [volume for volume in seen["volumes"] if volume["state"] != ELSEWHERE]  # who serves it tells of it
+            self._seen, self._rows = seen | {"volumes": here}, None
             self._seen_s = self._now_s()
         finally:
             self._looking = None

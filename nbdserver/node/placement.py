@@ -4,6 +4,7 @@ Theory: a family lives whole in one process, so what can be balanced is how fami
 to do is not known when it is placed; the number of its volumes is the best guess, their sizes decide between equals.
 At a start the largest come first, each to the process that has least; a new family goes there too. Nothing is written
 down: all families are opened at a start anyhow, and what a process has in memory does not outlive it.
+A replica of a family of the cluster is where its id says: the other nodes have to find it, and no table tells them.
 
 Rules: a family stays where it is as long as the node runs, whichever processes die meanwhile. What is placed where is a
 function of the families that there are: the same ones are spread in the same way at every start.
@@ -28,7 +29,12 @@ class Placement:
         """Spread them anew: nothing is open."""
         self._worker.clear()
         loads = self._loads(())
-        for family in sorted(families, key=lambda family: (_load(family), family.id), reverse=True):
+        for family in families:
+            if family.replicas:
+                worker = self.place_replica(family.id)
+                loads[worker] = _sum(loads[worker], _load(family))
+        own = [family for family in families if not family.replicas]
+        for family in sorted(own, key=lambda family: (_load(family), family.id), reverse=True):
             self._worker[family.id] = worker = loads.index(min(loads))
             loads[worker] = _sum(loads[worker], _load(family))
 
@@ -36,6 +42,11 @@ class Placement:
         """Give a family a process, the one with least of those that there are."""
         loads = self._loads(families)
         self._worker[family_id] = worker = loads.index(min(loads))
+        return worker
+
+    def place_replica(self, family_id: str) -> int:
+        """Give a replica of a family of the cluster the process in which every node has it."""
+        self._worker[family_id] = worker = worker_of(family_id, self._workers)
         return worker
 
     def worker(self, family_id: str) -> int | None:
@@ -53,6 +64,11 @@ class Placement:
         for family_id, worker in self._worker.items():
             loads[worker] = _sum(loads[worker], there[family_id])
         return loads
+
+
+def worker_of(family_id: str, workers: int) -> int:
+    """In which of a node's data processes a replica is, so that the others know where to find it."""
+    return int(family_id, 16) % workers
 
 
 def _load(family: Family) -> Load:

@@ -64,6 +64,17 @@ def duration(value: object) -> float:
     return float(seconds)
 
 
+def delay(value: object) -> float:
+    """Seconds; `none` is 0."""
+    if value in (None, "none", "off", False):
+        return 0.0
+    match = re.fullmatch(r"([0-9]+)([smhd])", str(value).strip())
+    seconds = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else 0
+    if not 5 <= seconds <= 30 * 86400:
+        raise ValueError(f"{reprlib.repr(value)} is not 5s to 30d; write for example 30m, 6h or none")
+    return float(seconds)
+
+
 def ratio(value: object) -> float:
     """`none` is 0: without limit."""
     if value in (None, "none"):

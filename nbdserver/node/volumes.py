@@ -28,11 +28,15 @@ from metadata.registry import (
     Volume,
     VolumeState,
 )
+from metadata.replica_set import ReplicaSet
+from nbdserver.node import replica_view
 from nbdserver.node.activity import NO_TRAFFIC
 from nbdserver.node.asking import SILENT
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
 from nbdserver.node.opening import Call, Opening
+from nbdserver.node.replica_view import ELSEWHERE, NO_REPLICAS, UNOWNED
+from nbdserver.node.replicas import Replicas
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
 from nbdserver.node.volume_settings import MAX_DATA, change_settings, check_name, parse_max_data
 from protocol.invariant import invariant
@@ -66,10 +70,14 @@ class Volumes:
         self.call = call
         self._ask_soon = ask
         self.event = event
-        self._segment_bytes = segment_bytes
+        self.segment_bytes = segment_bytes
         self.admit = admit
         self.lock = asyncio.Lock()
-        self._opening = Opening(directory, families, call, event)
+        self.opening = Opening(directory, families, call, event)
+        self.replicas: Replicas | None = None
+        """Of a node that belongs to a cluster."""
+        self.is_up: Callable[[str], bool] = lambda node: False
+        """Whether a node of the cluster is heard."""
 
     @property
     def changing(self) -> asyncio.Lock:
@@ -79,36 +87,27 @@ class Volumes:
     async def remove_scraps(self) -> None:
         """Delete the directories of families that were being made or removed when the node stopped."""
         for family_id in self._families.scraps():
-            await self._opening.scrap(family_id)
+            await self.opening.scrap(family_id)
 
     async def open_all(self, groups: Sequence[Sequence[Family]]) -> None:
         """Open families, each group in a data process of its own. One that fails is reported and stays closed; the
         others are served."""
         async with self.lock:
-            await asyncio.gather(*(self._opening.open_all(group) for group in groups))
+            await asyncio.gather(*(self.opening.open_all(group) for group in groups))
 
     # -- making
 
     async def create(self, name: str, size_bytes: int, exist_ok: bool = False) -> dict[str, Any]:
         """Make an empty volume and serve it. `exist_ok`: one that is there is fine; it keeps its size."""
-        check_name(name)
-        try:
-            check_volume_size(size_bytes)
-        except SizeError as error:
-            raise WrongInputError(str(error)) from None
         async with self.lock:
             there = self._families.find(name)
             if there is not None and exist_ok and there[1].state == VolumeState.THERE:
                 return self._describe(*there, {}, STARTING)
-            self._refuse_taken(name)
-            if len(self._families.all()) >= MAX_FAMILIES:
-                raise ConflictError(
-                    f"this node has {MAX_FAMILIES} volumes besides clones, the most it takes; delete one first"
-                )
+            self.refuse_new(name, size_bytes)
             await self.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
             family = Family(
                 id=secrets.token_hex(FAMILY_ID_BYTES),
-                segment_bytes=self._segment_bytes,
+                segment_bytes=self.segment_bytes,
                 owner="",
                 volumes=(Volume(FIRST_VOLUME, name, size_bytes),),
             )
@@ -122,13 +121,13 @@ class Volumes:
                     segment_bytes=family.segment_bytes,
                 )
             except BaseException:
-                await self._opening.scrap(family.id)
+                await self.opening.scrap(family.id)
                 raise
             # If this fails, only the registry knows whether the directory is a family or a scrap; the next start asks.
             invariant(
                 await self._families.add(family), "a name that was free is taken, although one change is made at a time"
             )
-            await self._opening.open(family)
+            await self.opening.open(family)
             self.event("volume-created", {"volume": name, "size_bytes": size_bytes})
             return await self._shown(name)
 
@@ -152,7 +151,7 @@ class Volumes:
                     await self._families.remove_volume(family, made)
                 raise change_error(errno, f"cloning {base}@{snapshot}")
             family = await self._families.change_volume(family, made, state=VolumeState.THERE)
-            await self._opening.serve(family, [family.volume(made.number)])
+            await self.opening.serve(family, [family.volume(made.number)])
             self.event("clone-created", {"volume": name, "base": f"{base}@{snapshot}"})
             return await self._shown(name)
 
@@ -180,8 +179,13 @@ class Volumes:
         return await self._shown(name)
 
     def open_families(self) -> Sequence[Family]:
-        """Those that the data process can be asked about."""
-        return [family for family in self._families.all() if family.id not in self._opening.failed]
+        """Those whose volumes are served here."""
+        return [family for family in self._families.here() if self._is_served(family)]
+
+    def _is_served(self, family: Family) -> bool:
+        if family.id in self.opening.failed:
+            return False
+        return not family.replicas or (self.replicas is not None and self.replicas.owns(family.id))
 
     # -- changing
 
@@ -196,7 +200,7 @@ class Volumes:
                 else:
                     settings = change_settings(settings, key, value)
             if (settings, max_data) != (volume.settings, family.max_data):
-                if not self._opening.why_not(family, volume):
+                if not self.opening.why_not(family, volume):
                     await self.call("set", family=family.id, number=volume.number, settings=asdict(settings))
                     await self.call("limit_data", family=family.id, max_data_bytes=max_data)
                 changed = replace(volume, settings=settings)
@@ -211,7 +215,7 @@ class Volumes:
             family, volume = self._find(name)
             self._refuse_taken(new_name)
             await self._families.rename(family, volume, new_name)
-            if not self._opening.why_not(family, volume):
+            if not self.opening.why_not(family, volume):
                 await self.call("rename", family=family.id, number=volume.number, new_name=new_name)
             self.event("volume-renamed", {"volume": name, "new_name": new_name})
             return await self._shown(new_name)
@@ -222,7 +226,7 @@ class Volumes:
         async with self.lock:
             family, volume = self._find(name)
             others = [each for each in family.volumes if each != volume and each.state == VolumeState.THERE]
-            is_served = not self._opening.why_not(family, volume)
+            is_served = not self.opening.why_not(family, volume)
             if is_served:
                 await self._refuse_dependents(family, volume, force)
                 clients = await self.call("withdraw", family=family.id, number=volume.number, force=force)
@@ -235,28 +239,35 @@ class Volumes:
                 if others:
                     family = await self._families.change_volume(family, volume, state=VolumeState.DELETING)
                 else:
-                    if family.id not in self._opening.failed:
+                    if family.id not in self.opening.failed and not family.replicas:
                         await self.call("close", family=family.id)
                     await self._families.remove(family)
             except (OSError, RegistryError) as error:
                 reason = f"closed to be deleted, which failed ({error}); the next start opens it again"
                 if others:
-                    self._opening.missing[family.id, volume.number] = reason
+                    self.opening.missing[family.id, volume.number] = reason
                 else:
-                    self._opening.failed[family.id] = reason
+                    self.opening.failed[family.id] = reason
                 raise
             if not others:
-                self._opening.failed.pop(family.id, None)
-                await self._opening.scrap(family.id)
-            elif family.id not in self._opening.failed:
-                await self._opening.delete_from_log(family, volume)
-            self._opening.missing.pop((family.id, volume.number), None)
+                self.opening.failed.pop(family.id, None)
+                await self._delete_data(family)
+            elif family.id not in self.opening.failed:
+                await self.opening.delete_from_log(family, volume)
+            self.opening.missing.pop((family.id, volume.number), None)
             self.event("volume-deleted", {"volume": name})
+
+    async def _delete_data(self, family: Family) -> None:
+        if family.replicas:
+            assert self.replicas is not None
+            await self.replicas.forget(family.id)
+        else:
+            await self.opening.scrap(family.id)
 
     async def ask(self, request: str, name: str, **arguments: Any) -> Any:
         """A request to the data process about an open volume. Raises NotFoundError, NodeError."""
         family, volume = self._find(name)
-        if reason := self._opening.why_not(family, volume):
+        if reason := self.opening.why_not(family, volume):
             raise ConflictError(f"volume {name} is not open: {reason}")
         return await self.call(request, family=family.id, number=volume.number, **arguments)
 
@@ -267,6 +278,19 @@ class Volumes:
             await self._families.change_volume(family, volume, size_bytes=size_bytes)
 
     # -- refusing and describing
+
+    def refuse_new(self, name: str, size_bytes: int) -> None:
+        """Raise WrongInputError or ConflictError if this node cannot make such a volume."""
+        check_name(name)
+        try:
+            check_volume_size(size_bytes)
+        except SizeError as error:
+            raise WrongInputError(str(error)) from None
+        self._refuse_taken(name)
+        if len(self._families.here()) >= MAX_FAMILIES:
+            raise ConflictError(
+                f"this node has {MAX_FAMILIES} volumes besides clones, the most it takes; delete one first"
+            )
 
     def _refuse_taken(self, name: str) -> None:
         there = self._families.find(name)
@@ -325,7 +349,7 @@ class Volumes:
         family, volume = self._find(name)
         live: dict[str, Any] = {}
         otherwise = STARTING
-        if family.id not in self._opening.failed:
+        if self._is_served(family):
             try:
                 live = await self._ask_soon("volume", family=family.id, number=volume.number)
             except NodeError as error:
@@ -334,9 +358,12 @@ class Volumes:
 
     def _describe(self, family: Family, volume: Volume, live: dict[str, Any], otherwise: str) -> dict[str, Any]:
         """`otherwise` is its state if nothing is live of it."""
+        value = self._families.replica_set(family.id) if family.replicas else None
+        if family.replicas and not self._is_served(family):
+            live, otherwise = {}, self._otherwise(value)
         disk = live.get("disk", {})
         own = live.get("volumes", {}).get(str(volume.number), {})
-        reason = self._opening.why_not(family, volume) or disk.get("failure", "")
+        reason = self.opening.why_not(family, volume) or disk.get("failure", "")
         if reason:
             state = "failed"
         elif not own:
@@ -351,14 +378,22 @@ class Volumes:
             "reason": reason,
             "base": own.get("base", ""),
             "snapshots": own.get("snapshots", 0),
-            "generation": family.generation,
-            "epoch": family.epoch,
+            "generation": value.generation if value else family.generation,
+            "epoch": value.epoch if value else family.epoch,
             "family": family.id,
             "settings": {**asdict(volume.settings), "max_data": family.max_data},
-            "clients": own.get("clients", 0),
+            "clients": None if otherwise == ELSEWHERE else own.get("clients", 0),
             "traffic": own.get("traffic", NO_TRAFFIC) if own else None,
             "disk": disk,
+            "replicas": replica_view.replicas(family.replicas, value, self.is_up) if family.replicas else NO_REPLICAS,
         }
+
+    def _otherwise(self, value: ReplicaSet | None) -> str:
+        """The state of a volume of the cluster that is not served here."""
+        if value is None:
+            return UNKNOWN
+        assert self.replicas is not None
+        return ELSEWHERE if value.owner != self.replicas.me and self.is_up(value.owner) else UNOWNED
 
 
 def change_error(errno: int, doing: str) -> NodeError:

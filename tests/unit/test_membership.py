@@ -47,7 +47,11 @@ class Rig:
             self.used.append,
             lambda: self.silent,
             lambda kind, fields: self.events.append(kind),
+            {"owns": self.owns},
         )
+
+    async def owns(self, question: dict[str, Any]) -> dict[str, Any]:
+        return {"asked": question["family"]}
 
     def _remove(self, name: str, done: Callable[[Answer], None]) -> None:
         self.struck.append(name)
@@ -110,7 +114,7 @@ def test_a_node_that_has_joined_before_gets_its_certificate_again(rig: Rig) -> N
 
 @pytest.mark.parametrize("certificate", ["", "n9"])
 @pytest.mark.parametrize(
-    "question", [{"do": "keys", "keys": "5a" * 32}, {"do": "remove", "node": "n2"}, {"do": "what"}]
+    "question", [{"do": "keys", "keys": "5a" * 32}, {"do": "remove", "node": "n2"}, {"do": "owns"}, {"do": "what"}]
 )
 def test_nothing_else_is_answered_to_who_is_no_member(certificate: str, question: dict[str, Any], rig: Rig) -> None:
     rig.silent = {"n2"}
@@ -125,6 +129,7 @@ def test_a_member_brings_keys_and_wrong_ones_are_refused(rig: Rig) -> None:
     for wrong in ("", "5a", None, ["5a" * 32]):
         with pytest.raises(WrongInputError, match="n2's keys"):
             rig.ask("n2", do="keys", keys=wrong)
+    assert rig.ask("n2", do="owns", family="f1") == {"asked": "f1"}
     with pytest.raises(WrongInputError, match="does not know the question 'what'"):
         rig.ask("n2", do="what")
     assert len(rig.used) == 1

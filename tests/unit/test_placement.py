@@ -1,10 +1,12 @@
 """Families are spread evenly, in the same way at every start, and stay where they are meanwhile."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from metadata.registry import Family, Volume
-from nbdserver.node.placement import Placement
+from nbdserver.node.placement import Placement, worker_of
 
 
 def family(number: int, sizes: list[int]) -> Family:
@@ -56,3 +58,12 @@ def test_what_was_deleted_leaves_room() -> None:
     left = placement.families(0, families)
     new = family(9, [1])
     assert placement.place(new.id, left) == 1
+
+
+def test_a_replica_is_in_the_process_that_its_id_says_and_counts_there() -> None:
+    placement = Placement(2)
+    replicas = [replace(family(number, [10]), replicas=3) for number in (1, 3)]
+    own = [family(number, [10]) for number in (4, 6)]
+    placement.place_all([*own, *replicas])
+    assert [placement.worker(one.id) for one in replicas] == [worker_of(one.id, 2) for one in replicas] == [1, 1]
+    assert [placement.worker(one.id) for one in own] == [0, 0]

@@ -1,0 +1,150 @@
+"""Where the replicas of the cluster's families are, changed: made, more or fewer, moved, away from a node.
+
+Theory: what is wanted stands in what everybody sees: how many replicas a family shall have (Family), which nodes are
+being drained or gone (the directory). The owner of a family looks at it now and then and makes the next step towards
+it: a replica is made elsewhere first; when it is in sync, the one that shall go goes; an owner that shall go hands the
+family on last. So whichever node makes the steps, and however often it is broken off, they lead to the same end.
+
+Rules
+- A step is a change of ReplicaSet.placement, made by the data process that owns the family (`place`), or a takeover.
+- One family is looked at after the other; what fails is tried again at the next look.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from metadata.families import Families
+from metadata.registry import FAMILY_ID_BYTES, FIRST_VOLUME, Family, RegistryError, Volume
+from metadata.replica_set import Member, ReplicaSet
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
+from nbdserver.node.owning import Owning
+from nbdserver.node.replicas import Replicas
+from nbdserver.node.sizes import format_size
+from nbdserver.node.spread import FULL_PERCENT, Place, choose
+from nbdserver.node.volumes import Volumes
+
+if TYPE_CHECKING:
+    from nbdserver.node.cluster import Cluster
+
+MOST_REPLICAS = 5
+LOOK_S = 2.0
+IN_SYNC_S = 60.0
+"""So long the making of a volume waits until its replicas are in sync; they go on after that."""
+
+
+class ReplicaChanges:
+    """See above."""
+
+    def __init__(
+        self,
+        families: Families,
+        replicas: Replicas,
+        owning: Owning,
+        volumes: Volumes,
+        cluster: Callable[[], "Cluster | None"],
+        event: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self._families = families
+        self._replicas = replicas
+        self._owning = owning
+        self._volumes = volumes
+        self._cluster = cluster
+        self._event = event
+
+    # --- where ---
+
+    def places(self) -> list[Place]:
+        """Every node, as far as it matters for replicas. NodeError."""
+        cluster = self._cluster()
+        if cluster is None:
+            raise NodeError("this node does not take part in its cluster yet; try again in a moment")
+        return [_place(row) for row in cluster.describe()["nodes"]]
+
+    def choose(self, replicas: int, on: Sequence[str]) -> tuple[str, ...]:
+        """The nodes for a new volume with so many replicas: those of `on`, and the best of the others; this one first
+        if it is among them. WrongInputError, NotFoundError, ConflictError."""
+        if not 1 <= replicas <= MOST_REPLICAS:
+            raise WrongInputError(f"replicas: {replicas} is not 1 to {MOST_REPLICAS}; write for example --replicas 3")
+        places = {place.node: place for place in self.places()}
+        for node in on:
+            if node not in places:
+                raise NotFoundError(f"there is no node {node!r:.60}; there are: {', '.join(sorted(places))}")
+            if places[node].obstacle:
+                raise ConflictError(f"{node} gets no new replica: it {places[node].obstacle}")
+        if len(set(on)) != len(on) or len(on) > replicas:
+            raise WrongInputError(f"--on names {len(on)} nodes for {replicas} replicas; name each once, and no more")
+        me = self._replicas.me
+        chosen = choose(list(places.values()), replicas, on, me)
+        return tuple(sorted(chosen, key=lambda node: node != me))
+
+    # --- making ---
+
+    async def create(
+        self, name: str, size_bytes: int, nodes: Sequence[str], wait_s: float = IN_SYNC_S
+    ) -> dict[str, Any]:
+        """Make an empty volume with a replica on each of these nodes, of which this is the first, and serve it; waits
+        until all are in sync, at most `wait_s`."""
+        volumes = self._volumes
+        async with volumes.lock:
+            volumes.refuse_new(name, size_bytes)
+            await volumes.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
+            family = Family(
+                id=secrets.token_hex(FAMILY_ID_BYTES),
+                segment_bytes=volumes.segment_bytes,
+                owner="",
+                volumes=(Volume(FIRST_VOLUME, name, size_bytes),),
+                replicas=len(nodes),
+            )
+            await self._add(family, nodes)
+        await self._replicas.own(family.id)
+        self._event("volume-created", {"volume": name, "size_bytes": size_bytes, "nodes": list(nodes)})
+        await self._wait_in_sync(family.id, len(nodes), wait_s)
+        return await volumes.show(name)
+
+    async def _add(self, family: Family, nodes: Sequence[str]) -> None:
+        """Make the first replica here, and the family known to all."""
+        await self._replicas.format(family)
+        try:
+            incarnation = (await self._replicas.follow(family))["incarnation"]
+            me = self._replicas.me
+            value = ReplicaSet(0, me, (Member(me, incarnation),), tuple(nodes))
+            if not await self._families.add_shared(family, value):
+                raise ConflictError(f"volume {family.name} has just been made by another node; choose another name")
+        except (NodeError, RegistryError):
+            await self._replicas.drop_unknown(family.id)
+            raise
+        await self._families.keep_replica(family)
+
+    async def _wait_in_sync(self, family_id: str, count: int, wait_s: float) -> None:
+        give_up_s = time.monotonic() + wait_s
+        while time.monotonic() < give_up_s:
+            value = self._families.replica_set(family_id)
+            if value is None or len(value.in_sync) >= count:
+                return
+            await asyncio.sleep(0.1)
+
+    # --- from now to the end ---
+
+    async def watch(self) -> None:
+        """Make the next steps for the families that this node owns, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+
+
+def _place(row: dict[str, Any]) -> Place:
+    free_bytes = int((row["size_bytes"] or 0) - (row["used_bytes"] or 0))
+    obstacle = ""
+    if row["state"] != "up":
+        obstacle = "is silent"
+    elif row["draining"]:
+        obstacle = "is being drained"
+    elif row["across_wan"]:
+        obstacle = "is across a WAN"
+    elif not row["data_addresses"]:
+        obstacle = "has not said where its data processes are"
+    elif (row["fill_percent"] or 0.0) >= FULL_PERCENT:
+        obstacle = f"is {row['fill_percent']:.0f} % full"
+    return Place(row["name"], row["fault_domain"], free_bytes, obstacle)

@@ -1,0 +1,47 @@
+"""The cluster's registry as one node has it: etcd, what is held of it, and the desk at which data processes ask.
+
+Rules: it is there before the node takes part in the cluster and for as long as data processes run: replicas change who
+is in sync also while nothing else of the cluster is reached.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from metadata.etcd_registry import EtcdRegistry
+from metadata.families import Families
+from metadata.registry_mirror import RegistryMirror
+from nbdserver.host.clock import HostClock
+from nbdserver.node.channel_registry import RegistryDesk
+from nbdserver.node.cluster_files import read_etcd_settings
+from nbdserver.node.cluster_settings import ClusterSettings
+
+SETTLE_S = 0.5  # for the lease of a master that leaves to be given back: the others need not wait for its end
+
+
+class SharedRegistry:
+    """See above."""
+
+    def __init__(self, settings: ClusterSettings, families: Families, changed: Callable[[], None]) -> None:
+        """Begin to connect, on the running loop; `families` get what is held of it as soon as that is known.
+        `changed()` is called after every change. WrongInputError for files that cannot be used."""
+        loop = asyncio.get_running_loop()
+        clock = HostClock(loop)
+        self._families = families
+        self._changed = changed
+        self.registry = EtcdRegistry(read_etcd_settings(settings), clock, random.SystemRandom(), loop)
+        self.desk = RegistryDesk(self.registry)
+        self._mirror = RegistryMirror(self.registry, clock, self._heard)
+
+    def _heard(self, keys: object) -> None:
+        self._families.shared = self._mirror
+        self._changed()
+
+    async def close(self) -> None:
+        """Give everything back. What was known of the families is known no more."""
+        self._families.shared = None
+        self._mirror.close()
+        self.desk.close()
+        await self.registry.settle(SETTLE_S)
+        self.registry.close()
+        await self.registry.wait_closed()

@@ -1,0 +1,92 @@
+"""Volumes on several nodes of a cluster: real processes, a real etcd, kill -9."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.nbd import Command
+from tests.cluster_rig import ClusterNode, ClusterRig, wait
+from tests.conftest import Processes
+from tests.etcd_cluster import EtcdCluster
+from tests.etcd_rig import MakeCluster
+from tests.nbd_client import Client
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def etcd(make_etcd: MakeCluster) -> EtcdCluster:
+    return make_etcd()
+
+
+@pytest.fixture
+def rig(processes: Processes, tmp_path: Path, free_port: Callable[[], int], etcd: EtcdCluster) -> ClusterRig:
+    return ClusterRig(processes, tmp_path, free_port, etcd.endpoints)
+
+
+def start_three(rig: ClusterRig) -> list[ClusterNode]:
+    nodes = [rig.start(name) for name in ("n1", "n2", "n3")]
+    for node in nodes:
+        wait(lambda node=node: node.up() == ["n1", "n2", "n3"], "three nodes know each other")  # type: ignore[misc]
+        wait(
+            lambda node=node: all(row["data_addresses"] for row in node.get("/v1/nodes")),  # type: ignore[misc]
+            "where their data processes are",
+        )
+    return nodes
+
+
+def replicas(node: ClusterNode, volume: str) -> dict[str, Any]:
+    found: dict[str, Any] = node.get(f"/v1/volumes/{volume}")["replicas"]
+    return found
+
+
+def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_changed_at_any_node(rig: ClusterRig) -> None:
+    n1, n2, n3 = start_three(rig)
+    made = n1.ask("volume", "create", "db", "--size", "64M", "--replicas", "3")
+    assert (made["state"], made["replicas"]["owner"], made["replicas"]["in_sync"]) == ("serving", "n1", 3)
+    client = Client(("127.0.0.1", n1.server.port), "db")
+    assert client.request(Command.WRITE, 0, BLOCK, b"a" * BLOCK).error == 0
+
+    # One is killed: writes go on. It comes back and gets what it lacks.
+    n2.server.kill9()
+    assert client.request(Command.WRITE, BLOCK, BLOCK, b"b" * BLOCK).error == 0
+    assert client.request(Command.FLUSH).error == 0
+    wait(lambda: replicas(n3, "db")["in_sync"] == 2, "n2 is not in sync")
+    n2.server.start()
+    wait(lambda: replicas(n3, "db")["in_sync"] == 3, "n2 is in sync again")
+
+    # What is asked of one node is done at the owner.
+    assert [volume["state"] for volume in n2.ask("volume", "list")] == ["elsewhere"]
+    assert n2.ask("volume", "show", "db")["clients"] == 1
+    n2.server.command("snapshot", "create", "db@monday")
+    assert [found["name"] for found in n3.ask("snapshot", "list", "db")] == ["monday"]
+    assert "volume db exists already" in n2.refuses("volume", "create", "db", "--size", "1G")
+    assert n3.ask("volume", "resize", "db", "--size", "128M")["size_bytes"] == 128 << 20
+    assert "has snapshots: monday" in n3.refuses("volume", "delete", "db")
+
+    # The owner is killed: a command makes another one of it; what was acknowledged is there.
+    n1.server.kill9()
+    wait(lambda: n2.up() == ["n2", "n3"], "n1 is silent")
+    n2.server.command("volume", "set", "db", "description=moved")
+    assert replicas(n3, "db")["owner"] == "n2"
+    client = Client(("127.0.0.1", n2.server.port), "db")
+    assert client.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
+    n1.server.start()
+    wait(lambda: replicas(n3, "db")["in_sync"] == 3, "n1 is in sync again")
+    assert n1.ask("volume", "show", "db")["settings"]["description"] == "moved"
+    client.close()
+
+    # It is deleted everywhere, also where it was not asked for, and where nobody was there.
+    n3.server.kill9()
+    n1.server.command("snapshot", "delete", "db@monday")
+    n1.server.command("volume", "delete", "db")
+    wait(lambda: not directories(n1) and not directories(n2), "the replicas are deleted")
+    n3.server.start()
+    wait(lambda: not directories(n3), "the replica of who was away is deleted")
+    assert n3.ask("volume", "list") == []
+
+
+def directories(node: ClusterNode) -> list[Path]:
+    return list((node.server.data / "families").iterdir())
