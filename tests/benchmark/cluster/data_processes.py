@@ -36,33 +36,39 @@ class DataProcesses(System):
     def version(self) -> str:
         return Nbdserver.version()
 
-    @property
-    def _socket(self) -> Path:
-        return self.directory / "bench.sock"
+    attached_at = NODES[0]
+
+    def _socket(self, node: str) -> Path:
+        return self.directory / f"{node}.sock"
 
     def start(self) -> None:
         self.directory.mkdir(parents=True)
         self._port = free_ports(len(NODES))
         members = tuple(Member(node, self._start(node)) for node in NODES)
         value = ReplicaSet(0, NODES[0], members, NODES)
-        owner = self._processes[NODES[0]]
-        assert owner.stdin is not None
-        owner.stdin.write(f"own {value.encode().decode()}\n")
-        owner.stdin.flush()
+        self._say(NODES[0], f"own {value.encode().decode()}")
         self._heard(NODES[0], "owner")
+        for node in NODES[1:]:
+            self._say(node, f"forward {NODES[0]}")
         self.wait_until_whole()
 
     def _start(self, node: str) -> int:
         """Its incarnation."""
         addresses = {each: f"127.0.0.1:{self._port + number}" for number, each in enumerate(NODES)}
         peers = ",".join(f"{each}={address}" for each, address in addresses.items())
-        arguments = [str(self.directory / node), node, addresses[node], peers, f"unix:{self._socket}"]
+        arguments = [str(self.directory / node), node, addresses[node], peers, f"unix:{self._socket(node)}"]
         with (self.directory / f"{node}.log").open("ab") as log:
             self._processes[node] = subprocess.Popen(
                 [sys.executable, "-m", "tests.benchmark.cluster.replica_process", *arguments, str(self.size_bytes)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
             )  # fmt: skip
         return int(self._heard(node, "replica"))
+
+    def _say(self, node: str, line: str) -> None:
+        there = self._processes[node].stdin
+        assert there is not None
+        there.write(f"{line}\n")
+        there.flush()
 
     def _heard(self, node: str, word: str) -> str:
         """Wait for a line that begins with the word; what follows it."""
@@ -80,7 +86,7 @@ class DataProcesses(System):
             process.wait()
 
     def fio_arguments(self) -> list[str]:
-        return ["--ioengine=nbd", f"--uri=nbd+unix:///{EXPORT}?socket={self._socket}"]
+        return ["--ioengine=nbd", f"--uri=nbd+unix:///{EXPORT}?socket={self._socket(self.attached_at)}"]
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes.values() if process.poll() is None]
@@ -97,3 +103,11 @@ class DataProcesses(System):
     def is_whole(self) -> bool:
         value = json.loads((self.directory / NODES[0] / "replica-set.json").read_text())
         return {member["node"] for member in value["in_sync"]} == set(NODES)
+
+
+class Forwarded(DataProcesses):
+    """What it costs to be attached at another node than the owner."""
+
+    name = "forwarded"
+    title = "nbdserver, data processes alone, by way of another node"
+    attached_at = NODES[1]

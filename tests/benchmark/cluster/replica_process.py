@@ -2,10 +2,11 @@
 
     python -m tests.benchmark.cluster.replica_process DIRECTORY NODE LISTEN PEERS CLIENTS SIZE_BYTES
 
-PEERS is NODE=ADDRESS,... of all. It formats DIRECTORY if there is nothing yet, prints `replica INCARNATION` and follows
-whoever owns the family. A line on its standard input, `own VALUE` with a ReplicaSet as JSON, makes it the owner: it
-takes over, serves the family at the address CLIENTS as the export `bench` and prints `owner`. Each process has a
-registry of its own, so nothing but this may change who owns the family: for measurements only.
+PEERS is NODE=ADDRESS,... of all. It formats DIRECTORY if there is nothing yet, prints `replica INCARNATION`, follows
+whoever owns the family, and listens at the address CLIENTS for clients of the export `bench`. A line on its standard
+input, `own VALUE` with a ReplicaSet as JSON, makes it the owner: it takes over, serves the family and prints `owner`.
+`forward NODE` lets it forward its clients there. Each process has a registry of its own, so nothing but this may change
+who owns the family: for measurements only.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import gc
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from metadata.embedded_registry import EmbeddedRegistry
@@ -20,6 +22,8 @@ from metadata.leveldb import LevelStore
 from metadata.registry_calls import Event
 from metadata.registry_table import RegistryTable
 from metadata.replica_set import ReplicaSet, replica_set_key
+from nbdserver.frontend.attaching import Answer, Ask, Attaching, There
+from nbdserver.frontend.forwarded import ForwardedClients
 from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Workers
@@ -30,7 +34,9 @@ from nbdserver.logdisk.replica import Replica
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.peer_server import PeerServer
-from nbdserver.volume.export import Export, Exports
+from nbdserver.volume.admission import TlsMode
+from nbdserver.volume.export import Elsewhere, Export, Exports
+from protocol.peer_clients import FORWARDER_BYTES
 
 from ..local_family import host
 
@@ -70,7 +76,13 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
         family = ReplicatedFamily(
             parts.clock, network, registry, replica, FAMILY, node, lambda node: peers[node], _report
         )
-        PeerServer(parts.clock, network, listen, lambda asked: family.accept if asked == FAMILY else None)
+        exports = Exports()
+        server = Server(network, parts.clock, exports, lambda kind, fields: None)
+        server.listen(clients)
+        forwarded = ForwardedClients(parts.clock, server, exports)
+        PeerServer(
+            parts.clock, network, listen, lambda asked: family.accept if asked == FAMILY else None, forwarded.accept
+        )
         _keep_value(directory, registry)
         _say(f"replica {replica.incarnation}")
         lines = asyncio.StreamReader()
@@ -79,7 +91,12 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
         while line := (await lines.readline()).decode():
             word, _, value = line.strip().partition(" ")
             if word == "own":
-                await _own(table, family, parts.clock, network, replica, value, clients)
+                await _own(table, family, replica, value, exports)
+            elif word == "forward":
+                exports.note_in_cluster(Elsewhere(None, EXPORT, "", (), TlsMode.OFF))
+                there = There(value, peers[value])
+                attaching = Attaching(parts.clock, server, os.urandom(FORWARDER_BYTES), _always(parts.clock, there))
+                attaching.connect_by(node, network)
         _say("ends")
 
 
@@ -96,15 +113,7 @@ def _keep_value(directory: Path, registry: EmbeddedRegistry) -> None:
     registry.watch(replica_set_key(FAMILY), changed)
 
 
-async def _own(
-    table: RegistryTable,
-    family: ReplicatedFamily,
-    clock: HostClock,
-    network: SocketNetwork,
-    replica: Replica,
-    value: str,
-    clients: str,
-) -> None:
+async def _own(table: RegistryTable, family: ReplicatedFamily, replica: Replica, value: str, exports: Exports) -> None:
     await table.compare_and_swap([(replica_set_key(FAMILY), None, ReplicaSet.decode(value.encode()).encode())])
     taken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     family.take_over(taken.set_result)
@@ -113,10 +122,15 @@ async def _own(
         _say(f"not taken over: {reason}")
         return
     assert family.owner is not None
-    exports = Exports()
     exports.add(Export(EXPORT, ReplicatedDevice(replica.disk.head(1), family.owner)))
-    Server(network, clock, exports, lambda kind, fields: None).listen(clients)
     _say("owner")
+
+
+def _always(clock: HostClock, there: There) -> Ask:
+    def ask(_export: str, _failed: tuple[str, ...], done: Callable[[Answer], None]) -> None:
+        clock.call_soon(lambda: done(there))
+
+    return ask
 
 
 def main() -> None:
