@@ -180,8 +180,11 @@ class Session:
 
     def hand_over(self) -> tuple[int, ClientState] | None:
         """Leave, once frozen: (descriptor, state) for another process to go on with. None if that cannot be: a TLS
-        session stays in its process, whether that is this one or another."""
-        if not self.frozen or self._over or self._transmission is None or self._agreement is None or self.peer.tls:
+        session stays in its process, whether that is this one or another, and the other node of one that has come to
+        it has to bring it again."""
+        if not self.frozen or self._over or self._transmission is None or self._agreement is None:
+            return None
+        if self.peer.tls or self.peer.via:
             return None
         assert self.export is not None
         # By the name that it has now: it may have been renamed since the handshake.

@@ -1,5 +1,7 @@
 """Clients of three simulated nodes, of which one serves the volume: each of them takes the client, whatever fails."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -391,6 +393,32 @@ def test_a_client_that_hangs_up_while_the_owner_takes_nothing_is_dropped_with_wh
     client.connection.abort()
     stage.until(lambda: not stage.sessions("node-1"), 1.0)
     assert stage.node("node-2").gone() == ["it has hung up while the other node took nothing"]
+
+
+def test_a_client_that_is_forwarded_is_not_handed_over_to_the_next_process() -> None:
+    stage = Stage()
+    clients = [stage.attach("node-2"), stage.attach("node-3")]
+    server = stage.node("node-1").server
+    frozen: list[bool] = []
+    server.freeze(1.0, lambda: frozen.append(True))
+    stage.until(lambda: bool(frozen))
+    assert server.hand_over(10, lambda export: True) == []
+    stage.until(lambda: all(client.lost_because for client in clients))
+
+
+def test_a_client_that_has_gone_leaves_nothing_to_the_garbage_collector() -> None:
+    stage = Stage()
+    client = stage.attach("node-2")
+    gc.collect()
+    gc.disable()
+    try:
+        attaching = stage.node("node-2").attaching
+        away = weakref.ref(next(iter(attaching._keeping.values())).clients[1])
+        client.hang_up()
+        stage.cluster.run(ATTACH_S + 1.0)  # timers that were cancelled
+        assert away() is None
+    finally:
+        gc.enable()
 
 
 def test_what_neither_end_takes_is_bounded_and_nothing_of_it_is_lost() -> None:

@@ -1,5 +1,8 @@
 """A client whose export is in another process: the handshake goes on there as if it had been there from the start."""
 
+import gc
+import weakref
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -266,3 +269,16 @@ def test_one_end_that_is_gone_closes_the_other_and_is_told_once(end: str) -> Non
     assert not other.aborted, "what was sent to it is still delivered"
     ends.forwarding.close()
     assert ends.over == [ends.forwarding]
+
+
+def test_a_forwarding_that_is_over_leaves_nothing_to_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        ends = Ends()
+        forwarding = weakref.ref(ends.forwarding)
+        ends.forwarding.client_end.lost("gone")
+        del ends
+        assert forwarding() is None
+    finally:
+        gc.enable()
