@@ -80,14 +80,16 @@ class Owning:
             if told.get("owns") and (told.get("clients") or not replicas.may_own(value, family.id)):
                 return value.owner
             idle = value.owner if told.get("owns") else ""
+        reasons = []
         if idle or value.owner == me or replicas.may_own(value, family.id):
             try:
                 await replicas.own(family.id)
                 return me
-            except NodeError:
+            except NodeError as error:
                 if idle:
                     return idle
-        return await self._ask_members(family, failed)
+                reasons.append(str(error))
+        return await self._ask_members(family, failed, reasons)
 
     async def for_command(self, family: Family, failed: Collection[str] = ()) -> str:
         """The node at which a change of a family is to be made: its owner; if that is silent, whoever can be that."""
@@ -99,7 +101,7 @@ class Owning:
         if self._replicas.may_own(value, family.id):
             await self._replicas.own(family.id)
             return self._replicas.me
-        return await self._ask_members(family, failed)
+        return await self._ask_members(family, failed, [])
 
     def for_look(self, family: Family) -> str:
         """The node that knows most of a family: its owner, if that is up; else this one."""
@@ -156,10 +158,9 @@ class Owning:
         except NodeError:
             return {}
 
-    async def _ask_members(self, family: Family, failed: Collection[str]) -> str:
-        """Let one of the other members take it over."""
+    async def _ask_members(self, family: Family, failed: Collection[str], reasons: list[str]) -> str:
+        """Let one of the other members take it over; `reasons` why none has until now."""
         value = self._value(family)
-        reasons = []
         for member in value.in_sync:
             if member.node in (self._replicas.me, *failed):
                 continue
