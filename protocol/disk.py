@@ -12,7 +12,8 @@ the segment header, so that neither the remains of a former life nor client data
 A body is, for WRITE: extents (lba, count | kind << 32) u64 pairs, then per block the MBA (u64), then per block the
 CRC-32C (u32); for MOVE: per block the MBA (u64), then per block old segment and old offset (u32 pairs), then per
 block the CRC-32C (u32); for SEAL: SealBody; for TREE: the rows of the layers that were made or changed; for REGION:
-RegionBody. Data blocks follow the body, 4,096 bytes each, in the order of the MBAs, at whatever offset that is.
+RegionBody. Data blocks follow the body, 4,096 bytes each, in the order of the MBAs, at whatever offset that is, or if
+the header says `aligned` at the next multiple of 4,096 in the segment.
 """
 
 import sys
@@ -60,7 +61,7 @@ SegmentHeader = Struct(
 RecordHeader = Struct(
     "magic" / Const(RECORD_MAGIC, Int32ul),
     "kind" / Int8ul,
-    "reserved" / Int8ul,
+    "aligned" / Int8ul,  # 1: the data begins at a multiple of 4,096 in the segment
     "extents" / Int16ul,  # of a TREE: rows
     "blocks" / Int32ul,
     "layer" / Int32ul,
@@ -174,11 +175,23 @@ def chain_key(sequence: int, salt: bytes) -> bytes:
 
 def pack_record_header(
     key: bytes, kind: int, extents: int, layer: int, epoch: int, previous_crc: int, txid: int, lsn: int, durable_lsn:
-    int, blocks: int, body: bytes,
+    int, blocks: int, body: bytes, aligned: bool,
 ) -> tuple[bytes, int]:  # fmt: skip
     """Return (header and body, CRC of the header, which is the next record's `previous_crc`)."""
     unsigned = RECORD_HEADER.pack(
-        RECORD_MAGIC, kind, 0, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, crc32c(body), 0
+        RECORD_MAGIC,
+        kind,
+        aligned,
+        extents,
+        blocks,
+        layer,
+        epoch,
+        previous_crc,
+        txid,
+        lsn,
+        durable_lsn,
+        crc32c(body),
+        0,
     )[:-4]
     crc = crc32c(key + unsigned)
     return unsigned + crc.to_bytes(4, "little") + body, crc

@@ -60,6 +60,10 @@ from protocol.peer import Epochs, Modification, Position
 MAX_BYTES_A_BLOCK = RECORD_HEADER_BYTES + EXTENT_BYTES + WRITE_BLOCK_BYTES + BLOCK_BYTES
 """Of the log, for a block that is a record of its own."""
 
+ALIGNED_BLOCKS = 32
+"""From so many on the data begins at a page of the file, where there is room: a block that is read alone then takes one
+page of the cache instead of two, and that is worth 2 KiB of 128. For a short record it is not."""
+
 HABIT_RECORDS = 4
 """So many flushes after one record each, and the next one is expected; a wrong guess costs one sync and ends it."""
 
@@ -257,7 +261,9 @@ class Log:
         return self._append_packed(self._pack(kind, layer, extents, blocks, body), blocks, data)
 
     def _pack(self, kind: int, layer: int, extents: int, blocks: int, body: bytes) -> tuple[bytes, int]:
-        return pack_record_header(
+        """Everything of the record before its data, and the CRC of its header."""
+        padding = self._padding_bytes(len(body), blocks)
+        header, crc = pack_record_header(
             self._key,
             kind,
             extents,
@@ -269,7 +275,18 @@ class Log:
             self.durable_lsn,
             blocks,
             body,
+            padding is not None,
         )
+        return (header + bytes(padding) if padding else header), crc
+
+    def _padding_bytes(self, body_bytes: int, blocks: int) -> int | None:
+        """What stands before the data of a record that is aligned; None for one that is not."""
+        if blocks < ALIGNED_BLOCKS:
+            return None
+        begin = self.offset + RECORD_HEADER_BYTES + body_bytes
+        padding = -begin % BLOCK_BYTES
+        fits = begin + padding + blocks * BLOCK_BYTES <= self._pool.segment_bytes - SEAL_BYTES
+        return padding if fits else None
 
     def _append_packed(self, packed: tuple[bytes, int], blocks: int, data: Sequence[Buffer]) -> int:
         header, crc = packed

@@ -32,6 +32,7 @@ from protocol.disk import (
     SEGMENT_HEADER_BYTES,
     TREE,
     WRITE,
+    body_bytes,
     chain_key,
     wrong_blocks,
 )
@@ -161,8 +162,9 @@ class _Walk:
             bad = [BadBlock(record.mbas[block], self._segment, at + base + block * BLOCK_BYTES) for block in wrong]
             self._disk.repairs.want_all(bad, lambda lost: None)
             return False
-        body = data[record.offset + RECORD_HEADER_BYTES - base : at]
         extents = len(record.extents) >> 1 if record.kind == WRITE else len(record.rows) // LAYER_ROW.size
+        start = record.offset + RECORD_HEADER_BYTES - base
+        body = data[start : start + body_bytes(record.kind, extents, record.blocks)]
         found = Modification(
             record.epoch, record.txid, record.kind, record.layer, extents, record.blocks, body,
             (blocks,) if record.blocks else (),

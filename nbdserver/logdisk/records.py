@@ -110,7 +110,7 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     if body_length(key, header) != len(body):
         return None
     fields = RECORD_HEADER.unpack(header)
-    _, kind, _, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, body_crc, crc = fields
+    _, kind, aligned, extents, blocks, layer, epoch, previous_crc, txid, lsn, durable_lsn, body_crc, crc = fields
     if crc32c(body) != body_crc:
         return None
     extent_array, mbas, old, checksums = array("Q"), array("Q"), array("I"), array("I")
@@ -131,6 +131,8 @@ def parse_record(key: bytes, header: bytes, body: bytes, offset: int) -> Record 
     else:
         successor, _, successor_salt = SEAL_BODY.unpack(body)
     data_offset = offset + len(header) + len(body)
+    if aligned:
+        data_offset += -data_offset % BLOCK_BYTES
     return Record(
         kind, layer, epoch, txid, lsn, durable_lsn, previous_crc, crc, offset, data_offset, blocks,
         extent_array, mbas, old, checksums, successor, successor_salt, rows,

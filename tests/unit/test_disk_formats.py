@@ -98,10 +98,12 @@ def test_a_segment_header_is_what_its_declaration_says(
     assert declared.crc == portable_crc32c(packed[:-4])
 
 
-def packed_record(kind: int, extents: int, blocks: int, body: bytes, key: bytes, fields: tuple[int, ...]) -> bytes:
+def packed_record(
+    kind: int, extents: int, blocks: int, body: bytes, key: bytes, fields: tuple[int, ...], aligned: bool = False
+) -> bytes:
     layer, epoch, previous_crc, txid, lsn, durable_lsn = fields
     return pack_record_header(
-        key, kind, extents, layer, epoch, previous_crc, txid, lsn, durable_lsn, blocks, body
+        key, kind, extents, layer, epoch, previous_crc, txid, lsn, durable_lsn, blocks, body, aligned
     )[0]  # fmt: skip
 
 
@@ -147,6 +149,11 @@ def test_a_write_record_is_what_its_declaration_says(
     assert list(extents_of(record)) == extents
     assert list(zip(record.mbas, record.checksums, strict=True)) == blocks
     assert record.end == 100 + len(whole) + BLOCK_BYTES * len(blocks)
+    aligned = packed_record(WRITE, len(extents), len(blocks), body, key, fields, aligned=True)
+    record = parse_record(key, aligned[:RECORD_HEADER_BYTES], built, 100)
+    assert record is not None
+    assert record.data_offset % BLOCK_BYTES == 0
+    assert 0 <= record.data_offset - 100 - len(aligned) < BLOCK_BYTES
 
 
 @given(blocks_of(U64, U32, U32, U32), U64, SALT, FIELDS)

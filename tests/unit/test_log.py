@@ -4,12 +4,52 @@ import errno
 
 import pytest
 
-from nbdserver.logdisk.log import HABIT_RECORDS
+from nbdserver.logdisk.log import ALIGNED_BLOCKS, HABIT_RECORDS
 from nbdserver.logdisk.ordering import Rule, disabled
+from protocol.disk import WRITE
 from tests.simulation.faults import FaultMix
-from tests.unit.families import CALM, SimulatedFamily
+from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily
 
 SLOW_SYNC = FaultMix(cold_read=0.0, latency_s=0.01, tear=0.0)
+
+
+def places(family: SimulatedFamily, lba: int) -> list[int]:
+    """Where in its segment a block begins, modulo a block."""
+    found = family.device.reader.places(lba * BLOCK_BYTES, BLOCK_BYTES)
+    assert found is not None
+    return [place.offset % BLOCK_BYTES for place in found]
+
+
+def test_the_data_of_a_long_record_begins_at_a_page_and_is_found_again() -> None:
+    family = SimulatedFamily()
+    family.put(0, 1)
+    family.put(100, 500, ALIGNED_BLOCKS)
+    family.put(1, 2)
+    family.put(200, 900, ALIGNED_BLOCKS - 1)
+    family.put(300, 700, ALIGNED_BLOCKS + 1)
+    assert places(family, 100) == places(family, 300) == [0]
+    assert places(family, 0) != [0] != places(family, 200)
+    for _ in range(2):
+        numbers = [family.number_at(lba) for lba in (0, 1, 100, 131, 200, 230, 300, 332)]
+        assert numbers == [1, 2, 500, 531, 900, 930, 700, 732]
+        family.crash()
+        family.open()
+
+
+def test_a_long_record_that_fits_only_unaligned_is_not_aligned() -> None:
+    for spare, expected in ((0, False), (1, True)):
+        family = SimulatedFamily(segment_bytes=256 << 10)
+        family.put(0, 1)
+        room = family.disk.log.room_blocks(WRITE, 1)
+        assert room - spare >= ALIGNED_BLOCKS
+        segment = family.disk.log.segment
+        family.put(100, 500, room - spare)
+        assert family.disk.log.segment == segment, "it had room"
+        assert (places(family, 100) == [0]) is expected
+        family.put(1, 2)
+        family.crash()
+        family.open()
+        assert [family.number_at(lba) for lba in (0, 1, 100, 99 + room - spare)] == [1, 2, 500, 499 + room - spare]
 
 
 def test_flushes_asked_for_during_a_sync_share_the_next_one() -> None:

@@ -155,7 +155,7 @@ def test_only_the_next_link_of_the_chain_counts(lsn_ahead: int, crc_off: int, sh
     body = array("Q", [7, 1]).tobytes() + array("Q", [(1 << EPOCH_SHIFT) + 5]).tobytes()
     body += array("I", [crc32c(block(9))]).tobytes()
     key, crc = chain_key(log.sequence, log.salt), log.previous_crc + crc_off
-    header, _ = pack_record_header(key, WRITE, 1, 1, 1, crc, log.txid + 1, log.lsn + lsn_ahead, 0, 1, body)
+    header, _ = pack_record_header(key, WRITE, 1, 1, 1, crc, log.txid + 1, log.lsn + lsn_ahead, 0, 1, body, False)
     content(family, 1)[log.offset : log.offset + len(header) + BLOCK_BYTES] = header + block(9)
     family.crash()
     family.open()
