@@ -51,10 +51,11 @@ BlockRoom = tuple[list[memoryview], Any]
 
 
 class RunRoom(NamedTuple):
-    """Memory for blocks one after the other, twice: as its writable view, and each block as what `crc32c` takes."""
+    """Memory for blocks one after the other: as its writable view, and each block by itself, twice."""
 
     view: memoryview
-    blocks: list[Any]
+    blocks: list[BlockRoom]
+    sums: list[Any]  # the second part of each of `blocks`
 
 
 Later = Callable[[int, "Sequence[Buffer] | Extents | None"], None]

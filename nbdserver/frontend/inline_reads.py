@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from operator import or_
 from struct import Struct
-from typing import Any
 
 from metadata.seams import Buffer
 from nbdserver.block import BLOCK_BYTES, SPARSE_READ_BYTES, BlockDevice, BlockRoom, RunRoom
@@ -58,22 +57,16 @@ class Rooms:
         self.slots = bytearray(SLOTS * self.stride_bytes)
         self.slots_view = memoryview(self.slots)
         self.first_slots = [(self.slots_view[: count * self.stride_bytes],) for count in range(SLOTS + 1)]
-        self.blocks: list[BlockRoom] = [
-            ([view], array)
-            for view, array in (
-                _room(self.slots, slot * self.stride_bytes + header_bytes, BLOCK_BYTES) for slot in range(SLOTS)
-            )
-        ]
+        self.blocks = [_room(self.slots, slot * self.stride_bytes + header_bytes) for slot in range(SLOTS)]
         self.runs = bytearray(RUN_BLOCKS * BLOCK_BYTES)
-        self.run = RunRoom(
-            memoryview(self.runs),
-            [_room(self.runs, block * BLOCK_BYTES, BLOCK_BYTES)[1] for block in range(RUN_BLOCKS)],
-        )
+        blocks = [_room(self.runs, block * BLOCK_BYTES) for block in range(RUN_BLOCKS)]
+        self.run = RunRoom(memoryview(self.runs), blocks, [array for _, array in blocks])
 
 
-def _room(memory: bytearray, start: int, size_bytes: int) -> tuple[memoryview, Any]:
+def _room(memory: bytearray, start: int) -> BlockRoom:
     # google-crc32c takes no memoryview of writable memory, but a ctypes array.
-    return memoryview(memory)[start : start + size_bytes], (ctypes.c_char * size_bytes).from_buffer(memory, start)
+    array = (ctypes.c_char * BLOCK_BYTES).from_buffer(memory, start)
+    return [memoryview(memory)[start : start + BLOCK_BYTES]], array
 
 
 @cache

@@ -128,13 +128,23 @@ class Reader:
             else:
                 index = mba & PAGE_MASK
                 middle = self._middle_pages[mba >> PAGE_SHIFT]
+                offset = middle[OFFSET + index]
+                if index == PAGE_MASK or middle[OFFSET + index + 1] != offset + BLOCK_BYTES:
+                    # What was overwritten at random is read block by block, in the shortest way there is.
+                    views, data = room.blocks[at]
+                    if self._read_into(self._handles[middle[index]], views, offset, _NOWAIT) != BLOCK_BYTES:
+                        raise BlockingIOError
+                    if crc32c(data) != middle[CHECKSUM + index]:
+                        raise OSError(errno.EIO, "a checksum is wrong")
+                    done += 1
+                    at += 1
+                    continue
                 count = contiguous_blocks(middle, index, min(run_length(mbas, done, 1), PAGE_BLOCKS - index))
                 views = [room.view[at * BLOCK_BYTES : (at + count) * BLOCK_BYTES]]
-                offset = middle[OFFSET + index]
                 if self._read_into(self._handles[middle[index]], views, offset, _NOWAIT) != count * BLOCK_BYTES:
                     raise BlockingIOError
                 expected = middle[CHECKSUM + index : CHECKSUM + index + count]
-                if array("I", map(crc32c, room.blocks[at : at + count])) != expected:
+                if array("I", map(crc32c, room.sums[at : at + count])) != expected:
                     raise OSError(errno.EIO, "a checksum is wrong")
             done += count
             at += count
