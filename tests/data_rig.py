@@ -126,18 +126,22 @@ class DataNode:
         """What it reported."""
         return [fields for each, fields in self.events if each == kind]
 
-    async def hand_over(self) -> dict[str, Any]:
-        """Let another process take its place, with its clients and what it owned."""
+    async def hand_over(self, is_late: bool) -> dict[str, Any]:
+        """Let another process take its place, with its clients and what it owned; that it owns `late`, after it has the
+        clients."""
         given = await self.call("hand_over", handover_id="a handover")
         descriptors = self.process.receive_descriptors(1 + given["clients"])
         await self._ended()
         await self.start()
         await self.follow()
-        await self.own()
+        if not is_late:
+            await self.own()
         self.process.send_descriptors(descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         taken: dict[str, Any] = await self.call("take_over", clients=given["clients"])
+        if is_late:
+            await self.own()
         return taken
 
     async def kill(self) -> None:

@@ -48,6 +48,7 @@ from nbdserver.node.open_family import FamilyError, StoreThreads
 from nbdserver.node.passing import Passing
 from nbdserver.node.process_name import DATA, name_process
 from nbdserver.node.replica_requests import ReplicaRequests
+from nbdserver.node.returning import Returning
 from nbdserver.node.shared_figures import SharedBudget, SharedCensus, SharedFigures
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Export, ExportError, Exports
@@ -116,6 +117,7 @@ class Worker:
         self._clients_gone = 0
         self._server: Server | None = None
         self._passing: Passing | None = None
+        self._returning: Returning | None = None
         self.channel: Channel | None = None
         self.stopped = asyncio.Event()
 
@@ -178,7 +180,7 @@ class Worker:
 
     async def do_take_over(self, clients: int) -> dict[str, Any]:
         """Go on with so many clients of the process before, whose state and sockets were sent; every family that can be
-        opened is open."""
+        opened is open. Those of a replicated volume may have to wait until it is owned here again."""
         assert self._server is not None
         state, *descriptors = receive_descriptors(self._descriptors, 1 + clients)
         try:
@@ -186,7 +188,8 @@ class Worker:
         except HandoverError:
             close_all(descriptors)
             raise
-        taken = handover.take(self._server, self._network, before.clients, descriptors)
+        self._returning = Returning(self._clock, self._network, self._server, self._exports, self._report)
+        taken = self._returning.take(before, descriptors, may_wait=bool(self._replicas))
         return {"clients": taken, "pause_s": round(self._clock.now() - before.frozen_s, 3)}
 
     async def do_ping(self) -> None:

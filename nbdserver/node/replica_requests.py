@@ -74,6 +74,9 @@ class ReplicaRequests:
         self._addresses: dict[str, Sequence[str]] = {}
         self._replicas: dict[str, OpenReplica] = {}
 
+    def __len__(self) -> int:
+        return len(self._replicas)
+
     # -- peers
 
     async def do_peers(self, node: str, address: str, tls: dict[str, str] | None) -> None:

@@ -271,15 +271,17 @@ def test_streams_between_data_processes_are_tls_with_certificates_of_one_ca(
     run(story())
 
 
-def test_clients_stay_when_the_owners_program_is_replaced(tmp_path: Path, free_port: FreePort) -> None:
+@pytest.mark.parametrize("is_late", [False, True], ids=["owned before the clients come", "owned after that"])
+def test_clients_stay_when_the_owners_program_is_replaced(tmp_path: Path, free_port: FreePort, is_late: bool) -> None:
     async def story() -> None:
         async with data_nodes(tmp_path, free_port) as rig:
             first, second, _ = rig.nodes
             writer = Writer(first)
             await writer.write(50)
-            assert (await first.hand_over())["clients"] == 1
+            assert (await first.hand_over(is_late))["clients"] == 1
             await writer.write(50)
             assert (await first.replicas())["value"]["epoch"] == 2
+            assert len(first.heard("clients-returned")) == is_late
             await second.own()
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
             assert await asyncio.to_thread(writer.is_gone)
