@@ -29,7 +29,8 @@ def main(directory: Path) -> int:
         print("etcd is missing; install it: sudo apt-get install etcd-server", file=sys.stderr)
         return 1
     directory.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):  # who starts it in the background may have told it to ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     started: list[subprocess.Popen[bytes]] = []
     try:
         run(directory, started)
@@ -54,10 +55,11 @@ def run(directory: Path, started: list[subprocess.Popen[bytes]]) -> None:
         wait(lambda name=name: "is_active" in status(directory / name), started)  # type: ignore[misc]
     first = directory / NODES[0]
     wait(lambda: len(up(status(first))) == len(NODES), started)
-    command = f"nbdserver --data {shlex.quote(str(first / 'data'))}"
+    command = f"{shlex.quote(program())} --data {shlex.quote(str(first / 'data'))}"
     print(flush=True)
     subprocess.run([*PROGRAM, "--data", first / "data", "node", "list"], check=True)
-    print("\nlook around, in another terminal (with .venv/bin before nbdserver, or in its PATH):")
+    print("\nin another terminal, make a volume that is on all three, and look around:")
+    print(f"  {command} volume create disk0 --size 1G --replicas 3")
     for words in ("status", "node list", "node show n2", "directory list", "directory watch load/", "events --follow"):
         print(f"  {command} {words}")
     print(f"see another node take over: kill -9 {started[1].pid} (that is {NODES[0]}; then ask --data .../n2/data)")
@@ -68,6 +70,12 @@ def run(directory: Path, started: list[subprocess.Popen[bytes]]) -> None:
     )
     while True:
         time.sleep(1)
+
+
+def program() -> str:
+    """nbdserver as somebody types it here."""
+    beside = Path(sys.executable).with_name("nbdserver")
+    return os.path.relpath(beside) if shutil.which("nbdserver") is None and beside.exists() else "nbdserver"
 
 
 def kept_ports(path: Path) -> dict[str, int]:

@@ -333,7 +333,9 @@ class VolumeRow(BaseModel):
 
     key: str = Field(description="stays when the volume is renamed")
     name: str
-    node: str = Field(description="where it is; empty: this node stands alone")
+    node: str = Field(description="who serves it; empty: nobody does now, or this node stands alone")
+    replicas: int = Field(description="how many it shall have; 0: it is on its node alone")
+    in_sync: int = Field(description="how many of them have everything")
     description: str
     state: str
     reason: str

@@ -19,7 +19,7 @@ from metadata.registry_calls import Health
 from nbdserver.node.cluster_settings import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX, VOLUMES_PREFIX
 from nbdserver.node.errors import listed
 from nbdserver.node.findings import NOW, SOON, Finding
-from nbdserver.node.volumes_told import volumes_of
+from nbdserver.node.volumes_told import has_replicas, volumes_of
 from protocol.directory import NodeKind
 
 FULL_PERCENT, FILLED_PERCENT = 95.0, 90.0
@@ -175,11 +175,13 @@ def _registry(picture: Picture) -> Iterable[Finding]:
 
 def _others(picture: Picture, rows: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
     for name, silent_s in sorted(picture.silent_s.items()):
-        volumes = sorted(volumes_of(picture.directory.get(VOLUMES_PREFIX + name, b"")))
+        told = volumes_of(picture.directory.get(VOLUMES_PREFIX + name, b""))
+        volumes = sorted(volume for volume, said in told.items() if not has_replicas(said))
         yield Finding(
             NOW,
             f"node {name}",
-            f"has been silent for {silent_s:.0f} s" + (f", with its volumes: {listed(volumes, 5)}" if volumes else ""),
+            f"has been silent for {silent_s:.0f} s"
+            + (f", with what it alone has: {listed(volumes, 5)}" if volumes else ""),
             f"look at it; if it does not come back: nbdserver node remove {name}",
         )
     for row in rows:

@@ -162,10 +162,12 @@ class Overview:
         settings, disk = volume["settings"], volume["disk"]
         return {
             "key": key,
-            "node": (self._seen.get("cluster") or {}).get("node", ""),
+            "node": "" if volume["state"] == UNOWNED else (self._seen.get("cluster") or {}).get("node", ""),
             **{name: volume[name] for name in COPIED},
             "description": settings["description"],
             "read_only": settings["read_only"],
+            "replicas": volume["replicas"]["wanted"],
+            "in_sync": volume["replicas"]["in_sync"],
             "live_bytes": disk.get("live_bytes"),
             "shares_data": disk.get("volumes", 1) > 1,
             "damaged_blocks": sum(block["volume"] == volume["name"] for block in disk.get("damaged", ())),

@@ -10,7 +10,8 @@ nodes has to be told every few seconds stays small, and who looks for a name or 
 Rules
 - A value is at most TOLD_BYTES: those that are in trouble come first, and `total` counts all.
 - What others say is read leniently: a newer version may say more, an older one less.
-- The volumes of a node that is silent are *unknown*: nobody here knows whether they are served.
+- The volumes of a node that is silent are *unknown*: nobody here knows whether they are served. But for those that have
+  replicas: every node knows who else may serve them, and lists them itself.
 
 Known weakness: beyond MOST_ELSEWHERE volumes of other nodes are counted and not shown.
 """
@@ -28,7 +29,7 @@ TOLD_BYTES = 128 << 10
 BUSIEST = 8  # with these a load is mostly one datagram
 MOST_ELSEWHERE = 10_000
 
-TOLD = ("size_bytes", "state", "reason", "description", "base", "read_only")
+TOLD = ("size_bytes", "state", "reason", "description", "base", "read_only", "replicas", "in_sync")
 LOAD = ("clients", "requests_per_s", "read_bytes_per_s", "write_bytes_per_s", "latency_us")
 
 NOT_TOLD: Row = {
@@ -42,6 +43,8 @@ NOT_TOLD: Row = {
     "base": "",
     "snapshots": None,
     "read_only": False,
+    "replicas": 0,
+    "in_sync": 0,
     "bytes_per_s": None,
     **dict.fromkeys(LOAD),
 }
@@ -69,10 +72,16 @@ def busiest(rows: Sequence[Row]) -> dict[str, Row]:
     return {row["name"]: {key: row[key] for key in LOAD} for row in busy[:BUSIEST]}
 
 
-def volumes_of(value: bytes) -> dict[str, Any]:
+def volumes_of(value: bytes) -> dict[str, Row]:
     """What the value of `volumes/NAME` says, by volume."""
     volumes = _content(value).get("volumes")
-    return volumes if isinstance(volumes, dict) else {}
+    told = volumes if isinstance(volumes, dict) else {}
+    return {name: said if isinstance(said, dict) else {} for name, said in told.items()}
+
+
+def has_replicas(said: Row) -> bool:
+    """Whether a volume is on other nodes too."""
+    return bool(said.get("replicas"))
 
 
 class Elsewhere:
@@ -96,7 +105,7 @@ class Elsewhere:
             known = before.get(name)
             rows = known[3] if known is not None and known[:3] == now else _rows(name, *now)
             self._read[name] = (*now, rows)
-            self.total += max(len(rows), _whole(_content(now[0]).get("total")))
+            self.total += len(rows) + _not_told(now[0])
             if len(found) < MOST_ELSEWHERE:
                 found += rows[: MOST_ELSEWHERE - len(found)]
         return found
@@ -106,9 +115,10 @@ def _rows(node: str, volumes: bytes, load: bytes, is_silent: bool) -> list[Row]:
     busy = _content(load).get("busiest")
     rows = []
     for name, said in volumes_of(volumes).items():
+        if is_silent and has_replicas(said):
+            continue
         row = {**NOT_TOLD, "key": f"node {node}/{name}", "name": name, "node": node}
-        if isinstance(said, dict):
-            row |= {key: said[key] for key in TOLD if type(said.get(key)) is type(NOT_TOLD[key])}
+        row |= {key: said[key] for key in TOLD if type(said.get(key)) is type(NOT_TOLD[key])}
         if is_silent:
             row |= {"state": "unknown", "reason": f"{node} is silent"}
         elif isinstance(busy, dict):
@@ -137,5 +147,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+def _not_told(volumes: bytes) -> int:
+    """How many there were no room for."""
+    total = _content(volumes).get("total")
+    return max(0, total - len(volumes_of(volumes))) if isinstance(total, int) else 0

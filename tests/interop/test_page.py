@@ -170,6 +170,7 @@ def member(number: int, **more: Any) -> dict[str, Any]:
         "across_wan": False,
         "draining": False,
         "address": f"192.0.2.{number % 250}:10811",
+        "data_addresses": [f"192.0.2.{number % 250}:10812"],
         "site": "east" if number % 3 else "west",
         "fault_domain": f"rack{number % 10}",
         "version": "0.1.0",
@@ -221,6 +222,8 @@ def large() -> dict[str, Any]:
             "snapshots": 3,
             "clients": 4,
             "read_only": False,
+            "replicas": 3 if number == 0 else 0,
+            "in_sync": 2 if number == 0 else 0,
         }
         for number in range(49)
     ]
@@ -320,6 +323,7 @@ def test_a_large_cluster_is_shown_wide_and_narrow_light_and_dark(
         assert "the first 50 of 1,000" in browser.text("#volumes-more")
         shown = browser.run("document.querySelector('#volume-rows tbody tr:nth-child(2)').innerText")
         assert re.split(r"\s*[\t\n]\s*", shown)[:4] == ["lost", "node7", "unknown", "node7 is silent"]
+        assert "2 of 3 replicas in sync" in browser.run("document.querySelector('#volume-rows tbody tr').innerText")
         assert "999 volumes served here" in browser.text("#verdict")
         assert "Together 1,000 volumes" in browser.text("#cluster-facts")
         assert browser.text("#tiles-title") == "On node1, this node"

@@ -75,6 +75,15 @@ WRONG = [
         "registry (etcd, e1:2379) has not answered for 9 s: refused",
     ),
     (replace(WELL, registry_error="it has lost its content"), NOW, "no master can be elected: it has lost its content"),
+    (
+        replace(
+            WELL,
+            silent_s={"n3": 20.0},
+            directory={"volumes/n3": b'{"volumes": {"b": {}, "a": 1, "c": {"replicas": 3}}}'},
+        ),
+        NOW,
+        "node n3 has been silent for 20 s, with what it alone has: a, b",
+    ),
     (replace(WELL, silent_s={"n3": 20.0}), NOW, "node n3 has been silent for 20 s"),
     (replace(WELL, silent_s={"n3": 20.0}), NOW, "1 of 3 voters are silent: when one more goes there is no master"),
     (replace(WELL, voters=frozenset({"n1", "n2"})), SOON, "there are two voters"),

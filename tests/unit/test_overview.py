@@ -11,6 +11,7 @@ from nbdserver.node.activity import NO_TRAFFIC, SLOT_S
 from nbdserver.node.errors import NodeError
 from nbdserver.node.events import EventLog
 from nbdserver.node.overview import LOOKS_COST, MOST_EVENTS, MOST_SHOWN, SORTS, Overview, select, together
+from nbdserver.node.replica_view import NO_REPLICAS
 from nbdserver.node.volumes_told import NOT_TOLD, Row, volumes_of
 
 
@@ -28,6 +29,7 @@ def volume(number: int, **more: Any) -> dict[str, Any]:
         "traffic": NO_TRAFFIC,
         "settings": {"description": "", "read_only": False},
         "disk": {"live_bytes": number, "volumes": 1, "damaged": []},
+        "replicas": NO_REPLICAS,
     }
     return shown | more
 

@@ -48,6 +48,15 @@ def test_nobody_knows_what_the_volumes_of_a_silent_node_do() -> None:
     assert (row["state"], row["reason"], row["clients"]) == ("unknown", "n1 is silent", None)
 
 
+def test_what_has_replicas_is_listed_by_every_node_itself_when_its_owner_is_silent() -> None:
+    directory = {"volumes/n1": told([own("everywhere", replicas=3, in_sync=2), own("there")])}
+    assert [(row["name"], row["replicas"], row["in_sync"]) for row in shown(directory)] == [
+        ("everywhere", 3, 2),
+        ("there", 0, 0),
+    ]
+    assert [row["name"] for row in shown(directory, node("n1", "silent"))] == ["there"]
+
+
 def test_a_node_s_own_volumes_are_not_shown_twice() -> None:
     assert shown({"volumes/n2": told([own("mine")])}) == []
 

@@ -197,10 +197,10 @@ const volumes = new Table(byId("volume-rows"), [
   { title: "Volume", sort: "name", draw: (row) => [[row.name, row.description, row.base, row.read_only], () => [
     element("b", {}, row.name),
     element("small", {}, [row.description, row.base && `clone of ${row.base}`, row.read_only && "read-only"].filter(Boolean).join(" · "))]] },
-  { title: "Node", sort: "node", ofCluster: true, draw: (row) => plain(row.node) },
-  { title: "State", sort: "trouble", draw: (row) => [[row.state, row.damaged_blocks, row.reason], () => [
+  { title: "Node", sort: "node", ofCluster: true, draw: (row) => plain(row.node || "–") },
+  { title: "State", sort: "trouble", draw: (row) => [[row.state, row.damaged_blocks, row.reason, row.replicas, row.in_sync], () => [
     ...state(row.state)[1](),
-    element("small", {}, [row.reason, row.damaged_blocks && `${row.damaged_blocks} damaged`].filter(Boolean).join(" · "))]] },
+    element("small", {}, [row.reason, row.replicas && `${row.in_sync} of ${count(row.replicas, "replica")} in sync`, row.damaged_blocks && `${row.damaged_blocks} damaged`].filter(Boolean).join(" · "))]] },
   { title: "Size", sort: "size", number: true, draw: (row) => plain(size(row.size_bytes)) },
   { title: "Data", sort: "data", number: true, draw: (row) => [[row.live_bytes, row.shares_data, row.snapshots], () => [
     size(row.live_bytes),
