@@ -11,6 +11,7 @@ it anyway. So every byte is checked, and once.
     replica ─► OPENED, then APPENDED, COPIED, FETCHED; or REFUSED, which ends the stream
     both ─► READ_BLOCKS, answered by BLOCKS: what has rotted at one, the other may have
     owner ─► COMPARE, answered by COMPARED: what the replica has of a region; COPY_PARTS is then a copy of the rest
+    owner ─► CHECK, answered by CHECKED: whether it holds the same
 
 Streams about clients of other nodes come by the same address; their frames are in peer_clients.py.
 
@@ -125,6 +126,8 @@ CopyPartsBody = Struct(
 CopyPart = Struct("blocks" / Int32ul, "size_bytes" / Int32ul)  # Zstandard, unless as many bytes as the blocks have
 CompareBody = Struct("region" / Int64ul)
 ComparedBody = Struct("region" / Int64ul, "count" / Int32ul, "reserved" / Int32ul)  # MBAs follow, then digests
+CheckBody = Struct("region" / Int64ul)
+CheckedBody = Struct("region" / Int64ul, "region_txid" / Int64ul, "digest" / Bytes(DIGEST_BYTES))
 CopiedBody = Struct("region" / Int64ul, "errno" / Int32ul, "reserved" / Int32ul)
 FetchBody = Struct("epoch" / Int32ul, "reserved" / Int32ul, "txid" / Int64ul, "limit_bytes" / Int64ul)
 FetchedBody = Struct("is_gone" / Int32ul, "count" / Int32ul)
@@ -145,6 +148,8 @@ REGION_RUN = derive(RegionRun)
 COPY_BODY = derive(CopyBody)
 COPY_PARTS_BODY = derive(CopyPartsBody)
 COPY_PART = derive(CopyPart)
+CHECK_BODY = derive(CheckBody)
+CHECKED_BODY = derive(CheckedBody)
 COMPARE_BODY = derive(CompareBody)
 COMPARED_BODY = derive(ComparedBody)
 COPIED_BODY = derive(CopiedBody)
@@ -179,6 +184,8 @@ class Kind(IntEnum):
     COMPARE = 18
     COMPARED = 19
     COPY_PARTS = 20
+    CHECK = 21
+    CHECKED = 22
 
 
 KINDS_SINCE = {kind: 2 for kind in Kind if kind > Kind.REFUSED}
@@ -335,6 +342,28 @@ class Copy:
     """`data` as it travels; empty: as it is, and that all travels (version 1)."""
 
 
+class RegionState(NamedTuple):
+    """What a replica holds of a region: the txid of its last modification, and a digest of what is shown there."""
+
+    region_txid: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Say what you hold of a region at this place in the stream."""
+
+    region: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the replica holds of it."""
+
+    region: int
+    state: RegionState
+
+
 @dataclass(frozen=True, slots=True)
 class Compare:
     """Say what you have of a region."""
@@ -404,5 +433,5 @@ class Blocks:
 
 Frame = (
     Open | Opened | Cut | Skip | Append | Appended | Copy | Copied | Fetch | Fetched | Refused
-    | ReadBlocks | Blocks | Compare | Compared | ClientFrame
+    | ReadBlocks | Blocks | Compare | Compared | Check | Checked | ClientFrame
 )  # fmt: skip

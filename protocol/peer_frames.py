@@ -20,6 +20,8 @@ from protocol.peer import (
     APPENDED_BODY,
     BLOCKS_BODY,
     BLOCKS_LIMIT,
+    CHECK_BODY,
+    CHECKED_BODY,
     COMPARE_BODY,
     COMPARED_BODY,
     COMPARED_LIMIT,
@@ -52,6 +54,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Check,
+    Checked,
     Compare,
     Compared,
     Copied,
@@ -71,6 +75,7 @@ from protocol.peer import (
     ReadBlocks,
     Refusal,
     Refused,
+    RegionState,
     Runs,
     Skip,
 )
@@ -117,6 +122,10 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
             sizes = b"".join(COPY_PART.pack(part.blocks, len(part.data)) for part in frame.parts)
             meta = b"".join((head, frame.entries, frame.checksums, frame.kept, sizes))
             return Kind.COPY_PARTS, meta, [part.data for part in frame.parts]
+        case Check():
+            return Kind.CHECK, CHECK_BODY.pack(frame.region), ()
+        case Checked():
+            return Kind.CHECKED, CHECKED_BODY.pack(frame.region, *frame.state), ()
         case Compare():
             return Kind.COMPARE, COMPARE_BODY.pack(frame.region), ()
         case Compared():
@@ -314,6 +323,12 @@ def _decode(kind: int, reader: _Reader) -> Frame:
             return Copy(region, txid, region_txid, entries, checksums, reader.blocks(blocks, checksums))
         case Kind.COPY_PARTS:
             return _copy_parts(reader)
+        case Kind.CHECK:
+            (region,) = CHECK_BODY.unpack(reader.take(CHECK_BODY.size))
+            return Check(region)
+        case Kind.CHECKED:
+            region, *state = CHECKED_BODY.unpack(reader.take(CHECKED_BODY.size))
+            return Checked(region, RegionState(*state))
         case Kind.COMPARE:
             (region,) = COMPARE_BODY.unpack(reader.take(COMPARE_BODY.size))
             return Compare(region)

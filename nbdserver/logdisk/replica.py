@@ -31,15 +31,16 @@ from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.log_reading import LogReading
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.region_copies import CopyApplying
+from nbdserver.logdisk.region_copies import REGION_BLOCKS, CopyApplying
 from nbdserver.logdisk.region_digests import RegionDigests
 from nbdserver.logdisk.region_reading import RegionReading
+from nbdserver.logdisk.region_states import region_state
 from nbdserver.logdisk.replica_append import Ordered, ReplicaAppend
 from nbdserver.logdisk.segments import CLIENTS_KEEP
 from nbdserver.replication.replica_log import BlockSource
 from protocol.disk import LAYER_ROW, NAMELESS
 from protocol.invariant import invariant
-from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
+from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, RegionState, Runs
 
 ROOM_S = 0.25
 """For so long it is believed how many segments can be had, while none is begun: others use the same file system."""
@@ -278,6 +279,25 @@ class Replica:
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
         self._copies.submit(copy, done)
+
+    def check_region(self, region: int, done: Callable[[RegionState], None]) -> None:
+        loads = 0
+
+        def step() -> int | None:
+            nonlocal loads
+            maps = self.disk.maps
+            found = region_state(maps, region)
+            if isinstance(found, RegionState):
+                done(found)
+                if loads:
+                    maps.set_cache_bytes(self.disk.settings.cache_bytes)
+                return 0
+            loads += 1
+            maps.hold(loads * (len(found) + REGION_BLOCKS))
+            maps.load(found, self._ordered.go_on)
+            return None
+
+        self._ordered.submit(step, lambda errno: None)
 
     # -- single blocks
 

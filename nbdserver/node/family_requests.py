@@ -196,11 +196,19 @@ class FamilyRequests:
         """Read a family's data, or go on with that; one at a time."""
         if self._scrubbed is not None:
             await self.do_scrub_stop(self._scrubbed.family)
-        disk = self.family(family).disk
+        opened = self.family(family).family
+        disk = opened.disk
         if disk.failure:
             raise FamilyError(disk.failure)
         scrubbed = self._scrubbed = _Scrubbed(family, disk)
-        disk.start_scrub(Progress(**begin), bytes_per_s, self.moved_bytes, scrubbed.ended)
+
+        def has_read(failure: str) -> None:
+            if failure:
+                scrubbed.ended(failure)
+            else:
+                opened.compare_replicas(bytes_per_s, scrubbed.ended)
+
+        disk.start_scrub(Progress(**begin), bytes_per_s, self.moved_bytes, has_read)
 
     async def do_scrub_progress(self, family: str, bytes_per_s: int) -> dict[str, Any] | None:
         """How far the scrub of this family is, which goes on at this rate; None if it is not the last one here."""
@@ -221,6 +229,7 @@ class FamilyRequests:
         if family not in self._families or scrubbed.disk.scrub is None:
             return None
         scrubbed.disk.scrub.stop()
+        self._families[family].family.stop_comparing()
         return scrubbed.describe()
 
     def moved_bytes(self) -> int:

@@ -120,6 +120,13 @@ class OpenFamily(ABC):
         except OSError as error:
             raise FamilyError(f"{directory} cannot be opened: {error}") from error
 
+    def compare_replicas(self, bytes_per_s: int, done: Callable[[str], None]) -> None:
+        """Compare this family with its replicas, then `done` with why that failed, if it did. A node's own has none."""
+        done("")
+
+    def stop_comparing(self) -> None:  # noqa: B027 - it has none, so nothing is to be done
+        """End that; idempotent."""
+
     @property
     @abstractmethod
     def disk(self) -> LogDisk:

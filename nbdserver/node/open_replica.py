@@ -88,6 +88,13 @@ class OpenReplica(OpenFamily):
         if self._family is not None and self._family.owner is not None:
             self._family.owner.depose("its disk has failed here")
 
+    def compare_replicas(self, bytes_per_s: int, done: Callable[[str], None]) -> None:
+        self.family.compare(bytes_per_s, done)
+
+    def stop_comparing(self) -> None:
+        if self._family is not None:
+            self._family.stop_comparing("it was stopped")
+
     async def close(self) -> None:
         """Obey and order no more, and close it. Whoever serves clients from it has ended that, or lets them wait."""
         self.ended()

@@ -215,6 +215,7 @@ class ReplicaRequests:
             "value": None if value is None else asdict(value),
             "links": [] if owner is None else [_link(owner, link) for link in owner.links.values()],
             "resync_regions": replica.replica.resync_count,
+            "differences": [asdict(each) for each in part.differences],
             "last_txid": replica.replica.last.txid,
             "waiting_for": "" if owner is None else owner.waits_for,
         }

@@ -11,11 +11,13 @@ Rules
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from metadata.registry_calls import Event, Reading, Unavailable
 from metadata.replica_set import ReplicaSet, ReplicaSetError, ReplicaSets, replica_set_key
 from metadata.seams import Clock, Network
 from nbdserver.replication.block_requests import ask_in_turn
+from nbdserver.replication.comparison import Comparison, Difference
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.link import Link, LinkEvents
 from nbdserver.replication.owner import Owner, Report
@@ -63,6 +65,10 @@ class ReplicatedFamily:
         self.gave_up: Callable[[str], None] = lambda reason: None
         """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
         self._taken: list[Taken] = []
+        self.differences: list[Difference] = []
+        """What the last comparison found."""
+        self._comparison: Comparison | None = None
+        self._compared: Callable[[str], None] = lambda reason: None
         self._closed = False
         log.repair_from(self._fetch_blocks)
         self._watch = registry.watch(self._key, self._heard)
@@ -75,6 +81,7 @@ class ReplicatedFamily:
         """End everything; the log is the caller's."""
         self._closed = True
         self.log.repair_from(None)
+        self.stop_comparing("the node stops")
         self._watch.cancel()
         self._end_takeover("the node stops")
         self._tell_taken("the node stops")
@@ -178,6 +185,7 @@ class ReplicatedFamily:
     def deposed(self, reason: str) -> None:
         """OwnerEvents."""
         self.owner = None
+        self.stop_comparing(reason)
         self.gave_up(reason)
         self.replica.give_again()
 
@@ -187,6 +195,33 @@ class ReplicatedFamily:
         self._end_takeover(reason)
         if self.owner is not None:
             self.owner.depose(reason)
+
+    # --- comparing ---
+
+    def compare(self, bytes_per_s: int, done: Callable[[str], None]) -> None:
+        """Compare what all members hold; `done` at the end, with why it could not be done. Of the owner: others have
+        nothing to compare with. One at a time: the last one goes on."""
+        self.stop_comparing("another one was begun")
+        owner = self.owner
+        if owner is None:
+            self._clock.call_soon(partial(done, ""))
+            return
+        self._compared = done
+        self._comparison = Comparison(
+            self._clock, self.log, self._node, lambda: owner.members, bytes_per_s, self._report, self._has_compared
+        )
+
+    def stop_comparing(self, reason: str) -> None:
+        """End a comparison that is under way; idempotent."""
+        if self._comparison is not None:
+            self._comparison.stop()
+            self._comparison = None
+            self._clock.call_soon(partial(self._compared, f"the replicas were not all compared: {reason}"))
+
+    def _has_compared(self, differences: list[Difference], not_compared: int) -> None:
+        self._comparison = None
+        self.differences = differences
+        self._compared(f"{not_compared} regions could not be compared with all members" if not_compared else "")
 
     @property
     def is_candidate(self) -> bool:

@@ -36,6 +36,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Check,
+    Checked,
     Compared,
     Copied,
     Cut,
@@ -49,6 +51,7 @@ from protocol.peer import (
     Position,
     ReadBlocks,
     Refused,
+    RegionState,
     Skip,
 )
 
@@ -145,6 +148,7 @@ class Link:
         self.copying = Copying(clock, log, budget, self)
         self._fetched: Callable[[Fetched | None], None] | None = None
         self._requests = BlockRequests(clock)
+        self._check: tuple[int, Callable[[RegionState | None], None]] | None = None
         self._connect()
 
     # --- the stream ---
@@ -210,6 +214,9 @@ class Link:
             stream.close()
         self._pending.clear()
         self.copying.end()
+        check, self._check = self._check, None
+        if check is not None:
+            self._clock.call_soon(partial(check[1], None))
         if self.state is State.CLOSED:
             self._requests.forget()
         else:
@@ -237,6 +244,8 @@ class Link:
                 self._appended(frame)
             case Copied():
                 self.copying.copied(frame)
+            case Checked():
+                self._checked(frame)
             case Compared():
                 self.copying.compared(frame)
             case ReadBlocks():
@@ -439,6 +448,29 @@ class Link:
         self.flush()
         if self._stream is not None and self.state is State.STREAMING:
             self._requests.send(self._stream)
+
+    # --- whether it holds the same ---
+
+    def check_region(self, region: int, txid: int, checked: Callable[[RegionState | None], None]) -> None:
+        """See comparison.Member; one at a time."""
+        self.flush()
+        opened = self.opened
+        may_ask = opened is not None and opened.version >= KINDS_SINCE[Kind.CHECK] and not self.regions_left
+        if not may_ask or self.state is not State.STREAMING or self._sent.txid != txid:
+            self._clock.call_soon(partial(checked, None))
+            return
+        self._check = region, checked
+        self.send(Check(region))
+
+    def _checked(self, frame: Checked) -> None:
+        check = self._check
+        if check is not None and check[0] == frame.region:
+            self._check = None
+            check[1](frame.state)
+
+    def copy_again(self, region: int) -> None:
+        """See comparison.Member."""
+        self.copying.add(region)
 
     # --- copies ---
 

@@ -33,6 +33,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Check,
+    Checked,
     Compare,
     Compared,
     Copied,
@@ -205,6 +207,8 @@ class Replica:
                 self._append(stream, frame)
             case Copy():
                 self._copy(stream, frame)
+            case Check():
+                self.log.check_region(frame.region, lambda state: stream.send(Checked(frame.region, state)))
             case Compare():
                 self.log.digest_region(frame.region, partial(self._compared, stream, frame.region))
             case Cut() | Skip():

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from metadata.seams import Buffer, Done
-from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
+from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, RegionState, Runs
 
 Tap = Callable[[Modification], None]
 Found = Mapping[int, tuple[str, Buffer]]
@@ -148,6 +148,10 @@ class ReplicaLog(Protocol):
         """*Replace* the region, in the order of the calls of
         `append`: what the source lacks goes, and the region has the source's txid. ESTALE unless the copy is of `last`;
         ENOENT if a block that was left out of it is not here."""
+
+    def check_region(self, region: int, done: Callable[[RegionState], None]) -> None:
+        """What the log holds of a region, in the order of the calls of `append`, exactly as of what is `last` when
+        `done` is called. Never, if the log fails."""
 
     # --- single blocks ---
 

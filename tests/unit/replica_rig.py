@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from nbdserver.logdisk.repair import BadBlock
 from nbdserver.logdisk.replica import Replica
 from nbdserver.replication.replica_log import ReplicaLog
 from protocol.disk import NAMELESS
-from protocol.peer import Modification
+from protocol.peer import Modification, RegionState
 from tests.unit.families import BLOCK_BYTES, SETTINGS, SimulatedFamily, block
 
 SIZE_BYTES = 64 << 20
@@ -109,6 +110,11 @@ class ReplicaFamily(SimulatedFamily):
                 self.device.close()  # type: ignore[attr-defined]
         self.look()
         return found
+
+    def states(self) -> list[RegionState]:
+        """Of all regions, as they are compared."""
+        regions = range((SIZE_BYTES >> 22) + 1)
+        return [self.wait(partial(self.replica.check_region, region))[0] for region in regions]
 
     def region_txids(self) -> list[int]:
         return [self.disk.maps.regions.txid_of(region) for region in range((SIZE_BYTES >> 22) + 1)]
@@ -236,6 +242,7 @@ class Pair:
 
     def compare(self) -> None:
         assert self.replica.shown() == self.owner.shown()
+        assert self.replica.states() == self.owner.states()
         assert self.replica.contents() == self.owner.contents()
         assert self.replica.region_txids() == self.owner.region_txids()
         for each in (self.owner, self.replica):

@@ -23,6 +23,8 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Check,
+    Checked,
     Compare,
     Compared,
     Copied,
@@ -41,6 +43,7 @@ from protocol.peer import (
     ReadBlocks,
     Refusal,
     Refused,
+    RegionState,
     Skip,
 )
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept
@@ -125,6 +128,8 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Kept, u64),
     copies_of_the_rest(),
     st.builds(Compare, u64),
+    st.builds(Check, u64),
+    st.builds(Checked, u64, st.builds(RegionState, u64, st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES))),
     compared(),
 )
 

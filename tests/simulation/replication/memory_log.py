@@ -23,7 +23,7 @@ from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE, extents_of_array
 from protocol.invariant import invariant
 from protocol.packing import Packer, digest
-from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, Runs
+from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, RegionState, Runs
 from protocol.peer_frames import travelling
 
 REGION_BLOCKS = 4
@@ -445,6 +445,14 @@ class MemoryLog:
             return 0
 
         self._later("log", act, done)
+
+    def check_region(self, region: int, done: Callable[[RegionState], None]) -> None:
+        def act() -> int:
+            blocks = b"".join(digest(content) for _, _, content in self._blocks_in(region))
+            done(RegionState(self.image.region_txids.get(region, 0), digest(blocks)))
+            return 0
+
+        self._later("log", act, lambda errno: None)
 
     # --- single blocks: this log has none that rot ---
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import nbdserver.replication.comparison as comparison_module
+from metadata.region_table import RegionTable
 from metadata.registry_calls import Change
 from metadata.replica_set import Member, ReplicaSet, replica_set_key
 from nbdserver.block import IN_FLIGHT, Operation
@@ -18,6 +20,8 @@ from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
 from nbdserver.logdisk.scrub import Progress
+from nbdserver.logdisk.segments import segment_path
+from nbdserver.replication.comparison import Difference
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.link import Link
@@ -325,12 +329,16 @@ def test_a_replica_that_dies_while_it_fetches_regions_goes_on_with_them(stage: L
     stage.end()
 
 
-def rot(stage: LogStage, number: int, content: bytes) -> None:
-    """Wherever the drive of that node has it."""
-    for file in stage.cluster.machines[f"node-{number}"].drive.files.values():
-        at = -1
-        while (at := file.content.find(content, at + 1)) >= 0:
-            file.content[at + 9] ^= 4
+def rot(stage: LogStage, number: int, lba: int) -> None:
+    """The block of that node."""
+    maps = stage.node(number).log.disk.maps
+    logical = maps.page(1 << 32 | lba >> 8)
+    assert logical is not None
+    mba = logical[lba & 255]
+    middle = maps.middle.get(mba >> 8)
+    assert middle is not None
+    segment, offset, _ = middle[mba & 255 :: 256]
+    stage.cluster.machines[f"node-{number}"].drive.files[segment_path(segment)].content[offset + 9] ^= 4
 
 
 def read_through(stage: LogStage, number: int, lba: int) -> bytes:
@@ -357,8 +365,8 @@ def test_a_client_does_not_see_rot_that_another_member_can_repair(stage: LogStag
     stage.write_some(1)
     stage.cluster.run(1.0)
     for number in rotten:
-        for content in stage.expected.values():
-            rot(stage, number, content)
+        for lba in stage.expected:
+            rot(stage, number, lba)
     for lba, content in stage.expected.items():
         assert read_through(stage, 1, lba) == content
     # Node 2 is asked first; if it was asked in vain it has found its own rot that way.
@@ -372,7 +380,7 @@ def test_a_member_whose_stream_is_lost_meanwhile_is_asked_again(stage: LogStage)
     stage.until(lambda: len(stage.node(1).owner.members) == 1)
     stage.cluster.run(1.0)
     lba, content = next(iter(stage.expected.items()))
-    rot(stage, 1, content)
+    rot(stage, 1, lba)
     stage.node(1).owner.links["node-2"].reopen()
     assert read_through(stage, 1, lba) == content
 
@@ -380,9 +388,9 @@ def test_a_member_whose_stream_is_lost_meanwhile_is_asked_again(stage: LogStage)
 def test_what_no_member_has_is_an_error_within_a_bound(stage: LogStage) -> None:
     stage.write_some(1)
     stage.cluster.run(1.0)
-    lba, content = next(iter(stage.expected.items()))
+    lba = next(iter(stage.expected))
     for number in (1, 2, 3):
-        rot(stage, number, content)
+        rot(stage, number, lba)
     with pytest.raises(AssertionError, match="errno 5"):
         read_through(stage, 1, lba)
     assert stage.node(1).log.disk.damage.listed() == [{"number": 1, "snapshot": "", "lba": lba}]
@@ -391,8 +399,8 @@ def test_what_no_member_has_is_an_error_within_a_bound(stage: LogStage) -> None:
 def test_a_replica_that_scrubs_repairs_its_own_from_the_owner(stage: LogStage) -> None:
     stage.write_some(1)
     stage.cluster.run(1.0)
-    for content in stage.expected.values():
-        rot(stage, 2, content)
+    for lba in stage.expected:
+        rot(stage, 2, lba)
     disk = stage.node(2).log.disk
     ends: list[str] = []
     disk.start_scrub(Progress(), 1 << 40, lambda: 0, ends.append)
@@ -400,3 +408,119 @@ def test_a_replica_that_scrubs_repairs_its_own_from_the_owner(stage: LogStage) -
     assert disk.repairs.repaired_blocks >= len(stage.expected)
     assert helpers(stage) == {"node-1"}
     stage.end()
+
+
+# --- comparing
+
+
+def alter(stage: LogStage, number: int, lba: int) -> None:
+    """The middle map of that node has lost an update: an MBA has another block than everywhere else."""
+    maps = stage.node(number).log.disk.maps
+    mbas = [maps.page(1 << 32 | each >> 8)[each & 255] for each in (lba, lba + 1)]  # type: ignore[index]
+    pages = [maps.middle.get(mba >> 8) for mba in mbas]
+    other = pages[1]
+    assert other is not None
+    maps.set_middle(mbas[0], *(other[column + (mbas[1] & 255)] for column in (0, 256, 512)))
+
+
+def compared(stage: LogStage, number: int) -> list[Difference]:
+    ends: list[str] = []
+    family = stage.node(number).family
+    family.compare(1 << 40, ends.append)
+    stage.until(lambda: bool(ends), 60.0)
+    assert ends == [""]
+    return family.differences
+
+
+def alike_at(stage: LogStage) -> int:
+    """All have the blocks from there on, and know that."""
+    stage.write_through(1, 1024, 8)
+    stage.write_some(1)
+    stage.write_through(1, 1024, 8)
+    stage.cluster.run(1.0)
+    assert compared(stage, 1) == []
+    return 1026
+
+
+def test_replicas_that_are_alike_are_found_to_be_while_clients_write(stage: LogStage) -> None:
+    lba = alike_at(stage)
+    for _ in range(10):
+        told = stage.write(1, lba, 3)
+        assert compared(stage, 1) == []
+        stage.until(lambda told=told: told == [0])  # type: ignore[misc]
+
+
+def test_a_member_that_holds_something_else_than_the_others_is_sent_it_again(stage: LogStage) -> None:
+    lba = alike_at(stage)
+    alter(stage, 2, lba)
+    assert stage.node(2).content(lba) == stage.expected[lba + 1]
+    (found,) = compared(stage, 1)
+    assert (found.offset_bytes, found.wrong, found.is_repaired, found.to_do) == (4 << 20, "node-2", True, "")
+    stage.until(lambda: stage.node(2).content(lba) == stage.expected[lba])
+    assert compared(stage, 1) == []
+    stage.end()
+
+
+def test_a_member_that_has_not_had_a_modification_is_wrong_even_if_the_others_disagree_with_the_owner(
+    stage: LogStage,
+) -> None:
+    lba = alike_at(stage)
+    for number in (2, 3):
+        alter(stage, number, lba)
+        regions = stage.node(number).log.disk.maps.regions
+        regions.recent.clear()
+        stage.node(number).log.disk.maps.regions = RegionTable()
+    found = compared(stage, 1)
+    assert [each.offset_bytes >> 22 for each in found] == [0, 1, 2, 3]
+    assert {(each.wrong, each.is_repaired) for each in found} == {("node-2, node-3", True)}
+    stage.until(lambda: all(stage.node(number).content(lba) == stage.expected[lba] for number in (2, 3)))
+    assert compared(stage, 1) == []
+
+
+def test_an_owner_that_is_wrong_says_where_to_go(stage: LogStage) -> None:
+    lba = alike_at(stage)
+    alter(stage, 1, lba)
+    (found,) = compared(stage, 1)
+    assert (found.wrong, found.is_repaired) == ("node-1", False)
+    assert "take the volume over at node-2" in found.to_do
+    stage.attach(2)
+    assert [each.is_repaired for each in compared(stage, 2)] == [True]
+    stage.until(lambda: stage.node(1).content(lba) == stage.expected[lba])
+    assert compared(stage, 2) == []
+
+
+def test_of_two_nobody_can_say_who_is_right_and_nothing_is_touched(stage: LogStage) -> None:
+    lba = alike_at(stage)
+    stage.cluster.machines["node-3"].end(power=False)
+    stage.until(lambda: len(stage.node(1).owner.members) == 1)
+    alter(stage, 2, lba)
+    (found,) = compared(stage, 1)
+    assert (found.wrong, found.is_repaired) == ("", False)
+    assert "backup" in found.to_do
+    stage.cluster.run(2.0)
+    assert stage.node(2).content(lba) == stage.expected[lba + 1]
+    assert [fields["to_do"] for _, kind, fields in stage.reports if kind == "replicas-differ"] == [found.to_do]
+
+
+def test_what_cannot_be_compared_is_said(stage: LogStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike_at(stage)
+    stage.until(lambda: stage.node(1).owner.value.member("node-3") is not None)
+    link = stage.node(1).owner.links["node-3"]
+    link.copying.begin([0], 1)  # something that is never over
+    link.copying.more = lambda: None  # type: ignore[method-assign]
+    monkeypatch.setattr(comparison_module, "TRIES", 2)
+    ends: list[str] = []
+    stage.node(1).family.compare(1 << 40, ends.append)
+    stage.until(lambda: bool(ends), 120.0)
+    assert ends == ["4 regions could not be compared with all members"]
+
+
+def test_a_comparison_ends_with_its_owner(stage: LogStage) -> None:
+    alike_at(stage)
+    ends: list[str] = []
+    stage.node(1).family.compare(1, ends.append)
+    stage.cluster.run(0.5)
+    assert ends == []
+    stage.attach(2)
+    assert len(ends) == 1
+    assert ends[0].startswith("the replicas were not all compared")
