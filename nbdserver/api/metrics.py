@@ -75,6 +75,7 @@ HELP = {
     "disk_sync_requests": "flushes and forced writes that shared them",
     "disk_cold_reads": "reads that were not in the page cache",
     "disk_cleaner_blocks_moved": "blocks that the cleaner copied",
+    "disk_repaired_blocks": "blocks that had rotted and were written anew from another replica",
     "disk_damaged_blocks": "blocks known to be damaged: clients get EIO",
     "disk_live_bytes": "data that the volume holds",
     "disk_filled_bytes": "of allocated_bytes, what cannot be cleaned away: live data and the reserve",

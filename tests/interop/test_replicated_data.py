@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -307,5 +307,49 @@ def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port
             await first.start()
             await first.follow()
             await rig.until(rig.all_in_sync, "who had failed is in sync again")
+
+    run(story())
+
+
+def rot(node: DataNode, contents: Iterable[bytes]) -> int:
+    """Flip a bit of each of these blocks, wherever the node's segments have them; how many were found."""
+    found = 0
+    for path in sorted(Path(node.directory, "segments").glob("*.seg")):
+        data = path.read_bytes()
+        for content in contents:
+            at = data.find(content)
+            if at >= 0:
+                found += 1
+                with path.open("r+b") as segment:
+                    segment.seek(at + 9)
+                    segment.write(bytes([content[9] ^ 4]))
+    return found
+
+
+def test_a_client_does_not_see_rot_and_a_scrub_finds_the_replicas_alike(tmp_path: Path, free_port: FreePort) -> None:
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port) as rig:
+            first, second, _ = rig.nodes
+            writer = Writer(first)
+            await writer.write(60)
+            contents = [content for (content,) in writer.may_have.values()]
+            assert rot(first, contents) >= len(contents)
+            assert rot(second, contents) >= len(contents)
+            assert await asyncio.to_thread(writer.wrong_blocks, first) == []
+            writer.close()
+            repaired = [fields for kind, fields in first.events if kind == "block-repaired"]
+            assert len(repaired) == len(contents)
+            begin = {"sequence": 0, "stop": 0, "done_bytes": 0, "total_bytes": 0, "damaged_blocks": 0}
+            for node in (second, first):
+                await node.call("scrub_start", family=rig.family, begin=begin, bytes_per_s=1 << 30)
+                scrub = None
+                while scrub is None or not scrub["is_over"]:
+                    await asyncio.sleep(0.05)
+                    scrub = await node.call("scrub_progress", family=rig.family, bytes_per_s=1 << 30)
+                assert (scrub["failure"], scrub["progress"]["damaged_blocks"]) == ("", 0)
+            repaired = [fields for kind, fields in second.events if kind == "block-repaired"]
+            assert len(repaired) >= len(contents)
+            assert (await first.call("replicas"))[rig.family]["differences"] == []
+            assert not [fields for kind, fields in first.events if kind == "replicas-differ"]
 
     run(story())
