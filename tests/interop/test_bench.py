@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmark.cluster import absence
 from tests.benchmark.costs import costs
 from tests.benchmark.profiler import calls_per_operation, top_functions, top_lines
 from tests.benchmark.ratios import ratio_to_best_peer
@@ -284,11 +285,23 @@ def test_replicated_volumes_are_measured_with_all_their_daemons(tmp_path: Path) 
         assert min(taken["server_cpu_s_per_1000"]) > 0
 
 
+def test_what_changed_and_what_stalled_while_a_replica_was_away_is_told_from_fios_log(tmp_path: Path) -> None:
+    log = tmp_path / "writes_lat.1.log"
+    log.write_text(
+        "900, 1000000, 1, 4096, 0, 0\n1100, 2000000, 1, 4096, 8192, 0\n1150, 900000000, 1, 4096, 8192, 0\n"
+        "1900, 1000000, 1, 4096, 8388608, 0\n2500, 1000000, 1, 4096, 16777216, 0\n"
+    )
+    writes = absence.writes_of(log)
+    assert absence.changed(writes, 1.0, 2.0) == (2 * absence.REGION_BYTES, 2 * absence.BLOCK_BYTES)
+    assert absence.rate(writes, 1.0, 2.0) == 3
+    assert absence.columns_of(writes) == [(0.9, 1.0), (1.1, 900.0), (1.9, 1.0), (2.5, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--rows", "randwrite-4k-d2"], "no row is called randwrite-4k-d2; rows are randwrite-4k-d1"),
-        (["--systems", "vitastor"], "no system is called vitastor; systems are data-processes, ceph"),
+        (["--systems", "vitastor"], "no system is called vitastor; systems are nodes, ceph"),
     ],
 )
 def test_the_cluster_benchmark_says_what_there_is(arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -26,11 +26,14 @@ from ..processes import BenchmarkError
 from ..report import figure, rate_text
 from .ceph import Ceph
 from .data_processes import DataProcesses, Forwarded
+from .nodes import Nodes, NodesWithTls
 from .rows import ROWS_BY_NAME, ClusterRow
 from .systems import System
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DataProcesses, Forwarded, Ceph)}
-USUAL = f"{DataProcesses.name},{Ceph.name}"
+SYSTEMS: dict[str, type[System]] = {
+    system.name: system for system in (Nodes, Ceph, NodesWithTls, DataProcesses, Forwarded)
+}
+USUAL = f"{Nodes.name},{Ceph.name}"
 PEER = Ceph.name
 ROOM_FACTOR = 5  # three replicas of each system, and what a log and its cleaner need besides
 QUICK_SIZE_BYTES = 64 << 20

@@ -3,7 +3,7 @@
 # or by `make test`. While it works a temporary policy-rc.d keeps the packages' services from starting.
 set -euo pipefail
 
-PACKAGES=(ceph-mon ceph-mgr ceph-osd ceph-common librbd1 fio etcd-server)
+PACKAGES=(ceph-mon ceph-mgr ceph-osd ceph-common librbd1 fio etcd-server iproute2)
 POLICY=/usr/sbin/policy-rc.d
 
 missing=()
