@@ -133,7 +133,7 @@ def columns_of(writes: list[Write]) -> list[tuple[float, float]]:
     """(when, the longest write that ended there in ms), for the plot."""
     longest: dict[int, float] = {}
     for at_s, took_ms, _ in writes:
-        column = int(at_s / COLUMN_S)
+        column = int(at_s / COLUMN_S + 1e-6)  # 1.9 / 0.1 is a little less than 19
         longest[column] = max(took_ms, longest.get(column, 0.0))
     return [(round(column * COLUMN_S, 3), round(took_ms, 3)) for column, took_ms in sorted(longest.items())]
 
