@@ -13,6 +13,7 @@ Rules of this file
   where its text says so, EIO otherwise, with its text.
 - A store whose write failed refuses every later one. LevelDB itself does so after a failed sync, but not after every
   failed append, and a log with a hole in it would lose what follows.
+- No Bloom filters: ranges do not ask them, and they take 1.25 bytes a key, in memory too while a table is open.
 - Threads come from outside (`Offload`), so that families can share them; this file starts none.
 
 Known weakness: LevelDB compacts in a thread of its own, at its own time, and its read-only state after an error ends
@@ -60,7 +61,6 @@ class LevelSettings:
 
     block_cache_bytes: int = 8 * 1024 * 1024  # map pages have a cache of their own above it
     write_buffer_bytes: int = 16 * 1024 * 1024  # a checkpoint's batch should fit
-    bloom_bits: int = 10  # per key: one in a hundred misses reads a block for nothing
     file_bytes: int = 8 * 1024 * 1024
     open_files: int = 500
 
@@ -90,7 +90,6 @@ class LevelStore:
                 paranoid_checks=True,
                 lru_cache_size=settings.block_cache_bytes,
                 write_buffer_size=settings.write_buffer_bytes,
-                bloom_filter_bits=settings.bloom_bits,
                 max_file_size=settings.file_bytes,
                 max_open_files=settings.open_files,
             )

@@ -34,6 +34,7 @@ _NONE = int(Chunk.NONE)
 _OFFSET_DATA = int(Chunk.OFFSET_DATA)
 _OFFSET_HOLE = int(Chunk.OFFSET_HOLE)
 _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
+_DF = int(CommandFlag.DF)
 _STATUS_PAYLOAD = int(nbd.TransmissionFlag.BLOCK_STATUS_PAYLOAD)
 
 # FUA is accepted on every command, because clients set it on every command. Plain ints: the complement of a flag enum
@@ -107,7 +108,7 @@ def refuse(agreement: Agreement, size_bytes: int, read_only: bool, request: tupl
     extended = agreement.style is ReplyStyle.EXTENDED
     if allowed is None or flags & ~allowed or (flags & _PAYLOAD_LEN and not extended):
         return errno.EINVAL
-    if flags & CommandFlag.DF and agreement.style is ReplyStyle.SIMPLE:
+    if flags & _DF and agreement.style is ReplyStyle.SIMPLE:
         return errno.EINVAL
     if command == Command.FLUSH or command == Command.DISC:
         return errno.EINVAL if offset or length else 0

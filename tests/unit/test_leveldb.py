@@ -108,7 +108,7 @@ def test_a_damaged_table_is_an_error_in_every_kind_of_read(
     tmp_path: Path, workers: Workers, loop: asyncio.AbstractEventLoop
 ) -> None:
     path = tmp_path / "db"
-    store = LevelStore(str(path), workers, workers, LevelSettings(bloom_bits=0))
+    store = LevelStore(str(path), workers, workers)
     batch = store.batch()
     for number in range(20000):
         batch.put(b"%05d" % number, b"value %d" % (number * 7919))
@@ -122,7 +122,7 @@ def test_a_damaged_table_is_an_error_in_every_kind_of_read(
         for offset in range(len(content) // 4, len(content) // 2, 2048):
             content[offset + 100] ^= 0x40
         table.write_bytes(content)
-    store = LevelStore(str(path), workers, workers, LevelSettings(bloom_bits=0))
+    store = LevelStore(str(path), workers, workers)
     with pytest.raises(OSError, match="orrupt") as caught:
         store.get(b"07000")
     assert caught.value.errno == errno.EIO
