@@ -52,6 +52,7 @@ _BASE_THRESHOLD = (
     64  # changed entries from which one base (2 or 3 KiB) is cheaper than single entries of some 35 bytes each
 )
 _BESIDE_BYTES = 400  # of a page: its object, its places in dictionaries and the numbers in them; measured
+_HEAP_PERCENT = 125  # of what is in use: pages come and go among other things and leave holes in the heap; measured
 _EVICTIONS_A_LOAD = 2  # so that dropping pages keeps up with loading them, and no load pays for many
 
 
@@ -96,8 +97,8 @@ class PageMap:
 
     @property
     def page_bytes(self) -> int:
-        """Memory that one page takes, with what Python and the allocator need for it and what is noted beside it."""
-        return len(self._zeros) * self._zeros.itemsize + _BESIDE_BYTES
+        """Memory that one page takes, with what is noted beside it and what lies free between pages."""
+        return (len(self._zeros) * self._zeros.itemsize + _BESIDE_BYTES) * _HEAP_PERCENT // 100
 
     @property
     def resident_pages(self) -> int:
