@@ -11,8 +11,9 @@ Rules
 - Unpacking is bounded by what the part is said to be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from typing import TypeVar
 
 import zstandard
 
@@ -22,6 +23,7 @@ from protocol.peer import DIGEST_BYTES, Part
 _MOST_SKIPPED = 15
 
 Buffer = bytes | memoryview
+T = TypeVar("T")
 
 
 def digest(block: Buffer) -> bytes:
@@ -63,3 +65,8 @@ def unpack(part: Part) -> Buffer:
     if len(found) != size_bytes:
         raise ValueError("it has another size than it says")
     return found
+
+
+def travelling(kept: bytes, values: Iterable[T]) -> Iterator[T]:
+    """Those of the values, one a block of a copy, whose blocks travel."""
+    return (value for at, value in enumerate(values) if not kept[at >> 3] >> (at & 7) & 1)

@@ -25,7 +25,7 @@ Rules
   regions, BLOCKS_LIMIT blocks read by their MBAs, COMPARED_LIMIT blocks of a region compared, PART_BLOCKS blocks a part
   of a copy; whoever sends has to cut before.
 
-`protocol/peer_frames.py` packs and takes apart what is declared here.
+`protocol/peer_frames.py` packs what is declared here, `protocol/peer_decoding.py` takes it apart.
 """
 
 from collections.abc import Sequence

@@ -1,20 +1,15 @@
-"""Frames between peers as bytes: what `protocol/peer.py` declares, packed and taken apart.
+"""Frames between peers as bytes: what `protocol/peer.py` declares, packed. peer_decoding.py takes them apart.
 
 Rules
 - Blocks are neither copied nor joined when a frame is packed: its buffers go to the socket as they are.
-- Nothing of a frame is given out before all of it was checked.
-- The blocks of an APPEND are a view of the buffer: they stay as they are until the next frame is asked for.
-- The buffer grows to the length of the frame that does not fit, and back when SMALL_FRAMES would have fitted before.
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 from protocol.checksum import crc32c
-from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, body_bytes, wrong_blocks
+from protocol.disk import LAYER_ROW
 from protocol.invariant import invariant
-from protocol.packing import unpack
 from protocol.peer import (
     APPEND_BODY,
     APPENDED_BODY,
@@ -29,7 +24,6 @@ from protocol.peer import (
     COPY_BODY,
     COPY_PART,
     COPY_PARTS_BODY,
-    DIGEST_BYTES,
     EPOCHS_LIMIT,
     FETCH_BODY,
     FETCHED_BODY,
@@ -39,18 +33,14 @@ from protocol.peer import (
     MODIFICATION_HEADER,
     MODIFICATIONS_LIMIT,
     NAME_BYTES,
-    OLDEST_VERSION,
     OPEN_BODY,
     OPENED_BODY,
-    PART_BLOCKS,
     PEER_HEADER,
-    PEER_HEADER_BYTES,
     POSITION_BODY,
     REFUSED_BODY,
     REGION_RUN,
     RUNS_LIMIT,
     SKIP_BODY,
-    VERSION,
     Append,
     Appended,
     Blocks,
@@ -69,20 +59,14 @@ from protocol.peer import (
     Modification,
     Open,
     Opened,
-    Part,
-    PeerFrameError,
-    Position,
     ReadBlocks,
-    Refusal,
     Refused,
-    RegionState,
     Runs,
     Skip,
 )
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept
 
 Buffer = bytes | memoryview
-T = TypeVar("T")
 
 
 def encode(frame: Frame) -> list[Buffer]:
@@ -216,294 +200,3 @@ def _pack_epochs(epochs: Epochs) -> bytes:
 def _pack_runs(runs: Runs) -> bytes:
     invariant(len(runs) <= RUNS_LIMIT, "there are too many runs of regions")
     return b"".join(REGION_RUN.pack(first, count) for first, count in runs)
-
-
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
-def frame_bytes(data: Buffer | bytearray) -> int:
-    """How long the frame is that begins with these bytes; 0 if there are too few of them. PeerFrameError."""
-    if len(data) < PEER_HEADER_BYTES:
-        return 0
-    magic, version, kind, _, size_bytes, meta_bytes, _ = PEER_HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise PeerFrameError("it is no frame of ours")
-    if not OLDEST_VERSION <= version <= VERSION and kind not in (Kind.OPEN, Kind.OPENED, Kind.REFUSED):
-        raise PeerFrameError(f"it has version {version}, this program knows {OLDEST_VERSION} to {VERSION}")
-    if size_bytes > FRAME_LIMIT_BYTES or meta_bytes > size_bytes:
-        raise PeerFrameError("its length is wrong")
-    return PEER_HEADER_BYTES + int(size_bytes)
-
-
-def decode(data: bytes | memoryview) -> Frame:
-    """One whole frame; every byte of it is checked. The blocks of an APPEND are views of `data`. PeerFrameError."""
-    if not data or frame_bytes(data) != len(data):
-        raise PeerFrameError("its length is wrong")
-    _, _, kind, _, _, meta_bytes, crc = PEER_HEADER.unpack_from(data)
-    end = PEER_HEADER_BYTES + meta_bytes
-    head = bytes(data[:end])
-    if crc32c(head[: PEER_HEADER_BYTES - 4] + head[PEER_HEADER_BYTES:]) != crc:
-        raise PeerFrameError("its checksum is wrong: it was damaged on its way")
-    blocks = memoryview(data)[end:]
-    reader = _Reader(head, blocks if kind == Kind.APPEND else memoryview(bytes(blocks)))
-    try:
-        frame = _decode(kind, reader)
-    except UnicodeDecodeError as error:
-        raise PeerFrameError("a name in it is no UTF-8") from error
-    if kind not in (Kind.OPEN, Kind.OPENED) and not reader.is_at_end:
-        raise PeerFrameError("its length is wrong")
-    return frame
-
-
-class _Reader:
-    """Takes a frame apart, from its front: the meta, and the blocks behind it."""
-
-    def __init__(self, head: bytes, blocks: memoryview) -> None:
-        """Header and meta, and what follows them."""
-        self._head = head
-        self._blocks = blocks
-        self._at = PEER_HEADER_BYTES
-        self._blocks_at = 0
-
-    def take(self, size_bytes: int) -> bytes:
-        """The next bytes of the meta."""
-        begin, end = self._at, self._at + size_bytes
-        if end > len(self._head):
-            raise PeerFrameError("it ends too early")
-        self._at = end
-        return self._head[begin:end]
-
-    def rest(self) -> bytes:
-        """What is left of the meta."""
-        return self.take(len(self._head) - self._at)
-
-    def blocks(self, count: int, checksums: bytes) -> Sequence[memoryview]:
-        """The next blocks, as one buffer, if they have these checksums."""
-        begin, end = self._blocks_at, self._blocks_at + count * BLOCK_BYTES
-        if end > len(self._blocks) or len(checksums) != 4 * count:
-            raise PeerFrameError("it ends too early")
-        self._blocks_at = end
-        if not count:
-            return ()
-        data = self._blocks[begin:end]
-        if wrong_blocks(data, array("I", checksums)):
-            raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
-        return (data,)
-
-    def bytes_of_part(self, size_bytes: int) -> memoryview:
-        """The next bytes behind the meta; whoever takes them checks them."""
-        begin, end = self._blocks_at, self._blocks_at + size_bytes
-        if end > len(self._blocks):
-            raise PeerFrameError("it ends too early")
-        self._blocks_at = end
-        return self._blocks[begin:end]
-
-    @property
-    def is_at_end(self) -> bool:
-        return self._at == len(self._head) and self._blocks_at == len(self._blocks)
-
-
-def _decode(kind: int, reader: _Reader) -> Frame:
-    match kind:
-        case Kind.APPEND:
-            number, committed, durable, sync, epoch, count = APPEND_BODY.unpack(reader.take(APPEND_BODY.size))
-            return Append(epoch, number, committed, durable, sync, _modifications(reader, count))
-        case Kind.APPENDED:
-            number, txid, durable_txid, room, epoch, durable_epoch = APPENDED_BODY.unpack(
-                reader.take(APPENDED_BODY.size)
-            )
-            return Appended(number, Position(epoch, txid), Position(durable_epoch, durable_txid), room)
-        case Kind.FETCHED:
-            is_gone, count = FETCHED_BODY.unpack(reader.take(FETCHED_BODY.size))
-            return Fetched(_modifications(reader, count), bool(is_gone))
-        case Kind.COPY:
-            region, txid, region_txid, blocks, entries_bytes = COPY_BODY.unpack(reader.take(COPY_BODY.size))
-            entries = reader.take(entries_bytes)
-            checksums = reader.take(4 * blocks)
-            return Copy(region, txid, region_txid, entries, checksums, reader.blocks(blocks, checksums))
-        case Kind.COPY_PARTS:
-            return _copy_parts(reader)
-        case Kind.CHECK:
-            (region,) = CHECK_BODY.unpack(reader.take(CHECK_BODY.size))
-            return Check(region)
-        case Kind.CHECKED:
-            region, *state = CHECKED_BODY.unpack(reader.take(CHECKED_BODY.size))
-            return Checked(region, RegionState(*state))
-        case Kind.COMPARE:
-            (region,) = COMPARE_BODY.unpack(reader.take(COMPARE_BODY.size))
-            return Compare(region)
-        case Kind.COMPARED:
-            region, count, _ = COMPARED_BODY.unpack(reader.take(COMPARED_BODY.size))
-            if count > COMPARED_LIMIT:
-                raise PeerFrameError("it compares too many blocks")
-            compared = array("Q", reader.take(8 * count))
-            return Compared(region, compared, reader.take(DIGEST_BYTES * count))
-        case Kind.COPIED:
-            region, errno, _ = COPIED_BODY.unpack(reader.take(COPIED_BODY.size))
-            return Copied(region, errno)
-        case Kind.OPEN:
-            oldest, newest, _, epoch, family, owner = OPEN_BODY.unpack(reader.take(OPEN_BODY.size))
-            return Open(family, epoch, owner.rstrip(b"\0").decode(), oldest, newest)
-        case Kind.OPENED:
-            return _opened(reader)
-        case Kind.CUT:
-            epoch, _, txid = POSITION_BODY.unpack(reader.take(POSITION_BODY.size))
-            return Cut(Position(epoch, txid))
-        case Kind.SKIP:
-            epoch, epochs, txid, runs, rows = SKIP_BODY.unpack(reader.take(SKIP_BODY.size))
-            history, regions = _epochs(reader, epochs), _runs(reader, runs)
-            return Skip(Position(epoch, txid), history, regions, reader.take(rows * LAYER_ROW.size))
-        case Kind.FETCH:
-            epoch, _, txid, limit_bytes = FETCH_BODY.unpack(reader.take(FETCH_BODY.size))
-            return Fetch(Position(epoch, txid), limit_bytes)
-        case Kind.REFUSED:
-            epoch, reason = REFUSED_BODY.unpack(reader.take(REFUSED_BODY.size))
-            return Refused(epoch, Refusal(reason) if reason in Refusal.__members__.values() else Refusal.FAILED)
-        case Kind.READ_BLOCKS:
-            number, mbas = _mbas(reader)
-            return ReadBlocks(number, mbas)
-        case Kind.BLOCKS:
-            number, mbas = _mbas(reader)
-            checksums = reader.take(4 * len(mbas))
-            return Blocks(number, mbas, checksums, reader.blocks(len(mbas), checksums))
-        case Kind.FORWARD:
-            return Forward.unpack(reader.take, reader.rest)
-        case Kind.FORWARDED:
-            return Forwarded.unpack(reader.take)
-        case Kind.KEEP:
-            return Keep.unpack(reader.take)
-        case Kind.KEPT:
-            return Kept.unpack(reader.take)
-    raise PeerFrameError(f"it is of kind {kind}, which this program does not know")
-
-
-def _copy_parts(reader: _Reader) -> Copy:
-    fields = COPY_PARTS_BODY.unpack(reader.take(COPY_PARTS_BODY.size))
-    region, txid, region_txid, blocks, entries_bytes, count, is_whole = fields
-    entries = reader.take(entries_bytes)
-    checksums = array("I", reader.take(4 * blocks))
-    kept = b"" if is_whole else reader.take((blocks + 7) // 8)
-    travel = checksums if is_whole else array("I", travelling(kept, checksums))
-    parts: list[Part] = []
-    data: list[Buffer] = []
-    at = 0
-    for part_blocks, size_bytes in COPY_PART.iter_unpack(reader.take(count * COPY_PART.size)):
-        if at + part_blocks > len(travel):
-            raise PeerFrameError("it has another number of blocks than it says")
-        if not 0 < part_blocks <= PART_BLOCKS or size_bytes > part_blocks * BLOCK_BYTES:
-            raise PeerFrameError("a part of it has a wrong size")
-        part = Part(part_blocks, reader.bytes_of_part(size_bytes))
-        try:
-            plain = unpack(part)
-        except ValueError as error:
-            raise PeerFrameError(f"a part of it cannot be unpacked: {error}") from error
-        if wrong_blocks(plain, travel[at : at + part_blocks]):
-            raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
-        parts.append(part)
-        data.append(plain)
-        at += part_blocks
-    if at != len(travel):
-        raise PeerFrameError("it has another number of blocks than it says")
-    return Copy(region, txid, region_txid, entries, checksums.tobytes(), data, kept, parts)
-
-
-def travelling(kept: bytes, values: Iterable[T]) -> Iterator[T]:
-    """Those of the values, one a block of a copy, whose blocks travel."""
-    return (value for at, value in enumerate(values) if not kept[at >> 3] >> (at & 7) & 1)
-
-
-def _mbas(reader: _Reader) -> tuple[int, Sequence[int]]:
-    number, count, _ = BLOCKS_BODY.unpack(reader.take(BLOCKS_BODY.size))
-    if count > BLOCKS_LIMIT:
-        raise PeerFrameError("it is about too many blocks")
-    return number, array("Q", reader.take(8 * count))
-
-
-def _modifications(reader: _Reader, count: int) -> Sequence[Modification]:
-    if count > MODIFICATIONS_LIMIT:
-        raise PeerFrameError("it has too many modifications")
-    found: list[Modification] = []
-    for _ in range(count):
-        epoch, layer, txid, blocks, extents, kind, _ = MODIFICATION_HEADER.unpack(reader.take(MODIFICATION_HEADER.size))
-        if kind not in (WRITE, TREE) or (kind == TREE and blocks):
-            raise PeerFrameError(f"a record of kind {kind} with {blocks} blocks is no modification")
-        body = reader.take(body_bytes(kind, extents, blocks))
-        data = reader.blocks(blocks, body[len(body) - 4 * blocks :])
-        found.append(Modification(epoch, txid, kind, layer, extents, blocks, body, data))
-    return found
-
-
-def _opened(reader: _Reader) -> Opened:
-    (
-        version, _, epochs, runs, incarnation, intact_since, room_bytes,
-        last_epoch, durable_epoch, last_txid, durable_txid, committed_txid,
-    ) = OPENED_BODY.unpack(reader.take(OPENED_BODY.size))  # fmt: skip
-    return Opened(
-        incarnation, intact_since, Position(last_epoch, last_txid), Position(durable_epoch, durable_txid),
-        committed_txid, room_bytes, _epochs(reader, epochs), _runs(reader, runs), version,
-    )  # fmt: skip
-
-
-def _epochs(reader: _Reader, count: int) -> Epochs:
-    if count > EPOCHS_LIMIT:
-        raise PeerFrameError("a history in it has too many epochs")
-    packed = reader.take(count * POSITION_BODY.size)
-    return tuple(Position(epoch, txid) for epoch, _, txid in POSITION_BODY.iter_unpack(packed))
-
-
-def _runs(reader: _Reader, count: int) -> Runs:
-    if count > RUNS_LIMIT:
-        raise PeerFrameError("it has too many runs of regions")
-    return tuple((first, many) for first, many in REGION_RUN.iter_unpack(reader.take(count * REGION_RUN.size)))
-
-
-class FrameBuffer:
-    """Where the bytes of a stream gather until frames are complete."""
-
-    FIRST_BYTES = 256 << 10
-    SMALL_FRAMES = 256
-
-    def __init__(self) -> None:
-        self._begin = 0  # of what is not used yet
-        self._end = 0
-        self._needed_bytes = PEER_HEADER_BYTES  # from `_begin` on, to go on
-        self._small_frames = 0  # since the last one that did not fit into FIRST_BYTES
-        self._take_room(self.FIRST_BYTES)
-
-    def _take_room(self, size_bytes: int) -> None:
-        self._room = memoryview(bytearray(size_bytes))
-
-    def writable(self) -> memoryview:
-        """Room for the next bytes, at least what is missing of a frame."""
-        if self._begin + self._needed_bytes > len(self._room):
-            self._make_room()
-        return self._room[self._end :]
-
-    def _make_room(self) -> None:
-        """Begin at the front again, in more room if the frame needs it; a frame's limit bounds it."""
-        held = bytes(self._room[self._begin : self._end])
-        if self._needed_bytes > len(self._room):
-            self._take_room(self._needed_bytes)
-        self._room[: len(held)] = held
-        self._begin, self._end = 0, len(held)
-
-    def received(self, size_bytes: int) -> Iterator[Frame]:
-        """So many bytes were put there: the frames that are complete now. PeerFrameError."""
-        self._end += size_bytes
-        while True:
-            begin = self._begin
-            length = frame_bytes(self._room[begin : min(self._end, begin + PEER_HEADER_BYTES)])
-            self._needed_bytes = length or PEER_HEADER_BYTES
-            if not length or begin + length > self._end:
-                break
-            self._begin = begin + length
-            self._small_frames = 0 if length > self.FIRST_BYTES else self._small_frames + 1
-            yield decode(self._room[begin : begin + length])
-        if self._begin == self._end:
-            self._begin = self._end = 0
-            if self._small_frames > self.SMALL_FRAMES and len(self._room) > self.FIRST_BYTES:
-                self._take_room(self.FIRST_BYTES)
-
-    def leftover(self) -> bytes:
-        """What is behind the last frame that was given out."""
-        return bytes(self._room[self._begin : self._end])

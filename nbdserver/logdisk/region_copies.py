@@ -41,8 +41,8 @@ from protocol.disk import (
     body_bytes,
 )
 from protocol.disk import REGION as REGION_KIND
+from protocol.packing import travelling
 from protocol.peer import Copy
-from protocol.peer_frames import travelling
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk

@@ -9,7 +9,7 @@ where the layer is merged already the old one has no other user, and is freed he
 Rules
 - A modification is appended only if it follows the last one (Rule.APPEND_FOLLOWS_LAST); ESTALE otherwise.
 - What does not hold together is refused with EBADMSG and changes nothing. That its blocks have their checksums was seen
-  where it came in (protocol/peer_frames.py).
+  where it came in (protocol/peer_decoding.py).
 - Everything is done in the order of the calls: what has to wait for a map page, a checkpoint or room holds up what
   comes after it. What waits for nothing, and for nobody before it, is done at once.
 - The map pages come first, then the record, then the maps: a checkpoint never sees half of it.

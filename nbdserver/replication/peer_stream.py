@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from metadata.seams import Connection
 from protocol.peer import Frame, PeerFrameError
-from protocol.peer_frames import FrameBuffer, encode
+from protocol.peer_decoding import FrameBuffer
+from protocol.peer_frames import encode
 
 Received = Callable[["PeerStream", Frame], None]
 Lost = Callable[["PeerStream", str], None]

@@ -47,7 +47,8 @@ from protocol.peer import (
     Skip,
 )
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept
-from protocol.peer_frames import FrameBuffer, decode, encode, frame_bytes
+from protocol.peer_decoding import FrameBuffer, decode, frame_bytes
+from protocol.peer_frames import encode
 
 u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from nbdserver.logdisk.ordering import Rule, disabled
 from nbdserver.logdisk.region_copies import REGION_BLOCKS, distinct, pack_views, unpack_views
 from protocol.peer import BEGINNING, Copy
-from protocol.peer_frames import decode, encode
+from protocol.peer_decoding import decode
+from protocol.peer_frames import encode
 from tests.unit.replica_rig import STEPS, Pair, Step, taken
 
 

@@ -23,7 +23,8 @@ from protocol.peer import (
     Refusal,
     Refused,
 )
-from protocol.peer_frames import decode, encode
+from protocol.peer_decoding import decode
+from protocol.peer_frames import encode
 from tests.simulation.replication.memory_log import MemoryDisk, MemoryLog
 from tests.simulation.world import SimulatedClock, World
 

@@ -22,9 +22,8 @@ from nbdserver.replication.replica_log import BlockSource, Tap
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE, extents_of_array
 from protocol.invariant import invariant
-from protocol.packing import Packer, digest
+from protocol.packing import Packer, digest, travelling
 from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, RegionState, Runs
-from protocol.peer_frames import travelling
 
 REGION_BLOCKS = 4
 CAPACITY_BYTES = 1 << 30
