@@ -19,13 +19,12 @@ written, and the cleaner checks what it moves.
 Rules
 - A segment is held (`begin_read`) while one piece of it is read, not longer, and is known by its sequence number before
   and after: one that was recycled meanwhile is done.
-- At most `bytes_per_s`, and BUSY_SHARE of that while clients move more than the scrub does. CRCs in slices.
-- Nothing is condemned: a damaged block is repaired if another replica has it (repair.py), otherwise it is reported with
-  what shows it, and the volume goes on.
+- At most `bytes_per_s`, and BUSY_SHARE of that while clients move more than the scrub does. CRCs in slices. - Nothing
+  is condemned: a damaged block is repaired if another replica has it (suspects.py), otherwise it is reported with what
+  shows it, and the volume goes on.
 
 Known weakness: a piece in flight delays a client's cold read by as long as the device takes for it; a record that is
-larger than a piece is read whole. Sorting the segments at the start takes some 2 ms for a terabyte. Of the layers that
-may show a damaged block MOST_LAYERS are looked at.
+larger than a piece is read whole. Sorting the segments at the start takes some 2 ms for a terabyte.
 """
 
 from __future__ import annotations
@@ -34,16 +33,15 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from metadata.logical_map import LAYER_SHIFT, PAGE_OF_LAYER
-from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page, PageMap
+from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT, Page, PageMap
 from metadata.seams import Buffer, Clock, Files, Timer
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET
 from nbdserver.logdisk.pacing import Job, Pace
 from nbdserver.logdisk.page_walk import PageWalk
 from nbdserver.logdisk.records import Record, extents_of, next_record
-from nbdserver.logdisk.repair import BadBlock
+from nbdserver.logdisk.suspects import Suspect, Suspects
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_DATA, SEAL, SEGMENT_HEADER_BYTES, WRITE, chain_key, wrong_blocks
 
@@ -51,10 +49,8 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 PIECE_BYTES = 1 << 20
-MOST_LAYERS = 256
 _BLOCKS_A_STEP = 64  # some 0.03 ms
 _SKIPPED_AT_ONCE = 256
-_MOST_KNOWN = 1024  # damaged blocks that are remembered, to find the LBAs of those that the cleaner moved
 _MOST_BROKEN = 16  # segments done block by block in one walk: some 6 MiB of addresses
 
 
@@ -69,14 +65,6 @@ class Progress:
     done_bytes: int = 0
     total_bytes: int = 0
     damaged_blocks: int = 0
-
-
-class _Suspect(NamedTuple):
-    mba: int
-    lba: int  # -1: not known
-    segment: int
-    offset: int
-    errno: int
 
 
 class Scrub:
@@ -118,12 +106,9 @@ class Scrub:
         self.progress = replace(begin, stop=stop, total_bytes=begin.done_bytes + left_bytes)
         self._before_bytes = begin.done_bytes  # in the segments that are done
         self._segment = self._sequence = self._offset = self._end = self._planned_bytes = 0
-        self._suspects: list[_Suspect] = []
+        self._suspects = Suspects(disk, self._safe, self._begin_walk, self._note_damaged)
         self._broken: list[tuple[int, int]] = []  # (segment, sequence)
-        self._known: set[int] = set()  # MBAs that were reported
-        self._unnamed: dict[int, _Suspect] = {}
         self._addresses: tuple[array[int], array[int]] = array("Q"), array("I")
-        self._found: dict[tuple[int, int], int] = {}  # (layer, LBA) → MBA
         self._timer: Timer | None = None
         self._walk: PageWalk | None = None
         self._soon(self._next_segment)
@@ -217,7 +202,7 @@ class Scrub:
                 return
         self._offset = base + at
         if at:
-            self._look_at_suspects(lambda: self._go_on(at))
+            self._suspects.look(lambda: self._go_on(at))
         elif isinstance(record, int) and len(data) < record <= self._end - base:
             self._go_on(0, record)
         else:
@@ -244,86 +229,21 @@ class Scrub:
                 "segment-not-scrubbed", {"segment": self._segment, "reason": f"{why}; block by block then"}
             )
         self._offset = self._end
-        self._look_at_suspects(lambda: self._go_on(0))
-
-    # -- damage
+        self._suspects.look(lambda: self._go_on(0))
 
     def _suspect(self, record: Record, block: int) -> None:
-        lba = _lba_of(record, block)
         offset = record.data_offset + block * BLOCK_BYTES
-        self._suspects.append(_Suspect(record.mbas[block], lba, self._segment, offset, 0))
+        self._suspects.add(Suspect(record.mbas[block], _lba_of(record, block), self._segment, offset, 0))
 
-    def _look_at_suspects(self, then: Callable[[], None]) -> None:
-        """Report those that are the present block of their MBA."""
-        if not self._suspects:
-            then()
-            return
-        again = partial(self._look_at_suspects, then)
-        middle = self._maps.middle
-        while self._suspects:
-            suspect = self._suspects[-1]
-            page = middle.get(suspect.mba >> PAGE_SHIFT)
-            if page is None:
-                self._maps.load([(middle, suspect.mba >> PAGE_SHIFT)], self._safe(again))
-                return
-            self._suspects.pop()
-            index = suspect.mba & PAGE_MASK
-            if (page[index], page[OFFSET + index]) != (suspect.segment, suspect.offset) or suspect.mba in self._known:
-                continue  # overwritten or freed meanwhile; or met again, block by block
-            if len(self._known) < _MOST_KNOWN:
-                self._known.add(suspect.mba)
-            bad = BadBlock(suspect.mba, suspect.segment, suspect.offset)
-            self._disk.repairs.want(bad, self._safe(partial(self._judge, suspect, again)))
-            return
-        then()
-
-    def _judge(self, suspect: _Suspect, then: Callable[[], None], is_repaired: bool) -> None:
-        """Report what nobody else has."""
-        if is_repaired:
-            self._known.discard(suspect.mba)
-            then()
-            return
+    def _note_damaged(self) -> None:
         self.progress = replace(self.progress, damaged_blocks=self.progress.damaged_blocks + 1)
-        self._disk.report(
-            "checksum-error",
-            {"mba": suspect.mba, "segment": suspect.segment, "offset": suspect.offset, "by": "scrub"},
-        )
-        if suspect.lba >= 0:
-            self._name(suspect, then)
-            return
-        if suspect.mba in self._known:
-            self._unnamed[suspect.mba] = suspect
-        then()
-
-    def _name(self, suspect: _Suspect, then: Callable[[], None]) -> None:
-        """Report the block for each volume and snapshot that shows it."""
-        tree, lba = self._maps.tree, suspect.lba
-        shown_by = [*tree.heads.values(), *sorted((row.layer for row in tree.snapshots()), reverse=True)][:MOST_LAYERS]
-        numbers = [layer << LAYER_SHIFT | lba >> PAGE_SHIFT for layer in shown_by]
-
-        def look(at: int) -> None:
-            for position in range(at, len(numbers)):
-                number = numbers[position]
-                if number >> LAYER_SHIFT not in tree.layers:
-                    continue
-                page = self._maps.page(number)
-                if page is None:
-                    self._maps.load([(self._maps.logical, number)], self._safe(partial(look, position)))
-                    return
-                if page[lba & PAGE_MASK] == suspect.mba:
-                    layer = number >> LAYER_SHIFT
-                    self._found[layer, lba] = suspect.mba
-                    self._disk.damage.found(layer, lba, suspect.mba, suspect.segment, suspect.offset, suspect.errno)
-            self._soon(then)
-
-        look(0)
 
     # -- block by block
 
     def _read_broken(self) -> None:
         """Find the live blocks of segments that could not be read in order, and read each."""
         if not self._broken:
-            self._find_unnamed()
+            self._suspects.find_unnamed(lambda: self._finish(""))
             return
         broken, self._broken = self._broken[:_MOST_BROKEN], self._broken[_MOST_BROKEN:]
         lives = dict(broken)
@@ -356,9 +276,9 @@ class Scrub:
             if self._is_over():
                 return
             if errno or crc32c(data[0]) != checksum:
-                self._suspects.append(_Suspect(mbas[at], -1, segment, offset, errno))
+                self._suspects.add(Suspect(mbas[at], -1, segment, offset, errno))
             next_block = partial(self._wait, BLOCK_BYTES, partial(self._read_block, lives, at + 1))
-            self._safe(self._look_at_suspects)(next_block)
+            self._safe(self._suspects.look)(next_block)
 
         self._pool.begin_read(segment)
         self._reading = True
@@ -366,34 +286,13 @@ class Scrub:
 
     # -- the end
 
-    def _find_unnamed(self) -> None:
-        """Find the LBAs of damaged blocks that were moved: a move does not know them."""
-        unnamed, self._unnamed = self._unnamed, {}
-        if not unnamed:
-            self._finish("")
-            return
-        named: list[_Suspect] = []
-
-        def look(number: int, page: Page) -> None:
-            for mba in unnamed.keys() & set(page):
-                lba = (number & PAGE_OF_LAYER) << PAGE_SHIFT | page.index(mba)
-                named.append(unnamed.pop(mba)._replace(lba=lba))
-
-        def name_next() -> None:
-            if named:
-                self._name(named.pop(), name_next)
-            else:
-                self._finish("")
-
-        self._begin_walk(self._maps.logical, look, name_next)
-
     def _begin_walk(self, page_map: PageMap, look: Callable[[int, Page], None], done: Callable[[], None]) -> None:
         self._walk = PageWalk(self._disk, self._clock, page_map, look, self._safe(done), self._failed)
 
     def _finish(self, failure: str) -> None:
         self.stop()
         if not failure and self._whole:
-            self._disk.damage.is_all(self._found)
+            self._disk.damage.is_all(self._suspects.found)
         if not failure:
             self.progress = replace(self.progress, done_bytes=self.progress.total_bytes)
         self._finished(failure)

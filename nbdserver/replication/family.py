@@ -221,7 +221,13 @@ class ReplicatedFamily:
     def _has_compared(self, differences: list[Difference], not_compared: int) -> None:
         self._comparison = None
         self.differences = differences
-        self._compared(f"{not_compared} regions could not be compared with all members" if not_compared else "")
+        left = [each for each in differences if not each.is_repaired]
+        if left:
+            self._compared(
+                f"the replicas differ in {len(left)} regions, first at {left[0].offset_bytes}: {left[0].to_do}"
+            )
+        else:
+            self._compared(f"{not_compared} regions could not be compared with all members" if not_compared else "")
 
     @property
     def is_candidate(self) -> bool:
