@@ -186,6 +186,7 @@ class Kind(IntEnum):
     COPY_PARTS = 20
     CHECK = 21
     CHECKED = 22
+    LOOK = 23
 
 
 KINDS_SINCE = {kind: 2 for kind in Kind if kind > Kind.REFUSED}

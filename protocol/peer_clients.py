@@ -2,7 +2,7 @@
 
 Theory: such a client's stream begins with FORWARD. Once that was answered by a FORWARDED without a refusal it carries
 what the client and its session say, and no frame any more. A stream of the forwarder's own carries KEEP and KEPT: which
-of its clients are still there, and that the other side lives.
+of its clients are still there, and that the other side lives. LOOK asks for a KEEP at once.
 """
 
 from array import array
@@ -25,13 +25,21 @@ ForwardBody = Struct(
     "count" / Int32ul,  # numbers
 )
 ForwardedBody = Struct("refusal_bytes" / Int32ul, "reserved" / Int32ul)  # a sentence follows
-KeepBody = Struct("forwarder" / Bytes(FORWARDER_BYTES), "beat" / Int64ul, "last" / Int64ul, "count" / Int64ul)
+KeepBody = Struct(
+    "forwarder" / Bytes(FORWARDER_BYTES),
+    "beat" / Int64ul,
+    "look" / Int64ul,
+    "last" / Int64ul,
+    "count" / Int64ul,  # numbers that follow
+)
+LookBody = Struct("number" / Int64ul)
 KeptBody = Struct("beat" / Int64ul)
 
 FORWARD_BODY = derive(ForwardBody)
 FORWARDED_BODY = derive(ForwardedBody)
 KEEP_BODY = derive(KeepBody)
 KEPT_BODY = derive(KeptBody)
+LOOK_BODY = derive(LookBody)
 
 Take = Callable[[int], bytes]
 """Gives so many of the next bytes of a frame, or raises."""
@@ -91,14 +99,17 @@ class Keep:
     """Of this frame."""
     last: int
     numbers: tuple[int, ...]
+    look: int = 0
+    """Of the LOOK that this answers."""
 
     def pack(self) -> bytes:
-        return KEEP_BODY.pack(self.forwarder, self.beat, self.last, len(self.numbers)) + _packed(self.numbers)
+        head = KEEP_BODY.pack(self.forwarder, self.beat, self.look, self.last, len(self.numbers))
+        return head + _packed(self.numbers)
 
     @classmethod
     def unpack(cls, take: Take) -> "Keep":
-        forwarder, beat, last, count = KEEP_BODY.unpack(take(KEEP_BODY.size))
-        return cls(forwarder, beat, last, _numbers(take, count))
+        forwarder, beat, look, last, count = KEEP_BODY.unpack(take(KEEP_BODY.size))
+        return cls(forwarder, beat, last, _numbers(take, count), look)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +126,21 @@ class Kept:
         return cls(*KEPT_BODY.unpack(take(KEPT_BODY.size)))
 
 
-ClientFrame = Forward | Forwarded | Keep | Kept
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Which of the clients are still there?"""
+
+    number: int
+
+    def pack(self) -> bytes:
+        return LOOK_BODY.pack(self.number)
+
+    @classmethod
+    def unpack(cls, take: Take) -> "Look":
+        return cls(*LOOK_BODY.unpack(take(LOOK_BODY.size)))
+
+
+ClientFrame = Forward | Forwarded | Keep | Kept | Look
 
 
 def _packed(numbers: tuple[int, ...]) -> bytes:

@@ -74,7 +74,7 @@ from protocol.peer import (
     Runs,
     Skip,
 )
-from protocol.peer_clients import Forward, Forwarded, Keep, Kept
+from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 from protocol.peer_frames import Buffer
 
 
@@ -231,6 +231,8 @@ def _decode(kind: int, reader: _Reader) -> Frame:
             return Keep.unpack(reader.take)
         case Kind.KEPT:
             return Kept.unpack(reader.take)
+        case Kind.LOOK:
+            return Look.unpack(reader.take)
     raise PeerFrameError(f"it is of kind {kind}, which this program does not know")
 
 

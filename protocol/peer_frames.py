@@ -64,7 +64,7 @@ from protocol.peer import (
     Runs,
     Skip,
 )
-from protocol.peer_clients import Forward, Forwarded, Keep, Kept
+from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 
 Buffer = bytes | memoryview
 
@@ -155,6 +155,8 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
             return Kind.KEEP, frame.pack(), ()
         case Kept():
             return Kind.KEPT, frame.pack(), ()
+        case Look():
+            return Kind.LOOK, frame.pack(), ()
 
 
 def blocks_frame(number: int, found: Mapping[int, bytes]) -> Blocks:

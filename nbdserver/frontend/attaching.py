@@ -61,6 +61,8 @@ class Nobody:
 
 
 Answer = Here | There | Nobody
+Settle = Callable[[Peer, str, float, Callable[[], None]], None]
+"""`settle` of forwarded.py."""
 Ask = Callable[[str, tuple[str, ...], Callable[[Answer], None]], None]
 """Ask who serves a volume. The second argument names the nodes that were tried and do not. The third is called with the
 answer, once, and not from inside."""
@@ -69,13 +71,14 @@ answer, once, and not from inside."""
 class Attaching:
     """The clients of this process that are away."""
 
-    def __init__(self, clock: Clock, server: Server, forwarder: bytes, ask: Ask) -> None:
+    def __init__(self, clock: Clock, server: Server, forwarder: bytes, ask: Ask, settle: Settle) -> None:
         """`forwarder`: what this process is told by from all others, also from those before it."""
         self.clock = clock
         self.server = server
         self.forwarder = forwarder
         self.node = ""
         self.network: Network | None = None
+        self.settle = settle
         self._ask = ask
         self._asked: dict[tuple[str, tuple[str, ...]], list[Callable[[Answer], None]]] = {}
         self._keeping: dict[str, Keeping] = {}
@@ -164,7 +167,7 @@ class AwayClient:
         self._reason = "no node has answered"
         connection.redirect(self)
         connection.resume_reading()
-        attaching.ask(export, (), self._answered)
+        attaching.settle(self.peer, export, client.since_s, self._ask_again)
 
     # --- Away ---
 
@@ -224,7 +227,8 @@ class AwayClient:
     # --- who serves it ---
 
     def _ask_again(self) -> None:
-        self._attaching.ask(self.export, self._failed, self._answered)
+        if self._ended is not None:
+            self._attaching.ask(self.export, self._failed, self._answered)
 
     def _answered(self, answer: Answer) -> None:
         if self._ended is None or self._there is not None:

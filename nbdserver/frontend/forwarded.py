@@ -7,11 +7,18 @@ client, not the forwarder.
 Rules
 - Before a client is served, those of its host and export that came to the same forwarder before it, and have gone
   there, are dropped here: what they had asked for is not done after what is asked for anew.
+- Nor is it served before every other forwarder that has clients of its host and export has said, after it came, which
+  of them are still there (LOOK); those that it does not name are dropped. So is a client that comes here directly.
 - A number that the forwarder has given up is not served, whenever it comes.
 - The clients of a forwarder that has not been heard of for a grant time are dropped: it has dropped them too.
 
-Known weakness: a client that comes back by way of another node is not recognised as the same.
+Known weakness: what a client has sent to a node that does not know yet that it has gone may be done after what it asks
+for anew.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from metadata.seams import Clock
 from nbdserver.frontend.server import Server
@@ -22,7 +29,7 @@ from nbdserver.volume.export import Exports
 from nbdserver.volume.peer import Peer
 from protocol.handover import HandoverError, HandshakingClient, decode_handshaking
 from protocol.peer import Frame
-from protocol.peer_clients import Forward, Forwarded, Keep, Kept
+from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 from protocol.peer_frames import encode
 
 
@@ -34,6 +41,9 @@ class ForwardedClients:
         self._server = server
         self._exports = exports
         self._forwarders: dict[bytes, _Forwarder] = {}
+        self._waiting: list[_Waiting] = []
+        self._looks = 0
+        server.unsettled = self.unsettled
 
     def accept(self, stream: PeerStream, frame: Forward | Keep) -> None:
         """A stream begins with this frame."""
@@ -46,6 +56,8 @@ class ForwardedClients:
             if refusal:
                 stream.close(Forwarded(refusal))
 
+    # --- clients that come ---
+
     def _forward(self, stream: PeerStream, frame: Forward) -> str:
         """Take a client in, or say why not."""
         if self._exports.lookup(frame.export) is None:
@@ -54,54 +66,103 @@ class ForwardedClients:
             client = decode_handshaking(frame.client)
         except HandoverError as error:
             return str(error)
+        host = Peer(client.peer_name, client.tls, client.certificate, frame.node).host
         forwarder = self._heard(frame.forwarder)
-        if frame.number <= forwarder.last and frame.number not in forwarder.kept:
-            return "the client was given up"
-        self._drop_gone(forwarder, frame, client)
+        for number in forwarder.of(host, frame.export):
+            if number < frame.number and number not in frame.others:
+                forwarder.drop(number, f"{frame.node} has it no more, and its host has come again")
+        take = partial(self._take, stream, frame, client)
+        self._wait(_Waiting(host, frame.export, self._clock.now(), frame.forwarder, take))
+        return ""
+
+    def _take(self, stream: PeerStream, frame: Forward, client: HandshakingClient) -> None:
+        forwarder = self._forwarders.get(frame.forwarder)
+        if not stream.is_open:
+            return
+        if forwarder is None or (frame.number <= forwarder.last and frame.number not in forwarder.kept):
+            stream.close(Forwarded("the client was given up"))
+            return
         connection, brought = stream.give_away()
         session = self._server.arrive_from_node(connection, client, frame.node) if not brought else None
         if session is None:
             connection.send(encode(Forwarded("it takes no more clients")))
             connection.close()
-            return ""
+            return
         forwarder.sessions[frame.number] = session
         connection.send(encode(Forwarded()))
         connection.redirect(session)
         session.go_on()
-        return ""
 
-    def _drop_gone(self, forwarder: "_Forwarder", frame: Forward, client: HandshakingClient) -> None:
-        host = Peer(client.peer_name, client.tls, client.certificate, frame.node).host
-        for number, session in list(forwarder.sessions.items()):
-            export = session.export
-            if (
-                number < frame.number
-                and number not in frame.others
-                and session.peer.host == host
-                and (export is None or export.name.partition("@")[0] == frame.export)
-            ):
-                forwarder.drop(number, f"{frame.node} has it no more, and its host has come again")
+    # --- connections of one host by several ways ---
+
+    def unsettled(self, peer: Peer, export: str, since_s: float) -> bool:
+        """As Unsettled of a session."""
+        return bool(self._doubtful(peer.host, export.partition("@")[0], since_s))
+
+    def settle(self, peer: Peer, export: str, since_s: float, done: Callable[[], None]) -> None:
+        """Find out, and then `done()`: every connection of this host to this volume that came by way of another node
+        is known to have been there still when the one that came here at `since_s` was, or is dropped."""
+        self._clock.call_soon(lambda: self._wait(_Waiting(peer.host, export, since_s, b"", done)))
+
+    def _wait(self, waiting: "_Waiting") -> None:
+        self._waiting.append(waiting)
+        for forwarder in self._doubts(waiting):
+            self._look_at(forwarder)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Those for whom everything is settled wait no longer."""
+        for waiting in list(self._waiting):
+            if not self._doubts(waiting):
+                self._waiting.remove(waiting)
+                waiting.done()
+
+    def _doubts(self, waiting: "_Waiting") -> list["_Forwarder"]:
+        return self._doubtful(waiting.host, waiting.export, waiting.since_s, waiting.forwarder)
+
+    def _doubtful(self, host: str, export: str, since_s: float, known: bytes = b"") -> list["_Forwarder"]:
+        """Forwarders, but for the `known` one, that have clients of this host and volume and have not been asked since
+        then."""
+        return [
+            forwarder
+            for key, forwarder in self._forwarders.items()
+            if key != known and forwarder.looked_s < since_s and forwarder.of(host, export)
+        ]
+
+    def _look_at(self, forwarder: "_Forwarder") -> None:
+        """Ask it, if it can be asked; else it is when it says something, or is silent for too long."""
+        if forwarder.stream is not None:
+            self._looks += 1
+            forwarder.look, forwarder.look_sent_s = self._looks, self._clock.now()
+            forwarder.stream.send(Look(self._looks))
+
+    # --- what forwarders say ---
 
     def _received(self, stream: PeerStream, frame: Frame) -> None:
         if not isinstance(frame, Keep):
             stream.close()
             return
         forwarder = self._heard(frame.forwarder)
+        forwarder.stream = stream
         forwarder.last, forwarder.kept = max(frame.last, forwarder.last), frozenset(frame.numbers)
         for number in list(forwarder.sessions):
             if number <= frame.last and number not in forwarder.kept:
                 forwarder.drop(number, "the node that it had come to has it no more")
         stream.send(Kept(frame.beat))
+        if frame.look and frame.look == forwarder.look:
+            forwarder.looked_s = forwarder.look_sent_s
+        self._go_on()
+        if any(forwarder in self._doubts(waiting) for waiting in self._waiting):
+            self._look_at(forwarder)
 
     def _heard(self, forwarder: bytes) -> "_Forwarder":
         if not self._forwarders:
-            self._clock.call_later(BEAT_S, self._look)
+            self._clock.call_later(BEAT_S, self._drop_silent)
         found = self._forwarders.setdefault(forwarder, _Forwarder())
         found.heard_s = self._clock.now()
         return found
 
-    def _look(self) -> None:
-        """Who is silent?"""
+    def _drop_silent(self) -> None:
         now_s = self._clock.now()
         for key, forwarder in list(self._forwarders.items()):
             if now_s - forwarder.heard_s > REPLICA_COUNTS_S:
@@ -109,7 +170,20 @@ class ForwardedClients:
                     forwarder.drop(number, "the node that it had come to is silent")
                 del self._forwarders[key]
         if self._forwarders:
-            self._clock.call_later(BEAT_S, self._look)
+            self._clock.call_later(BEAT_S, self._drop_silent)
+        self._go_on()
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A client that waits until connections of its host that came by other ways are settled."""
+
+    host: str
+    export: str
+    since_s: float
+    forwarder: bytes
+    """That it has come by, which has said already which of them are there."""
+    done: Callable[[], None]
 
 
 class _Forwarder:
@@ -120,6 +194,20 @@ class _Forwarder:
         self.last = 0
         self.kept: frozenset[int] = frozenset()  # of the clients up to `last`
         self.sessions: dict[int, Session] = {}
+        self.stream: PeerStream | None = None  # on which it says KEEP
+        self.look = 0  # the last one
+        self.look_sent_s = 0.0
+        self.looked_s = 0.0  # when that was sent which was answered last
+
+    def of(self, host: str, export: str) -> list[int]:
+        """The numbers of its clients of this host and volume."""
+        return [
+            number
+            for number, session in self.sessions.items()
+            if session.peer.host == host
+            and session.export is not None
+            and session.export.name.partition("@")[0] == export
+        ]
 
     def drop(self, number: int, reason: str) -> None:
         self.sessions.pop(number).disconnect(reason)

@@ -2,7 +2,7 @@
 
 Theory: a stream of a client that is silent tells neither side whether the other one lives. So there is one more stream,
 as long as there are clients: KEEP, each beat, says which clients are still there; KEPT says that it was heard. Time is
-counted from when the KEEP was sent that is answered.
+counted from when the KEEP was sent that is answered. The other side may ask for a KEEP (LOOK).
 
 Rules
 - When nothing has been heard for a grant time, the clients are told (`silent`), and the process there has dropped them
@@ -19,7 +19,7 @@ from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.volume.peer import Peer
 from protocol.peer import Frame
-from protocol.peer_clients import Keep, Kept
+from protocol.peer_clients import Keep, Kept, Look
 
 
 class KeptClient(Protocol):
@@ -116,11 +116,14 @@ class Keeping:
         self._sent_s[frame.beat] = self._clock.now()
         stream.send(frame)
 
-    def _keep(self) -> Keep:
+    def _keep(self, look: int = 0) -> Keep:
         self._beat += 1
-        return Keep(self._forwarder, self._beat, self._last(), tuple(self.clients))
+        return Keep(self._forwarder, self._beat, self._last(), tuple(self.clients), look)
 
-    def _received(self, _stream: PeerStream, frame: Frame) -> None:
-        if isinstance(frame, Kept):
+    def _received(self, stream: PeerStream, frame: Frame) -> None:
+        if isinstance(frame, Look):
+            self.drop_gone()
+            stream.send(self._keep(frame.number))
+        elif isinstance(frame, Kept):
             for beat in [beat for beat in self._sent_s if beat <= frame.beat]:
                 self._heard_s = max(self._heard_s, self._sent_s.pop(beat))

@@ -18,7 +18,7 @@ from typing import Protocol
 from metadata.seams import Clock, Connection, Network, Receiver, Timer
 from nbdserver.frontend.census import Census
 from nbdserver.frontend.forwarding import Forwarding
-from nbdserver.frontend.session import ClientInfo, Secure, Session
+from nbdserver.frontend.session import ClientInfo, Secure, Session, Unsettled
 from nbdserver.volume.export import Export, Exports
 from protocol.handover import ClientState, HandshakingClient
 from protocol.handshake import GoElsewhere, OptionRefusedError
@@ -74,6 +74,7 @@ class Server:
         self.pass_on: PassOn | None = None
         self._forwardings: set[Forwarding] = set()
         self.attach: Attach | None = None
+        self.unsettled: Unsettled | None = None
         self._away: dict[int, Away] = {}  # by the client's number
         self._stop_listening: dict[str, Callable[[], None]] = {}
         self._drained: Callable[[], None] | None = None
@@ -230,6 +231,7 @@ class Server:
             leaves=self._leaves,
             refusal=refusal,
             via=via,
+            unsettled=None if via else self.unsettled,
         )
         self._add(session)
         return session

@@ -48,6 +48,10 @@ Secure = Callable[[Connection, Receiver, Callable[[str, str], None]], Connection
 """`Secure` of host/tls.py."""
 
 
+Unsettled = Callable[[Peer, str, float], bool]
+"""Whether another connection of this host to this volume, which came by way of another node, may have been given up
+before the one that came here at this time, and nobody has told us."""
+
 Leaves = Callable[["Session", Connection, HandshakingClient, GoElsewhere], None]
 """Gets a session, its connection, which has sent everything, what goes on with it, and where."""
 
@@ -85,6 +89,7 @@ class Session:
         leaves: Leaves | None = None,
         refusal: str = "",
         via: str = "",
+        unsettled: Unsettled | None = None,
     ) -> None:
         """`gone(session, reason)` is called once, when the connection is closed or lost; not when it `leaves`. Without
         `secure` there is no TLS, without `leaves` there is no other process. A `refusal` answers whoever asks for an
@@ -105,6 +110,7 @@ class Session:
         self._report_gone = gone
         self._leaves = leaves
         self._refusal = refusal
+        self._unsettled = unsettled
         self._secure = secure
         self._since_s = clock.now()
         self._received_bytes = 0
@@ -327,6 +333,8 @@ class Session:
 
     def enter(self, name: str) -> Offer:
         export = self._find(name)
+        if self._unsettled is not None and self._unsettled(self.peer, export.name, self._since_s):
+            raise ElsewhereError(None, export.name)  # it comes back when that is settled
         try:
             export.enter(self)
         except ExportError as error:

@@ -36,8 +36,10 @@ class ClusterClients:
 
     def begin(self, server: Server) -> None:
         """This server has the clients."""
-        self._attaching = Attaching(self._clock, server, os.urandom(FORWARDER_BYTES), self._ask_who_serves)
         self._forwarded = ForwardedClients(self._clock, server, self._exports)
+        self._attaching = Attaching(
+            self._clock, server, os.urandom(FORWARDER_BYTES), self._ask_who_serves, self._forwarded.settle
+        )
 
     def connect_by(self, node: str, network: Network) -> None:
         """This node's name, and how it reaches the others."""

@@ -5,6 +5,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
+
 from metadata.seams import Connection
 from nbdserver.frontend.attaching import ATTACH_S, Answer, Attaching, Here, Nobody, There
 from nbdserver.frontend.forwarded import ForwardedClients
@@ -40,12 +42,15 @@ class Node:
             seams.network, seams.clock, self.exports, lambda *event: self.events.append(event), CLIENT_LIMIT
         )
         self.server.listen(f"{machine.host}:{NBD_PORT}")
-        number = machine.lives
+        self.forwarded = ForwardedClients(seams.clock, self.server, self.exports)
         self.attaching = Attaching(
-            seams.clock, self.server, f"{machine.name} {number}".encode().ljust(16), stage.ask(machine.name, seams)
+            seams.clock,
+            self.server,
+            f"{machine.name} {machine.lives}".encode().ljust(16),
+            stage.ask(machine.name, seams),
+            self.forwarded.settle,
         )
         self.attaching.connect_by(machine.name, seams.network)
-        self.forwarded = ForwardedClients(seams.clock, self.server, self.exports)
         PeerServer(seams.clock, seams.network, f"{machine.host}:{PEER_PORT}", lambda _: None, self.forwarded.accept)
         if machine.name == stage.owner:
             self.serve()
@@ -380,6 +385,53 @@ def test_what_it_has_left_behind_at_one_node_is_not_done_after_it_has_come_to_an
     stage.until(lambda: len(second.received_bytes) == 16, 0.05)
     stage.cluster.run(5.0)
     assert stage.device.data.startswith(b"new")
+
+
+@pytest.mark.parametrize("way", ["node-1", "node-3"])
+def test_a_write_that_is_held_up_between_two_nodes_is_not_done_after_its_retry_by_another_way(way: str) -> None:
+    """Nobody has told the owner yet that the client has left node-2: node-2 is cut off."""
+    stage = Stage()
+    first = stage.attach("node-2")
+    stage.cluster.run(1.0)
+    mend = stage.cluster.wires.block(["node-2"], ["node-1"], both=True)
+    first.request(Command.WRITE, 0, data=b"old".ljust(512))
+    stage.cluster.run(0.05)
+    first.hang_up()
+    stage.cluster.run(0.05)
+    second = stage.connect(way)
+    second.go()
+    stage.cluster.run(0.3)
+    assert not second.received_bytes.endswith(ACKNOWLEDGED), "it is served although the first one may still be there"
+    stage.until(lambda: second.received_bytes.endswith(ACKNOWLEDGED), GRANT_S + 2 * BEAT_S)
+    second.received_bytes.clear()
+    second.request(Command.WRITE, 0, data=b"new".ljust(512))
+    stage.until(lambda: len(second.received_bytes) == 16)
+    mend()
+    stage.cluster.run(5.0)
+    assert stage.device.data.startswith(b"new")
+
+
+@pytest.mark.parametrize("way", ["node-1", "node-3"])
+def test_a_host_may_have_connections_by_several_ways_and_waits_for_none_of_them(way: str) -> None:
+    stage = Stage()
+    stage.attach("node-2")
+    begun_s = stage.cluster.now_s
+    stage.attach(way)
+    assert stage.cluster.now_s - begun_s < 0.5 * BEAT_S
+    assert stage.sessions("node-1") == 2
+
+
+def test_a_client_that_comes_directly_while_the_other_way_is_dead_waits_for_a_grant_time() -> None:
+    stage = Stage()
+    first = stage.attach("node-2")
+    stage.cluster.machines["node-2"].end(power=True)
+    begun_s = stage.cluster.now_s
+    second = stage.connect("node-1")
+    second.go()
+    stage.until(lambda: second.received_bytes.endswith(ACKNOWLEDGED), GRANT_S + 2 * BEAT_S)
+    assert stage.cluster.now_s - begun_s > 0.5 * GRANT_S
+    assert stage.node("node-1").gone() == ["the node that it had come to is silent"]
+    assert not first.lost_because, "a machine without power says nothing"
 
 
 def test_a_client_that_hangs_up_while_the_owner_takes_nothing_is_dropped_with_what_waits() -> None:

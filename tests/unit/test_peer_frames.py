@@ -46,7 +46,7 @@ from protocol.peer import (
     RegionState,
     Skip,
 )
-from protocol.peer_clients import Forward, Forwarded, Keep, Kept
+from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 from protocol.peer_decoding import FrameBuffer, decode, frame_bytes
 from protocol.peer_frames import encode
 
@@ -125,7 +125,8 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     blocks_by_mba(),
     st.builds(Forward, forwarders, u64, names, names, numbers, st.binary(max_size=40)),
     st.builds(Forwarded, names),
-    st.builds(Keep, forwarders, u64, u64, numbers),
+    st.builds(Keep, forwarders, u64, u64, numbers, u64),
+    st.builds(Look, u64),
     st.builds(Kept, u64),
     copies_of_the_rest(),
     st.builds(Compare, u64),

@@ -95,7 +95,9 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
             elif word == "forward":
                 exports.note_in_cluster(Elsewhere(None, EXPORT, "", (), TlsMode.OFF))
                 there = There(value, peers[value])
-                attaching = Attaching(parts.clock, server, os.urandom(FORWARDER_BYTES), _always(parts.clock, there))
+                attaching = Attaching(
+                    parts.clock, server, os.urandom(FORWARDER_BYTES), _always(parts.clock, there), forwarded.settle
+                )
                 attaching.connect_by(node, network)
         _say("ends")
 
