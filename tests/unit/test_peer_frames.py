@@ -156,7 +156,8 @@ def feed(data: bytes, piece_bytes: int, buffer: FrameBuffer | None = None) -> li
         piece = data[at : at + min(piece_bytes, len(room))]
         room[: len(piece)] = piece
         at += len(piece)
-        found += buffer.received(len(piece))
+        # A copy of each: blocks lie in the buffer only until the next piece comes.
+        found += [decode(packed(frame)) for frame in buffer.received(len(piece))]
     return found
 
 
