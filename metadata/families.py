@@ -59,6 +59,13 @@ class Families:
 
     def own(self) -> list[Family]:
         """Those that are this node's alone."""
+        return [family for family in self._in_own_registry() if not family.replicas]
+
+    def being_shared(self) -> list[Family]:
+        """Those that were this node's alone, and are on their way to the shared registry."""
+        return [family for family in self._in_own_registry() if family.replicas]
+
+    def _in_own_registry(self) -> list[Family]:
         return _by_name([self._decode(key, value) for key, value in self._own.range("family/")])
 
     def of_cluster(self) -> list[Family]:
@@ -191,6 +198,26 @@ class Families:
         ]
         changes += [_take_name(family, volume) for volume in family.volumes]
         return await self._demand_shared().compare_and_swap(changes)
+
+    async def begin_sharing(self, family: Family, replicas: int) -> Family:
+        """Note that a family of this node's own is about to become the cluster's. 0: it is not, after all."""
+        key, changed = _family_key(family), replace(family, replicas=replicas)
+        if not await self._own.compare_and_swap([(key, family.encode(), changed.encode())]):
+            raise _changed_by_another(family)
+        return changed
+
+    async def end_sharing(self, family: Family) -> None:
+        """The shared registry has the family: keep a copy."""
+        key = _family_key(family)
+        names = [f"volume/{volume.name}" for volume in family.volumes]
+        last = MAX_CHANGES - 2
+        while len(names) > last:
+            await self._own.compare_and_swap([(name, self._own.get(name), None) for name in names[-last:]])
+            del names[-last:]
+        copied: Change = (f"replica/{family.id}", self._own.get(f"replica/{family.id}"), family.encode())
+        changes = [(name, self._own.get(name), None) for name in names]
+        if not await self._own.compare_and_swap([(key, self._own.get(key), None), copied, *changes]):
+            raise _changed_by_another(family)
 
     async def change(self, family: Family, **values: object) -> Family:
         """Swap `family` for itself with `values`; names and numbers of its volumes stay."""

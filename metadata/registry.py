@@ -166,6 +166,8 @@ class Family:
     replicas: int = 0
     """Of a family of the cluster: on how many nodes it shall be. Of such a one ReplicaSet has owner, epoch, generation,
     in-sync set and placement. 0: it is one node's own."""
+    leave: tuple[str, ...] = ()
+    """Nodes of the cluster that its replicas shall leave."""
     number: int = 0
     """Of this value, of a family of the cluster: it only rises."""
 
@@ -190,7 +192,7 @@ class Family:
         """Return the value; equal families give equal bytes. RegistryError if there are too many."""
         content = {name: getattr(self, name) for name in _FAMILY_KEYS - {"volumes"}} | {"version": _VERSION}
         if not self.replicas:  # as programs that know no others write it
-            del content["replicas"], content["number"]
+            del content["replicas"], content["leave"], content["number"]
         rest = json.dumps(content, separators=(",", ":"), sort_keys=True)
         value = f'{rest[:-1]},"volumes":[{",".join(volume.encoded for volume in self.volumes)}]}}'.encode()
         if len(value) > MOST_FAMILY_BYTES:
@@ -212,8 +214,8 @@ class Family:
             raise RegistryError(
                 f"a family has version {version} and keys that this program does not know; use a newer one"
             )
-        for name in ("in_sync", "placement"):
-            content[name] = tuple(content[name])
+        for name in ("in_sync", "placement", "leave"):
+            content[name] = tuple(content.get(name, ()))
         return Family(**content | {"volumes": tuple(map(Volume.decode, content["volumes"]))})
 
 

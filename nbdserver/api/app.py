@@ -19,6 +19,7 @@ from nbdserver.api import cluster_routes, page, sent_on
 from nbdserver.api.metrics import Figures, exposition, of_worker
 from nbdserver.api.models import (
     CloneRequest,
+    MoveRequest,
     Names,
     RenameRequest,
     ResizeRequest,
@@ -202,6 +203,13 @@ def _add_snapshots(app: APIRouter, node: Node) -> None:
     @app.post("/v1/volumes/{name}/resize", summary="Give a volume another size")
     async def resize_volume(name: str, request: ResizeRequest) -> Volume:
         return Volume(**await node.snapshots.resize(name, request.size_bytes, request.force))
+
+    @app.post("/v1/volumes/{name}/move", summary="Let a replica be on another node; returns when that is begun")
+    async def move_replica(name: str, request: MoveRequest) -> Volume:
+        if node.part is None:
+            raise WrongInputError("this node stands alone, replicas need a cluster; nbdserver cluster init makes one")
+        await node.part.changes.move(name, request.source, request.target)
+        return Volume(**await node.volumes.show(name))
 
     @app.post("/v1/volumes/{name}/rename", summary="Give a volume another name; attached clients go on")
     async def rename_volume(name: str, request: RenameRequest) -> Volume:

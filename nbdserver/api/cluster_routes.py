@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import FastAPI, Query
 from fastapi.responses import StreamingResponse
 
-from nbdserver.api.models import ClusterNode, ClusterStatus, DirectoryEntry, DrainRequest
+from nbdserver.api.models import ClusterNode, ClusterStatus, DirectoryEntry, DrainRequest, Resync
 from nbdserver.node.control import Node
-from nbdserver.node.errors import NotFoundError
+from nbdserver.node.errors import NodeError, NotFoundError
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
+    from nbdserver.node.cluster_part import ClusterPart
 
 WATCHED_LIMIT = 10_000
 """Changes that may wait for a watcher that does not read; then it is cut off."""
@@ -28,6 +29,10 @@ def add_to(app: FastAPI, node: Node) -> None:
     @app.get("/v1/cluster", summary="The cluster as this node sees it; null for a node that stands alone")
     async def cluster() -> ClusterStatus | None:
         return ClusterStatus(**node.cluster.describe()) if node.cluster else None
+
+    @app.get("/v1/resync", summary="Replicas that are not in sync, and what each lacks")
+    async def resync() -> list[Resync]:
+        return [Resync(**row) for row in await _part(node).resync.rows()]
 
     @app.get("/v1/nodes", summary="The nodes of the cluster")
     async def nodes() -> list[ClusterNode]:
@@ -67,12 +72,19 @@ def add_to(app: FastAPI, node: Node) -> None:
         return StreamingResponse(_changes(_cluster(node), prefix), media_type="application/x-ndjson")
 
 
-def _cluster(node: Node) -> "Cluster":
-    if node.cluster is None:
+def _part(node: Node) -> "ClusterPart":
+    if node.part is None:
         raise NotFoundError(
             "this node stands alone; make a cluster with: nbdserver cluster init, or join one: nbdserver cluster join"
         )
-    return node.cluster
+    return node.part
+
+
+def _cluster(node: Node) -> "Cluster":
+    cluster = _part(node).cluster
+    if cluster is None:
+        raise NodeError("this node does not take part in its cluster yet; try again in a moment")
+    return cluster
 
 
 def entry(key: str, value: bytes) -> dict[str, Any]:

@@ -210,6 +210,30 @@ class RegistryState(BaseModel):
     last_error: str = Field(description="also after it has passed")
 
 
+class MoveRequest(RequestBody):
+    """What POST /v1/volumes/NAME/move takes."""
+
+    source: str = Field(description="the node that the volume's replica shall leave")
+    target: str = Field(default="", description="the node that it shall be on; empty: whichever is best")
+
+
+class Resync(BaseModel):
+    """A replica that is not in sync."""
+
+    volume: str = Field(description="the family's oldest volume")
+    node: str = Field(description="where the replica is")
+    owner: str = Field(description="the node that it gets from what it lacks")
+    state: str = Field(
+        description="copying, connecting, waiting (`reason` says for what), silent: its node is not heard, or unknown: "
+        "who knows cannot be asked"
+    )
+    left_bytes: int | None = Field(description="what it lacks at most; null while that is not known")
+    total_bytes: int | None = Field(description="what it lacked at most when it came back")
+    bytes_per_s: int
+    left_s: int | None = Field(description="at this rate; null while that is not known")
+    reason: str
+
+
 class ClusterNode(BaseModel):
     """A member. What it has not reported lately is null."""
 
@@ -227,6 +251,8 @@ class ClusterNode(BaseModel):
     version: str
     started: str = Field(description="ISO 8601, UTC")
     id: str = Field(description="drawn when its data directory was made")
+    replicas: int = Field(description="that it has, or shall have, of volumes of the cluster")
+    owned: int = Field(description="volumes of the cluster that it serves, with their clones, or did last")
     volumes: int | None
     clients: int | None
     requests_per_s: float | None

@@ -16,6 +16,7 @@ from nbdserver.cli import (
     member_commands,
     monitoring_commands,
     node_commands,
+    resync_commands,
     scrub_commands,
     serve,
     service,
@@ -82,6 +83,7 @@ app.add_typer(directory_commands.app, name="directory")
 app.add_typer(cert_commands.app, name="cert")
 app.add_typer(monitoring_commands.app, name="monitoring")
 node_commands.add_to(app)
+resync_commands.add_to(app)
 check_command.add_to(app)
 upgrade.add_to(app)
 service.add_to(app)

@@ -1,12 +1,18 @@
 """`nbdserver node ...`: the nodes of the cluster."""
 
+import time
 from typing import Annotated, Any
 
 import typer
 
 from nbdserver.cli.client import NodeClient, node_path
 from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, print_table, wants_json
+from nbdserver.cli.progress import progress_bar
+from nbdserver.cli.resync_commands import LOOK_S, show_resync
 from nbdserver.node.sizes import round_size
+
+STILL_S = 10.0
+"""So long nothing moves before a drain is taken to be over."""
 
 app = typer.Typer(no_args_is_help=True, help="Look at the nodes of the cluster; drain and remove them.")
 
@@ -129,12 +135,15 @@ def drain(
     context: typer.Context,
     name: NameArgument,
     end: Annotated[bool, typer.Option("--end", help="It may get new things again.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show it until it is over.")] = True,
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Let a node get nothing new: before maintenance, or before it is removed.
+    """Let a node get nothing new, and move what is replicated away from it: before maintenance, or before it is
+    removed.
 
-    Volumes that it has stay there and are served.
+    Other nodes take over the volumes that it serves, and get its replicas, as far as there are other nodes for them.
+    This goes on by itself, also when the command is broken off. Volumes that are its own stay there and are served.
 
     Examples:
 
@@ -142,12 +151,33 @@ def drain(
 
       nbdserver node drain n2 --end
     """
-    node = NodeClient(data_path(context, data)).post(f"{node_path(name)}/drain", {"drain": not end})
+    client = NodeClient(data_path(context, data))
+    node = client.post(f"{node_path(name)}/drain", {"drain": not end})
+    if wait and not end:
+        node = _wait_until_drained(client, node, not wants_json(context, json_output))
     if wants_json(context, json_output):
         print_json(node)
     elif end:
         print(f"{name} gets new volumes again")
     else:
         print(
-            f"{name} gets nothing new; it has {_figure(node['volumes'])} volumes and {_figure(node['clients'])} clients"
+            f"{name} gets nothing new; it has {node['replicas']} replicas, serves {node['owned']} of them, and has "
+            f"{_figure(node['clients'])} clients"
         )
+        if wait and node["replicas"]:
+            print("there are no other nodes that could have these replicas: nbdserver status says why")
+
+
+def _wait_until_drained(client: NodeClient, node: dict[str, Any], shown: bool) -> dict[str, Any]:
+    """Show what leaves the node, until nothing is left or nothing has left for STILL_S."""
+    path = node_path(node["name"])
+    still_since_s = time.monotonic()
+    with progress_bar(shown, in_bytes=True) as show:
+        while node["replicas"] and time.monotonic() - still_since_s < STILL_S:
+            if show_resync(client, show):
+                still_since_s = time.monotonic()
+            time.sleep(LOOK_S)
+            before, node = node, client.get(path)
+            if (node["replicas"], node["owned"]) != (before["replicas"], before["owned"]):
+                still_since_s = time.monotonic()
+    return node

@@ -1,5 +1,6 @@
 """`nbdserver volume ...`: talks to the running node."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,8 +8,12 @@ import typer
 
 from nbdserver.cli.client import NodeClient, volume_path
 from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, print_table, wants_json
+from nbdserver.cli.progress import progress_bar
+from nbdserver.cli.resync_commands import show_resync
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_volume_size
+
+WAIT_S = 1.0
 
 app = typer.Typer(no_args_is_help=True, help="Make, list, change and delete volumes.")
 
@@ -248,6 +253,45 @@ def rename(
         print_json(volume)
     else:
         print(f"volume {name} is called {new_name} now")
+
+
+@app.command("move")
+def move(
+    context: typer.Context,
+    name: Name,
+    source: Annotated[str, typer.Option("--from", metavar="NODE", help="Where it is now.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option("--to", metavar="NODE", help="Where it shall be.  [default: the best node]", show_default=False),
+    ] = "",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show it until it is over.")] = True,
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Let a replica of a volume be on another node, while it is used.
+
+    It is made there, and when it has everything the one that it replaces is deleted. This goes on by itself, also when
+    the command is broken off.
+
+    Example:
+
+      nbdserver volume move db --from n2 --to n4
+    """
+    client = _client(context, data)
+    volume = client.post(volume_path(name) + "/move", {"source": source, "target": target})
+    if wait:
+        with progress_bar(not wants_json(context, json_output), in_bytes=True) as show:
+            while source in [each["node"] for each in volume["replicas"]["nodes"]]:
+                show_resync(client, show, name)
+                time.sleep(WAIT_S)
+                volume = client.get(volume_path(name))
+    if wants_json(context, json_output):
+        print_json(volume)
+    else:
+        nodes = ", ".join(each["node"] for each in volume["replicas"]["nodes"])
+        print(
+            f"volume {name} is on {nodes}" if wait else f"volume {name} is leaving {source}: nbdserver resync shows it"
+        )
 
 
 @app.command("delete")

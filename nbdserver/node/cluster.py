@@ -21,7 +21,7 @@ import asyncio
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -110,6 +110,8 @@ class Cluster:
         self.registry = registry
         self._data_addresses = list(data_addresses)
         self._nodes_moved = nodes_moved
+        self.replicas_by_node: Callable[[], tuple[Mapping[str, int], Mapping[str, int]]] = lambda: ({}, {})
+        """How many replicas each node has, and how many families it owns."""
         self.answering: dict[str, Answering] = {}
         """What members may ask this node besides, by the question's `do`."""
         self.membership = Membership(
@@ -230,7 +232,7 @@ class Cluster:
     def gauges(self) -> dict[str, float]:
         """For metrics."""
         return {
-            "cluster_hears_master": int(self._is_active),
+            "cluster_hears_master": int(self.is_active),
             "cluster_is_master": int(self.directory.master is not None),
             "cluster_nodes": len(self.directory.members),
             "cluster_silent_nodes": len(self._silent_since_s),
@@ -253,7 +255,7 @@ class Cluster:
             voters=frozenset(state.voters.values()) if state is not None else frozenset(),
             directory=dict(said),
             silent_s={name: now_s - since_s for name, since_s in self._silent_since_s.items()},
-            is_active=self._is_active,
+            is_active=self.is_active,
             in_this_state_s=now_s - self._state_since_s,
             registry=health,
             registry_state_s=now_s - health.since_s,
@@ -261,6 +263,8 @@ class Cluster:
             failure=directory.failure,
             refused=tuple((peer, reason) for at_s, peer, reason in self._refused if now_s - at_s < REFUSED_S),
             keys=len(self._keys.valid),
+            replicas=self.replicas_by_node()[0],
+            owned=self.replicas_by_node()[1],
             certificate_problem=self._certificate_problem,
         )
 
@@ -324,7 +328,7 @@ class Cluster:
 
     def _look(self, now_s: float) -> None:
         """Tell what has changed with this node."""
-        is_active = self._is_active
+        is_active = self.is_active
         if is_active != self._was_active:
             self._was_active, self._state_since_s = is_active, now_s
             self._event("cluster-joined" if is_active else "cluster-not-heard", {"cluster": self.settings.name})
@@ -338,7 +342,8 @@ class Cluster:
             self._certificate_problem = self._read_certificate()
 
     @property
-    def _is_active(self) -> bool:
+    def is_active(self) -> bool:
+        """Whether what it knows of the others is fresh."""
         return self.directory.is_active and self.directory.hears_master
 
     def _read_certificate(self) -> str:
@@ -392,6 +397,11 @@ class Cluster:
     def is_up(self, name: str) -> bool:
         """Whether the cluster has such a node and hears it."""
         return name in self.names() and name not in self._silent_since_s
+
+    def silent_s(self, name: str) -> float:
+        """For how long a node has not been heard; 0.0 while it is."""
+        since_s = self._silent_since_s.get(name)
+        return 0.0 if since_s is None else self.clock.now() - since_s
 
     def data_addresses(self) -> dict[str, list[str]]:
         """Where the replicas of each node are reached."""

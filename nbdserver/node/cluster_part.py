@@ -11,11 +11,13 @@ Rules
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from metadata.families import Families
 from metadata.registry import VolumeState
+from nbdserver.node import replica_view
 from nbdserver.node.at_owner import AtOwner
 from nbdserver.node.channel_registry import RegistryVisit
 from nbdserver.node.cluster import Cluster, Measure
@@ -24,9 +26,11 @@ from nbdserver.node.data_process import DataProcess
 from nbdserver.node.data_processes import DataProcesses
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError
+from nbdserver.node.findings import Finding
 from nbdserver.node.owning import Owning
 from nbdserver.node.replica_changes import ReplicaChanges
 from nbdserver.node.replicas import Replicas
+from nbdserver.node.resync_view import ResyncView
 from nbdserver.node.shared_registry import SharedRegistry
 from nbdserver.node.volumes import Volumes
 
@@ -60,6 +64,7 @@ class ClusterPart:
         self._visits: dict[int, RegistryVisit] = {}
         self._exports: dict[str, dict[str, Any]] = {}
         self._peers_problem = ""
+        """Why this node's data processes cannot be reached by the others; "" if they can."""
         self._tasks: list[asyncio.Task[None]] = []
         self.replicas = Replicas(
             settings.node,
@@ -73,15 +78,13 @@ class ClusterPart:
         )
         self.owning = Owning(families, self.replicas, lambda: self.cluster, data.call)
         self.at_owner = AtOwner(families, self.replicas, self.owning, lambda: self.cluster)
-        self.changes = ReplicaChanges(families, self.replicas, self.owning, volumes, lambda: self.cluster, event)
+        self.changes = ReplicaChanges(
+            families, self.replicas, self.owning, volumes, lambda: self.cluster, event, settings.repair_delay
+        )
+        self.resync = ResyncView(families, self.replicas, lambda: self.cluster, self._is_up, data.call)
         self._shared = SharedRegistry(settings, families, self._registry_changed)
-        volumes.replicas, volumes.is_up = self.replicas, self._is_up
+        volumes.replicas, volumes.is_up, volumes.share = self.replicas, self._is_up, self.changes.share
         data.answer, data.ended = self._answer, self._data_process_ended
-
-    @property
-    def peers_problem(self) -> str:
-        """Why this node's data processes cannot be reached by the others; "" if they can."""
-        return self._peers_problem
 
     def _is_up(self, node: str) -> bool:
         return node == self.settings.node or (self.cluster is not None and self.cluster.is_up(node))
@@ -135,6 +138,7 @@ class ClusterPart:
 
     def _registry_changed(self) -> None:
         self.replicas.stir()
+        self.changes.stir()
         listed = {
             volume.name: {
                 "description": volume.settings.description,
@@ -152,6 +156,20 @@ class ClusterPart:
 
     # --- the others ---
 
+    def _replicas_by_node(self) -> tuple[Counter[str], Counter[str]]:
+        values = [self._families.replica_set(family.id) for family in self._families.of_cluster()]
+        known = [value for value in values if value is not None]
+        return Counter(node for value in known for node in value.placement), Counter(value.owner for value in known)
+
+    def findings(self, volumes: Sequence[Mapping[str, Any]]) -> list[Finding]:
+        """What is wrong with the cluster's volumes, of these of all; and with this node's part in them."""
+        problems = {**self.replicas.problems, **self.changes.problems}
+        named = {getattr(self._families.get(family_id), "name", ""): why for family_id, why in problems.items()}
+        found = replica_view.replica_findings(volumes, named)
+        if self._peers_problem:
+            found.append(replica_view.peers_finding(self._peers_problem))
+        return found
+
     def join(self) -> None:
         """Take part. NodeError."""
         self.cluster = Cluster(
@@ -165,11 +183,13 @@ class ClusterPart:
             self._event,
             lambda: self._data.notify_all("peer_addresses", {"nodes": self._peer_addresses()}),
         )
+        self.cluster.replicas_by_node = self._replicas_by_node
         self.cluster.answering.update(
             {
                 "own": self.owning.answer_own,
                 "owns": self.owning.answer_owns,
                 "api": self.at_owner.answer,
+                "resync": self.resync.answer,
             }
         )
         loop = asyncio.get_running_loop()

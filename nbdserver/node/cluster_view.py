@@ -56,6 +56,10 @@ class Picture:
     refused: tuple[tuple[str, str], ...] = ()
     """(peer, reason) of the last minutes."""
     keys: int = 1
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    """How many replicas of the cluster's families each node shall have."""
+    owned: Mapping[str, int] = field(default_factory=dict)
+    """How many families each node owns, or did last."""
     certificate_problem: str = ""
 
 
@@ -83,6 +87,8 @@ def _node(picture: Picture, member: Member) -> dict[str, Any]:
         "started": str(facts.get("started", "")),
         "data_addresses": data_addresses([(FACTS_PREFIX + name, _raw(picture, FACTS_PREFIX, name))]).get(name, []),
         "id": f"{member.node:016x}",
+        "replicas": picture.replicas.get(name, 0),
+        "owned": picture.owned.get(name, 0),
         "volumes": _number(load, "volumes"),
         "clients": _number(load, "clients"),
         "requests_per_s": _number(load, "requests_per_s"),

@@ -196,6 +196,7 @@ class Node:
         await self.capacity.look()
         volumes = await self.volumes.list()
         cluster, of_cluster = self.cluster.status() if self.cluster else (None, [])
+        of_cluster = [*of_cluster, *(self.part.findings(volumes) if self.part else ())]
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -11,6 +11,7 @@ Rules
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -19,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 from metadata.families import Families
 from metadata.registry import FAMILY_ID_BYTES, FIRST_VOLUME, Family, RegistryError, Volume
 from metadata.replica_set import Member, ReplicaSet
-from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted
 from nbdserver.node.owning import Owning
+from nbdserver.node.placing import next_step
 from nbdserver.node.replicas import Replicas
 from nbdserver.node.sizes import format_size
 from nbdserver.node.spread import FULL_PERCENT, Place, choose
+from nbdserver.node.volume_settings import MOST_REPLICAS
 from nbdserver.node.volumes import Volumes
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
 
-MOST_REPLICAS = 5
 LOOK_S = 2.0
 IN_SYNC_S = 60.0
 """So long the making of a volume waits until its replicas are in sync; they go on after that."""
@@ -46,7 +48,13 @@ class ReplicaChanges:
         volumes: Volumes,
         cluster: Callable[[], "Cluster | None"],
         event: Callable[[str, dict[str, Any]], None],
+        repair_delay_s: float,
     ) -> None:
+        """`repair_delay_s`: after it a silent node's replicas are made elsewhere; 0.0: never."""
+        self.problems: dict[str, str] = {}
+        """By family: why its replicas cannot be where they shall be."""
+        self._repair_delay_s = repair_delay_s
+        self._wanted = asyncio.Event()
         self._families = families
         self._replicas = replicas
         self._owning = owning
@@ -68,16 +76,13 @@ class ReplicaChanges:
         if it is among them. WrongInputError, NotFoundError, ConflictError."""
         if not 1 <= replicas <= MOST_REPLICAS:
             raise WrongInputError(f"replicas: {replicas} is not 1 to {MOST_REPLICAS}; write for example --replicas 3")
-        places = {place.node: place for place in self.places()}
+        places = self.places()
         for node in on:
-            if node not in places:
-                raise NotFoundError(f"there is no node {node!r:.60}; there are: {', '.join(sorted(places))}")
-            if places[node].obstacle:
-                raise ConflictError(f"{node} gets no new replica: it {places[node].obstacle}")
+            self._demand_place(node, places)
         if len(set(on)) != len(on) or len(on) > replicas:
             raise WrongInputError(f"--on names {len(on)} nodes for {replicas} replicas; name each once, and no more")
         me = self._replicas.me
-        chosen = choose(list(places.values()), replicas, on, me)
+        chosen = choose(places, replicas, on, me)
         return tuple(sorted(chosen, key=lambda node: node != me))
 
     # --- making ---
@@ -126,12 +131,118 @@ class ReplicaChanges:
                 return
             await asyncio.sleep(0.1)
 
+    # --- changing ---
+
+    async def move(self, name: str, source: str, target: str = "") -> None:
+        """Let the replica on `source` be on another node, on `target` or whichever is best. It is made there, and when
+        it is in sync the one on `source` is deleted. At the owner. NotFoundError, ConflictError, NodeError."""
+        async with self._volumes.lock:
+            found = self._families.find(name)
+            if found is None or not found[0].replicas:
+                raise ConflictError(f"{name} is one node's own; nbdserver volume set {name} replicas=3 changes that")
+            family, _ = found
+            value = self._families.replica_set(family.id)
+            there = value.placement if value is not None else ()
+            if source not in there:
+                raise NotFoundError(f"{name} has no replica on {source!r:.60}; it is on {', '.join(there)}")
+            places = self.places()
+            if target:
+                if target in there:
+                    raise ConflictError(f"{name} has a replica on {target} already")
+                self._demand_place(target, places)
+            else:
+                staying = [node for node in there if node != source]
+                choose([place for place in places if place.node != source], len(there), staying)
+            await self._families.change(family, leave=tuple({*family.leave, source} - {target}))
+            if value is not None and target:
+                await self._volumes.call("place", family=family.id, placement=[*value.staying, target])
+        self._event("replica-moving", {"volume": name, "source": source, "target": target})
+        self.stir()
+
+    def _demand_place(self, node: str, places: Sequence[Place]) -> None:
+        place = next((place for place in places if place.node == node), None)
+        if place is None:
+            raise NotFoundError(f"there is no node {node!r:.60}; there are: {', '.join(one.node for one in places)}")
+        if place.obstacle:
+            raise ConflictError(f"{node} gets no new replica: it {place.obstacle}")
+
+    async def share(self, family: Family, replicas: int) -> None:
+        """Make a family of this node's own the cluster's; the other replicas follow. Under the volumes' lock. Its
+        clients have to be gone. ConflictError, NodeError, RegistryError."""
+        choose(self.places(), replicas, [self._replicas.me])
+        clients = await self._owning.clients(family)
+        if clients:
+            raise ConflictError(f"volume {family.name} has {counted(clients, 'client connection')}; detach first")
+        await self._volumes.call("close", family=family.id)
+        shared = await self._families.begin_sharing(family, replicas)
+        me = self._replicas.me
+        try:
+            incarnation = (await self._replicas.follow(shared))["incarnation"]
+            value = ReplicaSet(family.epoch, me, (Member(me, incarnation),), (me,), family.generation)
+            if not await self._families.add_shared(shared, value):
+                raise ConflictError(f"the cluster has a volume that is called like one of {family.name}'s; rename it")
+        except (NodeError, RegistryError):
+            await self._replicas.give_back(shared)
+            raise
+        await self._families.end_sharing(shared)
+        await self._replicas.own(family.id)
+        self._event("volume-shared", {"volume": family.name, "replicas": replicas})
+        self.stir()
+
     # --- from now to the end ---
+
+    def stir(self) -> None:
+        """Something is wanted."""
+        self._wanted.set()
 
     async def watch(self) -> None:
         """Make the next steps for the families that this node owns, for ever."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), LOOK_S)
+            self._wanted.clear()
+            cluster = self._cluster()
+            if cluster is None or not cluster.is_active:
+                continue
+            for family in self._families.replicas():
+                try:
+                    await self._step(family, cluster)
+                except (NodeError, RegistryError, OSError) as error:
+                    self._note(family, str(error))
+
+    async def _step(self, family: Family, cluster: "Cluster") -> None:
+        value = self._families.replica_set(family.id)
+        if value is None or not self._replicas.owns(family.id):
+            self.problems.pop(family.id, None)
+            return
+        places = self.places()
+        leave = {*family.leave, *(place.node for place in places if place.is_draining)}
+        leave |= {node for node in value.staying if self._is_lost(node, cluster)}
+        step = next_step(family.replicas, leave, value, self._replicas.me, places)
+        if step.placement:
+            self._event("replicas-placed", {"volume": family.name, "nodes": list(step.placement)})
+            await self._volumes.call("place", family=family.id, placement=list(step.placement))
+        elif step.owner:
+            await self._owning.move(family, step.owner)
+        elif family.leave and not set(family.leave) & set(value.placement):
+            await self._families.change(family, leave=())
+        self._note(family, step.problem)
+
+    def _is_lost(self, node: str, cluster: "Cluster") -> bool:
+        """Whether a replica there is not waited for any more."""
+        if node not in cluster.names():
+            return True
+        silent_s = cluster.silent_s(node)
+        return 0.0 < self._repair_delay_s <= silent_s
+
+    def _note(self, family: Family, problem: str) -> None:
+        """Say once what is in the way."""
+        if problem and self.problems.get(family.id) != problem:
+            self._event("replicas-not-placed", {"volume": family.name, "reason": problem})
+        if problem:
+            self.problems[family.id] = problem
+        else:
+            self.problems.pop(family.id, None)
 
 
 def _place(row: dict[str, Any]) -> Place:
@@ -147,4 +258,4 @@ def _place(row: dict[str, Any]) -> Place:
         obstacle = "has not said where its data processes are"
     elif (row["fill_percent"] or 0.0) >= FULL_PERCENT:
         obstacle = f"is {row['fill_percent']:.0f} % full"
-    return Place(row["name"], row["fault_domain"], free_bytes, obstacle)
+    return Place(row["name"], row["fault_domain"], free_bytes, obstacle, row["draining"])

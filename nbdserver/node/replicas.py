@@ -118,6 +118,8 @@ class Replicas:
             return
         async with self._lock:
             await self._settle_scraps()
+            for family in self._families.being_shared():
+                await self._settle_sharing(family)
             for family_id, nodes in self._families.removed().items():
                 if self.me in nodes:
                     await self.forget(family_id)
@@ -127,6 +129,13 @@ class Replicas:
                 except (NodeError, RegistryError, OSError) as error:
                     self._note(family.id, str(error))
         self._own_again()
+
+    async def _settle_sharing(self, family: Family) -> None:
+        """The node stopped while a family was on its way to the shared registry."""
+        if self._families.replica_set(family.id) is not None:
+            await self._families.end_sharing(family)
+        else:
+            await self.give_back(family)
 
     async def _make_true(self, family: Family) -> None:
         value = self._families.replica_set(family.id)
@@ -208,6 +217,13 @@ class Replicas:
         if self._families.has_replica(family_id):
             await self._families.drop_replica(family_id)
             await self._opening.scrap(family_id)
+
+    async def give_back(self, family: Family) -> None:
+        """A family that could not be shared is this node's own again."""
+        if family.id in self._following:
+            await self._call("close", family=family.id)
+        self._following.discard(family.id)
+        await self._opening.open(await self._families.begin_sharing(family, 0))
 
     async def drop_unknown(self, family_id: str) -> None:
         """Close and delete what was made here and is known to nobody."""

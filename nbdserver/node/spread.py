@@ -28,6 +28,8 @@ class Place:
     free_bytes: int
     obstacle: str = ""
     """Why it gets no new replica, in a few words; "" if it may."""
+    is_draining: bool = False
+    """Whether it shall lose those that it has."""
 
 
 def choose(places: Sequence[Place], replicas: int, kept: Collection[str] = (), first: str = "") -> tuple[str, ...]:

@@ -21,9 +21,12 @@ MAX_ALLOWED_CLIENTS = 256
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 LIMIT_KEYS = ("iops", "iops-burst", "bandwidth", "bandwidth-burst")
-SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", "tls", *LIMIT_KEYS, "max-data")
+SETTING_KEYS = ("read-only", "description", "shared", "allowed-clients", "tls", *LIMIT_KEYS, "max-data", "replicas")
 MAX_DATA = "max-data"
 """Of a family: of a volume, its snapshots and its clones together."""
+
+REPLICAS = "replicas"
+MOST_REPLICAS = 5
 
 MAX_DATA_BYTES = 1 << 50
 
@@ -83,6 +86,13 @@ def parse_max_data(value: str, segment_bytes: int) -> int:
     if size_bytes > MAX_DATA_BYTES:
         raise WrongInputError(f"{MAX_DATA}={value!s:.40} is no limit to anything; write {MAX_DATA}=none")
     return size_bytes
+
+
+def parse_replicas(value: str) -> int:
+    """Return N of `replicas=N`. Raises WrongInputError."""
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_REPLICAS:
+        raise WrongInputError(f"replicas={value!s:.40} is not 1 to {MOST_REPLICAS}; write for example replicas=3")
+    return int(value)
 
 
 def _change_limit(settings: ExportSettings, key: str, value: str) -> ExportSettings:

@@ -38,7 +38,14 @@ from nbdserver.node.opening import Call, Opening
 from nbdserver.node.replica_view import ELSEWHERE, NO_REPLICAS, UNOWNED
 from nbdserver.node.replicas import Replicas
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
-from nbdserver.node.volume_settings import MAX_DATA, change_settings, check_name, parse_max_data
+from nbdserver.node.volume_settings import (
+    MAX_DATA,
+    REPLICAS,
+    change_settings,
+    check_name,
+    parse_max_data,
+    parse_replicas,
+)
 from protocol.invariant import invariant
 
 MAX_FAMILIES = 1024
@@ -76,6 +83,8 @@ class Volumes:
         self.opening = Opening(directory, families, call, event)
         self.replicas: Replicas | None = None
         """Of a node that belongs to a cluster."""
+        self.share: Callable[[Family, int], Awaitable[None]] = _no_cluster
+        """Makes one of this node's own families the cluster's."""
         self.is_up: Callable[[str], bool] = lambda node: False
         """Whether a node of the cluster is heard."""
 
@@ -193,18 +202,25 @@ class Volumes:
         """Change settings, all of `changes` or none, live."""
         async with self.lock:
             family, volume = self._find(name)
-            settings, max_data = volume.settings, family.max_data
+            settings, max_data, replicas = volume.settings, family.max_data, family.replicas
             for key, value in changes.items():
-                if key.replace("_", "-") == MAX_DATA:
+                if key == REPLICAS:
+                    replicas = parse_replicas(value)
+                elif key.replace("_", "-") == MAX_DATA:
                     max_data = parse_max_data(value, family.segment_bytes)
                 else:
                     settings = change_settings(settings, key, value)
-            if (settings, max_data) != (volume.settings, family.max_data):
+            if replicas and not family.replicas:
+                if len(changes) > 1:
+                    raise WrongInputError("replicas of a volume that is one node's own cannot be set with others")
+                await self.share(family, replicas)
+            elif (settings, max_data, replicas) != (volume.settings, family.max_data, family.replicas):
                 if not self.opening.why_not(family, volume):
                     await self.call("set", family=family.id, number=volume.number, settings=asdict(settings))
                     await self.call("limit_data", family=family.id, max_data_bytes=max_data)
                 changed = replace(volume, settings=settings)
-                await self._families.change(family, volumes=family.with_volume(changed).volumes, max_data=max_data)
+                volumes = family.with_volume(changed).volumes
+                await self._families.change(family, volumes=volumes, max_data=max_data, replicas=replicas)
                 self.event("volume-changed", {"volume": name, "changes": changes})
             return await self._shown(name)
 
@@ -394,6 +410,10 @@ class Volumes:
             return UNKNOWN
         assert self.replicas is not None
         return ELSEWHERE if value.owner != self.replicas.me and self.is_up(value.owner) else UNOWNED
+
+
+async def _no_cluster(family: Family, replicas: int) -> None:
+    raise ConflictError("this node stands alone, replicas need a cluster; nbdserver cluster init makes one")
 
 
 def change_error(errno: int, doing: str) -> NodeError:

@@ -1,5 +1,6 @@
 """Volumes on several nodes of a cluster: real processes, a real etcd, kill -9."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ def rig(processes: Processes, tmp_path: Path, free_port: Callable[[], int], etcd
     return ClusterRig(processes, tmp_path, free_port, etcd.endpoints)
 
 
-def start_three(rig: ClusterRig) -> list[ClusterNode]:
-    nodes = [rig.start(name) for name in ("n1", "n2", "n3")]
+def start(rig: ClusterRig, *names: str) -> list[ClusterNode]:
+    """Nodes that do not wait long for a replica that is lost."""
+    nodes = []
+    for name in names:
+        config = rig.make(name)
+        config.write_text(config.read_text().replace("cluster:\n", "cluster:\n  repair_delay: 5s\n", 1))
+        nodes.append(rig.serve(config))
     for node in nodes:
-        wait(lambda node=node: node.up() == ["n1", "n2", "n3"], "three nodes know each other")  # type: ignore[misc]
+        wait(lambda node=node: node.up() == sorted(names), "the nodes know each other")  # type: ignore[misc]
         wait(
             lambda node=node: all(row["data_addresses"] for row in node.get("/v1/nodes")),  # type: ignore[misc]
             "where their data processes are",
@@ -43,7 +49,7 @@ def replicas(node: ClusterNode, volume: str) -> dict[str, Any]:
 
 
 def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_changed_at_any_node(rig: ClusterRig) -> None:
-    n1, n2, n3 = start_three(rig)
+    n1, n2, n3 = start(rig, "n1", "n2", "n3")
     made = n1.ask("volume", "create", "db", "--size", "64M", "--replicas", "3")
     assert (made["state"], made["replicas"]["owner"], made["replicas"]["in_sync"]) == ("serving", "n1", 3)
     client = Client(("127.0.0.1", n1.server.port), "db")
@@ -78,6 +84,14 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     assert n1.ask("volume", "show", "db")["settings"]["description"] == "moved"
     client.close()
 
+    # A node gets an empty disk: it makes its replica anew.
+    n3.server.kill9()
+    wait(lambda: replicas(n2, "db")["in_sync"] == 2, "n3 is not in sync")
+    shutil.rmtree(n3.server.data)
+    n3.server.start()
+    wait(lambda: replicas(n2, "db")["in_sync"] == 3, "n3 is in sync again")
+    assert directories(n3)
+
     # It is deleted everywhere, also where it was not asked for, and where nobody was there.
     n3.server.kill9()
     n1.server.command("snapshot", "delete", "db@monday")
@@ -90,3 +104,47 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
 
 def directories(node: ClusterNode) -> list[Path]:
     return list((node.server.data / "families").iterdir())
+
+
+def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_is_lost(rig: ClusterRig) -> None:
+    nodes = dict(zip(("n1", "n2", "n3", "n4"), start(rig, "n1", "n2", "n3", "n4"), strict=True))
+    n1, n2, n3, n4 = nodes.values()
+
+    # One node's own volume becomes the cluster's, with what it has.
+    n1.server.command("volume", "create", "db", "--size", "64M")
+    client = Client(("127.0.0.1", n1.server.port), "db")
+    assert client.request(Command.WRITE, 0, BLOCK, b"a" * BLOCK).error == 0
+    assert "detach first" in n1.refuses("volume", "set", "db", "replicas=2")
+    client.close()
+    wait(lambda: n1.get("/v1/volumes/db")["clients"] == 0, "the client is gone")
+    n1.server.command("volume", "set", "db", "replicas=2")
+    wait(lambda: replicas(n2, "db")["in_sync"] == 2, "two replicas")
+    n2.server.command("volume", "set", "db", "replicas=3")
+    wait(lambda: replicas(n2, "db")["in_sync"] == 3, "three replicas")
+    assert n3.ask("resync") == []
+
+    # A replica moves, and the owner is drained.
+    (source, *_) = [each["node"] for each in replicas(n2, "db")["nodes"] if each["node"] != "n1"]
+    moved = n4.ask("volume", "move", "db", "--from", source)
+    assert source not in [each["node"] for each in moved["replicas"]["nodes"]]
+    assert moved["replicas"]["in_sync"] == 3
+    drained = n2.ask("node", "drain", "n1")
+    assert (drained["replicas"], drained["owned"]) == (0, 0)
+    assert not directories(n1)
+    client = Client(("127.0.0.1", n1.server.port), "db")  # forwarded
+    assert client.read(0, BLOCK) == b"a" * BLOCK
+    client.close()
+
+    # A node is lost: its replica is made on the one that may have some again.
+    n1.server.command("node", "drain", "n1", "--end")
+    found = replicas(n1, "db")
+    lost = next(each["node"] for each in found["nodes"] if each["node"] != found["owner"])
+    nodes[lost].server.kill9()
+    wait(lambda: f"silent: {lost}" in n1.findings(), "who looks is told of it")
+    wait(lambda: on(n1, "db") == sorted({"n1", "n2", "n3", "n4"} - {lost}), "it is made on n1")
+    wait(lambda: replicas(n1, "db")["in_sync"] == 3, "three are in sync again")
+    assert directories(n1)
+
+
+def on(node: ClusterNode, volume: str) -> list[str]:
+    return sorted(each["node"] for each in replicas(node, volume)["nodes"])

@@ -60,7 +60,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{CLUSTER}\n  subscribe: a/", r"cluster: subscribe is for nodes with across_wan: true"),
     (
         f"{CLUSTER}\n  across_wan: true\n  subscribe: [{', '.join(f'p{n}/' for n in range(80))}]",
-        r"cluster: subscribe has 80 beginnings; name at most 58, shorter ones",
+        r"cluster: subscribe has 80 beginnings; name at most 57, shorter ones",
     ),
     (f"{CLUSTER}\n  across_wan: true\n  subscribe: {'x' * 481}", r"cluster.subscribe.0: .* is not a text of 1 to 480"),
     (CLUSTER.replace("10.0.0.5:", "storage1:"), r"cluster.address: 'storage1:10810' has a host name; write the number"),
@@ -68,6 +68,11 @@ WRONG: list[tuple[str, str]] = [
         CLUSTER.replace("10.0.0.5:", "0.0.0.0:"),
         r"cluster.address: '0.0.0.0:10810' is nothing that other nodes can reach",
     ),
+    (
+        f"{CLUSTER}\n  repair_delay: 1s",
+        r"cluster.repair_delay: '1s' is not 5s to 30d; write for example 30m, 6h",
+    ),
+    (f"{CLUSTER}\n  data_address: 10.0.0.5", r"cluster.data_address: '10.0.0.5' is not HOST:PORT"),
     (CLUSTER.replace("node: n1", "node: a b"), r"cluster.node: 'a b' is not a name; use 1 to 63 of"),
     (CLUSTER.replace("ca: c, ", ""), r"node.yaml:6: cluster.tls.ca: is missing: the cluster's CA"),
     (
@@ -174,3 +179,14 @@ def test_what_the_command_line_gives_is_put_over_the_file_by_key() -> None:
     assert (changed.listen, changed.http.listen, changed.http.public_read) == (["127.0.0.1:2"], "127.0.0.1:3", True)
     assert changed.cache == settings.cache
     assert put_over(settings, {}) == settings
+
+
+def test_data_processes_listen_to_their_peers_above_the_nodes_address_or_where_it_is_said() -> None:
+    cluster = parse_settings(CLUSTER.encode(), "node.yaml").cluster
+    assert cluster is not None
+    assert cluster.data_addresses(2) == ["10.0.0.5:10811", "10.0.0.5:10812"]
+    assert (cluster.data_tls, cluster.repair_delay) == (True, 1800.0)
+    other = f"{CLUSTER}\n  data_address: '[fd00::5]:20000'\n  repair_delay: none"
+    cluster = parse_settings(other.encode(), "node.yaml").cluster
+    assert cluster is not None
+    assert (cluster.data_addresses(1), cluster.repair_delay) == (["[fd00::5]:20000"], 0.0)

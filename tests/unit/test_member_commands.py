@@ -23,6 +23,8 @@ UP: dict[str, Any] = {
     "version": "1.2",
     "started": "2026-01-01T00:00:00+00:00",
     "id": "00000000000000aa",
+    "replicas": 3,
+    "owned": 1,
     "volumes": 3,
     "clients": 2,
     "requests_per_s": 1234.4,
@@ -55,6 +57,7 @@ class Client:
             "/v1/nodes": [UP, SILENT],
             "/v1/nodes/n1": UP,
             "/v1/nodes/n2": SILENT,
+            "/v1/resync": [],
             "/v1/cluster": {"is_active": self.is_active},
             "/v1/directory": [{"key": "load/n1", "value": "{}", "encoding": "utf-8"}],
         }[path]
@@ -104,16 +107,31 @@ def test_a_node_is_shown_with_what_it_says_of_itself(capsys: pytest.CaptureFixtu
 
 
 def test_draining_and_removing_say_what_comes_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["node", "drain", "n2"])
+    run(["node", "drain", "n2", "--no-wait"])
     assert Client.asked == [("/v1/nodes/n2/drain", {"drain": True})]
     run(["node", "drain", "n2", "--end"])
     assert Client.asked == [("/v1/nodes/n2/drain", {"drain": False})]
     run(["node", "remove", "n2"])
     assert Client.asked == [("/v1/nodes/n2", None)]
     drained, ended, removed = capsys.readouterr().out.splitlines()
-    assert drained.startswith("n2 gets nothing new")
+    assert drained == "n2 gets nothing new; it has 3 replicas, serves 1 of them, and has - clients"
     assert ended == "n2 gets new volumes again"
     assert "rotate-key" in removed
+
+
+def test_a_drain_waits_until_no_replica_is_left_or_none_leaves_any_more(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [SILENT | {"replicas": count} for count in (3, 2, 0)]
+    monkeypatch.setattr(Client, "get", lambda self, path: [] if path == "/v1/resync" else left.pop(0))
+    monkeypatch.setattr(member_commands, "LOOK_S", 0.0)
+    run(["node", "drain", "n2"])
+    assert left == []
+    assert capsys.readouterr().out == "n2 gets nothing new; it has 0 replicas, serves 1 of them, and has - clients\n"
+    monkeypatch.setattr(Client, "get", lambda self, path: [] if path == "/v1/resync" else SILENT)
+    monkeypatch.setattr(member_commands, "STILL_S", 0.01)
+    run(["node", "drain", "n2"])
+    assert "no other nodes that could have these replicas" in capsys.readouterr().out
 
 
 def test_the_directory_is_printed_as_it_is_and_as_it_changes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,119 @@
+"""Replicas that are being made complete, as people see them: how much is left, how fast, for how long, or what for it
+waits.
+
+Theory: only the owner of a family knows what a replica lacks; every node can ask the owners. A region counts whole,
+however little of it differs, so what is left is told as at most.
+
+Rules: pure, but for `ResyncView.rows`, which asks.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from metadata.families import Families
+from metadata.region_table import REGION_BYTES
+from metadata.registry import Family
+from metadata.replica_set import ReplicaSet
+from nbdserver.node.errors import NodeError
+from nbdserver.node.opening import Call
+from nbdserver.node.owning import Others
+from nbdserver.node.replicas import Replicas
+
+ASK_S = 3.0
+
+Row = dict[str, Any]
+
+COPYING, CONNECTING, WAITING, SILENT, UNKNOWN = "copying", "connecting", "waiting", "silent", "unknown"
+"""What a replica does that is not in sync: it gets regions; its node is up and its replica is not reached yet; it
+waits, `reason` says for what; its node is not heard; nobody who knows can be asked."""
+
+
+def row(family: Family, value: ReplicaSet, node: str, is_up: bool, link: Mapping[str, Any] | None) -> Row:
+    """Of a replica that is not in sync; `link` is what the owner says of it."""
+    left = int(link["regions_left"]) if link else 0
+    bytes_per_s = float(link["bytes_per_s"]) if link else 0.0
+    left_bytes = left * REGION_BYTES
+    state = _state(is_up, link, left, bytes_per_s)
+    return {
+        "volume": family.name,
+        "node": node,
+        "owner": value.owner,
+        "state": state,
+        "left_bytes": left_bytes if link else None,
+        "total_bytes": int(link["regions_total"]) * REGION_BYTES if link else None,
+        "bytes_per_s": round(bytes_per_s),
+        "left_s": round(left_bytes / bytes_per_s) if left and bytes_per_s else None,
+        "reason": str(link["reason"]) if link and state in (CONNECTING, WAITING) else "",
+    }
+
+
+def _state(is_up: bool, link: Mapping[str, Any] | None, left: int, bytes_per_s: float) -> str:
+    if not is_up:
+        return SILENT
+    if link is None:
+        return UNKNOWN
+    if link["state"] in ("connecting", "opening"):
+        return CONNECTING
+    return COPYING if left and (bytes_per_s or not link["reason"]) else WAITING
+
+
+class ResyncView:
+    """Of all families of the cluster, from any node."""
+
+    def __init__(
+        self,
+        families: Families,
+        replicas: Replicas,
+        others: Callable[[], Others | None],
+        is_up: Callable[[str], bool],
+        call: Call,
+    ) -> None:
+        self._families = families
+        self._replicas = replicas
+        self._others = others
+        self._is_up = is_up
+        self._call = call
+
+    async def rows(self) -> list[Row]:
+        """Every replica that is not in sync, by volume and node."""
+        behind = [(family, value) for family in self._families.of_cluster() if (value := self._behind(family))]
+        me = self._replicas.me
+        owners = {value.owner for _, value in behind if value.owner != me and self._is_up(value.owner)}
+        told = await asyncio.gather(*(self._ask(owner) for owner in sorted(owners)))
+        links = {key: link for one in [*told, await self._links()] for key, link in one.items()}
+        return [
+            row(family, value, node, self._is_up(node), links.get(f"{family.id}/{node}"))
+            for family, value in behind
+            for node in value.placement
+            if value.member(node) is None
+        ]
+
+    def _behind(self, family: Family) -> ReplicaSet | None:
+        value = self._families.replica_set(family.id)
+        return None if value is None or len(value.in_sync) == len(value.placement) else value
+
+    async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What this node, as an owner, knows of the replicas of others."""
+        return {"links": await self._links()}
+
+    async def _links(self) -> dict[str, Any]:
+        try:
+            told = await self._call("replicas")
+        except NodeError:
+            return {}
+        return {
+            f"{family_id}/{link['node']}": link
+            for family_id, described in told.items()
+            for link in described["links"]
+            if not link["is_member"]
+        }
+
+    async def _ask(self, owner: str) -> dict[str, Any]:
+        others = self._others()
+        try:
+            answer = await others.ask(owner, {"do": "resync"}, ASK_S) if others is not None else {}
+        except NodeError:
+            return {}
+        links = answer.get("links")
+        return links if isinstance(links, dict) else {}
