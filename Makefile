@@ -14,6 +14,7 @@ ROUNDS ?= 50
 MINUTES ?= 1
 SEED ?=
 WORLD ?= all
+OF ?= nodes
 EXAMPLES ?= 20000
 BENCH ?=
 
@@ -56,9 +57,9 @@ bench-cluster: $(VENV)/installed-for-tests  ## three replicas of ours beside thr
 simulate: $(VENV)/installed-for-tests  ## run fresh seeds for MINUTES on all cores, or one SEED again with its story; WORLD says of what
 	@exec $(BIN)/python -m tests.simulation --world $(WORLD) $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
 
-soak: $(VENV)/installed-for-tests  ## kill, stop and cut off the nodes of a real cluster for MINUTES, watching their memory
+soak: $(VENV)/installed-for-tests  ## kill, stop and cut off the nodes of a real cluster for MINUTES, watching their memory; OF=directory: of their directories alone
 	@tests/provision.sh
-	exec $(BIN)/python -m tests.interop.directory_soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	exec $(BIN)/python -m tests.interop.soak --minutes $(MINUTES) --of $(OF) $(if $(SEED),--seed $(SEED))
 
 power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS times under writes
 	@tests/provision.sh

@@ -102,13 +102,6 @@ class NodeProcess:
         """Publish `count/NAME` again and again, higher each time, from now on."""
         self.ask(do="count", key=f"count/{self.name}", first=self.lives * LIFE)
 
-    def memory_mib(self) -> float:
-        """Resident, now."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
-        raise AssertionError("no VmRSS")
-
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

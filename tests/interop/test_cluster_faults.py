@@ -1,152 +1,44 @@
 """Whole nodes, and everything that may happen to them: a network that loses datagrams and is cut, masters killed and
 stopped past their lease, etcd members killed, nodes that join meanwhile, and programs of other versions."""
 
+import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nbdserver.node.authority import Authority
-from tests.cluster_rig import ClusterNode, ClusterRig, wait
+from tests.cluster_rig import ClusterRig, wait
 from tests.conftest import ROOT, Processes
-from tests.etcd_cluster import DAY, EtcdCluster
 from tests.etcd_rig import MakeCluster
-from tests.interop.site import HUB, HUB_ADDRESS, NoNamespacesError, Site
+from tests.interop.site import NoNamespacesError, Site
+from tests.interop.whole_nodes import WholeNodes
 from tests.serving import PROGRAM
 
-PASSWORD = "a password of the test"
 LOSS_PER_CENT = 10
-LEASE_S = 5.0
-
-
-@pytest.fixture
-def site(processes: Processes, needs: Callable[[str, str], str]) -> Site:
-    for program, package in (("nft", "nftables"), ("ip", "iproute2")):
-        needs(program, package)
-    try:
-        return Site(processes)
-    except NoNamespacesError as error:
-        pytest.skip(f"no network namespaces here: {error}")
-
-
-class Faults:
-    """Nodes on machines of a site, and three etcd members at its hub who take only TLS, and users with a password."""
-
-    def __init__(
-        self, site: Site, processes: Processes, path: Path, free_port: Callable[[], int], make_etcd: MakeCluster
-    ) -> None:
-        authority = Authority(path / "tls")
-        authority.make_ca("etcd", DAY)
-        self.etcd: EtcdCluster = make_etcd(
-            3, authority=authority, server_name=HUB_ADDRESS, host=HUB_ADDRESS, within=site.within
-        )
-        self.etcd.enable_auth(PASSWORD, "nbdserver/")
-        (path / "password").write_text(f"{PASSWORD}\n")
-        login = ("--etcd-ca", str(authority.ca_certificate), "--etcd-user", "node")
-        login += ("--etcd-password-file", str(path / "password"))
-        site.lose(LOSS_PER_CENT)
-        self.site = site
-        self.rig = ClusterRig(processes, path, free_port, self.etcd.endpoints, login, site)
-        self.nodes: list[ClusterNode] = []
-        self._drained = 0
-
-    def join(self, name: str, *more: str) -> None:
-        self.nodes.append(self.rig.start(name, *more))
-
-    def master(self) -> ClusterNode:
-        """Whom all nodes have for the master."""
-        wait(lambda: len({node.cluster()["master"] for node in self.nodes} - {""}) == 1, "all have one master")
-        name = self.nodes[0].cluster()["master"]
-        return next(node for node in self.nodes if node.name == name)
-
-    def others(self, node: ClusterNode) -> list[ClusterNode]:
-        return [one for one in self.nodes if one is not node]
-
-    def another_master(self, old: ClusterNode) -> ClusterNode:
-        """Wait until the others have one, and it has confirmed a change that the registry keeps."""
-        others = self.others(old)
-        names = {node.name for node in others}
-        wait(lambda: {node.cluster()["master"] for node in others} & names != set(), "another master")
-        master = next(node for node in others if node.name == node.cluster()["master"])
-        self.drain(master)
-        return master
-
-    def drain(self, asked: ClusterNode) -> None:
-        """A change of truth, each time another one: it has to come to all nodes and to stay."""
-        self._drained += 1
-        asked.server.command("node", "drain", "n1", *(("--end",) if self._drained % 2 == 0 else ()))
-
-    def settle(self) -> None:
-        """Wait until all is well: everybody is up for everybody, and has the last change."""
-        names = sorted(node.name for node in self.nodes)
-        is_drained = self._drained % 2 == 1
-        for node in self.nodes:
-            wait(lambda node=node: node.up() == names, f"{node.name} has {names} up")  # type: ignore[misc]
-            wait(lambda node=node: node.node("n1")["draining"] == is_drained, "the last change")  # type: ignore[misc]
-        assert len({(node.cluster()["master"], node.cluster()["epoch"]) for node in self.nodes}) == 1
 
 
 def test_five_whole_nodes_of_both_kinds_go_on_whatever_is_killed_stopped_and_cut_off(
-    site: Site, processes: Processes, tmp_path: Path, free_port: Callable[[], int], make_etcd: MakeCluster
+    processes: Processes, tmp_path: Path, free_port: Callable[[], int], needs: Callable[[str, str], str]
 ) -> None:
-    faults = Faults(site, processes, tmp_path, free_port, make_etcd)
-    for name in ("n1", "n2", "n3"):
-        faults.join(name)
-    faults.join("far", "--across-wan")
-    faults.settle()
-
-    # The master, all of it, stands still until its lease is over: when it goes on it follows another one.
-    old = faults.master()
-    epoch = old.cluster()["epoch"]
-    goes_on = old.stand_still()
-    stopped_s = time.monotonic()
-    newer = faults.another_master(old)
-    time.sleep(max(0.0, stopped_s + 1.5 * LEASE_S - time.monotonic()))
-    goes_on()
-    faults.settle()
-    assert (newer.cluster()["master"], old.cluster()["master"]) == (newer.name, newer.name)
-    assert newer.cluster()["epoch"] > epoch
-
-    # kill -9 of the master and of an etcd member at once, and a fifth node joins meanwhile.
-    member = faults.etcd.members[faults.etcd.leader()]
-    newer.server.kill9()
-    member.kill()
-    faults.join("n5")
-    faults.another_master(newer)
-    member.start()
-    newer.server.start()
-    faults.settle()
-
-    # The master reaches nobody, etcd neither, and nobody reaches it: it says so, and comes back as one that follows.
-    old = faults.master()
-    site.part([old.name], [*(node.name for node in faults.others(old)), HUB])
-    newer = faults.another_master(old)
-    wait(lambda: "has heard no master" in old.findings(), "who is cut off says so")
-    assert "registry (etcd" in old.findings()
-    assert not old.cluster()["is_active"]
-    old.server.command("volume", "create", "disk0", "--size", "64M")
-    site.mend()
-    faults.settle()
-    assert old.cluster()["master"] == newer.name
-
-    # Two etcd members of three are gone: what needs no change of truth goes on, what nodes say of themselves too.
-    epoch = newer.cluster()["epoch"]
-    for member in faults.etcd.members[:2]:
-        member.kill()
-    wait(lambda: "registry (etcd" in newer.findings(), "that etcd is gone is told")
-    far = next(node for node in faults.nodes if node.name == "far")
-    n5 = faults.nodes[-1]
-    n5.server.command("volume", "create", "disk5", "--size", "64M")
-    wait(lambda: far.node("n5")["volumes"] == 1, "what a node says of itself comes to one across a WAN without etcd")
-    assert all(node.cluster()["is_active"] for node in faults.nodes)
-    for member in faults.etcd.members[:2]:
-        member.start()
-    wait(lambda: "registry (etcd" not in newer.findings(), "etcd is back")
-    faults.drain(far)
-    faults.settle()
-    assert newer.cluster()["epoch"] == epoch
+    for program, package in (
+        ("etcd", "etcd-server"),
+        ("etcdctl", "etcd-client"),
+        ("nft", "nftables"),
+        ("ip", "iproute2"),
+    ):
+        needs(program, package)
+    try:
+        site = Site(processes)
+    except NoNamespacesError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    site.lose(LOSS_PER_CENT)
+    nodes = WholeNodes(site, processes, tmp_path, free_port, random.Random(1))
+    nodes.stop_master()
+    nodes.kill_master_and_registry_member(joiner="n5")
+    assert nodes.nodes[-1].name == "n5"
+    nodes.cut_master_off()
+    nodes.kill_registry()
 
 
 def copy_of_program(to: Path, version: str, protocol_version: int) -> tuple[str, ...]:

@@ -1,0 +1,160 @@
+"""What can happen to a cluster of real nodes, at random, for a while: `make soak MINUTES=10`.
+
+    python -m tests.interop.soak [--minutes 10] [--seed N] [--of nodes|directory]
+
+Rounds of `whole_nodes`, or of `directory_cluster`, which has more of them and counts what is confirmed, one after the
+other, a line for each. In the end a line of JSON says what was done and how much memory the processes have: in no life
+may one grow by more than GROWTH_MIB after the first SETTLED_S. A round that fails ends it all. The seed draws the
+rounds; their timing is the machine's own.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.conftest import PORTS, Processes
+from tests.interop.directory_cluster import DirectoryCluster
+from tests.interop.site import Site
+from tests.interop.whole_nodes import WholeNodes
+
+LOSSES_PER_CENT = (0, 1, 10, 30)
+SETTLED_S = 30.0
+GROWTH_MIB = 16.0
+JOINERS = 2
+
+
+class Memory:
+    """How much each life of a node has, and had when it was settled."""
+
+    def __init__(self) -> None:
+        self.peak_mib = 0.0
+        self.growth_mib = 0.0
+        self._began_s: dict[int, float] = {}
+        self._settled_mib: dict[int, float] = {}
+
+    def look(self, lives: Iterable[tuple[str, int]]) -> None:
+        """Sample these processes, (of which node, pid). AssertionError when a life has grown by too much."""
+        now_s = time.monotonic()
+        for name, pid in lives:
+            has_mib = resident_mib(pid)
+            self.peak_mib = max(self.peak_mib, has_mib)
+            if now_s - self._began_s.setdefault(pid, now_s) < SETTLED_S:
+                continue
+            growth_mib = has_mib - self._settled_mib.setdefault(pid, has_mib)
+            self.growth_mib = max(self.growth_mib, growth_mib)
+            assert growth_mib < GROWTH_MIB, f"a process of {name} has grown by {growth_mib:.1f} to {has_mib:.1f} MiB"
+
+
+def resident_mib(pid: int) -> float:
+    """What a process has in memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
+
+
+@contextmanager
+def running() -> Iterator[Processes]:
+    """Processes that end with this."""
+    processes = Processes()
+    try:
+        yield processes
+    finally:
+        processes.end()
+
+
+Rounds = dict[str, Callable[[], None]]
+Lives = Callable[[], list[tuple[str, int]]]
+
+
+def of_directory(path: Path, processes: Processes, rng: random.Random) -> tuple[Site, Rounds, Lives]:
+    """Nodes that are a directory alone. The site, the rounds, and what says which processes there are."""
+    cluster = DirectoryCluster(processes, path, _ports(rng), LOSSES_PER_CENT[0], rng)
+    joiners = [f"joiner-{number}" for number in range(JOINERS)]
+    rounds: Rounds = {
+        "master and registry member killed": lambda: cluster.kill_master_and_registry_member(
+            joiners.pop() if joiners else ""
+        ),
+        "master stopped": cluster.stop_master,
+        "master cut off": cluster.cut_master_off,
+        "master and another cut apart": cluster.bridge,
+        "master deaf": cluster.deafen_master,
+        "master silent": cluster.silence_master,
+        "registry killed": cluster.kill_registry,
+        "a node killed": cluster.kill_some_node,
+    }
+    return cluster.site, rounds, lambda: [(node.name, node.process.pid) for node in cluster.nodes]
+
+
+def of_nodes(path: Path, processes: Processes, rng: random.Random) -> tuple[Site, Rounds, Lives]:
+    """Whole nodes."""
+    nodes = WholeNodes(Site(processes), processes, path, _ports(rng), rng)
+    joiners = [f"joiner-{number}" for number in range(JOINERS)]
+    rounds: Rounds = {
+        "master and registry member killed": lambda: nodes.kill_master_and_registry_member(
+            joiners.pop() if joiners and nodes.can_let_in else ""
+        ),
+        "master stopped": nodes.stop_master,
+        "master cut off": nodes.cut_master_off,
+        "registry killed": nodes.kill_registry,
+        "a node killed": nodes.kill_some_node,
+    }
+    return nodes.site, rounds, lambda: list(nodes.lives())
+
+
+SOAKED = {"nodes": of_nodes, "directory": of_directory}
+
+
+def _ports(rng: random.Random) -> Callable[[], int]:
+    ports = iter(rng.sample(PORTS, 100))
+    return lambda: next(ports)
+
+
+def soak(of: str, duration_s: float, seed: int, path: Path, processes: Processes) -> dict[str, object]:
+    """Run rounds for so long; the figures. AssertionError if something is wrong."""
+    rng = random.Random(seed)
+    site, rounds, lives = SOAKED[of](path, processes, rng)
+    begun_s, memory, done = time.monotonic(), Memory(), Counter[str]()
+    longest_s = 0.0
+    while (now_s := time.monotonic()) < begun_s + duration_s:
+        name, loss = rng.choice(list(rounds)), rng.choice(LOSSES_PER_CENT)
+        site.lose(loss)
+        rounds[name]()
+        took_s = time.monotonic() - now_s
+        longest_s = max(longest_s, took_s)
+        done[name] += 1
+        memory.look(lives())
+        print(f"{now_s - begun_s:5.0f} s  {name}, {loss} % lost: {took_s:.1f} s", flush=True)
+    return {
+        "of": of,
+        "seed": seed,
+        "minutes": round((time.monotonic() - begun_s) / 60, 1),
+        "rounds": dict(done),
+        "longest_round_s": round(longest_s, 1),
+        "peak_mib": round(memory.peak_mib, 1),
+        "growth_mib": round(memory.growth_mib, 1),
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="a cluster of real nodes under random faults")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--of", choices=SOAKED, default="nodes", help="whole nodes, or their directories alone")
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="soak-") as path, running() as processes:
+        print(json.dumps(soak(arguments.of, arguments.minutes * 60, arguments.seed, Path(path), processes)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
