@@ -154,6 +154,11 @@ class Checkpointer:
         """The family failed: nothing is written any more; those who wait are told so that they can see it."""
         if self._job is not None:
             self._job.stop()
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Whoever waits looks anew whether it has to: it may be over for another reason, and a replica's checkpoint may
+        wait for ever for what is never committed."""
         waiting, self._waiting = self._waiting + self._waiting_for_running, []
         self._waiting_for_running = []
         for callback in waiting:

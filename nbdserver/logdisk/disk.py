@@ -269,6 +269,7 @@ class LogDisk:
         for head in heads:
             self._retire(head)
         self.slow_path.wake()
+        self.checkpointer.look_again()
 
     def _retire(self, head: Head) -> None:
         head.gone = True
@@ -382,6 +383,7 @@ class LogDisk:
         self.repairs.stop()
         if self.scrub is not None:
             self.scrub.stop()
+        self.checkpointer.look_again()
 
         def wait() -> None:
             if self.scrub is not None and self.scrub.busy:

@@ -152,6 +152,10 @@ class Replica:
     def append_now(self, modifications: Sequence[Modification]) -> int | None:
         return self._appending.at_once(modifications)
 
+    def settle(self, done: Done) -> None:
+        self._appending.give_up()
+        self._ordered.submit(lambda: 0, done)
+
     def set_committed(self, txid: int) -> None:
         self.disk.log.committed.reach(txid)
 
@@ -190,13 +194,13 @@ class Replica:
 
     def skip(self, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
         """EINVAL if it would not go forward, or what it says does not hold together."""
-        is_done = False
+        is_frozen = is_done = False
 
         def step() -> int | None:
-            nonlocal is_done
+            nonlocal is_frozen
             disk = self.disk
-            if is_done:
-                return 0
+            if is_frozen:
+                return 0 if is_done else None
             # What `to` follows is committed with it: a checkpoint that waits for that can end.
             disk.log.committed.reach(min(to.txid, disk.log.txid))
             if disk.checkpointer.running:
@@ -208,13 +212,19 @@ class Replica:
             rows = unpack_rows(tree) if len(tree) % LAYER_ROW.size == 0 else []
             if to.txid < disk.log.txid or (BEGINNING, *epochs)[-1] != to or not _is_tree(rows):
                 return errnos.EINVAL
-            self._skip(to, epochs, regions, rows)
-            is_done = True
+            self._skip(to, epochs, regions, rows, skipped)
+            is_frozen = True
             return None
 
-        self._ordered.submit(step, done)
+        def skipped() -> None:
+            nonlocal is_done
+            crash_point("skip-after-batch")
+            is_done = True
+            self._ordered.go_on()
 
-    def _skip(self, to: Position, epochs: Epochs, regions: Runs, rows: list[Row]) -> None:
+        self._ordered.submit(step, done, must_end=True)
+
+    def _skip(self, to: Position, epochs: Epochs, regions: Runs, rows: list[Row], skipped: Callable[[], None]) -> None:
         disk = self.disk
         disk.log.skip(to, epochs)
         disk.log.committed.reach(to.txid)
@@ -240,11 +250,7 @@ class Replica:
         resync.add(regions)
         if holds(Rule.SKIP_NOTES_WHAT_IS_LACKING):
             disk.checkpointer.also = resync.put_changes
-        disk.checkpointer.when_done(self._skipped)
-
-    def _skipped(self) -> None:
-        crash_point("skip-after-batch")
-        self._ordered.go_on()
+        disk.checkpointer.when_done(skipped)
 
     # -- regions
 

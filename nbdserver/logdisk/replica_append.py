@@ -24,6 +24,7 @@ import errno as errnos
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from metadata.layers import Row, unpack_rows
@@ -57,11 +58,15 @@ Step = Callable[[], int | None]
 
 
 class Ordered:
-    """Steps that happen one after the other, whatever they wait for."""
+    """Steps that happen one after the other, whatever they wait for.
+
+    What one waits for may depend on who waits for it: an append for a checkpoint, the checkpoint for what the owner
+    says is committed, and the owner, on a new stream, for the end of the append. So what waits can be given up.
+    """
 
     def __init__(self, disk: LogDisk) -> None:
         self._disk = disk
-        self._waiting: deque[tuple[Step, Done]] = deque()
+        self._waiting: deque[tuple[Step, Done, bool]] = deque()
         self._busy = False
         self.go_on = guarded(disk.fail, self._go_on)
 
@@ -70,11 +75,20 @@ class Ordered:
         """Whether nothing waits."""
         return not self._waiting
 
-    def submit(self, step: Step, done: Done) -> None:
-        """Take the step behind all that were submitted before; `done` with what it returned, from the loop."""
-        self._waiting.append((step, done))
+    def submit(self, step: Step, done: Done, must_end: bool = False) -> None:
+        """Take the step behind all that were submitted before; `done` with what it returned, from the loop. `must_end`:
+        it is not given up, because it is not as if it had never begun while it waits."""
+        self._waiting.append((step, done, must_end))
         if len(self._waiting) == 1:
             self.go_on()
+
+    def give_up(self) -> None:
+        """Steps that wait, or have not begun, are answered with ECANCELED."""
+        kept = deque(each for each in self._waiting if each[2])
+        for _, done, must_end in self._waiting:
+            if not must_end:
+                self._disk.call_soon(partial(done, errnos.ECANCELED))
+        self._waiting = kept
 
     def _go_on(self) -> None:
         if self._busy:
@@ -82,7 +96,7 @@ class Ordered:
         self._busy = True
         try:
             while self._waiting:
-                step, done = self._waiting[0]
+                step, done, _ = self._waiting[0]
                 errno = errnos.EIO if self._disk.failure else step()
                 if errno is None:
                     return
@@ -135,6 +149,12 @@ class ReplicaAppend:
         except Exception as error:
             disk.parted(error)
         return count
+
+    def give_up(self) -> None:
+        """See Ordered.give_up."""
+        self._tries = 0
+        self._maps.set_cache_bytes(self._disk.settings.cache_bytes)
+        self._ordered.give_up()
 
     def _try(self, modification: Modification) -> int | None:
         disk = self._disk

@@ -117,8 +117,8 @@ class Replica:
             if errno:
                 self._refuse(Refusal.FAILED)
             else:
-                # What was under way for an older stream comes first.
-                self.log.append((), partial(self._opened, stream))
+                # What is under way for an older stream comes first; what waits there may wait for this one.
+                self.log.settle(partial(self._opened, stream))
 
         if self._persisted_epoch < frame.epoch:
             self.log.promise(frame.epoch, promised)
@@ -233,14 +233,15 @@ class Replica:
             return
         if frame.modifications:
             self._queued = frame.modifications[-1].position
-        appended = partial(self._appended, stream, frame.number, frame.committed_txid, frame.sync_txid)
+        log.set_committed(frame.committed_txid)  # an append may wait for a checkpoint, and that for this
+        appended = partial(self._appended, stream, frame.number, frame.sync_txid)
         count = log.append_now(frame.modifications)
         if count == len(frame.modifications):
             appended(0)
         else:
             log.append([each.kept() for each in frame.modifications[count or 0 :]], appended)
 
-    def _appended(self, stream: PeerStream, number: int, committed_txid: int, sync_txid: int, errno: int) -> None:
+    def _appended(self, stream: PeerStream, number: int, sync_txid: int, errno: int) -> None:
         if stream is not self._stream:
             return
         if errno:
@@ -248,7 +249,6 @@ class Replica:
             return
         log = self.log
         self._number = number
-        log.set_committed(committed_txid)
         if self._durable:
             self._clear_bits()
         if sync_txid > log.durable.txid:

@@ -11,7 +11,7 @@ one that stays, which are of that very position.
 
 Rules
 - `done` callbacks come from the loop, never from inside the call, in the order of the calls, with 0 or an errno. After
-  an errno that is not ENOSPC the log has failed: everything else is answered with one too.
+  an errno that is not ENOSPC or ECANCELED the log has failed: everything else is answered with one too.
 - Whoever calls keeps to the order; the log refuses what does not follow its `last`.
 - What is persisted by a call is durable when its `done` comes; after a crash before that, it happened or it did not.
 """
@@ -89,8 +89,12 @@ class ReplicaLog(Protocol):
         """Append what needs no waiting, from the first one on, and return how many those are; the buffers are free
         again. The rest is for `append`. None: what came before them waits itself."""
 
+    def settle(self, done: Done) -> None:
+        """Appends and copies that have not been done are given up, answered with ECANCELED; `done` when nothing is
+        under way any more."""
+
     def set_committed(self, txid: int) -> None:
-        """It only rises."""
+        """It only rises, and may pass `last`. An append may wait for it."""
 
     def sync(self, done: Done) -> None:
         """`done(0)` when `durable` has reached what `last` was at the call."""

@@ -127,7 +127,7 @@ class Takeover:
         if errno:
             self._fail(f"the epoch could not be persisted (errno {errno})")
             return
-        self._log.append((), self._begin_to_look)  # what was under way for the last owner comes first
+        self._log.settle(self._begin_to_look)  # what is under way for the last owner comes first
 
     # --- the members ---
 

@@ -15,6 +15,7 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from metadata.ranges import numbers_of, runs_of
 from metadata.seams import Clock, Done
@@ -144,7 +145,7 @@ class MemoryLog:
         self._slow = slow
         self._tap: Tap | None = None
         self.at_once = 0.0  # how often something need not wait
-        self._lanes: dict[str, deque[tuple[Callable[[], int], Done]]] = {"log": deque(), "store": deque()}
+        self._lanes: dict[str, deque[tuple[Callable[[], int], Done, bool]]] = {"log": deque(), "store": deque()}
         self._committed_txid = 0
         self._packer = Packer()
         self.is_full = False
@@ -198,9 +199,9 @@ class MemoryLog:
 
     # --- lanes ---
 
-    def _later(self, lane: str, act: Callable[[], int], done: Done) -> None:
+    def _later(self, lane: str, act: Callable[[], int], done: Done, may_be_given_up: bool = False) -> None:
         queue = self._lanes[lane]
-        queue.append((act, done))
+        queue.append((act, done, may_be_given_up))
         if len(queue) == 1:
             self._clock.call_later(self._latency_s(lane), lambda: self._next(lane))
 
@@ -211,7 +212,7 @@ class MemoryLog:
 
     def _next(self, lane: str) -> None:
         queue = self._lanes[lane]
-        act, done = queue[0]
+        act, done, _ = queue[0]
         result = act()
         queue.popleft()
         if queue:
@@ -265,7 +266,15 @@ class MemoryLog:
                 self._take(each)
             return 0
 
-        self._later("log", act, done)
+        self._later("log", act, done, may_be_given_up=True)
+
+    def settle(self, done: Done) -> None:
+        lane = self._lanes["log"]
+        given_up = [each for each in lane if each is not lane[0] and each[2]]
+        self._lanes["log"] = deque(each for each in lane if each not in given_up)
+        for _, given_up_done, _ in given_up:
+            self._clock.call_soon(partial(given_up_done, errno.ECANCELED))
+        self._later("log", lambda: 0, done)
 
     def append_now(self, modifications: Sequence[Modification]) -> int | None:
         if self._lanes["log"]:
@@ -443,7 +452,7 @@ class MemoryLog:
             self._take(copy)
             return 0
 
-        self._later("log", act, done)
+        self._later("log", act, done, may_be_given_up=True)
 
     def check_region(self, region: int, done: Callable[[RegionState], None]) -> None:
         def act() -> int:
