@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from tests.simulation.cluster.cluster import ClusterRun
 from tests.simulation.cluster.directory import directory_run
 from tests.simulation.registers import ViolationError
-from tests.simulation.replication.replicated import replication_run
+from tests.simulation.replication.in_memory import replication_run
+from tests.simulation.replication.on_log_disks import replicas_run
 from tests.simulation.run import Run, lies
 
 Story = Callable[[str], None]
@@ -61,6 +62,11 @@ def _replication(seed: int, story: Story | None) -> Tried:
     return _cluster("replication", seed, run, scenario.answers)
 
 
+def _replicas(seed: int, story: Story | None) -> Tried:
+    scenario, run = replicas_run(seed, story=story)
+    return _cluster("replicas", seed, run, scenario.answers)
+
+
 def _cluster(world: str, seed: int, run: ClusterRun, answers: Counter[str]) -> Tried:
     began_s = time.process_time()
     wrong = _wrong(run.go)
@@ -85,6 +91,7 @@ WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {
     "disk": _disk,
     "directory": _directory,
     "replication": _replication,
+    "replicas": _replicas,
 }
 
 

@@ -51,10 +51,14 @@ SIMULATOR_ONLY = {
     "cluster.simulated_network": SEAM,
     "cluster.simulated_registry": SEAM,
     "cluster.simulated_streams": SEAM,
+    "replication.in_memory": DRIVES,
     "replication.memory_log": SEAM,  # not one of the five: what the log disk is to a replica
+    "replication.on_log_disks": DRIVES,
     "replication.plays": DRIVES,
     "replication.replicated": DRIVES,
     "replication.stage": DRIVES,
+    "replication.tree_steps": DRIVES,
+    "replication.volumes": JUDGES,
 }
 
 SEAM_MODULES = {f"tests.simulation.{name}" for name, what in SIMULATOR_ONLY.items() if what == SEAM}

@@ -1,16 +1,18 @@
-"""The world `replication`: one replicated volume, on every node production's `ReplicatedFamily` over a log in memory.
+"""What every simulated replicated family has: its nodes, who attaches where, conspiracies, and what must always hold.
 
-Theory. Clients write, discard, read and flush through whichever node says that it owns the volume, also one that only
-believes so. A register a block (tests/simulation/registers.py) says what each answer may be: an operation was answered,
-or is in doubt because its node died or was deposed. In the end all replicas must hold the same, in sync.
+Theory. Clients use the family through whichever node says that it owns it, also one that only believes so. What they do
+and how answers are judged is the affair of the two worlds: `in_memory` (one volume over a log in memory, fast, for the
+rules of replication) and `on_log_disks` (volumes with snapshots and clones, on disks that lose what was not synced). In
+the end all replicas must hold the same, in sync.
 
 Rules of this file
-- Nobody takes over by itself: somebody attaches somewhere, now and then, more often while nobody owns the volume.
+- Nobody takes over by itself: somebody attaches somewhere, now and then, more often while nobody owns the family.
 - The generation is part of what a client knows: when it has risen, what was acknowledged and not flushed may be gone.
 - A disk is lost only while another whole member is up.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,42 +22,33 @@ from metadata.replica_set import Member, ReplicaSet, replica_set_key
 from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.owner import Owner, is_whole
 from nbdserver.replication.peer_server import PeerServer
-from tests.simulation.cluster.cluster import Cluster, ClusterRun
+from nbdserver.replication.replica_log import ReplicaLog
+from tests.simulation.cluster.cluster import Cluster
 from tests.simulation.cluster.faults import Mix, draw_mix
 from tests.simulation.cluster.machine import Machine, Seams
-from tests.simulation.registers import Changes, Registers, ViolationError, pattern
-from tests.simulation.replication.memory_log import BLOCK_BYTES, MemoryDisk, MemoryLog
+from tests.simulation.registers import ViolationError
 
 FAMILY = bytes(range(16))
 PORT = 702
-BLOCKS = 24
 SETTLING_S = 60.0
-LEFT_OUT = frozenset({"step", "suspend", "lease lost", "disk error", "crash in a call"})
-"""Faults that grants do not survive (a clock that leaps or stands still), and those of disks that are not used here."""
+LEFT_OUT = frozenset({"step", "suspend", "lease lost"})
+"""Faults that grants do not survive: a clock that leaps or stands still; and one of a registry's that is not used."""
 
 
-class ReplicaNode:
-    """One life of a node."""
+class FamilyNode:
+    """One life of a node: production's `ReplicatedFamily` over some log."""
 
-    def __init__(self, scenario: "ReplicatedScenario", machine: Machine, seams: Seams) -> None:
+    def __init__(self, scenario: "FamilyScenario", machine: Machine, seams: Seams, log: ReplicaLog) -> None:
         self.machine = machine
-        slow = 1.0 if machine.name in scenario.slow else machine.mix.slow
-        self.log = MemoryLog(scenario.disk_of(machine), seams.clock, seams.random, slow)
-        self.log.at_once = scenario.at_once
+        self.log = log
         self.family = ReplicatedFamily(
-            seams.clock,
-            seams.network,
-            seams.registry,
-            self.log,
-            FAMILY,
-            machine.name,
-            scenario.address_of,
-            scenario.report,
+            seams.clock, seams.network, seams.registry, log, FAMILY, machine.name, scenario.address_of, scenario.report
         )
         self.server = PeerServer(
             seams.clock, seams.network, f"{machine.host}:{PORT}", lambda family: self.family.accept
         )
-        self.open: dict[int, Changes] = {}  # writes that are not answered, by their labels
+        self.open: dict[int, Callable[[], None]] = {}
+        """What is asked of it and not answered, by number; called when that will never be known."""
 
     @property
     def may_answer(self) -> bool:
@@ -63,13 +56,19 @@ class ReplicaNode:
         owner = self.family.owner
         return owner is not None and owner.has_authority
 
+    def doubt(self) -> None:
+        """What it has not answered is in doubt."""
+        opened, self.open = self.open, {}
+        for doubt in opened.values():
+            doubt()
+
     def close(self) -> None:
         self.server.close()
         self.family.close()
 
 
-class ReplicatedScenario:
-    """Who is there, what clients do, and what is expected."""
+class FamilyScenario(ABC):
+    """Who is there, what happens to them, and what is expected."""
 
     converges_within_s = SETTLING_S
 
@@ -79,7 +78,6 @@ class ReplicatedScenario:
         trouble: float | None = None,
         count: int | None = None,
     ) -> None:
-        self.registers = Registers()
         self.answers: Counter[str] = Counter()
         self.reports: Counter[str] = Counter()
         self.cluster: Cluster
@@ -90,14 +88,8 @@ class ReplicatedScenario:
         self._attach = rng.choice([0.0, 0.005, 0.05])  # chance that somebody attaches elsewhere for no reason
         self._place = rng.choice([0.0, 0.0, 0.01, 0.05])  # chance that replicas shall be elsewhere
         self._trouble = rng.choice([0.0, 0.01, 0.05, 0.1]) if trouble is None else trouble  # chance of a conspiracy
-        self.at_once = (
-            rng.choice([0.0, 0.5]) if trouble is None else 0.0
-        )  # how often a replica appends where it receives
-        self._disks: dict[str, MemoryDisk] = {}
-        self._drives: dict[str, object] = {}
-        self._label = 0
         self._generation = 1
-        self._lives: list[ReplicaNode] = []
+        self._lives: list[FamilyNode] = []
 
     # --- the machines ---
 
@@ -108,51 +100,54 @@ class ReplicatedScenario:
         for name in names:
             machine = cluster.add(name)
             machine.ended = partial(self._ended, machine)
-        members = []
-        for name in names:
-            disk = self.disk_of(cluster.machines[name])
-            members.append(Member(name, disk.incarnation + 1))
-        value = ReplicaSet(1, names[0], tuple(members), tuple(names))
-        cluster.registry.swap([Change(replica_set_key(FAMILY), None, value.encode())])
-        for name in names:
-            cluster.start(name)
+        self.begin_family(names)
 
-    def disk_of(self, machine: Machine) -> MemoryDisk:
-        """Its disk; an empty one if the drive is a new one, which counts its lives from somewhere else."""
-        if self._drives.get(machine.name) is not machine.drive:
-            self._drives[machine.name] = machine.drive
-            self._disks[machine.name] = MemoryDisk(machine.random)
-        return self._disks[machine.name]
+    def begin_family(self, names: Sequence[str]) -> None:
+        """Start the nodes, and say that all are members."""
+        for name in names:
+            self.cluster.start(name)
+        self.write_value(names, [node.log.incarnation for node in self.nodes()])
+
+    def write_value(self, names: Sequence[str], incarnations: Sequence[int]) -> None:
+        """Of the family, into the registry."""
+        members = tuple(Member(name, incarnation) for name, incarnation in zip(names, incarnations, strict=True))
+        value = ReplicaSet(1, names[0], members, tuple(names))
+        self.cluster.registry.swap([Change(replica_set_key(FAMILY), None, value.encode())])
 
     def address_of(self, node: str) -> str:
         """Where its peers reach it."""
         return f"{self.cluster.machines[node].host}:{PORT}"
 
-    def start(self, machine: Machine, seams: Seams) -> ReplicaNode:
+    def start(self, machine: Machine, seams: Seams) -> FamilyNode:
         """Begin a life of a node."""
         self._bury()
-        node = ReplicaNode(self, machine, seams)
+        node = self.make(machine, seams)
         self._lives.append(node)
         return node
 
+    @abstractmethod
+    def make(self, machine: Machine, seams: Seams) -> FamilyNode:
+        """A node on this machine."""
+
     def _ended(self, machine: Machine, power: bool) -> None:
         """A machine's process is over."""
-        if machine.name in self._disks:
-            self._disks[machine.name].crash(machine.random, power)
+        self.lost(machine, power)
         self._bury()
+
+    @abstractmethod
+    def lost(self, machine: Machine, power: bool) -> None:
+        """A machine's process is over: what its disk loses."""
 
     def _bury(self) -> None:
         """What processes that are over had not answered is in doubt."""
         for node in list(self._lives):
             if node.machine.node is not node:
                 self._lives.remove(node)
-                for changes in node.open.values():
-                    self.registers.doubt(changes)
-                node.open.clear()
+                node.doubt()
 
-    def nodes(self) -> list[ReplicaNode]:
+    def nodes(self) -> list[FamilyNode]:
         """Those that run, paused ones too."""
-        return [each.node for each in self.cluster.machines.values() if isinstance(each.node, ReplicaNode)]
+        return [each.node for each in self.cluster.machines.values() if isinstance(each.node, FamilyNode)]
 
     def value(self) -> ReplicaSet:
         """What the registry has."""
@@ -190,9 +185,9 @@ class ReplicatedScenario:
             self.place_by(self._random.choice(owners))
         for _ in range(self._random.randint(1, self._operations)):
             if owners:
-                self._operate(self._random.choice(owners))
+                self.operate(self._random.choice(owners))
 
-    def attach_at(self, node: ReplicaNode) -> None:
+    def attach_at(self, node: FamilyNode) -> None:
         """Somebody wants to use the volume there."""
         self.cluster.tell(f"somebody attaches at {node.machine.name}")
 
@@ -201,7 +196,7 @@ class ReplicatedScenario:
 
         node.family.take_over(taken)
 
-    def place_by(self, node: ReplicaNode, names: Sequence[str] | None = None) -> None:
+    def place_by(self, node: FamilyNode, names: Sequence[str] | None = None) -> None:
         """Replicas shall be on some nodes, this one among them."""
         owner = node.family.owner
         assert owner is not None
@@ -257,104 +252,29 @@ class ReplicatedScenario:
 
     def _attach_if_up(self, name: str) -> None:
         node = self.cluster.machines[name].node
-        if isinstance(node, ReplicaNode) and node.machine.is_running:
+        if isinstance(node, FamilyNode) and node.machine.is_running:
             self.attach_at(node)
 
     def _write_much(self) -> None:
         owners = [node for node in self.nodes() if node.machine.is_running and node.family.owner is not None]
         for _ in range(self._random.choice([1, 3, 10]) if owners else 0):
-            self._operate(self._random.choice(owners))
+            self.operate(self._random.choice(owners))
 
-    def _operate(self, node: ReplicaNode) -> None:
-        owner = node.family.owner
-        if owner is None:
-            return
-        count = self._random.choice([1, 1, 2, 6])
-        lba = self._random.randrange(BLOCKS - count + 1)
-        kind = self._random.random()
-        if kind < 0.45:
-            self.read(node, owner, lba, count)
-        elif kind < 0.9:
-            self.write(node, owner, lba, count, discards=kind > 0.82)
-        else:
-            self.flush(owner)
+    @abstractmethod
+    def operate(self, node: FamilyNode) -> None:
+        """A client does something through that node, which says that it is the owner."""
 
-    def _knows_generation(self, owner: Owner) -> None:
+    def knows_generation(self, owner: Owner) -> None:
         """An answer of this owner: a client learns its generation."""
         if owner.value.generation > self._generation:
             self.cluster.tell(f"generation {owner.value.generation}")
             self.answers["generation"] += 1
             self._generation = owner.value.generation
-            for register in self.registers.blocks.values():
-                register.settle(register.after_power_loss(), self.registers.tick())
+            self.went_back()
 
-    def write(self, node: ReplicaNode, owner: Owner, lba: int, count: int, discards: bool) -> None:
-        """Through that node, if it has room."""
-        if self.registers.is_busy(lba * BLOCK_BYTES, count * BLOCK_BYTES):
-            return
-        self._knows_generation(owner)
-        if owner.room_bytes() < 1 << 20:
-            self.answers["no room"] += 1
-            return
-        self._label += 1
-        length = count * BLOCK_BYTES
-        data = bytes(length) if discards else pattern(self._label, lba * BLOCK_BYTES, length)
-        changes = self.registers.ask(f"write {self._label}", lba * BLOCK_BYTES, data, length)
-        number = self._label
-        node.open[number] = changes
-        pieces: Sequence[bytes | None] = [data[at : at + BLOCK_BYTES] for at in range(0, length, BLOCK_BYTES)]
-        modification = node.log.order(lba, [None] * count if discards else pieces)
-        self.registers.order(changes)
-        self.cluster.tell(f"{node.machine.name} orders {modification.position} at {lba}+{count}{' discard' * discards}")
-
-        def done(errno: int) -> None:
-            if number not in node.open:
-                return
-            del node.open[number]
-            self.answers["write unknown" if errno else "write"] += 1
-            if errno:
-                self.registers.doubt(changes)
-            else:
-                self.cluster.tell(f"{node.machine.name} acknowledges {modification.position}")
-                self.registers.answer(changes)
-
-        owner.when_committed(modification.txid, done)
-
-    def read(self, node: ReplicaNode, owner: Owner, lba: int, count: int) -> None:
-        """Through that node, at once or when it is allowed to answer."""
-        self._knows_generation(owner)
-        offset = lba * BLOCK_BYTES
-        begun = self.registers.begin_read(offset, count * BLOCK_BYTES)
-        data = b"".join(node.log.image.read(block) for block in range(lba, lba + count))
-        newest = owner.unacknowledged(lba, count)
-        if not newest and owner.has_authority:
-            self.registers.end_read(begun, offset, data)
-            self.registers.read(offset, data)
-            self.registers.shown(offset, data)
-            self.answers["read at once"] += 1
-            return
-        asked = self.registers.tick()
-
-        def done(errno: int) -> None:
-            self.answers["read unknown" if errno else "read later"] += 1
-            self.cluster.tell(f"{node.machine.name} answers a read of {lba}+{count} at {asked}: {errno}")
-            self.registers.end_read(begun, offset, None if errno else data)
-            if not errno:
-                self.registers.shown(offset, data)
-
-        owner.when_committed(newest, done)
-
-    def flush(self, owner: Owner) -> None:
-        """Through that owner."""
-        self._knows_generation(owner)
-        asked = self.registers.tick()
-
-        def done(errno: int) -> None:
-            self.answers["flush unknown" if errno else "flush"] += 1
-            if not errno:
-                self.registers.flushed(asked)
-
-        owner.flush(done)
+    @abstractmethod
+    def went_back(self) -> None:
+        """What was acknowledged and not flushed may be gone."""
 
     # --- what is expected ---
 
@@ -392,29 +312,29 @@ class ReplicatedScenario:
         if not any(node.family.owner is not None for node in self.nodes()):
             self.attach_at(self._random.choice(self.placed()))
 
-    def placed(self) -> list[ReplicaNode]:
+    def placed(self) -> list[FamilyNode]:
         """Those with a replica that counts."""
         placement = self.value().placement
         return [node for node in self.nodes() if node.machine.name in placement]
 
     def end(self) -> None:
+        """All must hold the same, and what is expected."""
         self._bury()
         nodes = self.placed()
-        (owner,) = [node.family.owner for node in nodes if node.family.owner is not None]
-        self._knows_generation(owner)
-        first = nodes[0]
-        for lba in range(BLOCKS):
-            contents = {node.machine.name: node.log.image.read(lba) for node in nodes}
-            if len(set(contents.values())) > 1:
-                shown = {name: content[:16].hex() for name, content in contents.items()}
-                raise ViolationError(f"block {lba} is not the same on all replicas: {shown}")
-            self.registers.read(lba * BLOCK_BYTES, contents[first.machine.name])
+        (owner,) = [node for node in nodes if node.family.owner is not None]
+        assert owner.family.owner is not None
+        self.knows_generation(owner.family.owner)
+        self.compare(owner)
         for node in nodes:
             if node.log.resync_count:
                 raise ViolationError(f"{node.machine.name} is in sync and has regions to fetch")
 
+    @abstractmethod
+    def compare(self, owner: FamilyNode) -> None:
+        """Look at what all replicas hold, first at the owner's."""
 
-def draw_replication_mix(rng: random.Random) -> Mix:
+
+def draw_replication_mix(rng: random.Random, left_out: frozenset[str] = LEFT_OUT) -> Mix:
     """What the catalogue has, without what cannot be survived; what happens by the hour happens more often, because
     runs are short."""
     drawn = draw_mix(rng)
@@ -423,20 +343,6 @@ def draw_replication_mix(rng: random.Random) -> Mix:
         {
             name: strength * often if strength >= 1.0 else strength
             for name, strength in drawn.strengths.items()
-            if name not in LEFT_OUT
+            if name not in left_out
         }
     )
-
-
-def replication_run(
-    seed: int,
-    mix: Mix | None = None,
-    trouble: float | None = None,
-    story: Callable[[str], None] | None = None,
-) -> tuple[ReplicatedScenario, ClusterRun]:
-    """A run of one seed; `go` is still to be called."""
-    rng = random.Random(f"{seed} replication")
-    drawn = draw_replication_mix(rng) if mix is None else mix
-    scenario = ReplicatedScenario(rng, trouble)
-    cluster = Cluster(seed, drawn, scenario.start, story)
-    return scenario, ClusterRun(cluster, scenario, safety_s=rng.choice([20.0, 60.0]), act_s=rng.choice([0.1, 0.2, 0.5]))

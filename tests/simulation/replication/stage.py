@@ -11,8 +11,8 @@ from nbdserver.replication.owner import Owner
 from tests.simulation.cluster.cluster import Cluster, converge
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
+from tests.simulation.replication.in_memory import BLOCKS, ReplicaNode, ReplicatedScenario
 from tests.simulation.replication.memory_log import REGION_BLOCKS
-from tests.simulation.replication.replicated import BLOCKS, ReplicaNode, ReplicatedScenario
 
 CHECK_S = 0.001
 

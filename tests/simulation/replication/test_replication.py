@@ -25,8 +25,8 @@ from protocol.peer import Append, Copy, Epochs, Frame, Position, Runs
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication import plays
+from tests.simulation.replication.in_memory import replication_run
 from tests.simulation.replication.memory_log import REGION_BLOCKS, Image, MemoryDisk, MemoryLog
-from tests.simulation.replication.replicated import replication_run
 from tests.simulation.seeds import try_seed, wrong_seeds
 
 SEEDS = 20

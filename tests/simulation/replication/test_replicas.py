@@ -1,0 +1,134 @@
+"""Whole replicated families on simulated log disks: no answer is ever wrong, and all replicas are the same in the end.
+
+Each class of fault has a canary: what guards against it is taken away, and the simulator must notice.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from metadata.replica_state import ReplicaState
+from metadata.seams import Done
+from nbdserver.logdisk.disk import LogDisk
+from nbdserver.logdisk.region_copies import Views
+from nbdserver.logdisk.region_reading import RegionReading
+from nbdserver.logdisk.repair import Repairs
+from nbdserver.logdisk.replica_append import ReplicaAppend
+from nbdserver.replication.device import ReplicatedDevice
+from nbdserver.replication.takeover import Takeover
+from tests.simulation.cluster.faults import Mix
+from tests.simulation.registers import ViolationError
+from tests.simulation.replication.on_log_disks import replicas_run
+from tests.simulation.seeds import try_seed, wrong_seeds
+
+SEEDS = 16
+CHUNK = 8
+TRIES = 40  # runs in which a canary must be found
+WORLD = "replicas"
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_nothing_wrong_is_seen_and_all_replicas_are_the_same_when_it_is_healed(first: int) -> None:
+    wrong = wrong_seeds(WORLD, range(first, first + CHUNK))
+    assert not wrong, wrong
+
+
+def test_the_first_seeds_meet_everything_that_can_happen() -> None:
+    missed = {
+        "write", "discard", "read at once", "read later", "flush", "snapshot", "deletion", "rollback", "clone",
+        "resize", "look", "generation", "conspiracy", "left behind", "owner-deposed", "replica-removed",
+        "replica-added", "replica-cut", "replica-skipped", "placed", "rot", "block-repaired",
+    }  # fmt: skip
+    for seed in range(TRIES):
+        scenario, run = replicas_run(seed, trouble=0.1)
+        run.go()
+        missed -= {*scenario.answers, *scenario.reports}
+        if not missed:
+            return
+    pytest.fail(f"nobody met {missed}")
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    assert len({try_seed(WORLD, 3).fingerprint for _ in range(2)}) == 1
+
+
+# --- canaries ---------------------------------------------------------------------------------------------------------
+
+
+def a_sync_does_nothing(patch: pytest.MonkeyPatch) -> None:
+    def flush(self: LogDisk, done: Done) -> None:
+        self.log.durable_lsn, self.log.durable_txid = self.log.lsn, self.log.txid
+        self.call_soon(lambda: done(0))
+
+    patch.setattr(LogDisk, "flush", flush)
+
+
+def what_was_fetched_may_be_cut_away(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReplicaState, "fetched_txid", property(lambda self: 0))
+
+
+def copies_leave_snapshots_out(patch: pytest.MonkeyPatch) -> None:
+    honest = RegionReading._views
+
+    def views(self: RegionReading) -> Views | None:
+        found = honest(self)
+        if found is None:
+            return None
+        newest = max(found)
+        return {
+            layer: view if layer == newest else type(view)("Q", bytes(8 * len(view))) for layer, view in found.items()
+        }
+
+    patch.setattr(RegionReading, "_views", views)
+
+
+def the_tree_changes_on_the_owner_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReplicaAppend, "_try_tree", lambda self, modification: self._append(modification, lambda _: None))
+
+
+def nobody_repairs(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Repairs, "source", property(lambda self: None, lambda self, source: None), raising=False)
+
+
+def an_owner_shows_what_it_may_not(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReplicatedDevice, "_may_show", lambda self, offset, length: not self._is_open)
+
+
+def the_generation_stays(patch: pytest.MonkeyPatch) -> None:
+    honest = Takeover._settle_set
+
+    def settle_set(self: Takeover, nodes: Sequence[str], generation: int) -> None:
+        honest(self, nodes, self._value.generation)
+
+    patch.setattr(Takeover, "_settle_set", settle_set)
+
+
+DEATHS = {"kill": 600.0, "isolation": 600.0}
+
+ALL = {"power of all": 600.0, "isolation": 300.0}
+CAUGHT: dict[Patch, dict[str, float] | None] = {
+    a_sync_does_nothing: ALL,
+    what_was_fetched_may_be_cut_away: ALL,
+    copies_leave_snapshots_out: DEATHS,
+    the_tree_changes_on_the_owner_alone: DEATHS,
+    nobody_repairs: None,
+    an_owner_shows_what_it_may_not: DEATHS,
+    the_generation_stays: ALL,
+}
+
+
+def noticed(mix: dict[str, float] | None) -> str:
+    for seed in range(TRIES):
+        _, run = replicas_run(seed, None if mix is None else Mix(mix), None if mix is None else 0.1)
+        try:
+            run.go()
+        except (Exception, ViolationError) as error:
+            return f"seed {seed}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("canary", CAUGHT, ids=lambda canary: canary.__name__)
+def test_what_is_taken_away_is_missed(canary: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary(monkeypatch)
+    assert noticed(CAUGHT[canary]), f"nobody noticed in {TRIES} runs"
