@@ -143,6 +143,7 @@ class Link:
         self._number = 0
         self._sent_s: deque[tuple[int, float, int]] = deque()  # (number, when, bytes) of frames not answered
         self._last_sent_s = 0.0
+        self._told_sync_txid = 0
         self._pending: list[Modification] = []
         self._is_reading = False
         self.copying = Copying(clock, log, budget, self)
@@ -271,6 +272,7 @@ class Link:
         self._cancel_timer()
         self.opened = frame
         self.appended = self._sent = frame.last
+        self._told_sync_txid = 0
         self.durable_txid = frame.durable.txid
         self.room_bytes = frame.room_bytes
         self.state = State.OPEN
@@ -375,8 +377,8 @@ class Link:
             self._send(())
 
     def tell(self) -> None:
-        """A beat now, for what it carries."""
-        if self.state in (State.STREAMING, State.CATCHING_UP):
+        """A beat now, if it has not been said what is to be made durable."""
+        if self.state in (State.STREAMING, State.CATCHING_UP) and self._told_sync_txid < self.events.sync_txid:
             self._send(())
 
     def _send(self, modifications: Sequence[Modification]) -> None:
@@ -396,6 +398,7 @@ class Link:
         self._last_sent_s = self._clock.now()
         self._sent_s.append((self._number, self._last_sent_s, size_bytes))
         self.backlog_bytes += size_bytes
+        self._told_sync_txid = events.sync_txid
         if modifications:
             self._sent = modifications[-1].position
         stream.send(

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Done, Timer
+from nbdserver.replication.flush_habit import FlushHabit
 from nbdserver.replication.grants import BEAT_S, CANDIDATE_S, GRANT_S
 from nbdserver.replication.link import Link, LinkEvents
 from nbdserver.replication.placing import Placed, Placing
@@ -95,6 +96,7 @@ class Owner:
         self._flushes: deque[tuple[int, Done]] = deque()
         self._unacknowledged: deque[Modification] = deque()
         self._is_sending_due = False
+        self._habit = FlushHabit()
         self._is_syncing = False
         self._set_needed()
         log.begin_epoch(value.epoch)
@@ -181,6 +183,9 @@ class Owner:
             self._is_sending_due = False
         if self.is_deposed:
             return errno
+        txid = self._log.last.txid
+        if self._habit.expects_flush(txid):
+            self.sync_txid = txid
         self._send_ordered()
         if not self._needed:
             self._clock.call_soon(self._commit_alone)
@@ -202,7 +207,8 @@ class Owner:
             self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
             return
         self._flushes.append((self._committed_txid, done))
-        self.sync_txid = self._committed_txid
+        self._habit.flushed(self._log.last.txid)
+        self.sync_txid = max(self.sync_txid, self._committed_txid)
         self._sync()
         for link in self._needed:
             link.tell()
