@@ -22,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help run cluster test lint fuzz bench bench-cluster simulate soak power-loss man clean
+.PHONY: help run cluster test lint fuzz bench bench-cluster simulate soak soak-replicas power-loss man clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -60,6 +60,9 @@ simulate: $(VENV)/installed-for-tests  ## run fresh seeds for MINUTES on all cor
 soak: $(VENV)/installed-for-tests  ## kill, stop and cut off the nodes of a real cluster for MINUTES, watching their memory; OF=directory: of their directories alone
 	@tests/provision.sh
 	exec $(BIN)/python -m tests.interop.soak --minutes $(MINUTES) --of $(OF) $(if $(SEED),--seed $(SEED))
+
+soak-replicas: $(VENV)/installed-for-tests  ## kill, stop and replace data processes with replicas, and move these, for MINUTES under writes
+	exec $(BIN)/python -m tests.interop.replication_soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS times under writes
 	@tests/provision.sh

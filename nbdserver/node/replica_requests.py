@@ -5,8 +5,7 @@ served like any other; `disown`, or another node takes over, and it is followed 
 `peers`, which says who this node is and where its data process listens.
 
 Rules
-- A family that has several replicas lives on each node in the worker that its id says (`worker_of`): everybody knows
-  where to find it.
+- On each node a family lives in the worker that its id says: everybody knows where to find it.
 - When this node is not the owner any more its clients are disconnected before anybody else is obeyed.
 - Where the peers are is told by notes (`peer_addresses`); who is not known yet is asked for again and again.
 """
@@ -26,6 +25,7 @@ from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.open_family import NOT_OWNED, FamilyError, NotOwnedError
 from nbdserver.node.open_replica import OpenReplica
 from nbdserver.node.ownership import ReplicatedOwnership
+from nbdserver.node.placement import worker_of
 from nbdserver.node.served_family import ServedFamily
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.link import Link
@@ -38,11 +38,6 @@ Report = Callable[[str, dict[str, Any]], None]
 
 DISOWN_TIMEOUT_S = 5.0
 """How long giving a family up waits for what was acknowledged to be durable everywhere."""
-
-
-def worker_of(family: str, workers: int) -> int:
-    """In which of a node's data processes a replicated family is."""
-    return int(family, 16) % workers
 
 
 class ReplicaRequests:

@@ -18,6 +18,7 @@ from nbdserver.node.data_process import DataProcessError
 from protocol.nbd import Command
 from tests.certificates import DAY
 from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes
+from tests.interop.replication_soak import soak
 from tests.nbd_client import Client
 
 BLOCK_BYTES = 4096
@@ -353,3 +354,9 @@ def test_a_client_does_not_see_rot_and_a_scrub_finds_the_replicas_alike(tmp_path
             assert not [fields for kind, fields in first.events if kind == "replicas-differ"]
 
     run(story())
+
+
+def test_a_client_finds_what_it_was_told_whatever_has_happened_to_the_nodes(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    asyncio.run(soak(tmp_path, free_port, 0.0, seed=1, writes_s=0.5))
