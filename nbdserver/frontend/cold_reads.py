@@ -1,7 +1,11 @@
 """Reads of one connection that were not at hand: fetched together, then answered as inline ones are.
 
-Theory. `InlineReads` hands over what it misses and goes on. At the end of the batch the device is asked to fetch all of
-it; when that is over the reads are tried again, and what is not at hand after FETCHES waits for itself (`Deferred`).
+Theory. `InlineReads` hands over what it misses and goes on. At the end of the batch the device is asked to fetch all
+of it; when that is over the reads are tried again, and what is not at hand after FETCHES waits for itself (`Deferred`).
+
+Kernels of late begin to read when they are asked for what they do not have, although they do not wait for it. There
+most of what was missed *comes unasked* while the loop does other things, and nobody has to wait for it. So it is tried
+again first, turn by turn, as long as some of it is there each time; and no more for a while where that is in vain.
 
 Rules
 - They count as waiting requests from the moment they are missed, and are bounded as these.
@@ -17,6 +21,9 @@ from nbdserver.frontend.deferred import Deferred
 from nbdserver.volume.counters import Counters
 
 FETCHES = 2  # the first one may have waited for less than all
+CREDIT_LIMIT = 8
+TRIED_AGAIN = 64  # without credit one batch in so many is tried all the same
+
 MissedRead = tuple[int, int, int]
 """cookie, offset, length"""
 
@@ -32,6 +39,8 @@ class ColdReads:
         self._counters = counters
         self._deferred = deferred
         self._missed: list[MissedRead] = []
+        self._batches = 0
+        self._credit = CREDIT_LIMIT  # for trying before fetching
 
     def missed(self, reads: list[MissedRead]) -> bool:
         """Take reads that are not at hand; False, and none is taken, if there is no room for all of them."""
@@ -46,7 +55,23 @@ class ColdReads:
         returns the others."""
         if self._missed:
             missed, self._missed = self._missed, []
-            self._fetch(missed, answer, self._clock.now(), FETCHES)
+            self._batches += 1
+            if self._credit or not self._batches % TRIED_AGAIN:
+                self._clock.call_soon(partial(self._try_before, missed, answer, self._clock.now()))
+            else:
+                self._fetch(missed, answer, self._clock.now(), FETCHES)
+
+    def _try_before(self, reads: Sequence[MissedRead], answer: Answer, since_s: float) -> None:
+        """Answer what came unasked, and go on so until nothing does."""
+        left = self._answer(reads, answer, since_s)
+        if len(left) < len(reads):
+            self._credit = min(self._credit + 1, CREDIT_LIMIT)
+            if left:
+                self._clock.call_soon(partial(self._try_before, left, answer, since_s))
+        else:
+            self._credit = max(self._credit - 1, 0)
+            self._fetch(left, answer, since_s, FETCHES)
+        self._deferred.go_on()
 
     def _fetch(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:
         fetched = partial(self._fetched, reads, answer, since_s, fetches - 1)
@@ -56,18 +81,25 @@ class ColdReads:
                 self._deferred.read(*read)
 
     def _fetched(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:
+        left = self._answer(reads, answer, since_s)
+        if left:
+            self._fetch(left, answer, since_s, fetches)
+        self._deferred.go_on()
+
+    def _answer(self, reads: Sequence[MissedRead], answer: Answer, since_s: float) -> Sequence[MissedRead]:
+        """Answer the reads that are at hand, count them, and return the others; none when the connection is gone."""
         deferred, counters = self._deferred, self._counters
-        left = answer(reads) if deferred.connected else ()
+        if not deferred.connected:
+            deferred.end(_size_bytes(reads), len(reads))
+            return ()
+        left = answer(reads)
         answered, size_bytes = len(reads) - len(left), _size_bytes(reads) - _size_bytes(left)
         deferred.end(size_bytes, answered)
-        if deferred.connected:
-            counters.reads += answered
-            counters.read_bytes += size_bytes
-            counters.deferred += answered
-            counters.latency_us.add(int((self._clock.now() - since_s) * 1e6), answered)
-            if left:
-                self._fetch(left, answer, since_s, fetches)
-            deferred.go_on()
+        counters.reads += answered
+        counters.read_bytes += size_bytes
+        counters.deferred += answered
+        counters.latency_us.add(int((self._clock.now() - since_s) * 1e6), answered)
+        return left
 
 
 def _size_bytes(reads: Sequence[MissedRead]) -> int:

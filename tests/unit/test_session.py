@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserver.block import DIRTY
+from nbdserver.frontend.cold_reads import CREDIT_LIMIT, TRIED_AGAIN
 from nbdserver.frontend.deferred import OPERATION_LIMIT
 from nbdserver.frontend.inline_reads import SLOTS
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
@@ -617,14 +618,42 @@ def test_a_read_that_fetching_does_not_help_waits_for_itself(count: int) -> None
     assert wire.session.info().in_flight == 0
 
 
-def test_fetched_reads_of_a_client_that_left_are_not_answered() -> None:
+def test_what_comes_unasked_is_not_fetched_and_where_nothing_does_that_is_found_out() -> None:
+    rig = make_rig()
+    wire = rig.wire()
+
+    def ask(comes: set[int]) -> list[str]:
+        rig.device.events.clear()
+        rig.device.cold = {number * BLOCK for number in range(3)}
+        rig.device.fetchable = set(rig.device.cold)
+        wire.feed(b"".join(wire.request(Command.READ, number * BLOCK, BLOCK)[1] for number in range(3)))
+        for number in sorted(comes):
+            rig.device.cold.discard(number * BLOCK)
+            rig.clock.turn()
+        rig.clock.run()
+        assert len(wire.answers()) == 3
+        return list(rig.device.events)
+
+    assert ask({0, 1, 2}) == []
+    assert ask({0, 1}) == ["fetched 1"]
+    for _ in range(2 * CREDIT_LIMIT):
+        assert ask(set()) == ["fetched 3"]
+    asked = [ask({0, 1, 2}) for _ in range(2 * TRIED_AGAIN)]
+    assert asked[0] == ["fetched 3"], "it is not waited for any more"
+    assert asked[-1] == [], "until it was tried again"
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_fetched_reads_of_a_client_that_left_are_not_answered(turns: int) -> None:
     rig = make_rig()
     wire = rig.wire()
     rig.device.cold = rig.device.fetchable = {0}
     wire.feed(wire.request(Command.READ, 0, BLOCK)[1])
+    for _ in range(turns):
+        rig.clock.turn()
     wire.session.lost("gone")
     rig.clock.run()
-    assert rig.device.events == ["fetched 1"]
+    assert rig.device.events == ["fetched 1"] * turns
     assert wire.answers() == {}
 
 
