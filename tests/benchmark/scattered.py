@@ -2,13 +2,15 @@
 
 * `memory` drives a real server by fio and looks at its data process once a second: RssAnon + RssShmem is to stay within
   the map cache's limit plus 200 MiB, and flat. RssFile (LevelDB's tables, mapped) is the kernel's to take back.
+* `full-cache` has both halves of the map cache full from its first minutes on: a part of the terabyte is filled in
+  order, then overwritten at random, over more map pages than the cache holds. It drives the log disk itself.
 * `metadata` needs more writes than most disks have room for. So it drives the log disk itself, over a Files that takes
   appends without keeping them; LevelDB and everything else are real. Whatever the process still gives to the disk
   (write_bytes of /proc/self/io, compactions included) is metadata; the headers of the log's records are added. With a
   --directory it goes on where it was, so that fifty million writes can be made in pieces; SIGTERM ends one in order.
 
-Known weakness: `metadata` reads nothing back, and stops making sense where the cleaner would find a victim, after some
-55 million writes.
+Known weakness: the last two read nothing back, and `metadata` stops making sense where the cleaner would find a victim,
+after some 55 million writes.
 """
 
 import asyncio
@@ -30,6 +32,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from metadata.pages import PAGE_BLOCKS
 from metadata.seams import Buffer
 from nbdserver.block import BLOCK_BYTES, Operation
 from nbdserver.host.files import HostFiles
@@ -37,6 +40,7 @@ from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 
 from . import machine
+from .__main__ import size_bytes_of
 from .load import fio_job
 from .local_family import close_disk, host, open_disk
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
@@ -51,6 +55,7 @@ CACHE_BYTES = DiskSettings().cache_bytes
 MARGIN_BYTES = 200 << 20
 ROOM_FACTOR = 1.1  # of what is written: headers, and files written ahead
 MOST_BYTES_A_WRITE = 512
+OVERWRITES_A_SAMPLE = 10_000
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -165,7 +170,9 @@ async def bring_in(disk: LogDisk, head: Head, lbas: Sequence[int]) -> None:
             await there
 
 
-async def write_at_random(disk: LogDisk, draw: random.Random, writes: int, depth: int, stop: asyncio.Event) -> int:
+async def write_at_random(
+    disk: LogDisk, draw: random.Random, writes: int, depth: int, stop: asyncio.Event, volume_bytes: int = VOLUME_BYTES
+) -> int:
     """Write, `depth` blocks a record, until it is enough; how many were written.
 
     The map pages of the next WINDOW writes are read while these are made: a client would wait for each by itself.
@@ -179,7 +186,7 @@ async def write_at_random(disk: LogDisk, draw: random.Random, writes: int, depth
     while made < writes and not stop.is_set():
         lbas = following
         count = min(WINDOW, writes - made - len(lbas))
-        following = [draw.randrange(VOLUME_BYTES // BLOCK_BYTES) for _ in range(count)]
+        following = [draw.randrange(volume_bytes // BLOCK_BYTES) for _ in range(count)]
         bringing = asyncio.create_task(bring_in(disk, head, following))
         waiting: list[asyncio.Future[int]] = []
         for number, lba in enumerate(lbas):
@@ -258,6 +265,67 @@ async def scatter(place: Path, tally: Tally, writes: int, depth: int, every: int
         await asyncio.sleep(rest_s)
         await close_disk(disk)
         count(made)
+
+
+async def fill(disk: LogDisk, size_bytes: int, progress: Progress) -> None:
+    """Write it from the beginning, a page of the maps a record."""
+    loop = asyncio.get_running_loop()
+    head = disk.head(1)
+    data = random.Random(1).randbytes(PAGE_BLOCKS * BLOCK_BYTES)
+    for offset in progress.track(range(0, size_bytes, len(data)), description="filling"):
+        if not head.write(offset, memoryview(data)):
+            waiting = loop.create_future()
+            head.later(Operation.WRITE, offset, len(data), data, partial(answer, waiting))
+            if await waiting:
+                raise BenchmarkError("a write was refused")
+        if head.commit():
+            raise BenchmarkError("a batch was refused")
+        await asyncio.sleep(0)
+
+
+async def overwrite(place: Path, size_bytes: int, minutes: float) -> list[dict[str, float]]:
+    """Fill, then overwrite at random; the memory of this process now and then."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    (place / "maps").mkdir()
+    samples: list[dict[str, float]] = []
+    with host(place, loop, HollowFiles) as parts:
+        LogDisk.format(parts.files, parts.store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
+        disk = open_disk(parts, DiskSettings())
+        with Progress(console=Console(stderr=True)) as progress:
+            await fill(disk, size_bytes, progress)
+            task = progress.add_task("overwriting", total=minutes * 60)
+            draw, started, made = random.Random(2), time.monotonic(), 0
+            while (at_s := time.monotonic() - started) < minutes * 60 and not stop.is_set():
+                made += await write_at_random(disk, draw, OVERWRITES_A_SAMPLE, DEPTH, stop, size_bytes)
+                samples.append({"at_s": at_s, "writes": made, **resident_bytes(os.getpid())})
+                progress.update(task, completed=at_s)
+        await close_disk(disk)
+    return samples
+
+
+@application.command()
+def full_cache(
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long, after the filling.")] = 30.0,
+    size: Annotated[str, typer.Option(help="How much is filled and overwritten.")] = "150G",
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Watch the memory of a log disk whose map cache is full."""
+    with run_of("scattered-full-cache", results, directory) as bench:
+        gc.disable()  # as in a data process
+        samples = asyncio.run(overwrite(bench.place, size_bytes_of(size), minutes))
+        own = [own_bytes(sample) for sample in samples]
+        second_half = own[len(own) // 2 :]
+        console.print(
+            f"{samples[-1]['writes']:,} overwrites: RssAnon + RssShmem at most {max(own) >> 20} MiB of "
+            f"{(CACHE_BYTES + MARGIN_BYTES) >> 20}, in the second half {min(second_half) >> 20} to "
+            f"{max(second_half) >> 20} MiB",
+            highlight=False,
+        )
+        bench.keep({"limit_bytes": CACHE_BYTES + MARGIN_BYTES, "peak_bytes": max(own), "samples": samples})
 
 
 @application.command()

@@ -229,6 +229,12 @@ def test_memory_and_metadata_of_scattered_writes_are_counted(tmp_path: Path) -> 
     assert tally["headers_bytes"] / 3200 < 512
 
 
+def test_memory_with_a_full_cache_is_watched(tmp_path: Path) -> None:
+    result, _ = result_of("scattered", tmp_path, "full-cache", "--size", "64M", "--minutes", "0.01")
+    assert 0 < result["peak_bytes"] < result["limit_bytes"]
+    assert result["samples"][-1]["writes"] > 0
+
+
 def test_what_a_client_notices_of_disturbances_is_measured(tmp_path: Path) -> None:
     need("fio")
     result, _ = result_of(
