@@ -333,6 +333,7 @@ class Node(BaseModel):
     scrubs: list[Scrub] = Field(description="how far the reading of all data is")
     handover: Handover | None = Field(description="the last one; null if this program was started afresh")
     cluster: ClusterStatus | None = Field(description="null for a node that stands alone")
+    resync: list[Resync] = Field(description="replicas that are not in sync; on the page the first of them")
 
 
 class Status(Node):
@@ -398,6 +399,7 @@ class Overview(Node):
     slot_s: float = Field(description="what a value of a history is the mean of")
     states: dict[str, int] = Field(description="how many volumes are in each state")
     clients: int = Field(description="client connections")
+    resync_count: int = Field(description="how many replicas are not in sync")
     scrub_states: dict[str, int] = Field(description="how many scrubs are in each state")
     scrub_next: str = Field(description="when the next one is due; empty: none is")
     traffic: TrafficNow = Field(description="all volumes together")

@@ -10,6 +10,7 @@ import typer
 from nbdserver.cli.client import NodeClient
 from nbdserver.cli.member_commands import print_nodes
 from nbdserver.cli.options import DataOption, JsonOption, coloured, data_path, print_json, wants_json
+from nbdserver.cli.resync_commands import resync_sentence
 from nbdserver.cli.scrub_commands import scrub_sentence
 from nbdserver.cli.volume_commands import print_volumes
 from nbdserver.node.errors import WrongInputError
@@ -76,6 +77,8 @@ def _print_status(node: dict[str, Any], found: list[Finding]) -> None:
     for scrub in node["scrubs"]:
         if scrub["state"] == "running":
             print(f"scrubbing {scrub_sentence(scrub)}")
+    for row in node["resync"]:
+        print(f"completing the replica of {resync_sentence(row)}")
     for finding in found:
         word, colour = _URGENCY[finding.urgency]
         print(coloured(f"{word}: {finding.sentence}", colour))

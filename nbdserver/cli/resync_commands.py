@@ -66,6 +66,14 @@ def show_resync(client: NodeClient, show: Callable[..., Any], volume: str = "") 
     return rows
 
 
+def resync_sentence(row: dict[str, Any]) -> str:
+    """One replica that is not in sync, for `status`."""
+    left = "" if row["left_bytes"] is None else f", {round_size(row['left_bytes'])} left"
+    time_left = "" if row["left_s"] is None else f" for {row['left_s']} s"
+    why = f": {row['reason']}" if row["reason"] else ""
+    return f"{row['volume']} on {row['node']}: {row['state']}{left}{time_left}{why}"
+
+
 def print_resync(rows: list[dict[str, Any]]) -> None:
     """A table of replicas that are not in sync."""
     headings = ["VOLUME", "NODE", "OWNER", "STATE", ">LEFT", ">RATE", ">TIME", "WAITS FOR"]

@@ -95,7 +95,9 @@ def list_volumes(context: typer.Context, data: DataOption = None, json_output: J
 
 def print_volumes(volumes: list[dict[str, Any]]) -> None:
     """Print a table of volumes."""
-    headings = ["NAME", ">SIZE", "STATE", ">CLIENTS", ">GENERATION", ">SNAPSHOTS", "BASE", "SETTINGS"]
+    headings = ["NAME", ">SIZE", "STATE", ">CLIENTS", ">GENERATION", ">SNAPSHOTS", "BASE", "NODES", "SETTINGS"]
+    if not any(volume["replicas"]["wanted"] for volume in volumes):
+        headings.remove("NODES")
     rows = [
         [
             volume["name"],
@@ -105,11 +107,18 @@ def print_volumes(volumes: list[dict[str, Any]]) -> None:
             str(volume["generation"]),
             str(volume["snapshots"]),
             volume["base"],
+            *([_nodes(volume["replicas"])] if "NODES" in headings else ()),
             _short(volume["settings"]),
         ]
         for volume in volumes
     ]
     print_table(headings, rows)
+
+
+def _nodes(replicas: dict[str, Any]) -> str:
+    """Where the replicas are, the owner's first; in brackets those that are not in sync."""
+    nodes = sorted(replicas["nodes"], key=lambda each: each["node"] != replicas["owner"])
+    return " ".join(each["node"] if each["state"] == "in sync" else f"({each['node']})" for each in nodes)
 
 
 def _short(settings: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ class ClusterPart:
         self.changes = ReplicaChanges(
             families, self.replicas, self.owning, volumes, lambda: self.cluster, event, settings.repair_delay
         )
-        self.resync = ResyncView(families, self.replicas, lambda: self.cluster, self._is_up, data.call)
+        self.resync = ResyncView(families, self.replicas, lambda: self.cluster, self._is_up, data.ask)
         self._shared = SharedRegistry(settings, families, self._registry_changed)
         volumes.replicas, volumes.is_up, volumes.share = self.replicas, self._is_up, self.changes.share
         data.answer, data.ended = self._answer, self._data_process_ended
@@ -161,11 +161,12 @@ class ClusterPart:
         known = [value for value in values if value is not None]
         return Counter(node for value in known for node in value.placement), Counter(value.owner for value in known)
 
-    def findings(self, volumes: Sequence[Mapping[str, Any]]) -> list[Finding]:
-        """What is wrong with the cluster's volumes, of these of all; and with this node's part in them."""
+    def findings(self, volumes: Sequence[Mapping[str, Any]], waits: Mapping[str, str]) -> list[Finding]:
+        """What is wrong with the cluster's volumes, of these of all, some of which wait for something; and with this
+        node's part in them."""
         problems = {**self.replicas.problems, **self.changes.problems}
         named = {getattr(self._families.get(family_id), "name", ""): why for family_id, why in problems.items()}
-        found = replica_view.replica_findings(volumes, named)
+        found = [*replica_view.waiting_findings(waits), *replica_view.replica_findings(volumes, named)]
         if self._peers_problem:
             found.append(replica_view.peers_finding(self._peers_problem))
         return found

@@ -196,7 +196,10 @@ class Node:
         await self.capacity.look()
         volumes = await self.volumes.list()
         cluster, of_cluster = self.cluster.status() if self.cluster else (None, [])
-        of_cluster = [*of_cluster, *(self.part.findings(volumes) if self.part else ())]
+        resync: list[dict[str, Any]] = []
+        if self.part is not None:
+            resync, waits = await self.part.resync.look()
+            of_cluster = [*of_cluster, *self.part.findings(volumes, waits)]
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -213,6 +216,7 @@ class Node:
             "scrubs": self.scrubs.status(),
             "handover": self.handover,
             "cluster": cluster,
+            "resync": resync,
             "volumes": volumes,
         }
         found = findings(status, self.events.since(0), datetime.now(UTC), of_cluster)

@@ -29,7 +29,7 @@ SHORTEST_S = 1.0
 LOOKS_COST = 20
 MOST_EVENTS = 30
 MOST_SHOWN = 10
-"""Of scrubs that are under way or failed, and of volumes with a limit."""
+"""Of scrubs that are under way or failed, of replicas that are not in sync, and of volumes with a limit."""
 
 TROUBLED = ("failed", "full", "unknown", "starting")
 """States of a volume that somebody should look at first, the worst first."""
@@ -102,6 +102,8 @@ class Overview:
         return {
             **seen,
             **_of_scrubs(seen["scrubs"]),
+            "resync": seen["resync"][:MOST_SHOWN],
+            "resync_count": len(seen["resync"]),
             "fills": _fullest(seen["fills"]),
             "seen_s": round(self._now_s() - self._seen_s, 1),
             "slot_s": SLOT_S,

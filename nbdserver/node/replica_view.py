@@ -81,6 +81,15 @@ def _of_volume(state: str, replicas: Mapping[str, Any]) -> list[tuple[str, str, 
     return found
 
 
+def waiting_findings(waits: Mapping[str, str]) -> list[Finding]:
+    """Of volumes that this node owns and cannot answer for at this moment: what they wait for, by name."""
+    same: dict[str, list[str]] = {}
+    for name, reason in waits.items():
+        same.setdefault(reason, []).append(name)
+    remedy = "it takes some seconds; if it lasts: a member is removed only while the registry (etcd) answers"
+    return [Finding(NOW, listed(names), f"answers nobody, it waits for {why}", remedy) for why, names in same.items()]
+
+
 def peers_finding(reason: str) -> Finding:
     """This node's replicas cannot be reached by the others."""
     remedy = "give the node another cluster.data_address, or mend its certificate, and restart it"

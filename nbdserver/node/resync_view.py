@@ -75,13 +75,24 @@ class ResyncView:
         self._is_up = is_up
         self._call = call
 
+    async def look(self) -> tuple[list[Row], dict[str, str]]:
+        """Every replica that is not in sync, by volume and node; and of the volumes that this node owns what keeps one
+        from being answered at this moment, by name."""
+        own = await self._own()
+        waits = {family_id: str(described["waiting_for"]) for family_id, described in own.items()}
+        found = {family.name: waits.get(family.id, "") for family in self._families.replicas()}
+        return await self._rows(_links(own)), {name: reason for name, reason in found.items() if reason}
+
     async def rows(self) -> list[Row]:
         """Every replica that is not in sync, by volume and node."""
+        return await self._rows(_links(await self._own()))
+
+    async def _rows(self, own: dict[str, Any]) -> list[Row]:
         behind = [(family, value) for family in self._families.of_cluster() if (value := self._behind(family))]
         me = self._replicas.me
         owners = {value.owner for _, value in behind if value.owner != me and self._is_up(value.owner)}
         told = await asyncio.gather(*(self._ask(owner) for owner in sorted(owners)))
-        links = {key: link for one in [*told, await self._links()] for key, link in one.items()}
+        links = {key: link for one in [*told, own] for key, link in one.items()}
         return [
             row(family, value, node, self._is_up(node), links.get(f"{family.id}/{node}"))
             for family, value in behind
@@ -95,19 +106,15 @@ class ResyncView:
 
     async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """What this node, as an owner, knows of the replicas of others."""
-        return {"links": await self._links()}
+        return {"links": _links(await self._own())}
 
-    async def _links(self) -> dict[str, Any]:
+    async def _own(self) -> dict[str, Any]:
+        """What the data processes here say of each replica."""
         try:
-            told = await self._call("replicas")
+            told: dict[str, Any] = await self._call("replicas")
         except NodeError:
             return {}
-        return {
-            f"{family_id}/{link['node']}": link
-            for family_id, described in told.items()
-            for link in described["links"]
-            if not link["is_member"]
-        }
+        return {family_id: described for family_id, described in told.items() if family_id != "silent"}
 
     async def _ask(self, owner: str) -> dict[str, Any]:
         others = self._others()
@@ -117,3 +124,13 @@ class ResyncView:
             return {}
         links = answer.get("links")
         return links if isinstance(links, dict) else {}
+
+
+def _links(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Those to replicas that are not in sync."""
+    return {
+        f"{family_id}/{link['node']}": link
+        for family_id, replica in described.items()
+        for link in replica["links"]
+        if not link["is_member"]
+    }

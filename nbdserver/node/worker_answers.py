@@ -8,7 +8,7 @@ Rules
 from collections.abc import Sequence
 from typing import Any
 
-PARTIAL = frozenset({"volumes", "counters", "clients"})
+PARTIAL = frozenset({"volumes", "counters", "clients", "replicas"})
 
 _LARGEST = frozenset({"loop_longest_turn_seconds"})  # gauges that are no sums
 
@@ -24,7 +24,7 @@ def merged(request: str, answers: Sequence[Any]) -> Any:
             "volumes": _union([answer["volumes"] for answer in answers]),
             "last": _last(answers),
         }
-    if request == "room":
+    if request in ("room", "replicas"):
         return _union(answers)
     if request == "clients":
         return sorted((client for answer in answers for client in answer), key=lambda client: int(client["id"]))

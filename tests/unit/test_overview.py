@@ -44,6 +44,7 @@ class Rig:
         self.fails = False
         self.volumes = [volume(number) for number in range(volumes)]
         self.scrubs: list[dict[str, Any]] = []
+        self.resync: list[dict[str, Any]] = []
         self.fills: list[dict[str, Any]] = []
         self.events = EventLog(path / "events.jsonl", lambda: self.now_s)
         self.overview = Overview(self.status, self.events, lambda: self.now_s, lambda: elsewhere)
@@ -59,6 +60,7 @@ class Rig:
             "host": "one",
             "volumes": self.volumes,
             "scrubs": self.scrubs,
+            "resync": self.resync,
             "fills": self.fills,
         }
 
@@ -145,6 +147,13 @@ def test_so_many_rows_as_are_asked_for(tmp_path: Path) -> None:
     assert [row["name"] for row in shown["volumes"]["rows"]] == ["v99", "v990", "v991", "v992", "v993"]
     assert shown["states"] == {"serving": 1000}
     assert shown["clients"] == 1000
+
+
+def test_of_many_replicas_that_are_not_in_sync_the_first_are_shown_and_all_counted(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.resync = [{"volume": f"db{number:02}", "node": "n2"} for number in range(12)]
+    shown = asyncio.run(rig.overview.show())
+    assert ([row["volume"] for row in shown["resync"]][-1], shown["resync_count"]) == ("db09", 12)
 
 
 def test_of_a_thousand_scrubs_and_limits_the_ones_that_matter_are_shown(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ const ROWS = 50;
 const NODES = 12; // shown at once: the volumes stand below them
 const SLOTS = 60;
 const STATES = {
-  serving: "good", full: "now", failed: "now", unknown: "now", starting: "soon", up: "good", silent: "now", draining: "soon",
+  serving: "good", full: "now", failed: "now", unknown: "now", starting: "soon", idle: "soon", elsewhere: "good", up: "good", silent: "now", draining: "soon",
 };
 const TITLES = { now: "Now", soon: "Soon", note: "Note" };
 
@@ -310,12 +310,23 @@ function showSpace({ fills: all, capacity }) {
     + `(${ratio.toFixed(ratio < 10 ? 1 : 0)} times${capacity.overcommit ? `, at most ${capacity.overcommit}` : ""}); they take ${size(capacity.allocated_bytes)}.`);
 }
 
-function workLines({ scrubs, scrub_states: states, scrub_next: next, handover }) {
-  const lines = scrubs.filter((scrub) => scrub.state === "running").map((scrub) => {
+function workLines({ scrubs, scrub_states: states, scrub_next: next, handover, resync, resync_count: behind }) {
+  const lines = resync.map((replica) => {
+    const known = replica.left_bytes !== null && replica.total_bytes;
+    const left = replica.left_s === null ? "" : `, ${duration(replica.left_s)} left`;
+    const progress = known ? `${size(replica.left_bytes)} to go at ${bandwidth(replica.bytes_per_s)}${left}` : replica.state;
+    const why = replica.reason ? ` (waits: ${replica.reason})` : "";
+    return {
+      text: `Completing the replica of ${replica.volume} on ${replica.node}: ${progress}${why}`,
+      percent: known ? (100 * (replica.total_bytes - replica.left_bytes)) / replica.total_bytes : null,
+    };
+  });
+  if (behind > resync.length) lines.push({ text: `and ${count(behind - resync.length, "replica")} more, see nbdserver resync`, percent: null });
+  lines.push(...scrubs.filter((scrub) => scrub.state === "running").map((scrub) => {
     const percent = scrub.total_bytes ? (100 * scrub.done_bytes) / scrub.total_bytes : 0;
     const left = scrub.left_s === null ? "" : `, ${duration(scrub.left_s)} left`;
     return { text: `Scrubbing ${scrub.volume}: ${size(scrub.done_bytes)} of ${size(scrub.total_bytes)} at ${bandwidth(scrub.rate_bytes_per_s)}${left}`, percent };
-  });
+  }));
   const others = [[states.waiting, "waiting"], [states.failed, "failed"], [states.never, "never done"], [states.done, "done"], [states.stopped, "stopped"]]
     .filter(([number]) => number).map(([number, word]) => `${number} ${word}`);
   lines.push({ text: `Scrubs (all data is read to find what has rotted): ${others.join(", ") || "none"}${next ? `; the next on ${day(next)}` : ""}`, percent: null });
