@@ -27,12 +27,13 @@ def rig(processes: Processes, tmp_path: Path, free_port: Callable[[], int], etcd
     return ClusterRig(processes, tmp_path, free_port, etcd.endpoints)
 
 
-def start(rig: ClusterRig, *names: str) -> list[ClusterNode]:
-    """Nodes that do not wait long for a replica that is lost."""
+def start(rig: ClusterRig, *names: str, more: str = "") -> list[ClusterNode]:
+    """Nodes that do not wait long for a replica that is lost, with `more` settings."""
     nodes = []
     for name in names:
         config = rig.make(name)
-        config.write_text(config.read_text().replace("cluster:\n", "cluster:\n  repair_delay: 5s\n", 1))
+        settings = config.read_text().replace("cluster:\n", "cluster:\n  repair_delay: 5s\n", 1)
+        config.write_text(settings + more)
         nodes.append(rig.serve(config))
     for node in nodes:
         wait(lambda node=node: node.up() == sorted(names), "the nodes know each other")  # type: ignore[misc]
@@ -148,3 +149,28 @@ def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_
 
 def on(node: ClusterNode, volume: str) -> list[str]:
     return sorted(each["node"] for each in replicas(node, volume)["nodes"])
+
+
+def test_volumes_go_on_while_the_registry_is_away_also_over_a_restart(rig: ClusterRig, etcd: EtcdCluster) -> None:
+    n1, n2, n3 = start(rig, "n1", "n2", "n3", more="workers: 2\n")
+    for name in ("db", "web"):
+        n1.ask("volume", "create", name, "--size", "64M", "--replicas", "3")
+    assert all(worker["volumes"] or worker["pid"] for worker in n1.get("/v1/status")["workers"])
+    client = Client(("127.0.0.1", n1.server.port), "db")
+    etcd.members[0].kill()
+    assert client.request(Command.WRITE, 0, BLOCK, b"a" * BLOCK).error == 0
+    n2.server.command("snapshot", "create", "db@monday")
+    wait(lambda: "registry (etcd" in n1.findings(), "the registry is missed")
+    assert "registry cannot be changed now" in n2.refuses("volume", "set", "db", "description=x")
+
+    # A replica's node is started again: it is the same replica.
+    n3.server.kill9()
+    n3.server.start()
+    assert client.request(Command.WRITE, BLOCK, BLOCK, b"b" * BLOCK).error == 0
+    assert client.request(Command.FLUSH).error == 0
+    assert [volume["name"] for volume in n3.ask("volume", "list")] == ["db", "web"]
+    etcd.members[0].start()
+    wait(lambda: [replicas(n1, name)["in_sync"] for name in ("db", "web")] == [3, 3], "all are in sync")
+    n2.server.command("volume", "set", "db", "description=x")
+    assert client.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
+    client.close()
