@@ -19,8 +19,9 @@ from metadata.seams import Clock, Network
 from nbdserver.replication.block_requests import ask_in_turn
 from nbdserver.replication.comparison import Comparison, Difference
 from nbdserver.replication.copy_budget import CopyBudget
+from nbdserver.replication.in_sync_set import Report
 from nbdserver.replication.link import Link, LinkEvents
-from nbdserver.replication.owner import Owner, Report
+from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica import Replica
 from nbdserver.replication.replica_log import Found, ReplicaLog

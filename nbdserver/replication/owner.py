@@ -1,19 +1,13 @@
-"""The owner of a family: orders, acknowledges, and says who is in sync.
+"""The owner of a family: orders and acknowledges. Who is in sync is in in_sync_set.py.
 
 Theory. What the owner's own log has appended is *ordered*; what every needed replica has appended too is *committed*.
 The committed txid only rises, and everything that anybody waits for is a txid: an acknowledgement, a read that shows
 what is not acknowledged yet, a flush (by the durable txid of all). One comparison releases them all, in order.
 
-*Needed* are the other members, and a replica from the request to add it on. Whoever is not needed follows all the same.
-
 Rules (docs/replication.md has the reasons)
 - Nothing is answered without authority: the beginning is committed (rule 5), and every needed replica's grant is valid
   at this moment (2).
-- A member is needed until the registry has answered that it is none (8); a new one from the request on (9).
-- A member that is not whole any more is removed like one that is silent (16).
 - Once deposed it answers nothing, ever: who waits is told ESHUTDOWN, which means *unknown*.
-
-Known weakness: one change of the set at a time: two replicas that die together are two swaps.
 """
 
 import errno as errnos
@@ -22,19 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
+from metadata.replica_set import ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Done, Timer
 from nbdserver.replication.flush_habit import FlushHabit
-from nbdserver.replication.grants import BEAT_S, CANDIDATE_S, GRANT_S
+from nbdserver.replication.grants import BEAT_S, GRANT_S
+from nbdserver.replication.in_sync_set import InSyncSet, Report
 from nbdserver.replication.link import Link, LinkEvents
-from nbdserver.replication.placing import Placed, Placing
+from nbdserver.replication.placing import Placed
 from nbdserver.replication.replica_log import ReplicaLog
 from nbdserver.replication.room import Room
 from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
 from protocol.invariant import invariant
-from protocol.peer import Cut, Modification, Opened, Refusal, Refused, Skip
-
-Report = Callable[[str, dict[str, object]], None]
+from protocol.peer import Cut, Modification, Refusal, Refused, Skip
 
 
 class OwnerEvents(Protocol):
@@ -48,11 +41,6 @@ class OwnerEvents(Protocol):
 
     def link(self, node: str, events: LinkEvents) -> Link:
         """A link to another node of the placement."""
-
-
-def is_whole(member: Member, incarnation: int, intact_since: int) -> bool:
-    """Whether a replica still is what the registry says that it was."""
-    return intact_since <= member.incarnation <= incarnation
 
 
 class Owner:
@@ -72,14 +60,10 @@ class Owner:
     ) -> None:
         """Begin with the value that names this node, and links under its epoch that have not followed yet."""
         self.epoch = value.epoch
-        self.value = value
-        self.links = dict(links)
         self.sync_txid = 0
         self.durable_txid = 0
         self.is_deposed = False
         self._clock = clock
-        self._registry = registry
-        self._key = key
         self._node = node
         self._log = log
         self._events = events
@@ -87,10 +71,8 @@ class Owner:
         self._begun_s = clock.now()
         self._begin_txid = log.last.txid
         self._committed_txid = log.committed_txid
-        self._change: Change | None = None
-        self._placing = Placing(clock)
-        self._adding = ""  # node of the replica that is being added
-        self._candidates: set[str] = set()  # members that want to own the family
+        self._needed: Sequence[Link] = ()
+        self._has_link_to_all = False
         self._room = Room(clock, log)
         self._waiting: deque[tuple[int, Done]] = deque()
         self._flushes: deque[tuple[int, Done]] = deque()
@@ -98,7 +80,8 @@ class Owner:
         self._is_sending_due = False
         self._habit = FlushHabit()
         self._is_syncing = False
-        self._set_needed()
+        self.in_sync = InSyncSet(clock, registry, key, node, value, links, self, report)
+        self.links = self.in_sync.links
         log.begin_epoch(value.epoch)
         log.tap(self._ordered)
         for link in links.values():
@@ -109,14 +92,16 @@ class Owner:
 
     # --- authority ---
 
-    def _set_needed(self) -> None:
-        others = [member.node for member in self.value.in_sync if member.node != self._node]
-        if self._adding and self._adding not in others:
-            others.append(self._adding)
-        self._needed = [self.links[node] for node in others if node in self.links]
-        self._room.needed = self._needed
+    @property
+    def value(self) -> ReplicaSet:
+        """The registry's, as this owner has it."""
+        return self.in_sync.value
+
+    def needed_changed(self, needed: Sequence[Link], has_link_to_all: bool) -> None:
+        """SetEvents."""
+        self._needed, self._has_link_to_all = needed, has_link_to_all
+        self._room.needed = needed
         self._room.look()
-        self._has_link_to_all = len(self._needed) == len(others)
 
     @property
     def has_authority(self) -> bool:
@@ -149,11 +134,7 @@ class Owner:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._change is not None:
-            self._change.cancel()
-        for link in self.links.values():
-            link.close()
-        self._placing.close("this node does not own the volume any more")
+        self.in_sync.close()
         waiting = [done for _, done in (*self._waiting, *self._flushes)]
         self._waiting.clear()
         self._flushes.clear()
@@ -335,19 +316,13 @@ class Owner:
         """LinkEvents."""
         opened = link.opened
         assert opened is not None
-        self._candidates.discard(link.node)
-        member = self.value.member(link.node)
-        if member is not None and not self._is_still_member(member, opened):
-            self._remove(link.node, "it has lost what it had")
+        self.in_sync.opened(link, opened, self._committed_txid)
         link.follow()
-
-    def _is_still_member(self, member: Member, opened: Opened) -> bool:
-        return is_whole(member, opened.incarnation, opened.intact_since) and opened.last.txid >= self._committed_txid
 
     def appended(self, link: Link) -> None:
         """LinkEvents."""
         if link not in self._needed:
-            self._add_if_ready(link)
+            self.in_sync.add_if_ready(link)
             return
         if link.durable_txid > self.durable_txid:
             self._durable()
@@ -371,21 +346,20 @@ class Owner:
 
     def copied(self, link: Link) -> None:
         """LinkEvents."""
-        self._add_if_ready(link)
+        self.in_sync.add_if_ready(link)
 
     def refused(self, link: Link, refused: Refused) -> None:
         """LinkEvents."""
         if refused.reason is Refusal.EPOCH and refused.epoch > self.epoch:
             self.depose(f"{link.node} obeys epoch {refused.epoch}")
         elif refused.reason is Refusal.CANDIDATE:
-            self._candidates.add(link.node)
+            self.in_sync.wants_to_own(link.node)
         elif refused.reason in (Refusal.NO_ROOM, Refusal.FAILED) and self.value.member(link.node) is not None:
-            self._remove(link.node, f"it refuses: {refused.reason.name}")
+            self.in_sync.remove(link.node, f"it refuses: {refused.reason.name}")
 
     def heard(self, value: ReplicaSet) -> None:
         """The registry shows this value."""
-        if value.epoch > self.epoch or (value.epoch == self.epoch and value.owner != self._node):
-            self.depose(f"{value.owner} owns epoch {value.epoch}")
+        self.in_sync.heard(value)
 
     # --- the in-sync set ---
 
@@ -393,97 +367,38 @@ class Owner:
         self._timer = self._clock.call_later(BEAT_S, self._tick)
         for link in list(self.links.values()):
             link.beat()
-        now_s = self._clock.now()
-        if now_s - self._begun_s > GRANT_S:
-            for link in self._needed:
-                patience_s = CANDIDATE_S if link.node in self._candidates else 0.0
-                if link.granted_until_s + patience_s <= now_s and self.value.member(link.node) is not None:
-                    self._remove(link.node, "it is silent")
+        if self._clock.now() - self._begun_s > GRANT_S:
+            self.in_sync.look(self._needed)
         for link in list(self.links.values()):
-            self._add_if_ready(link)
+            self.in_sync.add_if_ready(link)
         if self._log.durable < self._log.last:
             self._sync()
         self._room.look()
         self._release()
-        self._place()
+        self.in_sync.place_if_due()
 
     def place(self, nodes: Sequence[str], done: Placed) -> None:
-        """Have replicas on these nodes alone, this one among them (placing.py)."""
+        """Have replicas on these nodes alone, this one among them."""
         invariant(self._node in nodes, "an owner has a replica")
-        self._placing.ask(nodes, done)
-        if self.is_deposed:
-            self._placing.close("this node does not own the volume any more")
-        self._place()
+        self.in_sync.place(nodes, done)
 
-    def _place(self) -> None:
-        """Make the change of the placement that is due."""
-        if self._change is not None or self.is_deposed:
-            return
-        new = self._placing.next_value(self.value)
-        if new is not None:
-            self._report("placement-changed", {"placement": new.placement, "leaving": new.leaving})
-            self._make(new)
-
-    def _set_links(self) -> None:
-        """To all nodes of the placement, and to no others."""
-        for node in set(self.links) - set(self.value.placement):
-            self.links.pop(node).close()
-        for node in self.value.placement:
-            if node not in self.links and node != self._node:
-                self.links[node] = self._events.link(node, self)
-
-    def _remove(self, node: str, reason: str) -> None:
-        member = self.value.member(node)
-        if self._change is None and member is not None and len(self.value.in_sync) > 1:
-            self._report("replica-removed", {"node": node, "reason": reason})
-            self._make(self.value.without(node))
-
-    def _add_if_ready(self, link: Link) -> None:
-        """Ask for a replica to be a member when it has everything."""
-        if self._change is not None or self.is_deposed or self.value.member(link.node) is not None:
-            return
-        if link.node not in self.value.staying:
-            return
-        opened = link.opened
-        if opened is None or not link.is_streaming or link.regions_left or link.appended.epoch > self.epoch:
-            return
+    def has_everything(self, link: Link) -> bool:
+        """SetEvents."""
+        if not link.is_streaming or link.regions_left or link.appended.epoch > self.epoch:
+            return False
         if link.appended.txid < self._committed_txid or link.granted_until_s <= self._clock.now():
-            return
-        if self._committed_txid < self._begin_txid:
-            return
-        self._report("replica-added", {"node": link.node})
-        self._adding = link.node
-        self._set_needed()
-        self._make(self.value.with_member(Member(link.node, opened.incarnation)))
+            return False
+        return self._committed_txid >= self._begin_txid
 
-    def _make(self, new: ReplicaSet) -> None:
-        self._change = Change(self._clock, self._registry, self._key, self.value, new, self._made)
+    def new_link(self, node: str) -> Link:
+        """SetEvents."""
+        return self._events.link(node, self)
 
-    def _made(self, made: bool, there: ReplicaSet | None) -> None:
-        self._change = None
-        if there is None:
-            self.depose("the registry has lost the family's value")
-            return
-        if there.epoch != self.epoch or there.owner != self._node:
-            self.depose(f"{there.owner} owns epoch {there.epoch}")
-            return
-        self._adding = ""
-        self.value = there
-        self._set_links()
-        self._set_needed()
-        self._events.changed(there)
-        self._check_members()
-        self._place()
+    def set_changed(self) -> None:
+        """SetEvents."""
+        self._events.changed(self.value)
         self._durable()
         self._commit()
-
-    def _check_members(self) -> None:
-        """A member that was asked for may be another one by now."""
-        for member in self.value.in_sync:
-            link = self.links.get(member.node)
-            opened = link.opened if link is not None else None
-            if opened is not None and not is_whole(member, opened.incarnation, opened.intact_since):
-                self._remove(member.node, "it has lost what it had")
 
 
 def _touches(modification: Modification, lba: int, count: int) -> bool:

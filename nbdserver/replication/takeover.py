@@ -20,8 +20,8 @@ from typing import Protocol
 
 from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Timer
+from nbdserver.replication.in_sync_set import is_whole
 from nbdserver.replication.link import Link
-from nbdserver.replication.owner import is_whole
 from nbdserver.replication.replica import FETCH_LIMIT_BYTES, Replica
 from nbdserver.replication.replica_log import common_position
 from protocol.peer import Cut, Fetched, Opened, Position, Refusal, Refused, Skip

@@ -57,7 +57,7 @@ def a_replica_is_added_and_the_owner_does_not_hear_of_it() -> None:
     stage.kill(2)
     stage.until(lambda: stage.in_sync() == {1})
     stage.start(2)
-    stage.until(lambda: stage.owner(1)._adding != "")
+    stage.until(lambda: stage.owner(1).in_sync.adding != "")
     stage.cluster.registry.unknown = 1.0
     stage.until(lambda: stage.in_sync() == {1, 2}, 60.0)
     mend = stage.isolate(1)

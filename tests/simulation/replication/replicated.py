@@ -20,7 +20,8 @@ from functools import partial
 from metadata.registry_calls import Change
 from metadata.replica_set import Member, ReplicaSet, replica_set_key
 from nbdserver.replication.family import ReplicatedFamily
-from nbdserver.replication.owner import Owner, is_whole
+from nbdserver.replication.in_sync_set import is_whole
+from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.replication.replica_log import ReplicaLog
 from tests.simulation.cluster.cluster import Cluster

@@ -6,7 +6,7 @@ Each rule of docs/replication.md has a canary: the rule is taken away, and the s
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,8 +14,9 @@ from metadata.ranges import numbers_of
 from metadata.registry_calls import Outcome, Swap
 from metadata.replica_set import Change, ReplicaSet
 from metadata.seams import Done
-from nbdserver.replication import owner as owner_module
+from nbdserver.replication import in_sync_set as set_module
 from nbdserver.replication import takeover as takeover_module
+from nbdserver.replication.in_sync_set import InSyncSet
 from nbdserver.replication.link import Link
 from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_stream import PeerStream
@@ -164,24 +165,25 @@ def frames_get_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 def acknowledged_before_the_removal_is_known(patch: pytest.MonkeyPatch) -> None:  # rule 8
-    honest = Owner._remove
+    honest = InSyncSet.remove
 
-    def remove(self: Owner, node: str, reason: str) -> None:
+    def remove(self: InSyncSet, node: str, reason: str) -> None:
         honest(self, node, reason)
-        self._needed = [link for link in self._needed if link.node != node]
-        self._commit()
+        owner = cast(Owner, self._events)
+        owner._needed = [link for link in owner._needed if link.node != node]
+        owner._commit()
 
-    patch.setattr(Owner, "_remove", remove)
+    patch.setattr(InSyncSet, "remove", remove)
 
 
 def who_is_being_added_is_not_needed(patch: pytest.MonkeyPatch) -> None:  # rule 9
-    honest = Owner._set_needed
+    honest = InSyncSet._set_needed
 
-    def set_needed(self: Owner) -> None:
-        self._adding = ""
+    def set_needed(self: InSyncSet) -> None:
+        self.adding = ""
         honest(self)
 
-    patch.setattr(Owner, "_set_needed", set_needed)
+    patch.setattr(InSyncSet, "_set_needed", set_needed)
 
 
 def checkpoints_pass_the_committed_txid(patch: pytest.MonkeyPatch) -> None:  # rule 10
@@ -277,7 +279,7 @@ def a_copy_only_adds(patch: pytest.MonkeyPatch) -> None:  # rule 15
 
 
 def whoever_comes_back_is_whole(patch: pytest.MonkeyPatch) -> None:  # rule 16
-    for module in (owner_module, takeover_module):
+    for module in (set_module, takeover_module):
         patch.setattr(module, "is_whole", lambda member, incarnation, intact_since: True)
 
 
