@@ -4,18 +4,20 @@ Theory. A copy holds, for each layer, which MBA every LBA of the region shows, a
 those that are here already: the owner leaves out what has the same content under the same MBA (region_digests.py).
 
 Applying one makes all layers show what the copy says, and frees what no layer shows any more. It is a REGION record of
-the local log, or several, each of a part of the region; it has no txid. What the source has merged away and this
-replica has not is a nameless layer that is not in the copy: it shows what its child shares with it, so that a later
-merge finds its blocks as usual. What this replica has merged away is left out of the copy.
+the local log for each turn of the loop that it takes, of a part of the region; it has no txid. What the source has
+merged away and this replica has not is a nameless layer that is not in the copy: it shows what its child shares with
+it, so that a later merge finds its blocks as usual. What this replica has merged away is left out of the copy.
 
 Rules
 - A copy is applied only where it was read: at its txid (ESTALE otherwise). No block can have a later one then.
+- Nothing is appended between the turns of one copy: what comes meanwhile waits (`Ordered`). A crash between them leaves
+  the region to be fetched again, as its bit says.
 - A block that was left out must be here, with the checksum that the copy says (ENOENT otherwise).
 - Every layer gets entries of its own for each block that changes in any layer: what it inherits may have changed below.
 - Replay applies a record in the same way; layers are not taken apart while regions are to be fetched, so that it finds
   the same layers.
 
-Known weakness: a region with very many layers takes as many maps; a copy is applied in one go (some milliseconds).
+Known weakness: a region with very many layers takes as many maps, and longer turns.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.replica_append import Ordered
 
 REGION_BLOCKS = 1 << REGION_SHIFT
+_BLOCKS_A_TURN = 128  # of the loop: some 2 ms, for one layer
 
 Views = dict[int, "array[int]"]
 """By layer: the MBA of each LBA of a range, 0 for none."""
@@ -145,10 +148,11 @@ class CopyApplying:
     def submit(self, copy: Copy, done: Callable[[int], None]) -> None:
         """See ReplicaLog.apply_copy; EBADMSG for what does not hold together."""
         loads = 0
+        first = 0  # what is before it in the region is applied
         parsed: _Parsed | None = None
 
         def step() -> int | None:
-            nonlocal loads, parsed
+            nonlocal loads, first, parsed
             disk, maps = self._disk, self._maps
             if copy.txid != disk.log.txid and holds(Rule.REPLACED_WHERE_IT_WAS_READ):
                 return errnos.ESTALE
@@ -158,74 +162,81 @@ class CopyApplying:
             parsed = parsed or _parsed(copy)
             if parsed is None:
                 return errnos.EBADMSG
-            need = self._needed(copy.region, parsed.mbas)
+            lba = (copy.region << REGION_SHIFT) + first
+            views = {layer: view[first : first + _BLOCKS_A_TURN] for layer, view in parsed.views.items()}
+            need = self._needed(lba, distinct(views))
             if need:
                 loads += 1
                 maps.hold(loads * (len(need) + REGION_BLOCKS))
                 maps.load(need, self._ordered.go_on)
                 return None
-            if not self._are_here(parsed):
-                return errnos.ENOENT
-            try:
-                errno = self._apply(copy, parsed)
-            except OSError as error:
-                errno = disk.append_failed(error)
-            except Exception as error:
-                disk.parted(error)
-                raise
+            errno = self._apply_turn(lba, copy.region_txid, views, parsed)
+            first += _BLOCKS_A_TURN
+            if not errno and first < REGION_BLOCKS:
+                disk.call_soon(self._ordered.go_on)
+                return None
             if loads:
                 maps.set_cache_bytes(disk.settings.cache_bytes)
             return errno
 
         self._ordered.submit(step, done)
 
-    def _needed(self, region: int, mbas: list[int]) -> Need:
+    def _needed(self, lba: int, mbas: list[int]) -> Need:
         maps = self._maps
-        first_lba = region << REGION_SHIFT
         need: Need = []
         for layer in maps.tree.layers:
-            need += maps.needed((layer << ADDRESS_SHIFT) + first_lba, REGION_BLOCKS, 2 * REGION_BLOCKS)
+            need += maps.needed((layer << ADDRESS_SHIFT) + lba, _BLOCKS_A_TURN, 2 * _BLOCKS_A_TURN)
         return list(dict.fromkeys(need + needed_of_mbas(maps, mbas)))
 
-    def _are_here(self, parsed: _Parsed) -> bool:
-        """Whether all blocks are here that were left out of the copy."""
-        for mba, checksum in parsed.kept.items():
-            page = self._middle(mba)
-            index = mba & PAGE_MASK
-            if not page[index] or page[CHECKSUM + index] != checksum:
-                return False
-        return True
-
-    def _apply(self, copy: Copy, parsed: _Parsed) -> int:
-        disk, maps, content = self._disk, self._maps, parsed.content
-        known = {layer: view for layer, view in parsed.views.items() if layer in maps.tree.layers}
-        first_lba = copy.region << REGION_SHIFT
-        for first, part, runs, wanted in self._parts(known, parsed.kept):
-            count = len(next(iter(part.values())))
-            head = REGION_HEAD.pack(first_lba + first, count, 0, copy.region_txid)
-            of_part = array("I", [content[mba][0] for mba in wanted])
-            body = b"".join((head, runs, array("Q", wanted).tobytes(), of_part.tobytes()))
-            if not disk.appending.make_room_for_bytes(len(body) + len(wanted) * BLOCK_BYTES, CLIENTS_KEEP):
-                return errnos.ENOSPC
-            crash_point("region-before-append")
-            data = [content[mba][1] for mba in wanted]
-            offset = disk.log.append_region(len(runs) // COPY_RUN.size, len(wanted), body, data)
-            crash_point("region-after-append")
-            for at, mba in enumerate(wanted):
-                maps.set_middle(mba, disk.log.segment, offset + at * BLOCK_BYTES, of_part[at])
-            show(maps, first_lba + first, part, self._logical, self._middle)
-            if wanted:
-                maps.next_mba = max(maps.next_mba, wanted[-1] + 1)
-            maps.regions.raise_to(first_lba + first, copy.region_txid)
-            disk.appending.appended(None)
+    def _apply_turn(self, lba: int, region_txid: int, views: Views, parsed: _Parsed) -> int:
+        """Apply what the copy says from an LBA on, if all that was left out of it is here."""
+        disk = self._disk
+        if any(mba in parsed.kept and not self._is_here(mba, parsed.kept[mba]) for mba in distinct(views)):
+            return errnos.ENOENT
+        known = {layer: view for layer, view in views.items() if layer in self._maps.tree.layers}
+        try:
+            for first, part, runs, wanted in self._parts(known, parsed.kept):
+                if not self._append(lba + first, region_txid, part, runs, wanted, parsed):
+                    return errnos.ENOSPC
+        except OSError as error:
+            return disk.append_failed(error)
+        except Exception as error:
+            disk.parted(error)
+            raise
         return 0
+
+    def _is_here(self, mba: int, checksum: int) -> bool:
+        page, index = self._middle(mba), mba & PAGE_MASK
+        return bool(page[index]) and page[CHECKSUM + index] == checksum
+
+    def _append(self, lba: int, region_txid: int, part: Views, runs: bytes, wanted: list[int], parsed: _Parsed) -> bool:
+        """Append one REGION record and do what it says; False if there is no room."""
+        disk, maps, content = self._disk, self._maps, parsed.content
+        head = REGION_HEAD.pack(lba, len(next(iter(part.values()))), 0, region_txid)
+        checksums = array("I", [content[mba][0] for mba in wanted])
+        body = b"".join((head, runs, array("Q", wanted).tobytes(), checksums.tobytes()))
+        if not disk.appending.make_room_for_bytes(len(body) + len(wanted) * BLOCK_BYTES, CLIENTS_KEEP):
+            return False
+        crash_point("region-before-append")
+        data = [content[mba][1] for mba in wanted]
+        offset = disk.log.append_region(len(runs) // COPY_RUN.size, len(wanted), body, data)
+        crash_point("region-after-append")
+        for at, mba in enumerate(wanted):
+            maps.set_middle(mba, disk.log.segment, offset + at * BLOCK_BYTES, checksums[at])
+        show(maps, lba, part, self._logical, self._middle)
+        if wanted:
+            maps.next_mba = max(maps.next_mba, wanted[-1] + 1)
+        maps.regions.raise_to(lba, region_txid)
+        disk.appending.appended(None)
+        return True
 
     def _parts(self, views: Views, kept: Container[int]) -> Iterator[tuple[int, Views, bytes, list[int]]]:
         """The range in pieces that fit into a segment each: (offset in the region, views, as runs, their MBAs but for
         those that are kept)."""
         room = self._disk.pool.record_bytes
-        first, step = 0, REGION_BLOCKS
-        while first < REGION_BLOCKS and views:
+        total = step = len(next(iter(views.values()), ()))
+        first = 0
+        while first < total:
             part = {layer: view[first : first + step] for layer, view in views.items()}
             runs, wanted = pack_views(part), [mba for mba in distinct(part) if mba not in kept]
             extents = len(runs) // COPY_RUN.size

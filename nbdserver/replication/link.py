@@ -298,6 +298,8 @@ class Link:
             self._cut_at = BEGINNING if common == self._cut_at else common  # it could not be cut there
             self._align(stream, Cut(self._cut_at))
             return
+        if opened.version < KINDS_SINCE[Kind.BLOCKS]:
+            self._requests.forget()  # asked before it was known who is there
         self.copying.begin(list(numbers_of(opened.resync)), opened.version)
         self.state = State.CATCHING_UP
         self._catch_up()

@@ -329,3 +329,20 @@ def test_what_changes_while_it_is_compared_and_packed_travels_as_it_is_by_then()
         assert replica.wait(lambda done, copy=again: replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
         assert [replica.number_at(lba) for lba in (500, 501)] == [owner.number_at(lba) for lba in (500, 501)]
     pair.compare()
+
+
+def test_what_comes_while_a_copy_is_applied_waits_for_its_end() -> None:
+    pair = gone_and_back()
+    returned(pair)
+    copy, replica = copied(pair, 0), pair.replica
+    pair.tell()
+    pair.owner.put(0, 77)
+    order: list[tuple[str, int]] = []
+    replica.replica.apply_copy(copy, lambda error: order.append(("copy", error)))
+    replica.replica.append(taken(pair.told), lambda error: order.append(("append", error)))
+    before = replica.disk.log.records
+    replica.clock.step()
+    assert replica.disk.log.records - before < 8  # a part of it
+    assert replica.clock.run_until(lambda: len(order) == 2)
+    assert order == [("copy", 0), ("append", 0)]
+    assert (replica.number_at(0), replica.number_at(500)) == (77, 502)
