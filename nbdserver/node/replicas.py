@@ -15,12 +15,15 @@ Rules
   an empty log for it. The owner removes it from the set first.
 - Nothing is deleted because the shared registry does not know it; only because it names the nodes without this one, or
   says that the family was deleted.
+- One whose disk has failed is closed and opened anew, as often as it fails: what it may have lost, the others have. If
+  it cannot be opened it waits for the next start.
 - A node owns nothing by itself, but for what the registry says that it owns already.
 - One change at a time (`lock`), which is that of the volumes.
 """
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +36,8 @@ from nbdserver.node.errors import ConflictError, NodeError
 from nbdserver.node.opening import Call, Opening
 
 LOOK_S = 5.0
+REOPEN_S = 30.0
+"""After which a replica whose disk has failed is opened anew."""
 OWN_AGAIN_S = 5.0
 """Between two tries to go on as the owner that the registry names."""
 
@@ -67,6 +72,7 @@ class Replicas:
         self._served: dict[str, int] = {}  # and of those whose volumes are served
         self._taking: dict[str, asyncio.Task[None]] = {}
         self._own_next_s: dict[str, float] = {}
+        self._reopen_at_s: dict[str, float] = {}  # those whose disk has failed
         self._changed = asyncio.Event()
         self._scraps_are_settled = False
 
@@ -109,6 +115,7 @@ class Replicas:
                 self._epochs.pop(family.id, None)
                 self._served.pop(family.id, None)
                 self._own_next_s.pop(family.id, None)
+                self._reopen_at_s.pop(family.id, None)
                 await self._follow(family)
         self.stir()
 
@@ -156,6 +163,11 @@ class Replicas:
             self._event("replica-made", {"volume": family.name})
         else:
             await self._families.keep_replica(family)
+        if time.monotonic() >= self._reopen_at_s.get(family.id, math.inf):
+            del self._reopen_at_s[family.id]
+            await self._call("close", family=family.id)
+            self._following.discard(family.id)
+            self._event("replica-opened-anew", {"volume": family.name, "reason": "its disk had failed"})
         if family.id not in self._following and family.id not in self._opening.failed:
             await self._follow(family)
 
@@ -211,7 +223,7 @@ class Replicas:
     async def _let_go(self, family_id: str) -> None:
         if family_id in self._following:
             await self._call("close", family=family_id)
-        for known in (self._epochs, self._served, self.problems, self._opening.failed):
+        for known in (self._epochs, self._served, self._reopen_at_s, self.problems, self._opening.failed):
             known.pop(family_id, None)
         self._following.discard(family_id)
         if self._families.has_replica(family_id):
@@ -292,7 +304,9 @@ class Replicas:
 
     def heard(self, kind: str, fields: dict[str, Any]) -> None:
         """What the data process reports of a family."""
-        if kind == "owner":
+        if kind == "family-failed" and fields["family"] in self._following:
+            self._reopen_at_s[fields["family"]] = time.monotonic() + REOPEN_S
+        elif kind == "owner":
             self._epochs[fields["family"]] = fields["epoch"]
         elif kind == "owner-deposed":
             self._epochs.pop(fields["family"], None)

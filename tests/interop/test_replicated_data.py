@@ -296,7 +296,7 @@ def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port
             first, second, _ = rig.nodes
             writer = Writer(first)
             await writer.write(50)
-            resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+            resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             writer.send()
             assert await asyncio.to_thread(writer.is_refused)
             await rig.until(lambda: first.heard("owner-deposed"), "the owner is deposed")
@@ -304,10 +304,12 @@ def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port
                 await first.call("own", family=rig.family)
             await second.own()
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
-            await first.kill()
-            await first.start()
+            resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            await first.call("close", family=rig.family)
             await first.follow()
             await rig.until(rig.all_in_sync, "who had failed is in sync again")
+            await first.own()
+            assert await asyncio.to_thread(writer.wrong_blocks, first) == []
 
     run(story())
 

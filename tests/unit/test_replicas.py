@@ -10,6 +10,7 @@ import pytest
 from metadata.families import OF_REPLICA, Families
 from metadata.registry import Family, Volume
 from metadata.replica_set import Member, ReplicaSet
+from nbdserver.node import replicas
 from nbdserver.node.data_process import DataProcessError
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError
@@ -99,6 +100,21 @@ def test_a_replica_is_made_where_it_is_named_and_deleted_where_it_is_not_any_mor
     run(node.replicas.reconcile)
     assert node.calls[2:] == ["close"]
     assert (node.directories(), node.families.has_replica(ID), node.families.scraps()) == ([], False, [])
+
+
+def test_a_replica_whose_disk_has_failed_is_opened_anew_after_a_while(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.named("n1", "n2")
+    run(node.replicas.reconcile)
+    node.replicas.heard("family-failed", {"family": ID, "reason": "the disk is broken"})
+    run(node.replicas.reconcile)
+    assert node.calls == ["format", "follow"]
+    monkeypatch.setattr(replicas, "REOPEN_S", 0.0)
+    node.replicas.heard("family-failed", {"family": ID, "reason": "the disk is broken"})
+    run(node.replicas.reconcile, node.replicas.reconcile)
+    assert node.calls[2:] == ["close", "follow"]
+    assert node.events[-1] == "replica-opened-anew"
 
 
 def test_nothing_is_deleted_because_the_registry_does_not_have_it(node: Node) -> None:
