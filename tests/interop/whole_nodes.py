@@ -3,7 +3,7 @@ done to them.
 
 Theory: as in `directory_cluster`, a *round* does something to the cluster, waits for what has to be possible meanwhile
 (mostly another master, which confirms a change of truth), mends it, and then everybody must know the same again. The
-change of truth is that node n1 is drained, or not any more: a key that the registry keeps.
+change of truth is that the node across the WAN is drained, or not any more: a key that the registry keeps.
 """
 
 import random
@@ -81,7 +81,7 @@ class WholeNodes:
     def change_truth(self, asked: ClusterNode) -> None:
         """Each time another change: it has to come to all nodes and to stay."""
         self._changes += 1
-        asked.server.command("node", "drain", FOUNDER, *(("--end",) if self._changes % 2 == 0 else ()))
+        asked.server.command("node", "drain", self.far.name, *(("--end",) if self._changes % 2 == 0 else ()))
 
     def settle(self) -> None:
         """Wait until all is well: everybody is up for everybody, with one master, and has the last change."""
@@ -89,7 +89,7 @@ class WholeNodes:
         is_drained = self._changes % 2 == 1
         for node in self.nodes:
             wait(lambda node=node: node.up() == names, f"{node.name} has {names} up")  # type: ignore[misc]
-            wait(lambda node=node: node.node(FOUNDER)["draining"] == is_drained, "the last change")  # type: ignore[misc]
+            wait(lambda node=node: node.node(self.far.name)["draining"] == is_drained, "the last change")  # type: ignore[misc]
         wait(
             lambda: len({(seen["master"], seen["epoch"]) for seen in map(ClusterNode.cluster, self.nodes)}) == 1, "one"
         )

@@ -2,11 +2,15 @@
 
     python -m tests.simulation.cluster.spread [--nodes 3 30 300 1000] [--loss 0 0.1 0.3] [--seed 1] | tee lines
     python -m tests.simulation.cluster.spread --draw docs/spread.png < lines
+    python -m tests.simulation.cluster.spread --both-kinds --nodes 300 --loss 0.3
 
 Theory: nodes join a new cluster, then UPDATES updates of VALUE_BYTES each are published one by one, PAUSE_S apart, and
 the time until every node has each is taken. What is counted is the bytes of all datagrams of all nodes in that time,
 less what an idle cluster of that size sends in as much time (heartbeats and positions). The minimum (`least_s`,
 `least_bytes`): each agent is sent the sealed datagram until it arrives, by somebody who knows at once what was lost.
+
+With --both-kinds every tenth node is across a WAN and subscribes to a part of the keys, and datagrams are doubled and
+overtaken too: what is measured is how long it takes until every node has exactly its keys.
 
 Known weakness: the network is the simulator's (a site's latency of 0.1 ms and some jitter, unlimited bandwidth), and a
 processor costs nothing in virtual time: these are figures of the protocol, not of a machine.
@@ -37,6 +41,9 @@ REST_S = 12.0  # after joining: what was asked for there is forgotten
 JOIN_LIMIT_S = 300.0
 SPREAD_LIMIT_S = 60.0
 KEYS = ClusterKeys("spread", [bytes(range(32))])
+FAR_PREFIX = "spread/0"
+FAR_EVERY = 10
+ROUGH = {"duplication": 0.3, "reordering": 0.3}
 
 
 @dataclass
@@ -57,11 +64,29 @@ class Figures:
     events_a_second: float
 
 
+@dataclass
+class Converged:
+    """Of one size and loss, with nodes of both kinds."""
+
+    nodes: int
+    far: int
+    loss: float
+    join_s: float
+    exact_s: float
+    """From the last update until every node had exactly its keys."""
+
+
 def start(machine: Machine, seams: Seams) -> DirectoryNode:
-    """A first-kind node."""
+    """A node of the first kind in the first site, of the second kind elsewhere."""
+    is_near = machine.site == "site-1"
     settings = DirectorySettings(
-        machine.name, NodeKind.FIRST, f"{machine.host}:700", f"{machine.host}:701", KEYS
-    )  # fmt: skip
+        machine.name,
+        NodeKind.FIRST if is_near else NodeKind.SECOND,
+        f"{machine.host}:700",
+        f"{machine.host}:701",
+        KEYS,
+        () if is_near else (FAR_PREFIX,),
+    )
     return DirectoryNode(settings, seams.clock, seams.network, seams.store, seams.registry, seams.random)
 
 
@@ -126,6 +151,40 @@ def measure(nodes: int, loss: float, seed: int) -> Figures:
         round(sorted(confirmations)[len(confirmations) // 2], 5),
         round(cluster.scheduler.production_events / spent_s),
     )
+
+
+def converge(nodes: int, loss: float, seed: int) -> Converged:
+    """Simulate one cluster with nodes of both kinds. RuntimeError if one does not come to have exactly its keys."""
+    cluster = Cluster(seed, Mix({"loss": loss, **ROUGH} if loss else ROUGH), start)
+    for number in range(nodes):
+        cluster.add(f"node-{number}", "site-2" if number % FAR_EVERY == FAR_EVERY - 1 else "site-1")
+        cluster.start(f"node-{number}")
+    members = [each.node for each in cluster.machines.values() if isinstance(each.node, DirectoryNode)]
+    far = [node for node in members if node.far_link is not None]
+    first_s = cluster.now_s
+    if not cluster.run_until(lambda: all(node.is_active for node in members), JOIN_LIMIT_S):
+        raise RuntimeError(f"some of {nodes} nodes have not joined within {JOIN_LIMIT_S:g} s")
+    join_s = cluster.now_s - first_s
+    cluster.run(REST_S)
+    master = next(node for node in members if node.master is not None)
+    for number in range(UPDATES):
+        master.publish(f"spread/{number:02}", bytes(VALUE_BYTES))
+        cluster.run(PAUSE_S)
+    last_s = cluster.now_s
+    wanted = {node.settings.name: FAR_PREFIX if node.far_link is not None else "spread/" for node in members}
+    expected = {
+        prefix: [pair for pair in master.range("spread/") if pair[0].startswith(prefix)] for prefix in wanted.values()
+    }
+    waiting = list(members)
+
+    def are_exact() -> bool:
+        while waiting and waiting[-1].range("spread/") == expected[wanted[waiting[-1].settings.name]]:
+            waiting.pop()
+        return not waiting
+
+    if not cluster.run_until(are_exact, SPREAD_LIMIT_S):
+        raise RuntimeError(f"{len(waiting)} nodes have not exactly their keys after {SPREAD_LIMIT_S:g} s")
+    return Converged(nodes, len(far), loss, round(join_s, 3), round(cluster.now_s - last_s, 4))
 
 
 def _publish(cluster: Cluster, members: list[DirectoryNode]) -> tuple[list[float], list[float]]:
@@ -210,6 +269,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[3, 30, 300, 1000])
     parser.add_argument("--loss", type=float, nargs="+", default=[0.0, 0.01, 0.1, 0.3])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--both-kinds", action="store_true", help="until every node of both kinds has exactly its keys")
     parser.add_argument("--draw", metavar="FILE", help="draw the lines of former runs, from standard input")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -217,7 +277,8 @@ def main() -> None:
         return
     for nodes in arguments.nodes:
         for loss in arguments.loss:
-            print(json.dumps(asdict(measure(nodes, loss, arguments.seed))), flush=True)
+            figures = (converge if arguments.both_kinds else measure)(nodes, loss, arguments.seed)
+            print(json.dumps(asdict(figures)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from metadata.directory.node import DirectoryNode
 from tests.simulation.cluster.cluster import Cluster
 from tests.simulation.cluster.faults import Mix
-from tests.simulation.cluster.spread import VALUE_BYTES, measure, start
+from tests.simulation.cluster.spread import VALUE_BYTES, converge, measure, start
 
 SEED = 3
 
@@ -19,6 +19,12 @@ def test_with_a_third_of_all_datagrams_lost_everybody_knows_within_seconds() -> 
     figures = measure(10, 0.3, SEED)
     assert figures.spread_worst_s < 5.0
     assert figures.bytes_an_agent < 6 * figures.minimum_bytes
+
+
+def test_every_node_of_both_kinds_comes_to_have_exactly_its_keys() -> None:
+    figures = converge(30, 0.3, SEED)
+    assert figures.far == 3
+    assert figures.exact_s < 10.0
 
 
 def join_costs(keys: int) -> tuple[int, int, int]:
