@@ -88,7 +88,8 @@ class Elsewhere:
     """The volumes of the other nodes, as they have told them."""
 
     def __init__(self) -> None:
-        self._read: dict[str, tuple[bytes, bytes, bool, list[Row]]] = {}  # by node: of which values, silent?, its rows
+        # By node: what the directory has of it and whether it is silent, then its rows and how many more it has.
+        self._read: dict[str, tuple[tuple[bytes, bytes, bool], list[Row], int]] = {}
         self.total = 0
         """How many there are, those that are not shown too."""
 
@@ -102,10 +103,12 @@ class Elsewhere:
             if name == me:
                 continue
             now = (said(VOLUMES_PREFIX + name), said(LOAD_PREFIX + name), node["state"] != "up")
-            known = before.get(name)
-            rows = known[3] if known is not None and known[:3] == now else _rows(name, *now)
-            self._read[name] = (*now, rows)
-            self.total += len(rows) + _not_told(now[0])
+            read = before.get(name)
+            if read is None or read[0] != now:
+                read = (now, _rows(name, *now), _not_told(now[0]))
+            self._read[name] = read
+            _, rows, more = read
+            self.total += len(rows) + more
             if len(found) < MOST_ELSEWHERE:
                 found += rows[: MOST_ELSEWHERE - len(found)]
         return found
