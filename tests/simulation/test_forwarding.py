@@ -26,7 +26,7 @@ from tests.unit.session_rig import HELLO, named, option
 
 SIZE_BYTES = 1 << 20
 NBD_PORT, PEER_PORT = 10809, 10810
-CLIENT_LIMIT = 4
+CLIENT_LIMIT = 8
 GREETING_BYTES = 18
 
 
@@ -128,11 +128,11 @@ class Hosts:
 class Stage:
     """Nodes node-1 to node-3 and a host `client`."""
 
-    def __init__(self, owner: str = "node-1") -> None:
+    def __init__(self, owner: str = "node-1", seed: int = 7) -> None:
         self.owner = owner
         self.answers: list[Answer] | None = None  # what control processes answer, one after the other
         self.asked: list[tuple[str, tuple[str, ...]]] = []
-        self.cluster = Cluster(7, Mix(), self._begin)
+        self.cluster = Cluster(seed, Mix(), self._begin)
         scheduler = self.cluster.scheduler
         self.device = MemoryDevice(SIZE_BYTES, lambda callback: scheduler.after(0.0001, callback) and None)
         for name in ("node-1", "node-2", "node-3", "client", "other"):
