@@ -58,6 +58,8 @@ HELP = {
     "scrub_total_bytes": "that it has to read",
     "scrub_damaged_blocks": "that it found",
     "scrub_completed_time_seconds": "when the last whole scrub ended, on the wall clock; 0: never",
+    "resync_bytes_sent": "of blocks that were sent to replicas that lacked them, as they travelled",
+    "resync_bytes_saved": "of blocks in the same regions that did not have to travel: they were there, or packed",
     "clients": "client connections of the volume",
     "batches": "wakes of the loop that brought requests",
     "batch_requests": "requests a batch",

@@ -120,6 +120,10 @@ class OpenFamily(ABC):
         except OSError as error:
             raise FamilyError(f"{directory} cannot be opened: {error}") from error
 
+    def counters(self) -> dict[str, int]:
+        """What is counted of it beside its disk's figures."""
+        return {"disk_metadata_bytes_written": self.metadata_bytes_written}
+
     def compare_replicas(self, bytes_per_s: int, done: Callable[[str], None]) -> None:
         """Compare this family with its replicas, then `done` with why that failed, if it did. A node's own has none."""
         done("")

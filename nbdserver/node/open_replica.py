@@ -88,6 +88,10 @@ class OpenReplica(OpenFamily):
         if self._family is not None and self._family.owner is not None:
             self._family.owner.depose("its disk has failed here")
 
+    def counters(self) -> dict[str, int]:
+        sent_bytes, saved_bytes = (0, 0) if self._family is None else self._family.copied_bytes
+        return {**super().counters(), "resync_bytes_sent": sent_bytes, "resync_bytes_saved": saved_bytes}
+
     def compare_replicas(self, bytes_per_s: int, done: Callable[[str], None]) -> None:
         self.family.compare(bytes_per_s, done)
 

@@ -223,7 +223,7 @@ class ServedFamily:
             for served in self.volumes
         }
         for first in list(found.values())[:1]:
-            first["counters"]["disk_metadata_bytes_written"] = self.family.metadata_bytes_written
+            first["counters"].update(self.family.counters())
             for name, value in self.disk.counters().items():
                 if name.endswith("_now"):
                     first["gauges"][f"disk_{name.removesuffix('_now')}"] = value

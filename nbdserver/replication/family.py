@@ -68,6 +68,7 @@ class ReplicatedFamily:
         self._taken: list[Taken] = []
         self.differences: list[Difference] = []
         """What the last comparison found."""
+        self._copied_before = (0, 0)  # as earlier owner
         self._comparison: Comparison | None = None
         self._compared: Callable[[str], None] = lambda reason: None
         self._closed = False
@@ -185,6 +186,7 @@ class ReplicatedFamily:
 
     def deposed(self, reason: str) -> None:
         """OwnerEvents."""
+        self._copied_before = self.copied_bytes
         self.owner = None
         self.stop_comparing(reason)
         self.gave_up(reason)
@@ -196,6 +198,13 @@ class ReplicatedFamily:
         self._end_takeover(reason)
         if self.owner is not None:
             self.owner.depose(reason)
+
+    @property
+    def copied_bytes(self) -> tuple[int, int]:
+        """Of regions that were copied from here: those of blocks that travelled, and those that did not have to."""
+        sent, saved = self._copied_before
+        copies = [] if self.owner is None else [link.copying for link in self.owner.links.values()]
+        return sent + sum(each.sent_bytes for each in copies), saved + sum(each.saved_bytes for each in copies)
 
     # --- comparing ---
 

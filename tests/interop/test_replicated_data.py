@@ -354,6 +354,9 @@ def test_a_client_does_not_see_rot_and_a_scrub_finds_the_replicas_alike(tmp_path
             assert len(repaired) >= len(contents)
             assert (await first.call("replicas"))[rig.family]["differences"] == []
             assert not [fields for kind, fields in first.events if kind == "replicas-differ"]
+            counters = (await first.call("counters"))["volumes"][VOLUME]["counters"]
+            assert counters["disk_repaired_blocks"] == len(contents)
+            assert {"resync_bytes_sent", "resync_bytes_saved"} <= counters.keys()
 
     run(story())
 
