@@ -3,197 +3,23 @@
 What the log in memory proves of the rules is not proved again here; this shows that the two fit together.
 """
 
-import random
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 
 import nbdserver.replication.comparison as comparison_module
 from metadata.region_table import RegionTable
-from metadata.registry_calls import Change
-from metadata.replica_set import Member, ReplicaSet, replica_set_key
-from nbdserver.block import IN_FLIGHT, Operation
-from nbdserver.logdisk.disk import DiskSettings, LogDisk
-from nbdserver.logdisk.opening import Replicated
-from nbdserver.logdisk.replica import Replica
+from nbdserver.block import Operation
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.logdisk.segments import segment_path
 from nbdserver.replication.comparison import Difference
-from nbdserver.replication.device import ReplicatedDevice
-from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.link import Link
-from nbdserver.replication.owner import Owner
-from nbdserver.replication.peer_server import PeerServer
 from nbdserver.replication.peer_stream import PeerStream
 from protocol.peer import Frame, Opened
 from protocol.peer_frames import encode
-from tests.simulation.cluster.cluster import Cluster
-from tests.simulation.cluster.faults import Mix
-from tests.simulation.cluster.machine import Machine, Seams
-from tests.simulation.registers import BLOCK_BYTES, pattern
-
-FAMILY = bytes(range(16))
-PORT = 702
-SIZE_BYTES = 16 << 20  # four regions
-REGION_BLOCKS = 1024
-SEGMENT_BYTES = 1 << 20
-VOLUME = 1
-
-
-class LogNode:  # not ReplicaNode: what it writes goes through a block device
-    """One life of a node with a replica on its log disk."""
-
-    def __init__(self, stage: "LogStage", machine: Machine, seams: Seams) -> None:
-        self.stage = stage
-        self.seams = seams
-        self.boot_id = f"{stage.boots[machine.name]:036d}"
-        if not seams.files.list("."):
-            LogDisk.format(seams.files, seams.store, FAMILY, SIZE_BYTES, SEGMENT_BYTES, seams.random)
-        self.log = Replica(self._open, seams.files)
-        self.family = ReplicatedFamily(
-            seams.clock,
-            seams.network,
-            seams.registry,
-            self.log,
-            FAMILY,
-            machine.name,
-            stage.address_of,
-            lambda kind, fields: stage.reports.append((machine.name, kind, fields)),
-        )
-        self.server = PeerServer(seams.clock, seams.network, f"{machine.host}:{PORT}", lambda _: self.family.accept)
-
-    def _open(self, replicated: Replicated) -> LogDisk:
-        seams = self.seams
-        return LogDisk.open(
-            seams.files,
-            seams.store,
-            seams.clock,
-            seams.random,
-            DiskSettings(cache_bytes=1 << 20),
-            None,
-            self.boot_id,
-            lambda kind, fields: self.stage.reports.append(("disk", kind, fields)),
-            replicated=replicated,
-        )
-
-    @property
-    def owner(self) -> Owner:
-        assert self.family.owner is not None
-        return self.family.owner
-
-    def device(self) -> ReplicatedDevice:
-        return ReplicatedDevice(self.log.disk.head(VOLUME), self.owner)
-
-    def content(self, lba: int) -> bytes:
-        """What its own log shows."""
-        head = self.log.disk.head(VOLUME)
-        data = head.read(lba * BLOCK_BYTES, BLOCK_BYTES)
-        assert data is not None, "the maps of so small a volume are in memory"
-        return b"".join(data)
-
-    def close(self) -> None:
-        self.server.close()
-        self.family.close()
-
-
-class LogStage:
-    """Three nodes; the first owns the volume."""
-
-    def __init__(self) -> None:
-        self.cluster = Cluster(11, Mix(), lambda machine, seams: LogNode(self, machine, seams))
-        self.boots: dict[str, int] = {}
-        self.reports: list[tuple[str, str, dict[str, object]]] = []
-        self.expected: dict[int, bytes] = {}
-        self.random = random.Random(5)
-        self._label = 0
-        names = ["node-1", "node-2", "node-3"]
-        for name in names:
-            machine = self.cluster.add(name)
-            self.boots[name] = 1
-            machine.ended = partial(self._ended, name)
-            self.cluster.start(name)
-        members = tuple(Member(name, self._node(name).log.incarnation) for name in names)
-        value = ReplicaSet(1, names[0], members, tuple(names))
-        self.cluster.registry.swap([Change(replica_set_key(FAMILY), None, value.encode())])
-        self.attach(1)
-
-    def _ended(self, name: str, power: bool) -> None:
-        self.boots[name] += power
-
-    def address_of(self, name: str) -> str:
-        return f"{self.cluster.machines[name].host}:{PORT}"
-
-    def _node(self, name: str) -> LogNode:
-        node = self.cluster.machines[name].node
-        assert isinstance(node, LogNode)
-        return node
-
-    def node(self, number: int) -> LogNode:
-        return self._node(f"node-{number}")
-
-    def until(self, holds: Callable[[], bool], limit_s: float = 10.0) -> None:
-        assert self.cluster.run_until(holds, limit_s), f"not within {limit_s} s; {self.reports[-5:]}"
-
-    def attach(self, number: int) -> None:
-        for _ in range(5):
-            self.node(number).family.take_over(lambda reason: None)
-            if self.cluster.run_until(lambda: self.answers(number), 3.0):
-                return
-        raise AssertionError(f"node-{number} does not become the owner; {self.reports[-5:]}")
-
-    def answers(self, number: int) -> bool:
-        owner = self.node(number).family.owner
-        return owner is not None and owner.has_authority
-
-    def write(self, number: int, lba: int, count: int = 1) -> list[int]:
-        """The errno once it is acknowledged."""
-        self._label += 1
-        data = pattern(self._label, lba * BLOCK_BYTES, count * BLOCK_BYTES)
-        device = self.node(number).device()
-        told: list[int] = []
-        if device.write(lba * BLOCK_BYTES, memoryview(data)):
-            assert device.commit() == IN_FLIGHT
-            device.acknowledged(told.append)
-        else:
-            device.later(Operation.WRITE, lba * BLOCK_BYTES, len(data), data, lambda errno, result: told.append(errno))
-        for index in range(count):
-            self.expected[lba + index] = data[index * BLOCK_BYTES :][:BLOCK_BYTES]
-        return told
-
-    def write_through(self, number: int, lba: int, count: int = 1) -> None:
-        """Wait until it is acknowledged."""
-        told = self.write(number, lba, count)
-        self.until(lambda: told == [0])
-
-    def flush(self, number: int) -> None:
-        told: list[int] = []
-        self.node(number).device().flush(told.append)
-        self.until(lambda: told == [0])
-
-    def any_block(self, count: int) -> int:
-        """One of the first `count` of some region."""
-        return self.random.randrange(4) * REGION_BLOCKS + self.random.randrange(count)
-
-    def write_some(self, number: int, count: int = 20) -> None:
-        for _ in range(count):
-            self.write_through(number, self.any_block(60), self.random.choice([1, 1, 4]))
-
-    def all_in_sync(self) -> bool:
-        reading = self.cluster.registry.get(replica_set_key(FAMILY))
-        nodes = [machine.node for machine in self.cluster.machines.values()]
-        lasts = {node.log.last for node in nodes if isinstance(node, LogNode)}
-        return len(ReplicaSet.decode(reading.items[0][1]).in_sync) == len(nodes) and len(lasts) == 1
-
-    def end(self) -> None:
-        """All are in sync and hold what was acknowledged."""
-        self.until(self.all_in_sync, 30.0)
-        for number in (1, 2, 3):
-            node = self.node(number)
-            wrong = [lba for lba, data in self.expected.items() if node.content(lba) != data]
-            assert not wrong, f"node-{number} has other contents at {wrong}"
+from tests.simulation.registers import BLOCK_BYTES
+from tests.simulation.replication.log_stage import LogStage
 
 
 @pytest.fixture
@@ -244,7 +70,7 @@ def test_an_old_owners_tail_is_cut_away(stage: LogStage) -> None:
     assert told == []
     mend()
     stage.end()
-    assert any(kind == "replica-cut" for _, kind, _ in stage.reports)
+    assert any(kind == "replica-cut" for kind, _ in stage.reports)
     assert told == []
 
 
@@ -256,7 +82,7 @@ def test_all_lose_their_power_and_what_was_flushed_is_there(stage: LogStage) -> 
     for number in (1, 2, 3):
         stage.cluster.start(f"node-{number}")
     stage.attach(2)
-    assert stage.node(2).owner.value.generation == 2
+    assert stage.owner(2).value.generation == 2
     stage.end()
 
 
@@ -278,8 +104,8 @@ def test_regions_are_fetched_when_the_logs_do_not_go_back(stage: LogStage) -> No
     away_for_long(stage)
     stage.write_some(1)
     stage.end()
-    assert any(kind == "replica-skipped" for _, kind, _ in stage.reports)
-    copying = stage.node(1).owner.links["node-3"].copying
+    assert any(kind == "replica-skipped" for kind, _ in stage.reports)
+    copying = stage.owner(1).links["node-3"].copying
     assert (copying.regions_left, copying.reason) == (0, "")
     assert copying.bytes_per_s > 0
     assert 0 < copying.sent_bytes < copying.saved_bytes
@@ -289,7 +115,7 @@ def test_a_replica_that_has_nearly_everything_is_sent_the_rest(stage: LogStage) 
     away_for_long(stage)
     stage.until(lambda: stage.node(3).log.resync_count > 0)
     stage.end()
-    link = stage.node(1).owner.links["node-3"]
+    link = stage.owner(1).links["node-3"]
     sent_bytes = link.copying.sent_bytes
     for region in range(4):
         link.copying.add(region)
@@ -315,7 +141,7 @@ def test_a_replica_of_the_version_before_gets_whole_copies(stage: LogStage, monk
     monkeypatch.setattr(Link, "_opened", opened)
     away_for_long(stage)
     stage.end()
-    copying = stage.node(1).owner.links["node-3"].copying
+    copying = stage.owner(1).links["node-3"].copying
     assert set(versions) == {1}
     assert (copying.saved_bytes, copying.sent_bytes > 0) == (0, True)
 
@@ -343,7 +169,7 @@ def rot(stage: LogStage, number: int, lba: int) -> None:
 
 def read_through(stage: LogStage, number: int, lba: int) -> bytes:
     """As a client does: it waits for what it asked."""
-    device = stage.node(number).device()
+    device = stage.device(number)
     found = device.read(lba * BLOCK_BYTES, BLOCK_BYTES)
     if found is None:
         answers: list[tuple[int, Any]] = []
@@ -357,7 +183,7 @@ def read_through(stage: LogStage, number: int, lba: int) -> bytes:
 
 
 def helpers(stage: LogStage) -> set[object]:
-    return {fields["from"] for _, kind, fields in stage.reports if kind == "block-repaired"}
+    return {fields["from"] for kind, fields in stage.reports if kind == "block-repaired"}
 
 
 @pytest.mark.parametrize("rotten", [(1,), (1, 2), (1, 3)])
@@ -377,11 +203,11 @@ def test_a_client_does_not_see_rot_that_another_member_can_repair(stage: LogStag
 def test_a_member_whose_stream_is_lost_meanwhile_is_asked_again(stage: LogStage) -> None:
     stage.write_some(1)
     stage.cluster.machines["node-3"].end(power=False)
-    stage.until(lambda: len(stage.node(1).owner.members) == 1)
+    stage.until(lambda: len(stage.owner(1).members) == 1)
     stage.cluster.run(1.0)
     lba, content = next(iter(stage.expected.items()))
     rot(stage, 1, lba)
-    stage.node(1).owner.links["node-2"].reopen()
+    stage.owner(1).links["node-2"].reopen()
     assert read_through(stage, 1, lba) == content
 
 
@@ -455,10 +281,10 @@ def test_replicas_that_are_alike_are_found_to_be_while_clients_write(stage: LogS
 def test_a_member_that_holds_something_else_than_the_others_is_sent_it_again(stage: LogStage) -> None:
     lba = alike_at(stage)
     alter(stage, 2, lba)
-    assert stage.node(2).content(lba) == stage.expected[lba + 1]
+    assert stage.content(2, lba) == stage.expected[lba + 1]
     (found,) = compared(stage, 1)
     assert (found.offset_bytes, found.wrong, found.is_repaired, found.to_do) == (4 << 20, "node-2", True, "")
-    stage.until(lambda: stage.node(2).content(lba) == stage.expected[lba])
+    stage.until(lambda: stage.content(2, lba) == stage.expected[lba])
     assert compared(stage, 1) == []
     stage.end()
 
@@ -475,7 +301,7 @@ def test_a_member_that_has_not_had_a_modification_is_wrong_even_if_the_others_di
     found = compared(stage, 1)
     assert [each.offset_bytes >> 22 for each in found] == [0, 1, 2, 3]
     assert {(each.wrong, each.is_repaired) for each in found} == {("node-2, node-3", True)}
-    stage.until(lambda: all(stage.node(number).content(lba) == stage.expected[lba] for number in (2, 3)))
+    stage.until(lambda: all(stage.content(number, lba) == stage.expected[lba] for number in (2, 3)))
     assert compared(stage, 1) == []
 
 
@@ -487,27 +313,27 @@ def test_an_owner_that_is_wrong_says_where_to_go(stage: LogStage) -> None:
     assert "take the volume over at node-2" in found.to_do
     stage.attach(2)
     assert [each.is_repaired for each in compared(stage, 2)] == [True]
-    stage.until(lambda: stage.node(1).content(lba) == stage.expected[lba])
+    stage.until(lambda: stage.content(1, lba) == stage.expected[lba])
     assert compared(stage, 2) == []
 
 
 def test_of_two_nobody_can_say_who_is_right_and_nothing_is_touched(stage: LogStage) -> None:
     lba = alike_at(stage)
     stage.cluster.machines["node-3"].end(power=False)
-    stage.until(lambda: len(stage.node(1).owner.members) == 1)
+    stage.until(lambda: len(stage.owner(1).members) == 1)
     alter(stage, 2, lba)
     (found,) = compared(stage, 1)
     assert (found.wrong, found.is_repaired) == ("", False)
     assert "backup" in found.to_do
     stage.cluster.run(2.0)
-    assert stage.node(2).content(lba) == stage.expected[lba + 1]
-    assert [fields["to_do"] for _, kind, fields in stage.reports if kind == "replicas-differ"] == [found.to_do]
+    assert stage.content(2, lba) == stage.expected[lba + 1]
+    assert [fields["to_do"] for kind, fields in stage.reports if kind == "replicas-differ"] == [found.to_do]
 
 
 def test_what_cannot_be_compared_is_said(stage: LogStage, monkeypatch: pytest.MonkeyPatch) -> None:
     alike_at(stage)
-    stage.until(lambda: stage.node(1).owner.value.member("node-3") is not None)
-    link = stage.node(1).owner.links["node-3"]
+    stage.until(lambda: stage.owner(1).value.member("node-3") is not None)
+    link = stage.owner(1).links["node-3"]
     link.copying.begin([0], 1)  # something that is never over
     link.copying.more = lambda: None  # type: ignore[method-assign]
     monkeypatch.setattr(comparison_module, "TRIES", 2)
