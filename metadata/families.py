@@ -50,6 +50,7 @@ class Families:
         self._own = own
         self._owner = owner
         self._decoded: dict[str, tuple[bytes, Family]] = {}  # what was read last
+        self._sets: dict[str, tuple[bytes, ReplicaSet]] = {}  # of these too
 
     # --- looking ---
 
@@ -128,10 +129,16 @@ class Families:
     def replica_set(self, family_id: str) -> ReplicaSet | None:
         """Who owns a family of the cluster and who is in sync; None if that is not known. RegistryError."""
         value = self.shared.get(_set_key(family_id)) if self.shared is not None else None
-        try:
-            return None if value is None else ReplicaSet.decode(value)
-        except ReplicaSetError as error:
-            raise RegistryError(f"who owns family {family_id} cannot be read: {error}") from error
+        if value is None:
+            self._sets.pop(family_id, None)
+            return None
+        known = self._sets.get(family_id)
+        if known is None or known[0] != value:
+            try:
+                known = self._sets[family_id] = (value, ReplicaSet.decode(value))
+            except ReplicaSetError as error:
+                raise RegistryError(f"who owns family {family_id} cannot be read: {error}") from error
+        return known[1]
 
     def scraps(self) -> list[str]:
         """Return the ids whose directories are to be deleted."""

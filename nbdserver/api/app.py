@@ -127,6 +127,7 @@ def _add_node(app: FastAPI, node: Node) -> None:
                 own: dict[str, float] = {"volume_size_bytes": volume.size_bytes, "volume_generation": family.generation}
                 if at == 0:
                     own |= node.capacity.volume_gauges(family) | node.scrubs.gauges(family)
+                    own |= node.part.replica_gauges(family) if node.part is not None else {}
                 figures = live.get(volume.name, {"counters": {}, "gauges": {"volume_failed": 1}})
                 volumes[volume.name] = Figures(figures["counters"], figures["gauges"] | own)
         # With a thousand volumes this takes a tenth of a second, in which the API has other things to do.

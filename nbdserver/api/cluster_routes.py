@@ -48,7 +48,7 @@ def add_to(app: FastAPI, node: Node) -> None:
 
     @app.delete("/v1/nodes/{name}", status_code=204, summary="Strike a node that will not come back")
     async def remove(name: str) -> None:
-        await _cluster(node).remove(name)
+        await _part(node).remove(name)
 
     @app.post("/v1/cluster/rotate-key", status_code=204, summary="Give the cluster another key")
     async def rotate_key() -> None:

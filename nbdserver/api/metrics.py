@@ -53,6 +53,8 @@ HELP = {
     "volume_generation": "raised when acknowledged writes may have been lost",
     "volume_max_data_bytes": "most that the segment files of it, its snapshots and clones may take; 0: without limit",
     "volume_alarm_percent": "the threshold of it above which the live data is: 80, 90, 95; 0: none",
+    "replicas_wanted": "on how many nodes the volume shall be; told by the node that serves it",
+    "replicas_in_sync": "how many of them have everything",
     "scrub_running": "1 while its data is being read to find what has rotted",
     "scrub_done_bytes": "read by the scrub that runs, or by the last one",
     "scrub_total_bytes": "that it has to read",

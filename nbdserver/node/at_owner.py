@@ -11,7 +11,6 @@ Rules
 - A request is sent on once. Who gets it owns the volume, or takes it over, or refuses.
 """
 
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,12 @@ from typing import Any
 from metadata.families import Families
 from metadata.registry import Family
 from nbdserver.node.cluster_calls import NotReachedError
-from nbdserver.node.errors import ConflictError, NodeError
+from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
 from nbdserver.node.owning import Others, Owning
 from nbdserver.node.replicas import Replicas
+
+ABOUT_VOLUMES = ("/v1/volumes", "/v1/snapshots", "/v1/clones", "/v1/scrubs")
+"""What the requests that are sent on begin with; a node answers no others for another one."""
 
 DO_S = 600.0
 """As long as a command waits for its node: deleting unlinks segments first."""
@@ -113,6 +115,8 @@ class AtOwner:
         if self.answer_here is None:
             raise ConflictError("the node is starting; try again in a moment")
         request = ApiRequest(*(str(question.get(key, "")) for key in ("method", "path", "query", "body")))
+        if not request.path.startswith(ABOUT_VOLUMES):
+            raise WrongInputError(f"{request.path!r:.60} is not about a volume: it is answered by each node itself")
         answer = await self.answer_here(request)
         return {"status": answer.status, "body": answer.body}
 
@@ -121,11 +125,3 @@ class AtOwner:
         found = self._families.find(volume)
         if found is not None and found[0].replicas and not self._replicas.owns(found[0].id):
             await self._replicas.own(found[0].id)
-
-
-def error_of(answer: ApiAnswer) -> str:
-    """The line that a refusal has."""
-    try:
-        return str(json.loads(answer.body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"it answered {answer.status}"

@@ -396,7 +396,7 @@ class Cluster:
 
     def is_up(self, name: str) -> bool:
         """Whether the cluster has such a node and hears it."""
-        return name in self.names() and name not in self._silent_since_s
+        return self.directory.get(MEMBER_PREFIX + name) is not None and name not in self._silent_since_s
 
     def silent_s(self, name: str) -> float:
         """For how long a node has not been heard; 0.0 while it is."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from metadata.families import Families
-from metadata.registry import VolumeState
+from metadata.registry import Family, VolumeState
 from nbdserver.node import replica_view
 from nbdserver.node.at_owner import AtOwner
 from nbdserver.node.channel_registry import RegistryVisit
@@ -161,6 +161,13 @@ class ClusterPart:
         known = [value for value in values if value is not None]
         return Counter(node for value in known for node in value.placement), Counter(value.owner for value in known)
 
+    def replica_gauges(self, family: Family) -> dict[str, float]:
+        """For metrics, of a family that is served here."""
+        value = self._families.replica_set(family.id) if family.replicas else None
+        if value is None:
+            return {}
+        return {"replicas_wanted": family.replicas, "replicas_in_sync": len(value.in_sync)}
+
     def findings(self, volumes: Sequence[Mapping[str, Any]], waits: Mapping[str, str]) -> list[Finding]:
         """What is wrong with the cluster's volumes, of these of all, some of which wait for something; and with this
         node's part in them."""
@@ -196,6 +203,15 @@ class ClusterPart:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(each.watch()) for each in (self.cluster, self.replicas, self.changes)]
         self._data.notify_all("peer_addresses", {"nodes": self._peer_addresses()})
+
+    async def remove(self, name: str) -> None:
+        """Strike a node that will not come back, and forget what it had still to delete. NodeError."""
+        if self.cluster is None:
+            raise NodeError("this node does not take part in its cluster yet; try again in a moment")
+        await self.cluster.remove(name)
+        for family_id, nodes in self._families.removed().items():
+            if name in nodes:
+                await self._families.has_removed(family_id, name)
 
     async def leave(self) -> None:
         """Take part no more."""
