@@ -4,8 +4,9 @@ Theory. `InlineReads` hands over what it misses and goes on. At the end of the b
 of it; when that is over the reads are tried again, and what is not at hand after FETCHES waits for itself (`Deferred`).
 
 Kernels of late begin to read when they are asked for what they do not have, although they do not wait for it. There
-most of what was missed *comes unasked* while the loop does other things, and nobody has to wait for it. So it is tried
-again first, turn by turn, as long as some of it is there each time; and no more for a while where that is in vain.
+what was missed mostly *comes unasked* within some turns of the loop, and that takes less than handing it to a thread
+and back. So it is tried again first, turn by turn, until nothing has come for TURNS of them; and no more for a while
+where that is in vain, as with a slow device or an older kernel.
 
 Rules
 - They count as waiting requests from the moment they are missed, and are bounded as these.
@@ -21,6 +22,8 @@ from nbdserver.frontend.deferred import Deferred
 from nbdserver.volume.counters import Counters
 
 FETCHES = 2  # the first one may have waited for less than all
+TURNS = 16  # some 200 µs; a good device needs half of that
+AT_ONCE = 16  # the longest missed ones: one that is not there yet costs some 3 µs
 CREDIT_LIMIT = 8
 TRIED_AGAIN = 64  # without credit one batch in so many is tried all the same
 
@@ -57,20 +60,25 @@ class ColdReads:
             missed, self._missed = self._missed, []
             self._batches += 1
             if self._credit or not self._batches % TRIED_AGAIN:
-                self._clock.call_soon(partial(self._try_before, missed, answer, self._clock.now()))
+                self._try_soon(missed, answer, self._clock.now(), TURNS)
             else:
                 self._fetch(missed, answer, self._clock.now(), FETCHES)
 
-    def _try_before(self, reads: Sequence[MissedRead], answer: Answer, since_s: float) -> None:
+    def _try_soon(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, turns: int) -> None:
+        self._clock.call_soon(partial(self._try, reads, answer, since_s, turns))
+
+    def _try(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, turns: int) -> None:
         """Answer what came unasked, and go on so until nothing does."""
-        left = self._answer(reads, answer, since_s)
+        left = [*self._answer(reads[:AT_ONCE], answer, since_s), *reads[AT_ONCE:]]
         if len(left) < len(reads):
             self._credit = min(self._credit + 1, CREDIT_LIMIT)
-            if left:
-                self._clock.call_soon(partial(self._try_before, left, answer, since_s))
-        else:
-            self._credit = max(self._credit - 1, 0)
-            self._fetch(left, answer, since_s, FETCHES)
+            turns = TURNS + 1
+        if left:
+            if turns > 1:
+                self._try_soon(left, answer, since_s, turns - 1)
+            else:
+                self._credit = max(self._credit - 1, 0)
+                self._fetch(left, answer, since_s, FETCHES)
         self._deferred.go_on()
 
     def _fetch(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:

@@ -1,11 +1,14 @@
 """Fetching: what many reads lack is brought in by one job, map pages included; what it cannot help is left alone."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.fetching import BLOCKS_A_TURN, JOBS
 from tests.simulation.faults import FaultMix
-from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
+from tests.unit.families import BLOCK_BYTES, RealFamily, SimulatedFamily, block
 
 COLD = FaultMix(cold_read=1.0, latency_s=0.001)
 SMALL_CACHE = DiskSettings(cache_bytes=0, checkpoint_bytes=1 << 30, checkpoint_interval_s=3600.0)
@@ -133,3 +136,19 @@ def test_a_view_that_is_closed_meanwhile_is_told_all_the_same(family: SimulatedF
     assert not view.fetch(ranges(0), lambda: None)
     family.run(1.0)
     assert told == [True]
+
+
+def test_what_the_page_cache_of_a_real_host_has_lost_is_read_again(tmp_path: Path) -> None:
+    family = RealFamily(tmp_path)
+    family.open()
+    family.put(0, 1, 64)
+    assert family.flush() == 0
+    for handle in family.disk.pool.handles:
+        if handle >= 0:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    told: list[bool] = []
+    if family.files.answers_from_cache:
+        family.wait(lambda done: told.append(family.device.fetch(ranges(*range(64)), done)))
+        assert told == [True]
+    assert [family.number_at(lba) for lba in range(64)] == list(range(1, 65))
+    family.close()
