@@ -51,7 +51,7 @@ class ReplicaFamily(SimulatedFamily):
         self.disk = self.replica.disk
         self.device = self.disk.head(1)
 
-    def own(self, epoch: int, tap: Callable[[Modification], None] | None = None) -> None:
+    def own(self, epoch: int, tap: Callable[[Modification], None] = lambda modification: None) -> None:
         """Begin to order."""
         assert self.wait(lambda done: self.replica.promise(epoch, done)) == (0,)
         self.replica.begin_epoch(epoch)
