@@ -6,7 +6,7 @@ here. Only if neither can be, another member is asked to.
 
 Rules
 - Who is asked for a client names the nodes that it has tried in vain: they are not offered again.
-- A command never moves a family away from an owner that is up.
+- A command never moves a family away from an owner that is up and owns it.
 
 Known weakness: an owner that is up for the cluster and hangs is found out by its silence, as long as a call takes.
 """
@@ -97,11 +97,17 @@ class Owning:
             return self._replicas.me
         value = self._value(family)
         if value.owner not in (self._replicas.me, *failed) and self._is_up(value.owner):
-            return value.owner
+            told = await self._look_at(value.owner, family)
+            if told.get("owns", True):  # it says so, or has not answered: whoever asks it finds out
+                return value.owner
+        reasons: list[str] = []
         if self._replicas.may_own(value, family.id):
-            await self._replicas.own(family.id)
-            return self._replicas.me
-        return await self._ask_members(family, failed, [])
+            try:
+                await self._replicas.own(family.id)
+                return self._replicas.me
+            except NodeError as error:
+                reasons.append(str(error))
+        return await self._ask_members(family, failed, reasons)
 
     def for_look(self, family: Family) -> str:
         """The node that knows most of a family: its owner, if that is up; else this one."""

@@ -72,6 +72,7 @@ class Replicas:
         self._served: dict[str, int] = {}  # and of those whose volumes are served
         self._taking: dict[str, asyncio.Task[None]] = {}
         self._own_next_s: dict[str, float] = {}
+        self._trying: set[asyncio.Task[None]] = set()
         self._reopen_at_s: dict[str, float] = {}  # those whose disk has failed
         self._changed = asyncio.Event()
         self._scraps_are_settled = False
@@ -296,7 +297,9 @@ class Replicas:
                 continue
             if now_s >= self._own_next_s.get(family_id, 0.0):
                 self._own_next_s[family_id] = now_s + OWN_AGAIN_S
-                asyncio.get_running_loop().create_task(self._try_to_own(family_id))
+                task = asyncio.get_running_loop().create_task(self._try_to_own(family_id))
+                self._trying.add(task)
+                task.add_done_callback(self._trying.discard)
 
     async def _try_to_own(self, family_id: str) -> None:
         with contextlib.suppress(NodeError, RegistryError, OSError):  # the data process tells why: not-taken-over

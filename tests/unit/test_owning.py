@@ -156,3 +156,34 @@ def test_a_node_that_has_not_joined_yet_takes_over_what_it_can_or_says_so() -> N
     owning = Owning(cast(Families, known), cast(Replicas, Here("node-3", True, False)), lambda: None, no_call)
     assert "no node can serve disk now" in asyncio.run(owning.attach("disk", ()))["error"]
     assert asyncio.run(owning.attach("other", ())) == {"error": "the cluster has no volume 'other'"}
+
+
+@pytest.mark.parametrize(
+    ("asked_at", "in_sync", "up", "told", "can", "takes", "failed", "expected"),
+    [
+        ("2", "123", "123", BUSY, True, "", "", "1"),
+        ("2", "123", "123", IDLE, True, "", "", "1"),  # unlike a client it moves nothing
+        ("2", "123", "123", None, True, "", "", "1"),  # it is asked all the same
+        ("2", "123", "123", NOT, True, "", "", "2"),  # it is up, and owns nothing
+        ("2", "123", "123", NOT, False, "1", "", "1"),
+        ("2", "123", "123", NOT, False, "3", "", "3"),  # its disk has failed
+        ("2", "123", "23", None, True, "", "", "2"),
+        ("4", "123", "23", None, True, "3", "", "3"),
+        ("2", "123", "123", None, True, "", "1", "2"),
+    ],
+)
+def test_where_a_command_is_done(
+    asked_at: str,
+    in_sync: str,
+    up: str,
+    told: dict[str, Any] | None,
+    can: bool,
+    takes: str,
+    failed: str,
+    expected: str,
+) -> None:
+    known = Known([f"node-{number}" for number in in_sync])
+    here, there = Here(f"node-{asked_at}", can, False), There(up, told, takes)
+    owning = Owning(cast(Families, known), cast(Replicas, here), lambda: there, no_call)
+    node = asyncio.run(owning.for_command(known.family, [f"node-{number}" for number in failed]))
+    assert node == f"node-{expected}"

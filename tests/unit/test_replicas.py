@@ -59,12 +59,13 @@ class Node:
         if name == "own":
             self.replicas.heard("owner", {"family": arguments["family"], "epoch": self.epoch})
             return {"epoch": self.epoch, "generation": 1, "sizes_bytes": {"1": 1 << 20}}
-        return {"incarnation": 1, "sizes_bytes": {"1": 1 << 20}}
+        return {"incarnation": 1, "generation": 1, "sizes_bytes": {"1": 1 << 20}}
 
     def named(self, *nodes: str, in_sync: tuple[str, ...] = ("n1",), owner: str = "n1") -> None:
         """The shared registry has the family, on these nodes."""
         value = ReplicaSet(self.epoch, owner, tuple(Member(node, 1) for node in in_sync), nodes)
         self.shared.values[f"family/{ID}"] = DB.encode()
+        self.shared.values["volume/db"] = f"{ID}/1".encode()
         self.shared.values[f"replicas/{ID}"] = value.encode()
 
     def directories(self) -> list[str]:
@@ -196,3 +197,25 @@ def test_who_is_named_as_the_owner_goes_on_after_a_start_and_nobody_else_begins(
 def test_what_is_not_open_here_cannot_be_owned_here(node: Node) -> None:
     with pytest.raises(NodeError, match="n2 has no open replica"):
         run(lambda: node.replicas.own(ID))
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_family_that_was_on_its_way_to_the_shared_registry_is_there_or_this_nodes_own_again(
+    node: Node, is_shared: bool
+) -> None:
+    own = Family(ID, 1 << 26, "", DB.volumes)
+    run(lambda: node.families.begin(ID), lambda: node.families.add(own))
+    node.directory.family(ID).mkdir()
+    run(lambda: node.families.begin_sharing(own, 2))
+    node.start()
+    assert (node.families.own(), [family.id for family in node.families.being_shared()]) == ([], [ID])
+    if is_shared:
+        node.named("n2", in_sync=("n2",), owner="n2")
+    run(node.replicas.reconcile)
+    assert node.families.being_shared() == []
+    assert node.families.has_replica(ID) is is_shared
+    assert [family.id for family in node.families.own()] == ([] if is_shared else [ID])
+    assert node.calls[0] == ("follow" if is_shared else "open")
+    found = node.families.find("db")
+    assert found is not None
+    assert found[0].replicas == (2 if is_shared else 0)
