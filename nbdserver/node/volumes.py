@@ -28,14 +28,10 @@ from metadata.registry import (
     Volume,
     VolumeState,
 )
-from metadata.replica_set import ReplicaSet
-from nbdserver.node import replica_view
-from nbdserver.node.activity import NO_TRAFFIC
 from nbdserver.node.asking import SILENT
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
 from nbdserver.node.opening import Call, Opening
-from nbdserver.node.replica_view import ELSEWHERE, NO_REPLICAS, UNOWNED
 from nbdserver.node.replicas import Replicas
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
 from nbdserver.node.volume_settings import (
@@ -46,13 +42,11 @@ from nbdserver.node.volume_settings import (
     parse_max_data,
     parse_replicas,
 )
+from nbdserver.node.volume_view import STARTING, UNKNOWN, described, state_of_others
 from protocol.invariant import invariant
 
 MAX_FAMILIES = 1024
 """Each open one costs an open LevelDB, its share of the cache and a segment of ballast. Clones are of their base's."""
-
-STARTING, UNKNOWN = "starting", "unknown"
-"""States of a volume of which nothing is known: the data process is being started, or does not answer."""
 
 Found = tuple[Family, Volume]
 
@@ -374,42 +368,14 @@ class Volumes:
 
     def _describe(self, family: Family, volume: Volume, live: dict[str, Any], otherwise: str) -> dict[str, Any]:
         """`otherwise` is its state if nothing is live of it."""
-        value = self._families.replica_set(family.id) if family.replicas else None
-        if family.replicas and not self._is_served(family):
-            live, otherwise = {}, self._otherwise(value)
-        disk = live.get("disk", {})
-        own = live.get("volumes", {}).get(str(volume.number), {})
-        reason = self.opening.why_not(family, volume) or disk.get("failure", "")
-        if reason:
-            state = "failed"
-        elif not own:
-            state = otherwise
-        else:
-            state = "full" if disk["state"] == "full" else "serving"
-        return {
-            "name": volume.name,
-            "number": volume.number,
-            "size_bytes": volume.size_bytes,
-            "state": state,
-            "reason": reason,
-            "base": own.get("base", ""),
-            "snapshots": own.get("snapshots", 0),
-            "generation": value.generation if value else family.generation,
-            "epoch": value.epoch if value else family.epoch,
-            "family": family.id,
-            "settings": {**asdict(volume.settings), "max_data": family.max_data},
-            "clients": None if otherwise == ELSEWHERE else own.get("clients", 0),
-            "traffic": own.get("traffic", NO_TRAFFIC) if own else None,
-            "disk": disk,
-            "replicas": replica_view.replicas(family.replicas, value, self.is_up) if family.replicas else NO_REPLICAS,
-        }
-
-    def _otherwise(self, value: ReplicaSet | None) -> str:
-        """The state of a volume of the cluster that is not served here."""
-        if value is None:
-            return UNKNOWN
-        assert self.replicas is not None
-        return ELSEWHERE if value.owner != self.replicas.me and self.is_up(value.owner) else UNOWNED
+        reason = self.opening.why_not(family, volume)
+        if not family.replicas:
+            return described(family, volume, live, otherwise, reason)
+        value = self._families.replica_set(family.id)
+        if not self._is_served(family):
+            me = self.replicas.me if self.replicas is not None else ""
+            live, otherwise, reason = {}, state_of_others(value, me, self.is_up), ""
+        return described(family, volume, live, otherwise, reason, value, self.is_up)
 
 
 async def _no_cluster(family: Family, replicas: int) -> None:
