@@ -12,7 +12,7 @@ which begins with FORWARD and what the handshake has agreed on; after FORWARDED 
 
 Rules
 - Nothing of a client that waits is lost: what it sends is kept, at most WAITING_BYTES of it.
-- Whom the other node's process has not answered for a grant time (keeping.py), its clients are dropped with all that is
+- Whom the other node's process has not answered for FORWARD_S (keeping.py), its clients are dropped with all that is
   on its way: what they have asked for must not be done later, when they have asked for it again elsewhere.
 - A client that has hung up is looked for at each beat, and before another one of its host is forwarded: while the other
   node takes nothing it is not heard of. What it has asked for and was not taken is dropped.

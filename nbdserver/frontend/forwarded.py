@@ -10,7 +10,7 @@ Rules
 - Nor is it served before every other forwarder that has clients of its host and export has said, after it came, which
   of them are still there (LOOK); those that it does not name are dropped. So is a client that comes here directly.
 - A number that the forwarder has given up is not served, whenever it comes.
-- The clients of a forwarder that has not been heard of for a grant time are dropped: it has dropped them too.
+- The clients of a forwarder that has not been heard of for FORWARD_S are dropped: it has dropped them too.
 
 Known weakness: what a client has sent to a node that does not know yet that it has gone may be done after what it asks
 for anew.
@@ -23,7 +23,7 @@ from functools import partial
 from metadata.seams import Clock
 from nbdserver.frontend.server import Server
 from nbdserver.frontend.session import Session
-from nbdserver.replication.grants import BEAT_S, REPLICA_COUNTS_S
+from nbdserver.replication.grants import BEAT_S, SERVER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.volume.export import Exports
 from nbdserver.volume.peer import Peer
@@ -165,7 +165,7 @@ class ForwardedClients:
     def _drop_silent(self) -> None:
         now_s = self._clock.now()
         for key, forwarder in list(self._forwarders.items()):
-            if now_s - forwarder.heard_s > REPLICA_COUNTS_S:
+            if now_s - forwarder.heard_s > SERVER_COUNTS_S:
                 for number in list(forwarder.sessions):
                     forwarder.drop(number, "the node that it had come to is silent")
                 del self._forwarders[key]

@@ -5,8 +5,8 @@ as long as there are clients: KEEP, each beat, says which clients are still ther
 counted from when the KEEP was sent that is answered. The other side may ask for a KEEP (LOOK).
 
 Rules
-- When nothing has been heard for a grant time, the clients are told (`silent`), and the process there has dropped them
-  too or is about to (forwarded.py).
+- When nothing has been heard for FORWARD_S (grants.py), the clients are told (`silent`), and the process there has
+  dropped them too or is about to (forwarded.py).
 - A stream that is lost is opened again; that alone costs no client anything.
 - The last client that goes is told of, too: a process that reads nothing from its connection does not see it end.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from metadata.seams import Clock, Connection, Network
-from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
+from nbdserver.replication.grants import BEAT_S, FORWARDER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.volume.peer import Peer
 from protocol.peer import Frame
@@ -32,7 +32,7 @@ class KeptClient(Protocol):
         """Look whether it is still there."""
 
     def silent(self) -> None:
-        """The other process has not been heard of for a grant time."""
+        """The other process has not been heard of for FORWARD_S."""
 
 
 class Keeping:
@@ -86,7 +86,7 @@ class Keeping:
         self._ended()
 
     def _tick(self) -> None:
-        if self._clock.now() - self._heard_s >= OWNER_COUNTS_S:
+        if self._clock.now() - self._heard_s >= FORWARDER_COUNTS_S:
             for client in list(self.clients.values()):
                 client.silent()
         self.drop_gone()

@@ -16,7 +16,7 @@ import pytest
 from metadata.registry import ExportSettings
 from nbdserver.node.authority import Authority
 from nbdserver.node.errors import NodeError
-from nbdserver.replication.grants import GRANT_S
+from nbdserver.replication.grants import FORWARD_S
 from protocol.nbd import Command
 from tests.certificates import DAY, make_certificates
 from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes
@@ -176,7 +176,7 @@ async def _has(node: DataNode, clients: list[str]) -> bool:
     return await vias(node) == clients
 
 
-def test_an_owner_that_stands_still_loses_its_clients_after_a_grant_time(tmp_path: Path, free_port: FreePort) -> None:
+def test_an_owner_that_stands_still_loses_its_clients_in_time(tmp_path: Path, free_port: FreePort) -> None:
     async def story() -> None:
         async with data_nodes(tmp_path, free_port, settings=SHARED) as rig:
             first, second, _ = rig.nodes
@@ -187,7 +187,7 @@ def test_an_owner_that_stands_still_loses_its_clients_after_a_grant_time(tmp_pat
                 stopped_s = time.monotonic()
                 client.send(Command.WRITE, 0, data=block_of("late"))
                 assert await asyncio.to_thread(is_gone, client)
-                assert 0.5 * GRANT_S < time.monotonic() - stopped_s < 3 * GRANT_S
+                assert 0.5 * FORWARD_S < time.monotonic() - stopped_s < 3 * FORWARD_S
                 await rig.until(lambda: bool(second.heard("client-gone")), "the client's end is reported")
                 assert [fields["reason"] for fields in second.heard("client-gone")] == ["node-1 does not answer"]
                 await second.own()
