@@ -20,7 +20,6 @@ Rules
 import asyncio
 import json
 import random
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -52,6 +51,7 @@ from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.findings import Finding
 from nbdserver.node.membership import Answering, Membership
+from nbdserver.node.refusals import Refusals
 from nbdserver.node.volumes_told import Elsewhere, Row
 from protocol.directory import Confirm, NodeKind
 from protocol.disk import DamagedValueError
@@ -62,7 +62,6 @@ NODES_A_S = 50
 """Reports that a master shall get: with more nodes each reports less often."""
 LOAD_EXPIRES_S = 30.0
 LOOK_S = 1.0
-REFUSED_KEPT = 16
 REFUSED_S = 600.0  # how long a refusal stays in the status
 CERTIFICATE_LOOK_S = 3600.0
 PUBLISH_TIMEOUT_S = 35.0
@@ -100,7 +99,7 @@ class Cluster:
         self.clock = HostClock(loop)
         self._contexts = read_contexts(settings)
         self._keys = read_keys(settings.key_file)
-        self._refused: deque[tuple[float, str, str]] = deque(maxlen=REFUSED_KEPT)
+        self._refusals = Refusals(self.clock, self._tell_refused)
         self._silent_since_s: dict[str, float] = {}
         self._was_active = False
         self._state_since_s = self.clock.now()
@@ -125,7 +124,7 @@ class Cluster:
         )
         self._calls = calls = CallServer(self.clock, self.membership.answer)
         self._sockets = SocketNetwork(loop)
-        network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refuse, calls.accept)
+        network = TlsNetwork(self._sockets, self.clock, lambda: self._contexts, self._refusals.note, calls.accept)
         self._workers = Workers(Completions(loop), 1, "directory")
         self._store = self._open_store(directory)
         try:
@@ -143,7 +142,7 @@ class Cluster:
                 f"cluster.address: cannot use {settings.address}: {error.strerror or error}; it has to be one of this "
                 "machine, with a port that is free by UDP and TCP"
             ) from None
-        self.directory.routes.on_refused = self._refuse
+        self.directory.routes.on_refused = self._refusals.note
         for prefix, watcher in (
             (MASTER_KEY, self._master_changed),
             (MEMBER_PREFIX, self._member_changed),
@@ -261,7 +260,7 @@ class Cluster:
             registry_state_s=now_s - health.since_s,
             registry_error=directory.election.registry_error,
             failure=directory.failure,
-            refused=tuple((peer, reason) for at_s, peer, reason in self._refused if now_s - at_s < REFUSED_S),
+            refused=self._refusals.within(REFUSED_S),
             keys=len(self._keys.valid),
             replicas=self.replicas_by_node()[0],
             owned=self.replicas_by_node()[1],
@@ -363,13 +362,7 @@ class Cluster:
 
     # --- what is heard ---
 
-    def _refuse(self, peer: str, reason: str) -> None:
-        host = peer.rpartition(":")[0]
-        now_s = self.clock.now()
-        for at_s, before, why in self._refused:
-            if (before, why) == (host, reason) and now_s - at_s < 60.0:
-                return
-        self._refused.append((now_s, host, reason))
+    def _tell_refused(self, host: str, reason: str) -> None:
         self._event("cluster-refused", {"peer": host, "reason": reason})
 
     def _master_changed(self, key: str, value: bytes | None) -> None:

@@ -26,6 +26,7 @@ from nbdserver.node.open_family import NOT_OWNED, FamilyError, NotOwnedError
 from nbdserver.node.open_replica import OpenReplica
 from nbdserver.node.ownership import ReplicatedOwnership
 from nbdserver.node.placement import worker_of
+from nbdserver.node.refusals import Refusals
 from nbdserver.node.served_family import ServedFamily
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.link import Link
@@ -62,6 +63,7 @@ class ReplicaRequests:
         self._registry = registry
         self._clients = clients
         self._report = report
+        self._refusals = Refusals(clock, self._tell_refused)
         self._node = ""
         self._address = ""
         self._contexts: PeerContexts | None = None
@@ -88,7 +90,7 @@ class ReplicaRequests:
         self._contexts = contexts
         if contexts is not None:
             self._network = TlsNetwork(
-                self._sockets, self._clock, self._present_contexts, self._refused, _no_call, DATA_PROTOCOL
+                self._sockets, self._clock, self._present_contexts, self._refusals.note, _no_call, DATA_PROTOCOL
             )
         try:
             self._server = PeerServer(self._clock, self._network, address, self._acceptor, self._clients.accept)
@@ -105,8 +107,8 @@ class ReplicaRequests:
         assert self._contexts is not None
         return self._contexts
 
-    def _refused(self, peer: str, reason: str) -> None:
-        self._report("peer-refused", {"peer": peer, "reason": reason})
+    def _tell_refused(self, host: str, reason: str) -> None:
+        self._report("peer-refused", {"peer": host, "reason": reason})
 
     def _acceptor(self, family: bytes) -> Callable[[PeerStream, Open], None] | None:
         replica = self._replicas.get(family.hex())
