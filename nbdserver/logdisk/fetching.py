@@ -9,6 +9,8 @@ Rules
 - Nothing is decided here: what a block holds is looked up again when it is read. It may be gone again by then.
 - A job holds the segments that it named (`begin_read`), so that their files stay open under it.
 - A turn of the loop looks up little more than BLOCKS_A_TURN blocks.
+
+Known weakness: a job that has to load map pages keeps the whole of it waiting for them.
 """
 
 from __future__ import annotations
@@ -78,7 +80,20 @@ class Fetching:
         self._go_on()
 
     def _find(self, job: list[_Wanted], loads: int) -> None:
-        """Look up where the data is, once the map pages for it are there."""
+        """Go where the data is, once the map pages for it are there."""
+        try:
+            places, need = self._look_up(job)
+        except Exception as error:
+            self._disk.parted(error)
+            places, need = [], []
+        if need and loads and not self._disk.failure:
+            self._disk.maps.load(list(dict.fromkeys(need)), partial(self._find, job, loads - 1))
+        elif places:
+            self._bring_in(job, places)
+        else:
+            self._clock.call_soon(partial(self._over, job))
+
+    def _look_up(self, job: list[_Wanted]) -> tuple[list[Place], Need]:
         places: list[Place] = []
         need: Need = []
         for device, ranges, _ in job:
@@ -90,12 +105,7 @@ class Fetching:
                     first = offset // BLOCK_BYTES
                     count = (offset + length + BLOCK_BYTES - 1) // BLOCK_BYTES - first
                     need += self._disk.maps.needed(device.first_address + first, count)
-        if need and loads and not self._disk.failure:
-            self._disk.maps.load(list(dict.fromkeys(need)), partial(self._find, job, loads - 1))
-        elif places:
-            self._bring_in(job, places)
-        else:
-            self._clock.call_soon(partial(self._over, job))
+        return places, need
 
     def _bring_in(self, job: list[_Wanted], places: list[Place]) -> None:
         disk = self._disk

@@ -1,6 +1,7 @@
 """Fetching: what many reads lack is brought in by one job, map pages included; what it cannot help is left alone."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def jobs(family: SimulatedFamily, monkeypatch: pytest.MonkeyPatch) -> list[list[
     seen: list[list[tuple[int, int, int]]] = []
     real = family.files.fetch_later
 
-    def record(extents: list[tuple[int, int, int]], done: object) -> None:
+    def record(extents: list[tuple[int, int, int]], done: Callable[[], None]) -> None:
         seen.append(list(extents))
         real(extents, done)
 
@@ -125,6 +126,21 @@ def test_nothing_is_fetched_where_it_cannot_help(family: SimulatedFamily) -> Non
     assert not family.device.fetch(ranges(0), lambda: None)
     family.run(1.0)
     assert told == [True]
+
+
+def test_a_look_up_that_breaks_condemns_the_family_and_leaves_nobody_waiting(
+    family: SimulatedFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(offset: int, length: int) -> None:
+        raise IndexError("a test")
+
+    monkeypatch.setattr(family.device.reader, "places", breaks)
+    told: list[bool] = []
+    assert family.device.fetch(ranges(0), lambda: told.append(True))
+    family.run(1.0)
+    assert told == [True]
+    assert "IndexError" in family.disk.failure
+    assert family.disk.slow_path.under_way == 0
 
 
 def test_a_view_that_is_closed_meanwhile_is_told_all_the_same(family: SimulatedFamily) -> None:
