@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
 
 LOOK_S = 2.0
+PLACE_S = 15.0
+SEEN_S = 3.0
+"""So long the next step waits until the last one is seen in what is held of the registry."""
 IN_SYNC_S = 60.0
 """So long the making of a volume waits until its replicas are in sync; they go on after that."""
 
@@ -55,6 +58,7 @@ class ReplicaChanges:
         """By family: why its replicas cannot be where they shall be."""
         self._repair_delay_s = repair_delay_s
         self._wanted = asyncio.Event()
+        self._stepping = asyncio.Lock()
         self._families = families
         self._replicas = replicas
         self._owning = owning
@@ -136,7 +140,7 @@ class ReplicaChanges:
     async def move(self, name: str, source: str, target: str = "") -> None:
         """Let the replica on `source` be on another node, on `target` or whichever is best. It is made there, and when
         it is in sync the one on `source` is deleted. At the owner. NotFoundError, ConflictError, NodeError."""
-        async with self._volumes.lock:
+        async with self._stepping:
             found = self._families.find(name)
             if found is None or not found[0].replicas:
                 raise ConflictError(f"{name} is one node's own; nbdserver volume set {name} replicas=3 changes that")
@@ -155,7 +159,7 @@ class ReplicaChanges:
                 choose([place for place in places if place.node != source], len(there), staying)
             await self._families.change(family, leave=tuple({*family.leave, source} - {target}))
             if value is not None and target:
-                await self._volumes.call("place", family=family.id, placement=[*value.staying, target])
+                await self._place(family, [*value.staying, target])
         self._event("replica-moving", {"volume": name, "source": source, "target": target})
         self.stir()
 
@@ -206,7 +210,8 @@ class ReplicaChanges:
                 continue
             for family in self._families.replicas():
                 try:
-                    await self._step(family, cluster)
+                    async with self._stepping:  # what is wanted may have changed while another step was made
+                        await self._step(self._families.get(family.id) or family, cluster)
                 except (NodeError, RegistryError, OSError) as error:
                     self._note(family, str(error))
 
@@ -221,12 +226,27 @@ class ReplicaChanges:
         step = next_step(family.replicas, leave, value, self._replicas.me, places)
         if step.placement:
             self._event("replicas-placed", {"volume": family.name, "nodes": list(step.placement)})
-            await self._volumes.call("place", family=family.id, placement=list(step.placement))
+            await self._place(family, step.placement)
         elif step.owner:
             await self._owning.move(family, step.owner)
         elif family.leave and not set(family.leave) & set(value.placement):
             await self._families.change(family, leave=())
         self._note(family, step.problem)
+
+    async def _place(self, family: Family, nodes: Sequence[str]) -> None:
+        """Have the replicas on these nodes, and wait until that is seen here: the next step is decided on it.
+        NodeError."""
+        try:
+            async with asyncio.timeout(PLACE_S):
+                await self._volumes.call("place", family=family.id, placement=list(nodes))
+        except TimeoutError:
+            raise NodeError("the cluster's registry has not taken the new places yet; it is tried again") from None
+        give_up_s = time.monotonic() + SEEN_S
+        while time.monotonic() < give_up_s:
+            value = self._families.replica_set(family.id)
+            if value is None or set(value.staying) == set(nodes):
+                return
+            await asyncio.sleep(0.05)
 
     def _is_lost(self, node: str, cluster: "Cluster") -> bool:
         """Whether a replica there is not waited for any more."""
