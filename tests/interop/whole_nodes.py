@@ -154,14 +154,13 @@ class WholeNodes:
         volumes = self.far.node(asked.name)["volumes"]
         asked.server.command("volume", "create", "meanwhile", "--size", "64M")
         wait(lambda: self.far.node(asked.name)["volumes"] == volumes + 1, "what a node says of itself crosses the WAN")
-        assert all(node.cluster()["is_active"] for node in self.nodes)
+        assert {(node.cluster()["is_active"], node.cluster()["epoch"]) for node in self.nodes} == {(True, epoch)}
         asked.server.command("volume", "delete", "meanwhile")
         for member in members:
             member.start()
         wait(lambda: "registry (etcd" not in master.findings(), "etcd is back")
         self.change_truth(self.far)
         self.settle()
-        assert master.cluster()["epoch"] == epoch
 
     def kill_some_node(self) -> None:
         """kill -9 of any node, which is started again."""
