@@ -2,6 +2,8 @@
 
 A replicated volume is owned again only when the registry of the cluster answers and a grant has run out, which may take
 longer than all that a process has to do before it serves. If another node owns it by then, they are closed.
+
+Known weakness: whoever still waits when the next handover begins is closed.
 """
 
 import asyncio
@@ -49,14 +51,20 @@ class Returning:
         by_cookie = {descriptor_cookie(descriptor): descriptor for descriptor in descriptors}
         clients = [(state, by_cookie.pop(state.cookie)) for state in before.clients if state.cookie in by_cookie]
         close_all(by_cookie.values())
-        waiting = [client for client in clients if may_wait and not self._is_served(client)]
-        taken = self._go_on_with([client for client in clients if client not in waiting])
+        served, waiting = self._parted(clients) if may_wait else (clients, [])
+        taken = self._go_on_with(served)
         if waiting:
             self._waiting = asyncio.get_running_loop().create_task(self._wait(waiting, before.frozen_s))
         return taken + len(waiting)
 
-    def _is_served(self, client: Client) -> bool:
-        return self._exports.lookup(client[0].agreement.offer.name) is not None
+    def _parted(self, clients: Sequence[Client]) -> tuple[list[Client], list[Client]]:
+        """Those whose volumes are served, and the others."""
+        served: list[Client] = []
+        others: list[Client] = []
+        for client in clients:
+            is_served = self._exports.lookup(client[0].agreement.offer.name) is not None
+            (served if is_served else others).append(client)
+        return served, others
 
     def _go_on_with(self, clients: Sequence[Client]) -> int:
         states, descriptors = [state for state, _ in clients], [descriptor for _, descriptor in clients]
@@ -65,8 +73,7 @@ class Returning:
     async def _wait(self, clients: list[Client], frozen_s: float) -> None:
         until_s = self._clock.now() + RETURN_S
         while clients and self._clock.now() < until_s:
-            ready = [client for client in clients if self._is_served(client)]
-            clients = [client for client in clients if client not in ready]
+            ready, clients = self._parted(clients)
             if ready:
                 taken, pause_s = self._go_on_with(ready), round(self._clock.now() - frozen_s, 3)
                 self._report("clients-returned", {"clients": taken, "pause_s": pause_s})
