@@ -96,9 +96,9 @@ class LinkEvents(Protocol):
     def copied(self, link: "Link") -> None:
         """It has fetched what it lacked."""
 
-    @property
-    def is_tree_committed(self) -> bool:
-        """Whether the tree of layers as it is is that of the committed position."""
+    def may_skip(self, link: "Link") -> bool:
+        """Our log does not go back to what it has: whether it may be told to skip now, with the tree of layers as it
+        is. It is asked for again later."""
 
 
 class Link:
@@ -338,7 +338,7 @@ class Link:
     def _skip(self, stream: PeerStream) -> None:
         """Our log does not go back to what it has."""
         log = self._log
-        if not self.events.is_tree_committed:
+        if not self.events.may_skip(self) or log.committed_txid <= self._sent.txid:
             return  # again with the next beat
         to = position_of(log.epochs, log.committed_txid)
         regions = log.regions_after(self._sent.txid)

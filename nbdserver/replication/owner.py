@@ -337,9 +337,12 @@ class Owner:
             regions = sum(count for _, count in frame.regions)
             self._report("replica-skipped", {"node": link.node, "to": frame.to, "regions": regions})
 
-    @property
-    def is_tree_committed(self) -> bool:
-        """LinkEvents."""
+    def may_skip(self, link: Link) -> bool:
+        """LinkEvents. A member that cannot be brought along is removed first, or nothing is ever committed again: what
+        it lacks cannot be read from the log any more."""
+        if self.value.member(link.node) is not None:
+            self.in_sync.remove(link.node, "the log that it lacks cannot be read")
+            return False
         return self._committed_txid >= self._begin_txid and not any(
             modification.kind == TREE for modification in self._unacknowledged
         )

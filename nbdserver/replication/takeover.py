@@ -258,7 +258,9 @@ class Takeover:
     def aligned(self, link: Link, frame: Cut | Skip) -> None:
         """Nothing is sent yet."""
 
-    is_tree_committed = False
+    def may_skip(self, link: Link) -> bool:
+        """Nothing is sent yet."""
+        return False
 
     def copied(self, link: Link) -> None:
         """Nothing is sent yet."""

@@ -16,7 +16,13 @@ from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Machine, Seams
 from tests.simulation.registers import Registers, ViolationError, pattern
 from tests.simulation.replication.memory_log import MemoryDisk, MemoryLog
-from tests.simulation.replication.replicated import LEFT_OUT, FamilyNode, FamilyScenario, draw_replication_mix
+from tests.simulation.replication.replicated import (
+    LEFT_OUT,
+    STARTED_OVER,
+    FamilyNode,
+    FamilyScenario,
+    draw_replication_mix,
+)
 
 BLOCKS = 24
 OF_DISKS = frozenset({"disk error", "crash in a call"})
@@ -66,6 +72,11 @@ class ReplicatedScenario(FamilyScenario):
             self._drives[machine.name] = machine.drive
             self._disks[machine.name] = MemoryDisk(machine.random)
         return self._disks[machine.name]
+
+    def check(self) -> None:
+        super().check()
+        if self.value().generation == 1 and any(disk.has_started_over for disk in self._disks.values()):
+            raise ViolationError(STARTED_OVER)
 
     # --- clients ---
 

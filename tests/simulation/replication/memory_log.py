@@ -100,6 +100,7 @@ class MemoryDisk:
 
     def __init__(self, rng: random.Random) -> None:
         self.promised_epoch = 0
+        self.has_started_over = False
         self.start_over(rng)
 
     def start_over(self, rng: random.Random) -> None:
@@ -328,6 +329,7 @@ class MemoryLog:
                 if at != BEGINNING:
                     return errno.ENOENT
                 self.disk.start_over(self._random)
+                self.disk.has_started_over = True
                 self._committed_txid = 0
             if at > self.last:
                 return errno.EINVAL

@@ -30,7 +30,13 @@ from tests.simulation.cluster.cluster import Cluster, ClusterRun
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Machine, Seams
 from tests.simulation.registers import BLOCK_BYTES, ViolationError, pattern, right_length
-from tests.simulation.replication.replicated import FAMILY, FamilyNode, FamilyScenario, draw_replication_mix
+from tests.simulation.replication.replicated import (
+    FAMILY,
+    STARTED_OVER,
+    FamilyNode,
+    FamilyScenario,
+    draw_replication_mix,
+)
 from tests.simulation.replication.tree_steps import TreeSteps
 from tests.simulation.replication.volumes import Volume, Volumes, judge_snapshot, lbas_of
 
@@ -78,6 +84,8 @@ class LogNode(FamilyNode):
         if self.machine.has_crashed:
             return
         self._scenario.report(kind, fields)
+        if kind == "started-over" and self._scenario.value().generation == 1:
+            raise ViolationError(STARTED_OVER)
         if kind == "family-failed":
             if not self._may_fail:
                 raise ViolationError(f"the disk of {self.machine.name} has failed: {fields}")

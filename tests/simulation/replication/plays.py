@@ -3,6 +3,9 @@
 Each raises ViolationError if something is wrong in the end, or on the way.
 """
 
+from collections.abc import Callable
+
+from protocol.peer import Position
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication.stage import Stage
 
@@ -316,3 +319,31 @@ def the_owner_dies_while_a_member_is_leaving() -> None:
     stage.attach(2)
     stage.until(lambda: stage.in_sync() == {1, 2, 4}, 30.0)
     stage.end()
+
+
+def a_new_owner_cannot_read_what_it_alone_has() -> None:
+    """It has rotted in its log, but not for its clients."""
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.run(2.0)
+    stage.block((1,), (3,))
+    stage.write(1, 0)
+    stage.until(lambda: stage.node(2).log.last == stage.node(1).log.last)
+    stage.kill(1, power=True)
+    log = stage.node(2).log
+    honest = log.modifications
+    until = log.last
+
+    def modifications(after: Position, limit_bytes: int, done: Callable[..., None]) -> None:
+        if after < until:
+            done(0, None)
+        else:
+            honest(after, limit_bytes, done)
+
+    log.modifications = modifications  # type: ignore[method-assign]
+    stage.attach(2)
+    stage.read(2, 0)
+    stage.start(1)
+    stage.end()
+    if not stage.scenario.reports["replica-skipped"]:
+        raise ViolationError("nobody has fetched regions")

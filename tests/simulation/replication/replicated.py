@@ -35,6 +35,8 @@ SETTLING_S = 60.0
 LEFT_OUT = frozenset({"step", "suspend", "lease lost"})
 """Faults that grants do not survive: a clock that leaps or stands still; and one of a registry's that is not used."""
 
+STARTED_OVER = "a replica had to start over, although nothing that was acknowledged is lost"
+
 
 class FamilyNode:
     """One life of a node: production's `ReplicatedFamily` over some log."""

@@ -306,6 +306,11 @@ def who_leaves_goes_at_once(patch: pytest.MonkeyPatch) -> None:  # rule 19
     patch.setattr(ReplicaSet, "can_let_go", property(lambda self: bool(self.leaving)))
 
 
+def a_member_is_kept_that_cannot_be_brought_along(patch: pytest.MonkeyPatch) -> None:  # rule 11
+    honest = Owner.may_skip
+    patch.setattr(Owner, "may_skip", lambda self, link: self.value.member(link.node) is None and honest(self, link))
+
+
 def what_is_not_acknowledged_is_read(patch: pytest.MonkeyPatch) -> None:  # rule 17
     patch.setattr(Owner, "unacknowledged", lambda self, lba, count: 0)
 
@@ -358,6 +363,7 @@ CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
     the_shortest_log_wins: plays.the_longest_log_is_not_the_candidates,
     who_is_being_added_is_not_needed: plays.a_replica_is_added_and_the_owner_does_not_hear_of_it,
     a_divergent_tail_stays: plays.an_old_owner_comes_back_with_a_tail,
+    a_member_is_kept_that_cannot_be_brought_along: plays.a_new_owner_cannot_read_what_it_alone_has,
     nobody_starts_over: plays.all_lose_their_power_and_one_that_was_away_has_more_in_its_checkpoint,
     what_was_fetched_may_be_cut_away: plays.all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost,
     regions_to_fetch_are_noted_later: plays.a_replica_dies_when_it_has_skipped,
