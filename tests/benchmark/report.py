@@ -88,7 +88,8 @@ def _conditions(result: Result) -> str:
     )
 
 
-def _lines(head: list[str], rows: list[list[str]]) -> str:
+def lines_of(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -102,7 +103,7 @@ def _rates(result: Result) -> str:
         figures = [f"**{ratio['value']:.2f}**", f"{ratio['low']:.2f} – {ratio['high']:.2f}"] if ratio else ["–", "–"]
         rates = [rate_text(row, figure(row, name, "operations_per_s")) for name in names]
         rows.append([row["title"], *figures, f"{row['goal']:.1f}", *rates])
-    return _lines(head, rows)
+    return lines_of(head, rows)
 
 
 def _costs(result: Result) -> str:
@@ -116,14 +117,14 @@ def _costs(result: Result) -> str:
             for name in names
         ]
         rows.append([row["title"], *cells])
-    return _lines(head, rows)
+    return lines_of(head, rows)
 
 
 def _settings(result: Result) -> str:
     names = [name for name in result["targets_in_order"] if name != result["subject"]]
     head = ["best setting found", *(result["targets"][name]["title"] for name in names)]
     rows = [[row["title"], *(row["settings"][name] for name in names)] for row in result["rows"]]
-    return _lines(head, rows)
+    return lines_of(head, rows)
 
 
 def _commands(result: Result) -> str:

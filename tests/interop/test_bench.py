@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmark.cluster import absence
+from tests.benchmark.cluster.report import markdown
 from tests.benchmark.costs import costs
 from tests.benchmark.profiler import calls_per_operation, top_functions, top_lines
 from tests.benchmark.ratios import ratio_to_best_peer
@@ -289,6 +290,7 @@ def test_replicated_volumes_are_measured_with_all_their_daemons(tmp_path: Path) 
         taken = row["samples"]["data-processes"]
         assert len(taken["operations_per_s"]) == 2
         assert min(taken["server_cpu_s_per_1000"]) > 0
+    assert "| 4k random write, depth 16 | – | 12.0 | – | 0.10 |" in markdown(result)
 
 
 def test_what_changed_and_what_stalled_while_a_replica_was_away_is_told_from_fios_log(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
@@ -23,10 +22,10 @@ from ..load import Sample, fio_of, fio_version, measure_command, run_fio
 from ..measuring import ratio_between, row_as_json
 from ..outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from ..processes import BenchmarkError
-from ..report import figure, rate_text
 from .ceph import Ceph
 from .data_processes import DataProcesses, Forwarded
 from .nodes import Nodes, NodesWithTls
+from .report import table_of
 from .rows import ROWS_BY_NAME, ClusterRow
 from .systems import System
 
@@ -34,7 +33,6 @@ SYSTEMS: dict[str, type[System]] = {
     system.name: system for system in (Nodes, Ceph, NodesWithTls, DataProcesses, Forwarded)
 }
 USUAL = f"{Nodes.name},{Ceph.name}"
-PEER = Ceph.name
 ROOM_FACTOR = 5  # three replicas of each system, and what a log and its cleaner need besides
 QUICK_SIZE_BYTES = 64 << 20
 
@@ -95,13 +93,6 @@ def measure_rows(
     return samples
 
 
-def cpu_fraction(row: dict[str, Any], subject: str) -> float | None:
-    """CPU of all daemons for an operation, ours over Ceph's."""
-    if PEER not in row["samples"] or subject == PEER:
-        return None
-    return figure(row, subject, "server_cpu_s_per_1000") / figure(row, PEER, "server_cpu_s_per_1000")
-
-
 def assemble(
     systems: list[System], rows: list[ClusterRow], samples: dict[str, dict[str, list[Sample]]], options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -131,34 +122,6 @@ def assemble(
         "systems": {system.name: {"title": system.title, "version": system.version()} for system in systems},
         "rows": rows_json,
     }
-
-
-def table_of(result: dict[str, Any]) -> Table:
-    """Rates, their ratio, and the fraction of CPU, with the goals."""
-    names: list[str] = result["systems_in_order"]
-    table = Table(title="Operations a second: median of the rounds (below: CPU ms of all daemons an operation)")
-    for head in ("row", "times the others\n95 % interval", "goal", "CPU of\nCeph's", "goal"):
-        table.add_column(head, justify="left" if head == "row" else "right")
-    for name in names:
-        table.add_column(result["systems"][name]["title"], justify="right")
-    for row in result["rows"]:
-        table.add_row(*cells_of(row, result), end_section=True)
-    return table
-
-
-def cells_of(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    ratio, fraction = row["ratio"], cpu_fraction(row, result["subject"])
-    return [
-        row["title"],
-        f"{ratio['value']:.2f}\n{ratio['low']:.2f} – {ratio['high']:.2f}" if ratio else "–",
-        f"{row['goal']:.1f}",
-        f"{fraction:.3f}" if fraction is not None else "–",
-        f"{row['cpu_goal']:.2f}" if row["cpu_goal"] else "–",
-        *(
-            f"{rate_text(row, figure(row, name, 'operations_per_s'))}\n{figure(row, name, 'server_cpu_s_per_1000'):.3f}"
-            for name in result["systems_in_order"]
-        ),
-    ]
 
 
 @application.command()
