@@ -40,6 +40,9 @@ class Connection(Protocol):
     """One byte stream to a peer, whose bytes go to the Receiver that the callback of `Network` returned for it."""
 
     peer_name: str
+    spins: bool
+    """Whether its next words may be waited for without sleeping, where that pays: for a client that does nothing but
+    wait for its reply. True at first."""
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         """Send or queue all of them. A writable buffer is copied if it cannot leave at once: it may be used again."""

@@ -9,7 +9,8 @@ Rules
 - Each ready connection gets one `received` a round; nobody is served twice while another one waits.
 - The loop gets its turn after the round in which a callback became ready to run there (a completion of another
   thread, say), and after `WAKE_S` at the latest, however busy the sockets are: its timers do not show.
-- It spins only while that pays: `Spinning` decides. Nor does it while threads have work: they need the interpreter to
+- It spins only while that pays: `Spinning` decides; and only after a reply to a connection that `spins`: who waits
+  for another node leaves the processor to it. Nor does it while threads have work: they need the interpreter to
   begin it and to hand it over, and the client that waits for them sends nothing.
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
 - A receiver that raises loses its own connection, nobody else's. What it wants at the end of the round must not raise.
@@ -68,6 +69,7 @@ class SocketNetwork:
         self._served = -1  # the descriptor that alone was ready last
         self.is_serving = False
         self._spin_asked = False
+        self.has_replied = False  # to a connection that spins, since a spin or the last wake
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self.round_end: list[Callable[[], None]] | None = None  # while a round of several connections is served
@@ -157,7 +159,9 @@ class SocketNetwork:
     def _wake(self) -> None:
         """Serve what is ready, round by round, and spin for what is about to come."""
         now_s = monotonic()
-        self._spinning.woken(now_s, self._threads.held_until_s)
+        if self.has_replied:
+            self.has_replied = False
+            self._spinning.woken(now_s, self._threads.held_until_s)
         self._serve(self._epoll.poll(0, EVENTS_A_ROUND), now_s)
 
     def _spin_after_reply(self) -> None:
@@ -192,13 +196,14 @@ class SocketNetwork:
     def _spin(self, now_s: float) -> list[tuple[int, int]]:
         """Ask for events until there are some, as long as that is worth it."""
         events: list[tuple[int, int]] = []
-        if self._spinning.wanted and not self._threads.under_way:
+        if self.has_replied and self._spinning.wanted and not self._threads.under_way:
             poll, callbacks = self._epoll.poll, self._loop_callbacks
             spin_until_s = now_s + SPIN_S
             while not (events or callbacks) and now_s < spin_until_s:
                 events = poll(0, EVENTS_A_ROUND)
                 now_s = monotonic()
             if not callbacks:
+                self.has_replied = False
                 self._spinning.spun(now_s, bool(events))
         return events
 
@@ -279,6 +284,7 @@ class SocketConnection:
         self.peer_name = _peer_name(connected, address)
         if connected.family != socket.AF_UNIX:
             _tune_tcp(connected)
+        self.spins = True
         self._network = network
         self._socket = connected
         self._descriptor = connected.fileno()
@@ -320,8 +326,11 @@ class SocketConnection:
         if sent_bytes != sum(map(len, buffers)):
             self._enqueue(buffers, sent_bytes)
             self._watch()
-        elif not self._network.is_serving:
-            self._network.replied_later()
+        elif self.spins:
+            network = self._network
+            network.has_replied = True
+            if not network.is_serving:
+                network.replied_later()
 
     def at_round_end(self, callback: Callable[[], None]) -> None:
         round_end = self._network.round_end

@@ -172,6 +172,14 @@ class TlsConnection:
     # --- Connection ---
 
     @property
+    def spins(self) -> bool:
+        return self._below.spins
+
+    @spins.setter
+    def spins(self, spins: bool) -> None:
+        self._below.spins = spins
+
+    @property
     def unsent_bytes(self) -> int:
         return self._below.unsent_bytes
 

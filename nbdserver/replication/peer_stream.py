@@ -22,6 +22,7 @@ class PeerStream:
     """The Receiver of a connection."""
 
     def __init__(self, connection: Connection, received: Received, lost: Lost) -> None:
+        connection.spins = False
         self._connection = connection
         self.received_frame = received  # replaced when the stream was opened
         self.lost_stream = lost

@@ -82,6 +82,7 @@ class ListConnection:
 
     def __init__(self, peer_name: str) -> None:
         self.peer_name = peer_name
+        self.spins = True
         self.sent = bytearray()
         self.sends = 0
         self.taking = True

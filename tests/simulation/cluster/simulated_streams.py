@@ -38,6 +38,7 @@ class SimulatedConnection:
 
     def __init__(self, wires: "Wires", life: Life, peer_name: str, path: Path) -> None:
         self.peer_name = peer_name
+        self.spins = True
         self.other: SimulatedConnection
         self.life = life
         self._wires = wires
