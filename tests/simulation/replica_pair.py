@@ -231,7 +231,7 @@ class PairRun:
         if not self.in_sync[other] and self.random.random() < 0.2:
             self.hits["started over"] += 1
             follower.set_committed(follower.last.txid)
-            self.machines[other].checkpoint()
+            self._on(other).checkpoint()
             if self._ask(other, "cut", BEGINNING) != (0,):
                 raise ViolationError("a replica could not start over")
             self.machines[other].look()
