@@ -147,6 +147,9 @@ class LogScenario(FamilyScenario):
             self.change(node, owner, 1, self.volumes.sure[1], offset, length, discards=False)
 
     def begin_family(self, names: Sequence[str]) -> None:
+        if self.rots:  # some appends land elsewhere too
+            bad = self.cluster.machines[names[-1]]
+            bad.mix = replace(bad.mix, misdirected_write=0.01)
         mixes = {name: self.cluster.machines[name].mix for name in names}
         for name, mix in mixes.items():  # the first time all start
             self.cluster.machines[name].mix = replace(mix, store_write_error=0.0)
@@ -395,22 +398,6 @@ def replicas_run(
     scenario = LogScenario(rng, 0.0 if rots else trouble, rng.choice([2, 3]) if rots else None)
     scenario.rots = rots
     cluster = Cluster(seed, drawn, scenario.start, story)
-    if rots:
-        bad_disk(cluster)
     return scenario, ClusterRun(
         cluster, scenario, safety_s=rng.choice([10.0, 30.0]), act_s=rng.choice([0.03, 0.1, 0.3])
     )
-
-
-def bad_disk(cluster: Cluster) -> None:
-    """Some appends land elsewhere on the last machine's disk."""
-    honest = cluster.add
-
-    def add(name: str, site: str = "site-1") -> Machine:
-        for machine in cluster.machines.values():
-            machine.mix = replace(machine.mix, misdirected_write=0.0)
-        machine = honest(name, site)
-        machine.mix = replace(machine.mix, misdirected_write=0.01)
-        return machine
-
-    cluster.add = add  # type: ignore[method-assign]

@@ -143,11 +143,11 @@ class TreeSteps:
         snapshot = volume.snapshots[name]
         (before_bytes,) = volume.sizes_bytes
         volume.sizes_bytes = {before_bytes, snapshot.size_bytes}
-        volume.registers.replaced(_cut(snapshot), certain=False)
+        volume.registers.replaced(snapshot.content, certain=False)
 
         def happened() -> None:
             volume.sizes_bytes = {snapshot.size_bytes}
-            volume.registers.replaced(_cut(snapshot), certain=True)
+            volume.registers.replaced(snapshot.content, certain=True)
 
         self._change(
             node, owner, f"rollback of volume {number} to {name}",
@@ -251,8 +251,3 @@ class TreeSteps:
             node, owner, f"deletion of volume {number}",
             lambda done: node.disk.delete_volume(number, done), happened, lambda: None, is_exclusive=True,
         )  # fmt: skip
-
-
-def _cut(snapshot: Snapshot) -> dict[int, frozenset[bytes]]:
-    """What a volume holds that was rolled back to it."""
-    return dict(snapshot.content)
