@@ -28,6 +28,4 @@ ROWS = (
     ClusterRow("flush-4k-d16", "4k random write, depth 16, flush after 16", "randwrite", 4096, 16, 1, 16, 7.7),
     ClusterRow("flush-128k-d8", "128k sequential write, depth 8, flush after 16", "write", 131072, 8, 1, 16, 3.0),
 )
-TLS_ROW = "randwrite-4k-d16"
-"""Measured once more with TLS between the data processes."""
 ROWS_BY_NAME = {row.name: row for row in ROWS}
