@@ -28,7 +28,7 @@ from nbdserver.node.shared_figures import SharedFigures
 SIZE_BYTES = 64 << 20
 SEGMENT_BYTES = 4 << 20
 VOLUME = "disk0"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 FreePort = Callable[[], int]
 Tls = dict[str, str]

@@ -17,7 +17,7 @@ from nbdserver.node.authority import Authority
 from nbdserver.node.data_process import DataProcessError
 from protocol.nbd import Command
 from tests.certificates import DAY
-from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes
+from tests.data_rig import SIZE_BYTES, TIMEOUT_S, VOLUME, DataNode, FreePort, data_nodes
 from tests.interop.replication_soak import soak
 from tests.nbd_client import Client
 
@@ -41,7 +41,7 @@ class Writer:
     def __init__(self, node: DataNode) -> None:
         self.may_have: dict[int, set[bytes]] = {}
         self._random = random.Random(5)
-        self._client = Client(node.clients, VOLUME)
+        self._client = Client(node.clients, VOLUME, timeout_s=TIMEOUT_S)
 
     async def write(self, count: int) -> None:
         """Some blocks, and wait until they are acknowledged."""
@@ -85,7 +85,7 @@ class Writer:
 
     def wrong_blocks(self, node: DataNode, export: str = VOLUME) -> list[int]:
         """Blocks that this node shows otherwise."""
-        reader = Client(node.clients, export)
+        reader = Client(node.clients, export, timeout_s=TIMEOUT_S)
         wrong = []
         for block, contents in sorted(self.may_have.items()):
             reader.send(Command.READ, block * BLOCK_BYTES, BLOCK_BYTES)
