@@ -336,6 +336,9 @@ class LogScenario(FamilyScenario):
 
     # --- in the end ---
 
+    def missing(self) -> str:
+        return super().missing() or self.tree.is_under_way * "a change of the tree is not answered"
+
     def compare(self, owner: FamilyNode) -> None:
         assert isinstance(owner, LogNode)
         self.volumes.look(owner.disk)

@@ -23,6 +23,7 @@ from tests.simulation.seeds import try_seed, wrong_seeds
 
 SEEDS = 16
 CHUNK = 8
+FOUND = (9000000646,)  # a change of the tree was answered after the judge had looked for the last time
 TRIES = 40  # runs in which a canary must be found
 WORLD = "replicas"
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -32,6 +33,11 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 def test_nothing_wrong_is_seen_and_all_replicas_are_the_same_when_it_is_healed(first: int) -> None:
     wrong = wrong_seeds(WORLD, range(first, first + CHUNK))
     assert not wrong, wrong
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_seeds_that_once_went_wrong_do_not(seed: int) -> None:
+    assert not wrong_seeds(WORLD, [seed])
 
 
 def test_the_first_seeds_meet_everything_that_can_happen() -> None:
