@@ -37,6 +37,7 @@ NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "volume resize": ((VOLUMES,),),
     "volume rename": ((VOLUMES,),),
     "volume delete": ((VOLUMES,),),
+    "volume move": ((VOLUMES,),),
     "snapshot create": ((VOLUMES,),),  # a new name behind the @
     "snapshot list": ((VOLUMES,),),
     "snapshot delete": ((SNAPSHOTS,),),

@@ -562,7 +562,7 @@ def test_metrics_and_health_are_open_on_loopback_and_the_rest_needs_the_token(
     assert 'nbdserver_latency_us_bucket{le="+Inf",volume="disk0"}' in text
     documented = (ROOT / "docs" / "operations.md").read_text()
     for name in re.findall(
-        r"`(nbdserver_(?!tls_|cluster_)[a-z_]+)`", documented
+        r"`(nbdserver_(?!tls_|cluster_|replicas_|resync_)[a-z_]+)`", documented
     ):  # this one has neither TLS nor a cluster
         assert re.search(rf"^{name}(_bucket)?[ {{]", text, re.MULTILINE), name
     assert http("GET", f"{base}/v1/status")[0] == 401
