@@ -12,7 +12,7 @@ Rules
 """
 
 LEAST_SEGMENTS = 16
-"""That a limit of a family must have room for: three of them are reserve, one is open."""
+"""That a limit of a family must have room for: four of them are reserve, one is open."""
 
 
 class Budget:

@@ -4,10 +4,10 @@ Theory. A recycled file's blocks are allocated and its pages are cached, which m
 one to a new file. So a freed segment goes on a stack and the next life takes the most recently freed one. At rest only
 max(8, 2 % of the live data) stay spare; what was not needed for a while is unlinked, so that `df` tells the truth.
 
-Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner and discards append with them,
-and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it is unlinked when the file
-system runs full, because LevelDB turns read-only when it meets the end itself. A limit set by people (budget.py) is
-kept in the same way: `full` says which of the ends was met.
+Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner, discards and deletions append
+with them, in this order, and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it
+is unlinked when the file system runs full, because LevelDB turns read-only when it meets the end itself. A limit set by
+people (budget.py) is kept in the same way: `full` says which of the ends was met.
 
 Rules
 - A file is given out only after `freed`, that is when the checkpoint batch that no longer names it is synced, and only
@@ -24,10 +24,11 @@ from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from protocol.disk import RECORD_HEADER_BYTES, SEAL_BYTES, SEGMENT_HEADER_BYTES
 
-CLIENTS_KEEP = 3  # of the spare files, by those who append for clients
+CLIENTS_KEEP = 4  # of the spare files, by those who append for clients
 WRITTEN_AHEAD = 2  # beyond those, for clients
-CLEANER_KEEPS = 1  # the last one is for discards
-DISCARDS_KEEP = 0
+CLEANER_KEEPS = 2  # one is for discards
+DISCARDS_KEEP = 1
+TREES_KEEP = 0  # the last one is for changes of the tree of layers: however full the disk is, a volume can be deleted
 SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
 SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do

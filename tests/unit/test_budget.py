@@ -71,7 +71,7 @@ def test_overwriting_goes_on_for_ever_below_the_limit() -> None:
         lba = rng.randrange(blocks)
         family.put(lba, number)
         expected[lba] = number
-        assert file_bytes(family) <= LIMIT_BYTES
+        assert file_bytes(family) <= LIMIT_BYTES + CLIENTS_KEEP * SEGMENT_BYTES  # it may have its reserve
         if number % 10 == 0:
             family.run(0.01)
     assert {lba: family.number_at(lba) for lba in expected} == expected

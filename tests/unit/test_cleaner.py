@@ -8,7 +8,7 @@ import pytest
 
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.ordering import Rule, disabled
-from nbdserver.logdisk.segments import _FREE_FLOOR_BYTES
+from nbdserver.logdisk.segments import _FREE_FLOOR_BYTES, DISCARDS_KEEP, TREES_KEEP
 from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily, block
 
@@ -189,7 +189,7 @@ def test_a_full_disk_refuses_writes_and_reads_and_flushes_go_on() -> None:
 
 
 def test_after_a_trim_a_full_disk_takes_writes_again() -> None:
-    family, written = full_family(12)
+    family, written = full_family(24)
     assert family.discard(0, written // 2 * BLOCK_BYTES) == 0
     assert family.number_at(0) == 0
     family.run(5.0)
@@ -202,6 +202,16 @@ def test_after_a_trim_a_full_disk_takes_writes_again() -> None:
     assert family.number_at(3) == 5003
     assert family.number_at(written // 2 - 1) == 0
     assert family.number_at(written - 1) == written
+
+
+def test_the_last_segment_is_for_deletions() -> None:
+    family, _ = full_family(24)
+    disk = family.disk
+    while disk.pool.can_take(DISCARDS_KEEP):
+        assert disk.appending.next_segment(DISCARDS_KEEP)
+    assert not disk.appending.make_room_for_bytes(SEGMENT_BYTES, DISCARDS_KEEP)
+    assert disk.appending.make_room_for_bytes(SEGMENT_BYTES // 2, TREES_KEEP)
+    assert family.wait(lambda done: disk.delete_volume(1, done)) == (0,)
 
 
 def test_a_full_disk_is_trimmed_block_by_block_without_running_out() -> None:
