@@ -146,6 +146,8 @@ class ReplicatedFamily:
         """Why this node cannot be a candidate."""
         if value is None:
             return "the registry does not know the family"
+        if value.epoch < self.replica.epoch:  # what was read is old by now, and the owner's grants never end
+            return f"epoch {self.replica.epoch} was opened here"
         if value.member(self._node) is None:
             return f"{self._node} is not in sync"
         if self.log.resync_count:
@@ -241,8 +243,8 @@ class ReplicatedFamily:
 
     @property
     def is_candidate(self) -> bool:
-        """Whether it is about to become the owner."""
-        return self._takeover is not None
+        """Whether it has been asked to become the owner, and neither is it nor knows that it cannot."""
+        return bool(self._taken)
 
     def _end_takeover(self, reason: str) -> None:
         if self._takeover is not None:

@@ -89,6 +89,11 @@ class Replica:
 
     # --- for the node ---
 
+    @property
+    def epoch(self) -> int:
+        """The highest that is obeyed."""
+        return self._epoch
+
     def open(self, stream: PeerStream, frame: Open) -> None:
         """A stream has begun with OPEN for this family."""
         if frame.epoch < self._epoch:

@@ -301,6 +301,8 @@ class FamilyScenario(ABC):
         owners = sum(node.may_answer for node in self.nodes())
         if owners != 1:
             return f"{owners} owners"
+        if candidates := [node.machine.name for node in self.nodes() if node.family.is_candidate]:
+            return f"{candidates} are about to own it"
         if value.leaving and value.leaving != (value.owner,):
             return f"{value.leaving} are still leaving"
         if len(value.in_sync) != len(self.placed()):
