@@ -50,7 +50,7 @@ from nbdserver.logdisk.records import (
     parse_segment_header,
 )
 from nbdserver.logdisk.region_copies import show, unpack_views
-from nbdserver.logdisk.segments import CLIENTS_KEEP, TREES_KEEP, SegmentPool
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DELETIONS_KEEP, SegmentPool
 from nbdserver.logdisk.tree_changes import apply_rows
 from protocol.disk import (
     BLOCK_BYTES,
@@ -198,7 +198,7 @@ class Replay:
             return False  # a family's first segment, not begun yet
         segment = self._pool.take(CLIENTS_KEEP)
         if not segment and (splice or not log.offset):
-            segment = self._pool.take(TREES_KEEP)
+            segment = self._pool.take(DELETIONS_KEEP)
         if segment:
             highest = highest_sequence(self._files, self._pool.handles, self._family) if splice else 0
             log.start_over(segment, max(log.sequence, highest) + 1)

@@ -35,7 +35,7 @@ from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS, Maps, N
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.pacing import guarded
 from nbdserver.logdisk.records import parse_write_body
-from nbdserver.logdisk.segments import CLEANER_KEEPS, TREES_KEEP
+from nbdserver.logdisk.segments import CLEANER_KEEPS, DELETIONS_KEEP
 from protocol.disk import (
     BLOCK_BYTES,
     EXTENT_HOLE,
@@ -284,7 +284,7 @@ class ReplicaAppend:
     def _append(self, modification: Modification, apply: Callable[[int], None]) -> int | None:
         disk = self._disk
         try:
-            keep = CLEANER_KEEPS if modification.blocks else TREES_KEEP
+            keep = CLEANER_KEEPS if modification.blocks else DELETIONS_KEEP
             if not disk.appending.make_room_for_bytes(_log_bytes(modification), keep):
                 if disk.background.can_gain_room():
                     disk.slow_path.park(self._ordered.go_on)

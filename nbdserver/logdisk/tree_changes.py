@@ -27,7 +27,7 @@ from metadata.layers import MOST_LAYERS, MOST_VOLUMES, Row, check_name
 from metadata.seams import Done
 from nbdserver.block import Operation
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.segments import CLIENTS_KEEP, TREES_KEEP
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DELETIONS_KEEP
 from protocol.disk import HEAD, NAMELESS, SNAPSHOT
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TreeChanges:
             self._refuse(errnos.EMLINK, done)
         else:
             old = self._tree.layers[head].row._replace(kind=NAMELESS)
-            self._change([old, self._new_head(layer, volume, row.size_bytes)], TREES_KEEP, done)
+            self._change([old, self._new_head(layer, volume, row.size_bytes)], DELETIONS_KEEP, done)
 
     def delete_snapshot(self, layer: int, done: Done) -> None:
         """Take a snapshot's name away; its blocks that nothing else shows are freed in the background."""
@@ -94,7 +94,7 @@ class TreeChanges:
         if row is None:
             self._refuse(errnos.ENOENT, done)
         else:
-            self._change([row._replace(kind=NAMELESS, name="", created_s=0)], TREES_KEEP, done)
+            self._change([row._replace(kind=NAMELESS, name="", created_s=0)], DELETIONS_KEEP, done)
 
     def delete_volume(self, volume: int, done: Done) -> None:
         """Take the volume's head away; its blocks that nothing else shows are freed in the background."""
@@ -104,7 +104,7 @@ class TreeChanges:
         elif self._tree.names.get(volume):
             self._refuse(errnos.EBUSY, done)
         else:
-            self._change([self._tree.layers[layer].row._replace(kind=NAMELESS)], TREES_KEEP, done)
+            self._change([self._tree.layers[layer].row._replace(kind=NAMELESS)], DELETIONS_KEEP, done)
 
     def resize(self, volume: int, size_bytes: int, done: Done) -> None:
         """Give the volume another size. What grows reads as zeros; what is cut off is gone."""
@@ -131,7 +131,7 @@ class TreeChanges:
         if layer is None:
             self._refuse(errnos.ENOENT, done)
         else:
-            self._change([self._tree.layers[layer].row._replace(size_bytes=size_bytes)], TREES_KEEP, done)
+            self._change([self._tree.layers[layer].row._replace(size_bytes=size_bytes)], DELETIONS_KEEP, done)
 
     def _snapshot_row(self, layer: int) -> Row | None:
         found = self._tree.layers.get(layer)

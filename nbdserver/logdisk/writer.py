@@ -24,7 +24,7 @@ from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import run_length
-from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DELETIONS_KEEP, DISCARDS_KEEP
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
 
@@ -192,7 +192,8 @@ class Writer:
         for first in range(lba, lba + count, _MOST_EXTENT_BLOCKS):
             extents.extend((first, min(_MOST_EXTENT_BLOCKS, lba + count - first) | EXTENT_HOLE << 32))
         try:
-            if not self._appending.make_room(len(extents) >> 1, DISCARDS_KEEP):
+            keep = DISCARDS_KEEP if count << 12 < self._pool.segment_bytes else DELETIONS_KEEP
+            if not self._appending.make_room(len(extents) >> 1, keep):
                 return errnos.ENOSPC
             log.append_write(self._layer, extents, array("Q"), array("I"), ())
             maps.regions.mark(lba, count, log.txid)

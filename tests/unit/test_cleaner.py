@@ -8,7 +8,7 @@ import pytest
 
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.ordering import Rule, disabled
-from nbdserver.logdisk.segments import _FREE_FLOOR_BYTES, DISCARDS_KEEP, TREES_KEEP
+from nbdserver.logdisk.segments import _FREE_FLOOR_BYTES, DELETIONS_KEEP, DISCARDS_KEEP
 from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily, block
 
@@ -210,7 +210,7 @@ def test_the_last_segment_is_for_deletions() -> None:
     while disk.pool.can_take(DISCARDS_KEEP):
         assert disk.appending.next_segment(DISCARDS_KEEP)
     assert not disk.appending.make_room_for_bytes(SEGMENT_BYTES, DISCARDS_KEEP)
-    assert disk.appending.make_room_for_bytes(SEGMENT_BYTES // 2, TREES_KEEP)
+    assert disk.appending.make_room_for_bytes(SEGMENT_BYTES // 2, DELETIONS_KEEP)
     assert family.wait(lambda done: disk.delete_volume(1, done)) == (0,)
 
 
