@@ -25,7 +25,7 @@ from nbdserver.frontend.server import Server
 from nbdserver.frontend.session import Session
 from nbdserver.replication.grants import BEAT_S, SERVER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
-from nbdserver.volume.export import Exports
+from nbdserver.volume.export import Exports, volume_of
 from nbdserver.volume.peer import Peer
 from protocol.handover import HandoverError, HandshakingClient, decode_handshaking
 from protocol.peer import Frame
@@ -95,14 +95,14 @@ class ForwardedClients:
 
     # --- connections of one host by several ways ---
 
-    def unsettled(self, peer: Peer, export: str, since_s: float) -> bool:
+    def unsettled(self, peer: Peer, volume: str, since_s: float) -> bool:
         """As Unsettled of a session."""
-        return bool(self._doubtful(peer.host, export.partition("@")[0], since_s))
+        return bool(self._doubtful(peer.host, volume, since_s))
 
-    def settle(self, peer: Peer, export: str, since_s: float, done: Callable[[], None]) -> None:
+    def settle(self, peer: Peer, volume: str, since_s: float, done: Callable[[], None]) -> None:
         """Find out, and then `done()`: every connection of this host to this volume that came by way of another node
         is known to have been there still when the one that came here at `since_s` was, or is dropped."""
-        self._clock.call_soon(lambda: self._wait(_Waiting(peer.host, export, since_s, b"", done)))
+        self._clock.call_soon(lambda: self._wait(_Waiting(peer.host, volume, since_s, b"", done)))
 
     def _wait(self, waiting: "_Waiting") -> None:
         self._waiting.append(waiting)
@@ -118,15 +118,15 @@ class ForwardedClients:
                 waiting.done()
 
     def _doubts(self, waiting: "_Waiting") -> list["_Forwarder"]:
-        return self._doubtful(waiting.host, waiting.export, waiting.since_s, waiting.forwarder)
+        return self._doubtful(waiting.host, waiting.volume, waiting.since_s, waiting.forwarder)
 
-    def _doubtful(self, host: str, export: str, since_s: float, known: bytes = b"") -> list["_Forwarder"]:
+    def _doubtful(self, host: str, volume: str, since_s: float, known: bytes = b"") -> list["_Forwarder"]:
         """Forwarders, but for the `known` one, that have clients of this host and volume and have not been asked since
         then."""
         return [
             forwarder
             for key, forwarder in self._forwarders.items()
-            if key != known and forwarder.looked_s < since_s and forwarder.of(host, export)
+            if key != known and forwarder.looked_s < since_s and forwarder.of(host, volume)
         ]
 
     def _look_at(self, forwarder: "_Forwarder") -> None:
@@ -179,7 +179,7 @@ class _Waiting:
     """A client that waits until connections of its host that came by other ways are settled."""
 
     host: str
-    export: str
+    volume: str
     since_s: float
     forwarder: bytes
     """That it has come by, which has said already which of them are there."""
@@ -199,14 +199,12 @@ class _Forwarder:
         self.look_sent_s = 0.0
         self.looked_s = 0.0  # when that was sent which was answered last
 
-    def of(self, host: str, export: str) -> list[int]:
+    def of(self, host: str, volume: str) -> list[int]:
         """The numbers of its clients of this host and volume."""
         return [
             number
             for number, session in self.sessions.items()
-            if session.peer.host == host
-            and session.export is not None
-            and session.export.name.partition("@")[0] == export
+            if session.peer.host == host and session.export is not None and volume_of(session.export.name) == volume
         ]
 
     def drop(self, number: int, reason: str) -> None:

@@ -24,7 +24,7 @@ from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
 from nbdserver.volume.admission import Admission, TlsMode
 from nbdserver.volume.counters import Counters
-from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
+from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports, volume_of
 from nbdserver.volume.peer import Peer
 from protocol.handover import ClientState, HandshakingClient
 from protocol.handshake import (
@@ -333,8 +333,9 @@ class Session:
 
     def enter(self, name: str) -> Offer:
         export = self._find(name)
-        if self._unsettled is not None and self._unsettled(self.peer, export.name, self._since_s):
-            raise ElsewhereError(None, export.name)  # it comes back when that is settled
+        volume = volume_of(export.name)
+        if self._unsettled is not None and self._unsettled(self.peer, volume, self._since_s):
+            raise ElsewhereError(None, volume)  # it comes back when that is settled
         try:
             export.enter(self)
         except ExportError as error:

@@ -51,7 +51,7 @@ from nbdserver.node.replica_requests import ReplicaRequests
 from nbdserver.node.returning import Returning
 from nbdserver.node.shared_figures import SharedBudget, SharedCensus, SharedFigures
 from nbdserver.volume.admission import TlsMode
-from nbdserver.volume.export import Export, ExportError, Exports
+from nbdserver.volume.export import Export, ExportError, Exports, volume_of
 from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from protocol.handover import HandoverError
 
@@ -267,7 +267,7 @@ class Worker:
         problems = await self._families.close()
 
         def fit(export: Export) -> bool:
-            return export.name.partition("@")[0] not in problems  # a snapshot's family is its volume's
+            return volume_of(export.name) not in problems  # a snapshot's family is its volume's
 
         descriptors, given, dropped = handover.give(self._server, fit, handover_id, frozen_s, clients)
         send_descriptors(self._descriptors, descriptors)

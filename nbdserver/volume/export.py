@@ -245,7 +245,7 @@ class Exports:
         """The export of this name in whichever process or node. A snapshot of a volume of the cluster is where the
         volume is."""
         here = self._exports.get(name) or self._elsewhere.get(name)
-        return here or self._in_cluster.get(name.partition("@")[0])
+        return here or self._in_cluster.get(volume_of(name))
 
     def default(self, peer: Peer) -> Export | Elsewhere | None:
         """What the empty name means to a peer: the only volume that it may see; snapshots do not count."""
@@ -327,6 +327,11 @@ class Exports:
     def _say(self, name: str) -> None:
         if self.changed is not None:
             self.changed(name, self._exports.get(name))
+
+
+def volume_of(name: str) -> str:
+    """The volume of an export, which is that or one of its snapshots, `VOLUME@SNAPSHOT`."""
+    return name.partition("@")[0]
 
 
 def _allowed(texts: Iterable[str]) -> Allowed:

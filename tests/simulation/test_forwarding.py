@@ -421,6 +421,16 @@ def test_a_host_may_have_connections_by_several_ways_and_waits_for_none_of_them(
     assert stage.sessions("node-1") == 2
 
 
+def test_a_snapshot_is_entered_directly_by_a_host_whose_volume_is_forwarded() -> None:
+    stage = Stage()
+    stage.node("node-1").exports.add(Export("disk@monday", stage.device, read_only=True))
+    stage.attach("node-2")
+    client = stage.connect("node-1")
+    client.go("disk@monday")
+    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED), 0.5 * BEAT_S)
+    assert stage.asked == [("node-2", ()), ("node-1", ())]
+
+
 def test_a_client_that_comes_directly_while_the_other_way_is_dead_waits_until_that_is_certain() -> None:
     stage = Stage()
     first = stage.attach("node-2")
