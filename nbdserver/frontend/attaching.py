@@ -122,19 +122,6 @@ class Attaching:
         keeping.add(self._last, client)
         return self._last, keeping
 
-    def let_go(self, address: str, number: int) -> None:
-        """The client of this number is not on its way there any more."""
-        self._keeping[address].remove(number)
-
-    def others(self, keeping: Keeping, client: "AwayClient") -> tuple[int, ...]:
-        """Those of its host and export that are still there."""
-        keeping.drop_gone()
-        return tuple(
-            number
-            for number, other in keeping.clients.items()
-            if other is not client and (other.peer.host, other.export) == (client.peer.host, client.export)
-        )
-
 
 class AwayClient:
     """One client; the Receiver of its connection until it is forwarded."""
@@ -158,7 +145,8 @@ class AwayClient:
         self._waiting_bytes = 0
         self._failed: tuple[str, ...] = ()
         self._there: There | None = None
-        self._number = 0
+        self._number = 0  # of it, for that node
+        self._keeping: Keeping | None = None
         self._give_up: Callable[[], None] | None = None  # connecting
         self._stream: PeerStream | None = None
         self._forwarding: Forwarding | None = None
@@ -231,7 +219,7 @@ class AwayClient:
             self._attaching.ask(self.export, self._failed, self._answered)
 
     def _answered(self, answer: Answer) -> None:
-        if self._ended is None or self._there is not None:
+        if self._ended is None:
             return
         if isinstance(answer, There):
             self._go(answer)
@@ -269,11 +257,12 @@ class AwayClient:
             self._not_there("this node does not speak to others yet")
             return
         self._number, keeping = self._attaching.keep(self, there.address, network)
+        self._keeping = keeping
 
         def connected(connection: Connection) -> PeerStream:
             self._give_up = None
             stream = self._stream = PeerStream(connection, self._received_frame, lambda _, why: self._not_there(why))
-            others = self._attaching.others(keeping, self)
+            others = keeping.others(self)
             client = encode_handshaking(self._client)
             forwarder, node = self._attaching.forwarder, self._attaching.node
             stream.send(Forward(forwarder, self._number, node, self.export, others, client))
@@ -290,11 +279,9 @@ class AwayClient:
         forwarding, self._forwarding = self._forwarding, None
         if forwarding is not None:
             forwarding.close()
-        if self._number:
-            assert self._there is not None
-            self._attaching.let_go(self._there.address, self._number)
-        self._give_up = self._stream = self._there = None
-        self._number = 0
+        if self._keeping is not None:
+            self._keeping.remove(self._number)
+        self._give_up = self._stream = self._keeping = self._there = None
 
     def _not_there(self, reason: str) -> None:
         """That node does not take it: ask again, soon."""
@@ -329,9 +316,9 @@ class AwayClient:
         if self._forwarding is None:
             return  # we have
         assert self._there is not None
-        node, address = self._there.node, self._there.address
-        self._attaching.let_go(address, self._number)
-        self._forwarding, self._number = None, 0
+        node = self._there.node
+        self._forwarding = None
+        self._leave_there()
         self._end(f"it was forwarded to {node}, until one side closed the connection")
 
     # --- Receiver ---

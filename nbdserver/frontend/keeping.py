@@ -76,6 +76,15 @@ class Keeping:
         for client in list(self.clients.values()):
             client.drop_if_gone()
 
+    def others(self, client: KeptClient) -> tuple[int, ...]:
+        """The numbers of those of a client's host and export that are still there besides it."""
+        self.drop_gone()
+        return tuple(
+            number
+            for number, other in self.clients.items()
+            if other is not client and (other.peer.host, other.export) == (client.peer.host, client.export)
+        )
+
     def _close(self) -> None:
         """Say for the last time what there is to say: nobody is there."""
         if self._give_up is not None:
