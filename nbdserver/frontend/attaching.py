@@ -178,12 +178,12 @@ class AwayClient:
     def shut_down(self) -> None:
         """Away."""
         if self._forwarding is None:
-            self.drop("the server is shutting down")
+            self.disconnect("the server is shutting down")
         else:
             self._connection.pause_reading()
-            self._clock.call_later(FINISH_S, lambda: self.drop("the server is shutting down"))
+            self._clock.call_later(FINISH_S, lambda: self.disconnect("the server is shutting down"))
 
-    def drop(self, reason: str) -> None:
+    def disconnect(self, reason: str) -> None:
         """Away: with all that is on its way."""
         if self._ended is None:
             return
@@ -194,13 +194,13 @@ class AwayClient:
     def drop_if_gone(self) -> None:
         """The client may have hung up while the other node took nothing: nobody was told."""
         if self._forwarding is not None and self._connection.has_hung_up():
-            self.drop("it has hung up while the other node took nothing")
+            self.disconnect("it has hung up while the other node took nothing")
 
     def silent(self) -> None:
         """The process that it was or shall be forwarded to does not answer (keeping.py)."""
         assert self._there is not None
         if self._forwarding is not None:
-            self.drop(f"{self._there.node} does not answer")
+            self.disconnect(f"{self._there.node} does not answer")
         else:
             self._not_there("it does not answer")
 

@@ -41,7 +41,7 @@ class Away(Protocol):
     def shut_down(self) -> None:
         """End it soon; the answers that are under way still reach it."""
 
-    def drop(self, reason: str) -> None:
+    def disconnect(self, reason: str) -> None:
         """End it now."""
 
 
@@ -104,22 +104,19 @@ class Server:
 
     def disconnect(self, client_id: int) -> bool:
         """Drop a client; False if there is none of this id."""
-        session, away = self._sessions.get(client_id), self._away.get(client_id)
-        if session is not None:
-            session.disconnect("disconnected by the operator")
-        elif away is not None:
-            away.drop("disconnected by the operator")
-        return session is not None or away is not None
+        client = self._sessions.get(client_id) or self._away.get(client_id)
+        if client is None:
+            return False
+        client.disconnect("disconnected by the operator")
+        return True
 
     def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
         """Stop listening, finish and close every session; `done()` when none is left, nor a Forwarding, or `timeout_s`
         is over."""
         self._is_closing = True
         self._accept_nobody(timeout_s, done)
-        for session in list(self._sessions.values()):
-            session.shut_down()
-        for away in list(self._away.values()):
-            away.shut_down()
+        for client in (*self._sessions.values(), *self._away.values()):
+            client.shut_down()
         self._check_drained()
 
     def freeze(self, timeout_s: float, done: Callable[[], None]) -> None:
@@ -183,7 +180,7 @@ class Server:
         for forwarding in list(self._forwardings):
             forwarding.close()
         for away in list(self._away.values()):
-            away.drop("not finished when the server stopped")
+            away.disconnect("not finished when the server stopped")
         self._finish_drain()
 
     def _check_drained(self) -> None:
