@@ -23,7 +23,7 @@ from .outcome import RESULTS, DirectoryOption, ResultsOption, Run, console, run_
 from .processes import BenchmarkError
 from .report import noise_cores, rich_table
 from .rows import ROWS_BY_NAME, Row
-from .targets import SUBJECT, TARGETS, USUAL_TARGETS, Setting, Target, stopped_at_the_end
+from .targets import SUBJECT, TARGETS, USUAL_TARGETS, Setting, Target, nbd_engine, stopped_at_the_end
 
 RESULT_FORMAT = 1
 QUICK_SIZE_BYTES = 32 << 20
@@ -181,7 +181,7 @@ def assemble(
         chosen = {server.name: kept.best(server, row) for server in servers}
         for name, setting in chosen.items():
             used[name][setting.name] = setting
-        command = fio_command(row, "URI", options["size_bytes"], options["seconds"], seed=1)
+        command = fio_command(row, nbd_engine("URI"), options["size_bytes"], options["seconds"], seed=1)
         rows_json.append(
             {
                 "name": row.name,

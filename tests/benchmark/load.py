@@ -44,17 +44,24 @@ class Served(Protocol):
     def name(self) -> str: ...
 
     @property
+    def size_bytes(self) -> int: ...
+
+    @property
     def server(self) -> Accounted | None:
         """None while it does not run."""
+
+    def fio_arguments(self) -> list[str]:
+        """Engine and target."""
 
 
 def fio_version() -> str:
     return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def fio_command(row: Row, uri: str, size_bytes: int, duration_s: float, seed: int) -> list[str]:
-    """The seed fixes the addresses, so that in one round every target is asked for the same ones."""
-    job = ["--ioengine=nbd", f"--uri={uri}", "--thread", f"--size={size_bytes}", *row.fio_arguments()]
+def fio_command(row: Row, target: list[str], size_bytes: int, duration_s: float, seed: int) -> list[str]:
+    """`target` are the arguments for engine and target. The seed fixes the addresses, so that in one round every target
+    is asked for the same ones."""
+    job = [*target, "--thread", f"--size={size_bytes}", *row.fio_arguments()]
     job += ["--time_based", f"--runtime={round(duration_s * 1000)}ms", "--randrepeat=0", f"--randseed={seed}"]
     command = ["fio", "--output-format=json"]
     for number, jobs in enumerate(row.job_groups()):
@@ -64,14 +71,9 @@ def fio_command(row: Row, uri: str, size_bytes: int, duration_s: float, seed: in
     return command
 
 
-def fio_job(target: Target, name: str, *arguments: str) -> list[str]:
+def fio_job(target: Served, name: str, *arguments: str) -> list[str]:
     """fio with one job on a target."""
-    return fio_of(name, "--ioengine=nbd", f"--uri={target.uri}", "--thread", *arguments)
-
-
-def fio_of(name: str, *arguments: str) -> list[str]:
-    """fio with one job on whatever the arguments say."""
-    return ["fio", "--output-format=json", f"--name={name}", *arguments]
+    return ["fio", "--output-format=json", f"--name={name}", *target.fio_arguments(), "--thread", *arguments]
 
 
 def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def scatter(target: Target) -> None:
     run_fio(fio_job(target, "scatter", *arguments, "--end_fsync=1"), timeout_s=600)
 
 
-def prefill(target: Target) -> None:
+def prefill(target: Served) -> None:
     """Write all of it once, sequentially, with random bytes drawn anew for each megabyte (nothing compresses)."""
     arguments = [f"--size={target.size_bytes}", "--rw=write", "--bs=1m", "--iodepth=4", "--refill_buffers"]
     arguments += ["--buffer_compress_percentage=0", "--end_fsync=1"]
@@ -119,21 +121,15 @@ def warm(target: Target) -> None:
                     pass
 
 
-def measure(target: Target, row: Row, duration_s: float, seed: int, command: list[str] | None = None) -> Sample:
-    """Run the row once against a started target, or instead of it another `command` of fio with one group of jobs."""
-    return measure_command(
-        target, row.writes, duration_s, command or fio_command(row, target.uri, target.size_bytes, duration_s, seed)
-    )
-
-
-def measure_command(target: Served, writes: bool, duration_s: float, command: list[str]) -> Sample:
-    """Run fio with one group of jobs against what is served.
+def measure(target: Served, row: Row, duration_s: float, seed: int, command: list[str] | None = None) -> Sample:
+    """Run the row once against a started target, or instead of it another `command` of fio with one group of jobs.
 
     Dirty pages are written back after each run that wrote, so that no target pays for its predecessor's.
     """
     server = target.server
     if server is None:
         raise BenchmarkError(f"{target.name} is not running")
+    command = command or fio_command(row, target.fio_arguments(), target.size_bytes, duration_s, seed)
     server_before, client_before, machine_before = server.cpu_s(), _children_cpu_s(), busy_s()
     started_s = time.monotonic()
     job = run_fio(command, timeout_s=duration_s * 4 + 60)
@@ -142,12 +138,12 @@ def measure_command(target: Served, writes: bool, duration_s: float, command: li
     server_s = server.cpu_s() - server_before
     other_s = busy_s() - machine_before - client_s - server_s
     elapsed_s = time.monotonic() - started_s
-    if writes:
+    if row.writes:
         os.sync()
-    side = job["write" if writes else "read"]
+    side = job["write" if row.writes else "read"]
     operations = side["total_ios"]
     if not operations:
-        raise BenchmarkError(f"{target.name} did nothing in {duration_s} s; give it more --seconds")
+        raise BenchmarkError(f"{target.name} did nothing in {duration_s} s of {row.name}; give it more --seconds")
     percentiles = side["clat_ns"].get("percentile", {})
     return Sample(
         operations_per_s=side["iops"],

@@ -29,6 +29,11 @@ EXPORT = "bench"
 CLIENT = "client"  # in its certificate
 
 
+def nbd_engine(uri: str) -> list[str]:
+    """fio's arguments for its NBD engine and what it works on."""
+    return ["--ioengine=nbd", f"--uri={uri}"]
+
+
 @dataclass(frozen=True)
 class Setting:
     """A way to start a target. `arguments` are command line arguments, or lines of a configuration file."""
@@ -66,6 +71,9 @@ class Target(ABC):
             mine = self.certificates / "clients" / CLIENT
             return f"nbds+unix:///{export}?socket={self.socket_path}&tls-certificates={mine}"
         return f"nbd+unix:///{export}?socket={self.socket_path}"
+
+    def fio_arguments(self) -> list[str]:
+        return nbd_engine(self.uri)
 
     @classmethod
     def missing(cls) -> str | None:

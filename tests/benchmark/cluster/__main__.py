@@ -18,8 +18,8 @@ from rich.console import Console
 
 from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
-from ..load import Sample, fio_of, fio_version, measure_command, run_fio
-from ..measuring import ratio_between, row_as_json
+from ..load import fio_command, fio_version, measure, prefill
+from ..measuring import Samples, ratio_of, row_as_json
 from ..outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from ..processes import BenchmarkError
 from .ceph import Ceph
@@ -59,32 +59,16 @@ def chosen_systems(names: str, directory: Path, size_bytes: int) -> list[System]
     return [SYSTEMS[name](directory, size_bytes) for name in wanted]
 
 
-def command_of(system: System, row: ClusterRow, seconds: float, seed: int) -> list[str]:
-    """One job of fio; the seed fixes the addresses."""
-    arguments = [*system.fio_arguments(), "--thread", f"--size={system.size_bytes}", *row.fio_arguments()]
-    timing = ["--time_based", f"--runtime={round(seconds * 1000)}ms", "--randrepeat=0", f"--randseed={seed}"]
-    return fio_of(row.name, *arguments, *timing)
-
-
-def fill(system: System) -> None:
-    """Write all of it once, with bytes that do not compress."""
-    arguments = [*system.fio_arguments(), "--thread", f"--size={system.size_bytes}", "--rw=write", "--bs=1m"]
-    run_fio(fio_of("fill", *arguments, "--iodepth=4", "--refill_buffers", "--end_fsync=1"), timeout_s=600)
-
-
-def measure_rows(
-    rows: list[ClusterRow], systems: list[System], rounds: int, seconds: float
-) -> dict[str, dict[str, list[Sample]]]:
-    """Row → system → a sample for each round."""
-    samples: dict[str, dict[str, list[Sample]]] = {}
+def measure_rows(rows: list[ClusterRow], systems: list[System], rounds: int, seconds: float) -> dict[str, Samples]:
+    """By the rows' names."""
+    samples: dict[str, Samples] = {}
     say = Console(stderr=True)
     for row in rows:
-        of_row: dict[str, list[Sample]] = {system.name: [] for system in systems}
+        of_row: Samples = {system.name: [] for system in systems}
         for number in range(rounds):
             first = number % len(systems)
             for system in systems[first:] + systems[:first]:
-                command = command_of(system, row, seconds, seed=number + 1)
-                of_row[system.name].append(measure_command(system, row.writes, seconds, command))
+                of_row[system.name].append(measure(system, row, seconds, seed=number + 1))
         samples[row.name] = of_row
         rates = ", ".join(
             f"{name} {median(each.operations_per_s for each in taken):,.0f}" for name, taken in of_row.items()
@@ -94,13 +78,13 @@ def measure_rows(
 
 
 def assemble(
-    systems: list[System], rows: list[ClusterRow], samples: dict[str, dict[str, list[Sample]]], options: dict[str, Any]
+    systems: list[System], rows: list[ClusterRow], samples: dict[str, Samples], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What is kept: all that the table and the documents are made from."""
     rows_json = []
     for row in rows:
         subject = systems[0].name
-        ratio = ratio_between(samples[row.name], subject) if len(systems) > 1 else None
+        ratio = ratio_of(samples[row.name], subject)
         rows_json.append(
             {
                 "name": row.name,
@@ -109,7 +93,10 @@ def assemble(
                 "goal": row.goal,
                 "cpu_goal": row.cpu_goal,
                 "fio_commands": {
-                    system.name: " ".join(command_of(system, row, options["seconds"], 1)) for system in systems
+                    system.name: " ".join(
+                        fio_command(row, system.fio_arguments(), system.size_bytes, options["seconds"], seed=1)
+                    )
+                    for system in systems
                 },
                 **row_as_json(samples[row.name], ratio),
             }
@@ -148,7 +135,7 @@ def benchmark(
         for system in there:
             stack.callback(system.stop)
             system.start()
-            fill(system)
+            prefill(system)
         samples = measure_rows(wanted, there, rounds, seconds)
         options = {"size_bytes": size_bytes, "rounds": rounds, "seconds": seconds}
         result = bench.keep(assemble(there, wanted, samples, options), told=not as_json)

@@ -30,10 +30,10 @@ from rich.table import Table
 
 from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
-from ..load import fio_of, fio_version
+from ..load import fio_job, fio_version, prefill
 from ..outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from ..processes import BenchmarkError, descendants
-from .__main__ import ROOM_FACTOR, SYSTEMS, USUAL, chosen_systems, fill
+from .__main__ import ROOM_FACTOR, SYSTEMS, USUAL, chosen_systems
 from .systems import System, run
 
 BLOCK_BYTES = 4096
@@ -80,12 +80,13 @@ def rate(writes: list[Write], begin_s: float, end_s: float) -> float:
 def measure(system: System, rate_iops: int, before_s: float, away_s: float, limit_s: float) -> dict[str, Any]:
     """One absence; BenchmarkError if the replica is not back in sync within `limit_s`."""
     log = system.directory / "writes"
-    arguments = [*system.fio_arguments(), "--thread", f"--size={system.size_bytes}", "--rw=randwrite", "--bs=4k"]
+    arguments = [f"--size={system.size_bytes}", "--rw=randwrite", "--bs=4k"]
     arguments += [f"--iodepth={DEPTH}", "--randrepeat=0", "--randseed=1", "--time_based", f"--write_lat_log={log}"]
     arguments += [f"--runtime={round(before_s + away_s + limit_s + 60)}", "--log_offset=1"]
     if rate_iops:
         arguments.append(f"--rate_iops={rate_iops}")
-    load = subprocess.Popen(fio_of("absence", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = fio_job(system, "absence", *arguments)
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     began_s = time.monotonic()
     try:
         time.sleep(before_s)
@@ -202,7 +203,7 @@ def absence(
             with ExitStack() as stack:
                 stack.callback(system.stop)
                 system.start()
-                fill(system)
+                prefill(system)
                 taken[system.name] = measure(system, rate_iops, before, away, limit)
         result = bench.keep(
             {

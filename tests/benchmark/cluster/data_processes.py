@@ -14,8 +14,7 @@ from pathlib import Path
 from metadata.replica_set import Member, ReplicaSet
 
 from ..processes import BenchmarkError
-from ..targets import Nbdserver
-from .replica_process import EXPORT
+from ..targets import EXPORT, Nbdserver, nbd_engine
 from .systems import System, end, free_ports
 
 NODES = ("node-1", "node-2", "node-3")
@@ -86,7 +85,7 @@ class DataProcesses(System):
             process.wait()
 
     def fio_arguments(self) -> list[str]:
-        return ["--ioengine=nbd", f"--uri=nbd+unix:///{EXPORT}?socket={self._socket(self.attached_at)}"]
+        return nbd_engine(f"nbd+unix:///{EXPORT}?socket={self._socket(self.attached_at)}")
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes.values() if process.poll() is None]

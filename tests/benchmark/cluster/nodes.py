@@ -13,7 +13,7 @@ from nbdserver.cli.client import NodeClient
 from nbdserver.node.errors import NodeError
 
 from ..processes import BenchmarkError, descendants
-from ..targets import EXPORT, Nbdserver
+from ..targets import EXPORT, Nbdserver, nbd_engine
 from .systems import System, end, free_ports, is_running, run, wait_until
 
 NODES = ("n1", "n2", "n3")
@@ -117,7 +117,7 @@ class Nodes(System):
         self._processes.clear()
 
     def fio_arguments(self) -> list[str]:
-        return ["--ioengine=nbd", f"--uri=nbd+unix:///{EXPORT}?socket={self._socket(NODES[0])}"]
+        return nbd_engine(f"nbd+unix:///{EXPORT}?socket={self._socket(NODES[0])}")
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes.values() if process.poll() is None]

@@ -39,9 +39,9 @@ from nbdserver.volume.export import Elsewhere, Export, Exports
 from protocol.peer_clients import FORWARDER_BYTES
 
 from ..local_family import host
+from ..targets import EXPORT
 
 FAMILY = bytes(16)
-EXPORT = "bench"
 SEGMENT_BYTES = 64 << 20
 
 
