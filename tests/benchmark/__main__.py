@@ -1,6 +1,5 @@
 """`python -m tests.benchmark`: the command line of the benchmark."""
 
-import json
 import os
 import shutil
 import sys
@@ -19,10 +18,10 @@ from protocol.checksum import CHECKSUM_IS_FAST, CHECKSUM_LIBRARY
 from . import machine, measuring, profiler
 from .conditions import Conditions
 from .load import fio_command, fio_version
-from .outcome import RESULTS, DirectoryOption, ResultsOption, Run, console, run_of
+from .outcome import RESULTS, DirectoryOption, JsonOption, ResultsOption, Run, chosen, console, run_of, show
 from .processes import BenchmarkError
 from .report import noise_cores, rich_table
-from .rows import ROWS_BY_NAME, Row
+from .rows import ROWS, ROWS_BY_NAME, Row
 from .targets import SUBJECT, TARGETS, USUAL_TARGETS, Setting, Target, nbd_engine, stopped_at_the_end
 
 RESULT_FORMAT = 1
@@ -47,27 +46,20 @@ def size_bytes_of(text: str) -> int:
 
 
 def chosen_rows(names: str | None, memory_is_limited: bool = False) -> list[Row]:
-    wanted = list(ROWS_BY_NAME) if names is None else names.split(",")
-    unknown = [name for name in wanted if name not in ROWS_BY_NAME]
-    if unknown:
-        raise BenchmarkError(f"no row is called {unknown[0]}; rows are {', '.join(ROWS_BY_NAME)}")
-    rows = [ROWS_BY_NAME[name] for name in wanted]
+    rows = list(ROWS) if names is None else chosen(names, "row", ROWS_BY_NAME)
     return [replace(row, goal=GOAL_WITH_LIMITED_MEMORY) for row in rows] if memory_is_limited else rows
 
 
 def chosen_targets(names: str | None, directory: Path, size_bytes: int) -> list[Target]:
-    wanted = list(USUAL_TARGETS) if names is None else names.split(",")
-    unknown = [name for name in wanted if name not in TARGETS]
-    if unknown:
-        raise BenchmarkError(f"no target is called {unknown[0]}; targets are {', '.join(TARGETS)}")
-    packages = {TARGETS[name].missing() for name in wanted} | {None if shutil.which("fio") else "fio"}
+    wanted = chosen(",".join(USUAL_TARGETS) if names is None else names, "target", TARGETS)
+    packages = {target.missing() for target in wanted} | {None if shutil.which("fio") else "fio"}
     absent = sorted(package for package in packages if package)
     if absent:
         raise BenchmarkError(
             f"not installed: {', '.join(absent)}. apt-get install --no-install-recommends {' '.join(absent)}"
             + ("" if absent == ["fio"] else ", or leave the target out by --targets")
         )
-    return [TARGETS[name](directory, size_bytes) for name in wanted]
+    return [target(directory, size_bytes) for target in wanted]
 
 
 def room_bytes(servers: list[Target]) -> int:
@@ -101,7 +93,7 @@ def benchmark(
     search: Annotated[bool, typer.Option(help="Search the peers' settings again.")] = False,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    as_json: JsonOption = False,
     profile: Annotated[str | None, typer.Option(metavar="ROW", help="Profile this server in one row instead.")] = None,
 ) -> None:
     """Measure this server beside nbdkit, qemu-nbd and nbd-server by fio, in turn, on one disk."""
@@ -120,7 +112,7 @@ def benchmark(
         counts = (2, 0.3) if quick else (rounds, seconds)
         with conditions.put_on(servers):
             figures = run(servers, conditions, wanted, counts[0], counts[1], None if quick else results, search)
-        show(bench, figures, as_json)
+        keep(bench, figures, as_json)
 
 
 def run(
@@ -212,17 +204,13 @@ def assemble(
     }
 
 
-def show(bench: Run, figures: dict[str, Any], as_json: bool) -> None:
+def keep(bench: Run, figures: dict[str, Any], as_json: bool) -> None:
     """The JSON file, the plot, and the table on the terminal."""
     from .plot import draw
 
     result = bench.keep(figures, told=not as_json)
     draw(result, bench.picture)
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
-        return
-    console.print(rich_table(result))
-    console.print(f"{noise_cores(result):.2f} of the cores were busy with other things", highlight=False)
+    show(result, as_json, rich_table(result), f"{noise_cores(result):.2f} of the cores were busy with other things")
 
 
 def run_profile(subject: Target, row: Row, duration_s: float, results: Path) -> None:

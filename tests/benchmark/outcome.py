@@ -5,19 +5,22 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from . import machine
 from .processes import BenchmarkError, end_in_order_when_told
 
+T = TypeVar("T")
+
 DirectoryOption = Annotated[Path | None, typer.Option(help="Where the disks lie.  [default: in --results, removed]")]
 ResultsOption = Annotated[Path, typer.Option(help="Where results go.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RESULTS = Path("bench-results")
 
 # A pipe has no width of its own: tables would be folded to 80 columns.
@@ -76,6 +79,24 @@ def told_in_one_line() -> Iterator[None]:
     except BenchmarkError as error:
         Console(stderr=True).print(f"benchmark: {error}", style="red", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def show(result: dict[str, Any], as_json: bool, *told: RenderableType) -> None:
+    """A result on the terminal: as JSON, or what is `told` of it."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    for part in told:
+        console.print(part, highlight=False)
+
+
+def chosen(names: str, what: str, there: Mapping[str, T]) -> list[T]:
+    """Those with the comma-separated names; BenchmarkError that says which there are if one of them is unknown."""
+    wanted = names.split(",")
+    unknown = [name for name in wanted if name not in there]
+    if unknown:
+        raise BenchmarkError(f"no {what} is called {unknown[0]}; {what}s are {', '.join(there)}")
+    return [there[name] for name in wanted]
 
 
 def program_command() -> str:

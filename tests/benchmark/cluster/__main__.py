@@ -5,9 +5,7 @@ round (`../measuring.py` says why). CPU is that of all daemons, whatever they do
 too, of ours etcd and the control processes.
 """
 
-import json
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -20,13 +18,13 @@ from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
 from ..load import fio_command, fio_version, measure, prefill
 from ..measuring import Samples, ratio_of, row_as_json
-from ..outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from ..outcome import RESULTS, DirectoryOption, JsonOption, ResultsOption, chosen, run_of, show
 from ..processes import BenchmarkError
 from .ceph import Ceph
 from .data_processes import DataProcesses, Forwarded
 from .nodes import Nodes, NodesWithTls
 from .report import table_of
-from .rows import ROWS_BY_NAME, ClusterRow
+from .rows import ROWS, ROWS_BY_NAME, ClusterRow
 from .systems import System
 
 SYSTEMS: dict[str, type[System]] = {
@@ -40,23 +38,16 @@ application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def chosen_rows(names: str | None) -> list[ClusterRow]:
-    wanted = list(ROWS_BY_NAME) if names is None else names.split(",")
-    unknown = [name for name in wanted if name not in ROWS_BY_NAME]
-    if unknown:
-        raise BenchmarkError(f"no row is called {unknown[0]}; rows are {', '.join(ROWS_BY_NAME)}")
-    return [ROWS_BY_NAME[name] for name in wanted]
+    return list(ROWS) if names is None else chosen(names, "row", ROWS_BY_NAME)
 
 
 def chosen_systems(names: str, directory: Path, size_bytes: int) -> list[System]:
     """Not started yet."""
-    wanted = names.split(",")
-    unknown = [name for name in wanted if name not in SYSTEMS]
-    if unknown:
-        raise BenchmarkError(f"no system is called {unknown[0]}; systems are {', '.join(SYSTEMS)}")
-    absent = [program for name in wanted for program in SYSTEMS[name].missing()]
+    wanted = chosen(names, "system", SYSTEMS)
+    absent = [program for system in wanted for program in system.missing()]
     if absent:
         raise BenchmarkError(f"not installed: {', '.join(absent)}. Run tests/benchmark/cluster/provision.sh as root")
-    return [SYSTEMS[name](directory, size_bytes) for name in wanted]
+    return [system(directory, size_bytes) for system in wanted]
 
 
 def measure_rows(rows: list[ClusterRow], systems: list[System], rounds: int, seconds: float) -> dict[str, Samples]:
@@ -121,7 +112,7 @@ def benchmark(
     quick: Annotated[bool, typer.Option(help="A smoke run: 64M, 2 rounds of half a second.")] = False,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure replicated volumes beside Ceph RBD by fio, in turn, all daemons on this machine."""
     with run_of("bench-cluster", results, directory) as bench, ExitStack() as stack:
@@ -139,10 +130,7 @@ def benchmark(
         samples = measure_rows(wanted, there, rounds, seconds)
         options = {"size_bytes": size_bytes, "rounds": rounds, "seconds": seconds}
         result = bench.keep(assemble(there, wanted, samples, options), told=not as_json)
-        if as_json:
-            sys.stdout.write(json.dumps(result, indent=1) + "\n")
-        else:
-            console.print(table_of(result))
+        show(result, as_json, table_of(result))
     os.sync()
 
 

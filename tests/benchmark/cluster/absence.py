@@ -9,11 +9,9 @@ was away. One system after the other.
 Known weakness: what streams carried that are closed again by then is not seen.
 """
 
-import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,7 +29,7 @@ from rich.table import Table
 from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
 from ..load import fio_job, fio_version, prefill
-from ..outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
+from ..outcome import RESULTS, DirectoryOption, JsonOption, ResultsOption, run_of, show
 from ..processes import BenchmarkError, descendants
 from .__main__ import ROOM_FACTOR, SYSTEMS, USUAL, chosen_systems
 from .systems import System, run
@@ -190,7 +188,7 @@ def absence(
     limit: Annotated[float, typer.Option(min=1.0, help="Seconds until it must be in sync.")] = 180.0,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Kill a replica under writes, start it again, and measure what clients notice and what is copied."""
     with run_of("bench-absence", results, directory) as bench:
@@ -215,10 +213,7 @@ def absence(
             told=not as_json,
         )
         draw(result, bench.picture)
-        if as_json:
-            sys.stdout.write(json.dumps(result, indent=1) + "\n")
-        else:
-            console.print(table_of(result))
+        show(result, as_json, table_of(result))
 
 
 if __name__ == "__main__":
