@@ -7,7 +7,6 @@ that a client waited for one reply. Nothing is asserted: the machine decides.
 
 import argparse
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from protocol.nbd import Command
 from tests.conftest import Processes
 from tests.nbd_client import Client
 from tests.serving import Server
+
+from .processes import free_ports
 
 BLOCK = bytes(4096)
 
@@ -41,7 +42,7 @@ def main() -> None:
 
 def measure(processes: Processes, folder: Path, chosen: argparse.Namespace) -> dict[str, object]:
     names = [f"disk{number}" for number in range(chosen.volumes)]
-    server = Server(processes, folder / "data", free_port(), dict.fromkeys(names, "4G"))
+    server = Server(processes, folder / "data", free_ports(1), dict.fromkeys(names, "4G"))
     clients = [Client(("127.0.0.1", server.port), names[number % len(names)], 60.0) for number in range(chosen.clients)]
     for offset in range(0, chosen.filled_mib << 20, 1 << 20):
         clients[0].request(Command.WRITE, offset, data=bytes([offset >> 20 & 0xFF]) * (1 << 20))
@@ -80,11 +81,6 @@ def measure(processes: Processes, folder: Path, chosen: argparse.Namespace) -> d
         "pause_s": {"of each round": told_s, "median": statistics.median(told_s)},
         "longest_wait_of_a_client_s": {"of each round": seen_s, "median": statistics.median(seen_s)},
     }
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

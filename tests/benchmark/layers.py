@@ -31,9 +31,8 @@ from tests.serving import Server
 
 from . import machine
 from .__main__ import size_bytes_of
-from .handover import free_port
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
-from .processes import BenchmarkError
+from .processes import BenchmarkError, free_ports
 
 SIZES = "1G,64G,1T,16T"
 COUNTS = "0,10,100,300,1000"
@@ -57,7 +56,7 @@ class Served:
     """A running server, its API and its clients."""
 
     def __init__(self, processes: Processes, folder: Path) -> None:
-        self._server = Server(processes, folder / "data", free_port(), {})
+        self._server = Server(processes, folder / "data", free_ports(1), {})
         self._api = self._server.api(timeout_s=120)
 
     def ask(self, method: str, path: str, **content: Any) -> float:

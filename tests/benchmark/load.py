@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .processes import TICKS_PER_S, BenchmarkError
+from .processes import TICKS_PER_S, BenchmarkError, last_line
 from .rows import Row
 from .targets import Target
 
@@ -85,8 +85,8 @@ def run_fio(command: list[str], timeout_s: float) -> dict[str, Any]:
     start = done.stdout.find("{")
     report = json.loads(done.stdout[start:]) if done.returncode == 0 and start >= 0 else None
     if report is None or report["jobs"][0]["error"]:
-        words = (done.stderr + done.stdout[: max(start, 0)]).strip().splitlines()
-        raise BenchmarkError(f"fio failed: {words[-1] if words else 'it said nothing'}; command: {' '.join(command)}")
+        words = last_line(done.stderr + done.stdout[: max(start, 0)])
+        raise BenchmarkError(f"fio failed: {words}; command: {' '.join(command)}")
     job: dict[str, Any] = report["jobs"][0]
     return job
 

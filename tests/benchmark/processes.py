@@ -6,6 +6,7 @@ which is 0.5 % of a two-second measurement, and a descendant that nobody waited 
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ START_TIMEOUT_S = 60.0  # our own server may have a log to replay
 STOP_TIMEOUT_S = 30.0
 
 
+PORTS = range(20_000, 31_000)  # below those that outgoing connections are given
+
+
 def end_in_order_when_told() -> None:
     """SIGTERM ends this program as Ctrl-C does, so that the servers which it started are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -25,6 +29,35 @@ def end_in_order_when_told() -> None:
 
 class BenchmarkError(Exception):
     """Says in one line what is wrong and what to do."""
+
+
+def last_line(said: str) -> str:
+    """Of what a program has said, for an error of one line."""
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def free_ports(count: int) -> int:
+    """The first of so many neighbouring TCP ports on 127.0.0.1 that nobody listens at.
+
+    They are looked for in random order: two benchmarks that start at the same time shall not find the same ones.
+    """
+    bases = list(range(PORTS.start, PORTS.stop - count, count))
+    random.shuffle(bases)
+    for base in bases:
+        if all(_is_free(port) for port in range(base, base + count)):
+            return base
+    raise BenchmarkError(f"there are no {count} free ports from {PORTS.start} to {PORTS.stop}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def descendants(root_pid: int) -> list[int]:
@@ -47,6 +80,12 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return []
+
+
+def is_running(pid: int) -> bool:
+    """Whether it is there and no zombie."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] != "Z"
 
 
 def cpu_s(root_pid: int) -> float:
@@ -109,8 +148,8 @@ class Server:
             if (self._pid_file is None or self.pid != self._child.pid) and greets(socket_path):
                 return
             time.sleep(0.02)
-        said = self.log_path.read_text(errors="replace").strip().splitlines()
-        raise BenchmarkError(f"{self.log_path.stem} did not start: {said[-1] if said else 'it said nothing'}")
+        said = self.log_path.read_text(errors="replace")
+        raise BenchmarkError(f"{self.log_path.stem} did not start: {last_line(said)}")
 
     def cpu_s(self) -> float:
         return cpu_s(self.pid)
@@ -128,8 +167,7 @@ class Server:
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < deadline:
             self._child.poll()
-            fields = _stat(self.pid)
-            if not fields or fields[0] == "Z":
+            if not is_running(self.pid):
                 self._child.wait()
                 return
             time.sleep(0.01)

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from .load import Sample, measure
-from .processes import BenchmarkError
+from .processes import BenchmarkError, last_line
 from .rows import Row
 from .targets import Target
 
@@ -62,9 +62,8 @@ def measure_beside(command: list[str], output: Path, target: Target, row: Row, d
     sample = measure(target, row, duration_s + 0.5, seed=1)
     recorder.join()
     if said[0].returncode or not output.exists():
-        words = (said[0].stderr + said[0].stdout).strip().splitlines()
-        program = Path(command[0]).name
-        raise BenchmarkError(f"{program} failed: {words[-1] if words else 'it said nothing'} ({hint})")
+        words = last_line(said[0].stderr + said[0].stdout)
+        raise BenchmarkError(f"{Path(command[0]).name} failed: {words} ({hint})")
     return sample
 
 

@@ -36,7 +36,7 @@ from . import machine
 from .__main__ import size_bytes_of
 from .local_family import close_disk, host, open_disk
 from .outcome import RESULTS, ResultsOption, console, run_of, told_in_one_line
-from .processes import BenchmarkError, resident_bytes
+from .processes import BenchmarkError, last_line, resident_bytes
 from .scale_family import SEGMENT_BYTES, Spread, fill
 
 FAMILY = bytes(range(16))
@@ -188,11 +188,9 @@ def run_phase(
         for line in process.stdout:
             last = json.loads(line)
             advance(last.get("blocks", 0))
-        said = process.stderr.read().strip().splitlines()
+        said = process.stderr.read()
     if process.returncode:
-        raise BenchmarkError(
-            f"{name} at {spread.size_bytes >> 30} GiB failed: {said[-1] if said else 'it said nothing'}"
-        )
+        raise BenchmarkError(f"{name} at {spread.size_bytes >> 30} GiB failed: {last_line(said)}")
     return last
 
 

@@ -12,7 +12,6 @@ To add a target, write a subclass of Target and put it into TARGETS.
 """
 
 import shutil
-import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from . import machine
 from .memory_group import MemoryGroup
-from .processes import BenchmarkError, Server
+from .processes import BenchmarkError, Server, free_ports
 
 EXPORT = "bench"
 CLIENT = "client"  # in its certificate
@@ -140,7 +139,7 @@ class Nbdserver(Target):
         return [EXPORT]
 
     def _start(self, setting: Setting) -> Server:
-        self.port = free_port()
+        self.port = free_ports(1)
         return super()._start(setting)
 
     @classmethod
@@ -302,15 +301,6 @@ def stopped_at_the_end(*servers: Target) -> Iterator[None]:
         for server in servers:
             stack.callback(server.stop)
         yield
-
-
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens at, below the range that outgoing connections are given."""
-    for port in range(21000, 32000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise BenchmarkError("no TCP port from 21000 to 31999 is free")
 
 
 TARGETS: dict[str, type[Target]] = {

@@ -13,7 +13,8 @@ import time
 import uuid
 from pathlib import Path
 
-from .systems import System, end, free_ports, run, wait_until
+from ..processes import free_ports
+from .systems import System, end, run, wait_until
 
 OSDS = 3
 POOL, IMAGE = "replicated", "bench"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from metadata.replica_set import Member, ReplicaSet
 
-from ..processes import BenchmarkError
+from ..processes import BenchmarkError, free_ports, last_line
 from ..targets import EXPORT, Nbdserver, nbd_engine
-from .systems import System, end, free_ports
+from .systems import System, end
 
 NODES = ("node-1", "node-2", "node-3")
 
@@ -75,8 +75,8 @@ class DataProcesses(System):
         assert output is not None
         line = output.readline().strip()
         if not line.startswith(word):
-            log = (self.directory / f"{node}.log").read_text().strip().splitlines()
-            raise BenchmarkError(f"{node} says {line!r} instead of {word}; {log[-1] if log else 'its log is empty'}")
+            log = (self.directory / f"{node}.log").read_text(errors="replace")
+            raise BenchmarkError(f"{node} says {line!r} instead of {word}; its log: {last_line(log)}")
         return line.removeprefix(word).strip()
 
     def stop(self) -> None:

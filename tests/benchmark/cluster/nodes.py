@@ -12,9 +12,9 @@ from typing import Any
 from nbdserver.cli.client import NodeClient
 from nbdserver.node.errors import NodeError
 
-from ..processes import BenchmarkError, descendants
+from ..processes import BenchmarkError, descendants, free_ports, is_running, last_line
 from ..targets import EXPORT, Nbdserver, nbd_engine
-from .systems import System, end, free_ports, is_running, run, wait_until
+from .systems import System, end, run, wait_until
 
 NODES = ("n1", "n2", "n3")
 PROGRAM = [sys.executable, "-m", "nbdserver"]
@@ -92,8 +92,8 @@ class Nodes(System):
     def _ask(self, node: str, path: str) -> dict[str, Any]:
         """What its API answers; {} while it does not. BenchmarkError if the node has ended."""
         if self._processes[node].poll() is not None:
-            words = (self.directory / f"{node}.log").read_text(errors="replace").strip().splitlines()
-            raise BenchmarkError(f"{node} has ended: {words[-1] if words else 'it said nothing'}")
+            words = (self.directory / f"{node}.log").read_text(errors="replace")
+            raise BenchmarkError(f"{node} has ended: {last_line(words)}")
         try:
             return dict(NodeClient(self._data(node)).get(path))
         except NodeError:

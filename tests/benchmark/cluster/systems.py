@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -11,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import processes
-from ..processes import BenchmarkError
+from ..processes import BenchmarkError, is_running, last_line
 
-PORTS = range(20_000, 31_000)  # below those that outgoing connections are given
 ENDED_S = 20.0
 
 
@@ -85,24 +83,6 @@ def wait_until(holds: Callable[[], bool], otherwise: str, limit_s: float = 60.0,
         time.sleep(pause_s)
 
 
-def free_ports(count: int) -> int:
-    """The first of so many neighbouring TCP ports on 127.0.0.1 that nobody listens at."""
-    for base in range(PORTS.start, PORTS.stop - count, count):
-        if all(_is_free(port) for port in range(base, base + count)):
-            return base
-    raise BenchmarkError(f"there are no {count} free ports from {PORTS.start} to {PORTS.stop}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 def run(command: list[str], limit_s: float = 60.0) -> str:
     """What it prints; BenchmarkError with its last words if it fails."""
     try:
@@ -110,8 +90,7 @@ def run(command: list[str], limit_s: float = 60.0) -> str:
     except subprocess.TimeoutExpired:
         raise BenchmarkError(f"{' '.join(command)} hangs for {limit_s:.0f} s") from None
     if done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines()
-        raise BenchmarkError(f"{' '.join(command)} failed: {words[-1] if words else 'it said nothing'}")
+        raise BenchmarkError(f"{' '.join(command)} failed: {last_line(done.stderr or done.stdout)}")
     return done.stdout
 
 
@@ -127,11 +106,3 @@ def end(pids: list[int]) -> None:
         while pids and time.monotonic() < deadline_s:
             pids = [pid for pid in pids if is_running(pid)]
             time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """Whether it is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
