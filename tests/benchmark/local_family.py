@@ -13,7 +13,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
-from nbdserver.logdisk.opening import Report
+from nbdserver.logdisk.opening import Replicated, Report
 
 
 @dataclass
@@ -43,11 +43,18 @@ def host(
         writer.close()
 
 
-def open_disk(parts: Host, settings: DiskSettings, report: Report = lambda kind, fields: None) -> LogDisk:
-    """Under the next epoch, as after any start."""
+def open_disk(
+    parts: Host,
+    settings: DiskSettings,
+    report: Report = lambda kind, fields: None,
+    replicated: Replicated | None = None,
+) -> LogDisk:
+    """Under the next epoch, as after any start; a replica under none."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    epoch = read_open_state(parts.store).epoch + 1
-    return LogDisk.open(parts.files, parts.store, parts.clock, random.Random(), settings, epoch, boot_id, report)
+    epoch = read_open_state(parts.store).epoch + 1 if replicated is None else None
+    return LogDisk.open(
+        parts.files, parts.store, parts.clock, random.Random(), settings, epoch, boot_id, report, replicated=replicated
+    )
 
 
 async def close_disk(disk: LogDisk) -> None:

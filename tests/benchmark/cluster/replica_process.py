@@ -15,6 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from metadata.embedded_registry import EmbeddedRegistry
@@ -29,7 +30,6 @@ from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Workers
 from nbdserver.host.network import SocketNetwork
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
-from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.family import ReplicatedFamily
@@ -38,7 +38,7 @@ from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, Exports
 from protocol.peer_clients import FORWARDER_BYTES
 
-from ..local_family import host
+from ..local_family import host, open_disk
 from ..targets import EXPORT
 
 FAMILY = bytes(16)
@@ -57,18 +57,10 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
     loop = asyncio.get_running_loop()
     is_new = not directory.exists()
     directory.mkdir(exist_ok=True, parents=True)
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with host(directory, loop) as parts:
         if is_new:
             LogDisk.format(parts.files, parts.store, FAMILY, size_bytes, SEGMENT_BYTES, random.SystemRandom())
-
-        def open_disk(replicated: Replicated) -> LogDisk:
-            return LogDisk.open(
-                parts.files, parts.store, parts.clock, random.SystemRandom(), DiskSettings(), None, boot_id,
-                _report, replicated=replicated,
-            )  # fmt: skip
-
-        replica = Replica(open_disk, parts.files)
+        replica = Replica(partial(open_disk, parts, DiskSettings(), _report), parts.files)
         network = SocketNetwork(loop, parts.completions)
         threads = Workers(parts.completions, 1, "registry")
         table = RegistryTable(LevelStore(str(directory / "registry"), threads, threads))
