@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -67,6 +67,24 @@ def own_bytes(found: Mapping[str, float]) -> int:
     return int(found.get("RssAnon", 0) + found.get("RssShmem", 0))
 
 
+def over_time(samples: list[dict[str, float]]) -> tuple[str, dict[str, Any]]:
+    """(in words, what is kept): at most, and whether it grows in the second half."""
+    own = [own_bytes(sample) for sample in samples]
+    second_half = own[len(own) // 2 :]
+    limit_bytes = CACHE_BYTES + MARGIN_BYTES
+    words = (
+        f"RssAnon + RssShmem at most {max(own) >> 20} MiB of {limit_bytes >> 20}, "
+        f"in the second half {min(second_half) >> 20} to {max(second_half) >> 20} MiB"
+    )
+    kept = {
+        "limit_bytes": limit_bytes,
+        "peak_bytes": max(own),
+        "second_half_bytes": [min(second_half), max(second_half)],
+        "samples": samples,
+    }
+    return words, kept
+
+
 @application.command()
 def memory(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
@@ -84,26 +102,13 @@ def memory(
         arguments += ["--time_based", f"--runtime={round(minutes * 60)}", f"--rate_iops={rate}"]
         with stopped_at_the_end(target):
             writes, samples = watch(target, fio_job(target, "scattered", *arguments))
-        own = [own_bytes(sample) for sample in samples]
-        second_half = own[len(own) // 2 :]
-        file_peak_bytes = max(sample.get("RssFile", 0) for sample in samples)
-        limit_bytes = CACHE_BYTES + MARGIN_BYTES
+        file_peak_bytes = int(max(sample.get("RssFile", 0) for sample in samples))
+        told, kept = over_time(samples)
         console.print(
-            f"{writes:,} writes in {minutes:g} minutes: RssAnon + RssShmem at most {max(own) >> 20} MiB of "
-            f"{limit_bytes >> 20}, in the second half {min(second_half) >> 20} to {max(second_half) >> 20} MiB; "
-            f"RssFile at most {file_peak_bytes >> 20} MiB",
+            f"{writes:,} writes in {minutes:g} minutes: {told}; RssFile at most {file_peak_bytes >> 20} MiB",
             highlight=False,
         )
-        bench.keep(
-            {
-                "writes": writes,
-                "limit_bytes": limit_bytes,
-                "peak_bytes": max(own),
-                "second_half_bytes": [min(second_half), max(second_half)],
-                "file_peak_bytes": file_peak_bytes,
-                "samples": samples,
-            }
-        )
+        bench.keep({"writes": writes, "file_peak_bytes": file_peak_bytes, **kept})
 
 
 def watch(target: Nbdserver, command: list[str]) -> tuple[int, list[dict[str, float]]]:
@@ -124,7 +129,7 @@ def watch(target: Nbdserver, command: list[str]) -> tuple[int, list[dict[str, fl
     return json.loads(told[told.index("{") :])["jobs"][0]["write"]["total_ios"], samples
 
 
-# -- metadata
+# -- a log disk that is driven here
 
 
 class HollowFiles(HostFiles):
@@ -147,12 +152,12 @@ class HollowFiles(HostFiles):
             return (error.errno or errno.EIO, -1)
 
 
-def given_to_the_disk_bytes() -> int:
-    """write_bytes of this process, threads included."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("write_bytes"):
-            return int(line.split()[1])
-    return 0
+def stop_when_told(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    """Set by SIGTERM or Ctrl-C, which end nothing by themselves then."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
 
 
 def answer(waiting: asyncio.Future[int], failed: int, _: object) -> None:
@@ -204,6 +209,73 @@ async def write_at_random(
     return made
 
 
+# -- full cache
+
+
+async def fill(disk: LogDisk, size_bytes: int, progress: Progress) -> None:
+    """Write it from the beginning, a page of the maps a record."""
+    loop = asyncio.get_running_loop()
+    head = disk.head(1)
+    data = random.Random(1).randbytes(PAGE_BLOCKS * BLOCK_BYTES)
+    for offset in progress.track(range(0, size_bytes, len(data)), description="filling"):
+        if not head.write(offset, memoryview(data)):
+            waiting = loop.create_future()
+            head.later(Operation.WRITE, offset, len(data), data, partial(answer, waiting))
+            if await waiting:
+                raise BenchmarkError("a write was refused")
+        if head.commit():
+            raise BenchmarkError("a batch was refused")
+        await asyncio.sleep(0)
+
+
+async def overwrite(place: Path, size_bytes: int, minutes: float) -> list[dict[str, float]]:
+    """Fill, then overwrite at random; the memory of this process now and then."""
+    loop = asyncio.get_running_loop()
+    stop = stop_when_told(loop)
+    (place / "maps").mkdir()
+    samples: list[dict[str, float]] = []
+    with host(place, loop, HollowFiles) as parts:
+        LogDisk.format(parts.files, parts.store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
+        disk = open_disk(parts, DiskSettings())
+        with Progress(console=Console(stderr=True)) as progress:
+            await fill(disk, size_bytes, progress)
+            task = progress.add_task("overwriting", total=minutes * 60)
+            draw, started, made = random.Random(2), time.monotonic(), 0
+            while (at_s := time.monotonic() - started) < minutes * 60 and not stop.is_set():
+                made += await write_at_random(disk, draw, OVERWRITES_A_SAMPLE, DEPTH, stop, size_bytes)
+                samples.append({"at_s": at_s, "writes": made, **resident_bytes(os.getpid())})
+                progress.update(task, completed=at_s)
+        await close_disk(disk)
+    return samples
+
+
+@application.command()
+def full_cache(
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long, after the filling.")] = 30.0,
+    size: Annotated[str, typer.Option(help="How much is filled and overwritten.")] = "150G",
+    directory: DirectoryOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Watch the memory of a log disk whose map cache is full."""
+    with run_of("scattered-full-cache", results, directory) as bench:
+        gc.disable()  # as in a data process
+        samples = asyncio.run(overwrite(bench.place, size_bytes_of(size), minutes))
+        told, kept = over_time(samples)
+        console.print(f"{samples[-1]['writes']:,} overwrites: {told}", highlight=False)
+        bench.keep(kept)
+
+
+# -- metadata
+
+
+def given_to_the_disk_bytes() -> int:
+    """write_bytes of this process, threads included."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("write_bytes"):
+            return int(line.split()[1])
+    return 0
+
+
 @dataclass
 class Tally:
     """What was counted so far, in all runs in this directory, and how it grew."""
@@ -231,9 +303,7 @@ class Tally:
 async def scatter(place: Path, tally: Tally, writes: int, depth: int, every: int, rest_s: float) -> None:
     """Make the writes, rest, close; what that cost goes into the tally. SIGTERM ends it early and in order."""
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = stop_when_told(loop)
     is_new = not (place / "maps").exists()
     (place / "maps").mkdir(exist_ok=True)
     with host(place, loop, HollowFiles) as parts:
@@ -265,67 +335,6 @@ async def scatter(place: Path, tally: Tally, writes: int, depth: int, every: int
         await asyncio.sleep(rest_s)
         await close_disk(disk)
         count(made)
-
-
-async def fill(disk: LogDisk, size_bytes: int, progress: Progress) -> None:
-    """Write it from the beginning, a page of the maps a record."""
-    loop = asyncio.get_running_loop()
-    head = disk.head(1)
-    data = random.Random(1).randbytes(PAGE_BLOCKS * BLOCK_BYTES)
-    for offset in progress.track(range(0, size_bytes, len(data)), description="filling"):
-        if not head.write(offset, memoryview(data)):
-            waiting = loop.create_future()
-            head.later(Operation.WRITE, offset, len(data), data, partial(answer, waiting))
-            if await waiting:
-                raise BenchmarkError("a write was refused")
-        if head.commit():
-            raise BenchmarkError("a batch was refused")
-        await asyncio.sleep(0)
-
-
-async def overwrite(place: Path, size_bytes: int, minutes: float) -> list[dict[str, float]]:
-    """Fill, then overwrite at random; the memory of this process now and then."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    (place / "maps").mkdir()
-    samples: list[dict[str, float]] = []
-    with host(place, loop, HollowFiles) as parts:
-        LogDisk.format(parts.files, parts.store, bytes(16), VOLUME_BYTES, SEGMENT_BYTES, random.Random(1))
-        disk = open_disk(parts, DiskSettings())
-        with Progress(console=Console(stderr=True)) as progress:
-            await fill(disk, size_bytes, progress)
-            task = progress.add_task("overwriting", total=minutes * 60)
-            draw, started, made = random.Random(2), time.monotonic(), 0
-            while (at_s := time.monotonic() - started) < minutes * 60 and not stop.is_set():
-                made += await write_at_random(disk, draw, OVERWRITES_A_SAMPLE, DEPTH, stop, size_bytes)
-                samples.append({"at_s": at_s, "writes": made, **resident_bytes(os.getpid())})
-                progress.update(task, completed=at_s)
-        await close_disk(disk)
-    return samples
-
-
-@application.command()
-def full_cache(
-    minutes: Annotated[float, typer.Option(min=0.01, help="How long, after the filling.")] = 30.0,
-    size: Annotated[str, typer.Option(help="How much is filled and overwritten.")] = "150G",
-    directory: DirectoryOption = None,
-    results: ResultsOption = RESULTS,
-) -> None:
-    """Watch the memory of a log disk whose map cache is full."""
-    with run_of("scattered-full-cache", results, directory) as bench:
-        gc.disable()  # as in a data process
-        samples = asyncio.run(overwrite(bench.place, size_bytes_of(size), minutes))
-        own = [own_bytes(sample) for sample in samples]
-        second_half = own[len(own) // 2 :]
-        console.print(
-            f"{samples[-1]['writes']:,} overwrites: RssAnon + RssShmem at most {max(own) >> 20} MiB of "
-            f"{(CACHE_BYTES + MARGIN_BYTES) >> 20}, in the second half {min(second_half) >> 20} to "
-            f"{max(second_half) >> 20} MiB",
-            highlight=False,
-        )
-        bench.keep({"limit_bytes": CACHE_BYTES + MARGIN_BYTES, "peak_bytes": max(own), "samples": samples})
 
 
 @application.command()
