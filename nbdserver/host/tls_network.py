@@ -43,20 +43,21 @@ class PeerContexts:
 
 def make_peer_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
     """Both ends' contexts of a node. TlsError."""
-    server = server_context(LEAST_VERSION)
-    _load(server, ca, certificate, key)
-    server.verify_mode = ssl.CERT_OPTIONAL
-    server.set_alpn_protocols([STREAM_PROTOCOL, CALL_PROTOCOL])
-    return PeerContexts(server, make_client_context(ca, certificate, key, STREAM_PROTOCOL))
+    return _make_contexts(ca, certificate, key, ssl.CERT_OPTIONAL, [STREAM_PROTOCOL, CALL_PROTOCOL])
 
 
 def make_data_contexts(ca: Path, certificate: Path, key: Path) -> PeerContexts:
     """The same for streams between data processes."""
+    return _make_contexts(ca, certificate, key, ssl.CERT_REQUIRED, [DATA_PROTOCOL])
+
+
+def _make_contexts(ca: Path, certificate: Path, key: Path, verify: ssl.VerifyMode, taken: list[str]) -> PeerContexts:
+    """Of who takes streams of these protocols, and offers those of the first."""
     server = server_context(LEAST_VERSION)
     _load(server, ca, certificate, key)
-    server.verify_mode = ssl.CERT_REQUIRED
-    server.set_alpn_protocols([DATA_PROTOCOL])
-    return PeerContexts(server, make_client_context(ca, certificate, key, DATA_PROTOCOL))
+    server.verify_mode = verify
+    server.set_alpn_protocols(taken)
+    return PeerContexts(server, make_client_context(ca, certificate, key, taken[0]))
 
 
 def make_client_context(ca: Path, certificate: Path, key: Path, protocol: str) -> ssl.SSLContext:
