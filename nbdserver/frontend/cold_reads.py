@@ -47,9 +47,10 @@ class ColdReads:
 
     def missed(self, reads: list[MissedRead]) -> bool:
         """Take reads that are not at hand; False, and none is taken, if there is no room for all of them."""
-        if not self._deferred.has_room(_size_bytes(reads), len(reads)):
+        size_bytes = _size_bytes(reads)
+        if not self._deferred.has_room(size_bytes, len(reads)):
             return False
-        self._deferred.begin(_size_bytes(reads), len(reads))
+        self._deferred.begin(size_bytes, len(reads))
         self._missed += reads
         return True
 
