@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from metadata.seams import Connection, Receiver
 from nbdserver.host.addresses import numeric_address
+from nbdserver.host.connection import SocketConnection
 
 if TYPE_CHECKING:
     from nbdserver.host.network import SocketNetwork
@@ -85,7 +86,7 @@ class Connecting:
             self._fail(os.strerror(number))
             return
         self._end()
-        connection = self._network.connection(self._socket, self._target)
+        connection = SocketConnection(self._network, self._socket, self._target)
         try:
             receiver = self._connected(connection)
         except Exception:

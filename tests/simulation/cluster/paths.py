@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tests.simulation.cluster.scheduler import Scheduler
 
-SILENCE_LIMIT_S = 60.0  # nbdserver/host/network.py: UNACKNOWLEDGED_LIMIT_MS
+SILENCE_LIMIT_S = 60.0  # nbdserver/host/connection.py: UNACKNOWLEDGED_LIMIT_MS
 
 
 @dataclass(frozen=True)
