@@ -111,8 +111,8 @@ class Server:
         return True
 
     def drain(self, timeout_s: float, done: Callable[[], None]) -> None:
-        """Stop listening, finish and close every session; `done()` when none is left, nor a Forwarding, or `timeout_s`
-        is over."""
+        """Stop listening, finish and close every session; `done()` when none is left, nor a Forwarding, nor
+        anybody away, or `timeout_s` is over."""
         self._is_closing = True
         self._accept_nobody(timeout_s, done)
         for client in (*self._sessions.values(), *self._away.values()):

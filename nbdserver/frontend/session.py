@@ -93,7 +93,8 @@ class Session:
     ) -> None:
         """`gone(session, reason)` is called once, when the connection is closed or lost; not when it `leaves`. Without
         `secure` there is no TLS, without `leaves` there is no other process. A `refusal` answers whoever asks for an
-        export of another node. `via` is the node that it has come to, if that is another one.
+        export of another node. `via` is the node that it has come to, if that is another one. Who is `unsettled` leaves
+        before it enters its export, as if that were another node's.
 
         With `resumed` it begins in the transmission phase (OptionRefusedError if its export does not have it any
         more), and serves once `resume` is called. With `arrived` it begins in the handshake, and goes on when `go_on`
