@@ -18,11 +18,10 @@ from typing import TypeVar
 import zstandard
 
 from protocol.disk import BLOCK_BYTES
-from protocol.peer import DIGEST_BYTES, Part
+from protocol.peer import DIGEST_BYTES, Buffer, Part
 
 _MOST_SKIPPED = 15
 
-Buffer = bytes | memoryview
 T = TypeVar("T")
 
 

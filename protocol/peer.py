@@ -37,7 +37,7 @@ from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from protocol.disk import BLOCK_BYTES
 from protocol.layout import derive
-from protocol.peer_clients import ClientFrame
+from protocol.peer_clients import NODE_BYTES, ClientFrame
 
 MAGIC = 0x3150444E  # "NDP1"
 VERSION = 2
@@ -50,7 +50,6 @@ BLOCKS_LIMIT = 256
 COMPARED_LIMIT = 4096
 DIGEST_BYTES = 16
 PART_BLOCKS = 16
-NAME_BYTES = 64
 
 PeerHeader = Struct(
     "magic" / Const(MAGIC, Int32ul),
@@ -67,7 +66,7 @@ OpenBody = Struct(
     "reserved" / Int16ul,
     "epoch" / Int32ul,
     "family" / Bytes(16),
-    "owner" / Bytes(NAME_BYTES),
+    "owner" / Bytes(NODE_BYTES),
 )
 OpenedBody = Struct(
     "version" / Int8ul,
@@ -160,6 +159,8 @@ BLOCKS_BODY = derive(BlocksBody)
 
 PEER_HEADER_BYTES = PEER_HEADER.size
 
+Buffer = bytes | memoryview
+
 
 class Kind(IntEnum):
     """What a frame is."""
@@ -235,7 +236,7 @@ class Modification:
     blocks: int
     body: bytes
     """As on the disk: extents, MBAs, checksums; or rows."""
-    data: Sequence[bytes | memoryview]
+    data: Sequence[Buffer]
     """Blocks, one after the other, in buffers of whole blocks."""
 
     @property
@@ -322,7 +323,7 @@ class Part(NamedTuple):
     """At most PART_BLOCKS of the blocks of a copy as they travel: packed, or as they are if that is no shorter."""
 
     blocks: int
-    data: bytes | memoryview
+    data: Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +336,7 @@ class Copy:
     entries: bytes
     checksums: bytes
     """Of all blocks."""
-    data: Sequence[bytes | memoryview]
+    data: Sequence[Buffer]
     """Of the blocks that travel."""
     kept: bytes = b""
     """A bit a block, the lowest first: whether it does not travel, because the replica has it. Empty: all travel."""
@@ -429,7 +430,7 @@ class Blocks:
     number: int
     mbas: Sequence[int]
     checksums: bytes
-    data: Sequence[bytes | memoryview]
+    data: Sequence[Buffer]
 
 
 Frame = (

@@ -49,6 +49,7 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Buffer,
     Check,
     Checked,
     Compare,
@@ -75,7 +76,6 @@ from protocol.peer import (
     Skip,
 )
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
-from protocol.peer_frames import Buffer
 
 
 def frame_bytes(data: Buffer | bytearray) -> int:
@@ -92,7 +92,7 @@ def frame_bytes(data: Buffer | bytearray) -> int:
     return PEER_HEADER_BYTES + int(size_bytes)
 
 
-def decode(data: bytes | memoryview) -> Frame:
+def decode(data: Buffer) -> Frame:
     """One whole frame; every byte of it is checked. The blocks of an APPEND are views of `data`. PeerFrameError."""
     if not data or frame_bytes(data) != len(data):
         raise PeerFrameError("its length is wrong")

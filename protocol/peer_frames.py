@@ -32,7 +32,6 @@ from protocol.peer import (
     MAGIC,
     MODIFICATION_HEADER,
     MODIFICATIONS_LIMIT,
-    NAME_BYTES,
     OPEN_BODY,
     OPENED_BODY,
     PEER_HEADER,
@@ -44,6 +43,7 @@ from protocol.peer import (
     Append,
     Appended,
     Blocks,
+    Buffer,
     Check,
     Checked,
     Compare,
@@ -64,9 +64,7 @@ from protocol.peer import (
     Runs,
     Skip,
 )
-from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
-
-Buffer = bytes | memoryview
+from protocol.peer_clients import NODE_BYTES, Forward, Forwarded, Keep, Kept, Look
 
 
 def encode(frame: Frame) -> list[Buffer]:
@@ -120,7 +118,7 @@ def _parts(frame: Frame) -> tuple[Kind, bytes, Sequence[Buffer]]:
             return Kind.COPIED, COPIED_BODY.pack(frame.region, frame.errno, 0), ()
         case Open():
             owner = frame.owner.encode()
-            invariant(len(owner) <= NAME_BYTES, "a node's name is too long")
+            invariant(len(owner) <= NODE_BYTES, "a node's name is too long")
             return (
                 Kind.OPEN,
                 OPEN_BODY.pack(frame.oldest_version, frame.newest_version, 0, frame.epoch, frame.family, owner),
