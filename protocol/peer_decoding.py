@@ -136,18 +136,14 @@ class _Reader:
 
     def blocks(self, count: int, checksums: bytes) -> Sequence[memoryview]:
         """The next blocks, as one buffer, if they have these checksums."""
-        begin, end = self._blocks_at, self._blocks_at + count * BLOCK_BYTES
-        if end > len(self._blocks) or len(checksums) != 4 * count:
-            raise PeerFrameError("it ends too early")
-        self._blocks_at = end
         if not count:
             return ()
-        data = self._blocks[begin:end]
+        data = self.body(count * BLOCK_BYTES)
         if wrong_blocks(data, array("I", checksums)):
             raise PeerFrameError("the checksum of a block is wrong: it was damaged on its way")
         return (data,)
 
-    def bytes_of_part(self, size_bytes: int) -> memoryview:
+    def body(self, size_bytes: int) -> memoryview:
         """The next bytes behind the meta; whoever takes them checks them."""
         begin, end = self._blocks_at, self._blocks_at + size_bytes
         if end > len(self._blocks):
@@ -251,7 +247,7 @@ def _copy_parts(reader: _Reader) -> Copy:
             raise PeerFrameError("it has another number of blocks than it says")
         if not 0 < part_blocks <= PART_BLOCKS or size_bytes > part_blocks * BLOCK_BYTES:
             raise PeerFrameError("a part of it has a wrong size")
-        part = Part(part_blocks, reader.bytes_of_part(size_bytes))
+        part = Part(part_blocks, reader.body(size_bytes))
         try:
             plain = unpack(part)
         except ValueError as error:
