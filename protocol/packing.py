@@ -69,3 +69,8 @@ def unpack(part: Part) -> Buffer:
 def travelling(kept: bytes, values: Iterable[T]) -> Iterator[T]:
     """Those of the values, one a block of a copy, whose blocks travel."""
     return (value for at, value in enumerate(values) if not kept[at >> 3] >> (at & 7) & 1)
+
+
+def blocks_of(data: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The blocks, one by one, that buffers of whole blocks hold."""
+    return (buffer[at : at + BLOCK_BYTES] for buffer in data for at in range(0, len(buffer), BLOCK_BYTES))

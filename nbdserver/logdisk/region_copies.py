@@ -43,7 +43,7 @@ from protocol.disk import (
     body_bytes,
 )
 from protocol.disk import REGION as REGION_KIND
-from protocol.packing import travelling
+from protocol.packing import blocks_of, travelling
 from protocol.peer import Copy
 
 if TYPE_CHECKING:
@@ -289,10 +289,6 @@ def _parsed(copy: Copy) -> _Parsed | None:
         wanted, of_wanted = mbas, checksums
     if not are_right(copy.data, of_wanted):
         return None
-    blocks = (block for buffer in copy.data for block in _blocks_of(buffer))
-    content = {mba: (checksum, block) for mba, checksum, block in zip(wanted, of_wanted, blocks, strict=True)}
+    travelled = zip(wanted, of_wanted, blocks_of(copy.data), strict=True)
+    content = {mba: (checksum, block) for mba, checksum, block in travelled}
     return _Parsed(views, mbas, content, kept)
-
-
-def _blocks_of(buffer: bytes | memoryview) -> list[bytes | memoryview]:
-    return [buffer[at : at + BLOCK_BYTES] for at in range(0, len(buffer), BLOCK_BYTES)]

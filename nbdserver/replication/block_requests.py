@@ -16,7 +16,7 @@ from typing import Protocol
 from metadata.seams import Buffer, Clock, Timer
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica_log import Found, ReplicaLog
-from protocol.disk import BLOCK_BYTES
+from protocol.packing import blocks_of
 from protocol.peer import Blocks, ReadBlocks
 from protocol.peer_frames import blocks_frame
 
@@ -55,8 +55,7 @@ class BlockRequests:
 
     def answered(self, frame: Blocks) -> None:
         """An answer has come, maybe to what nobody waits for any more."""
-        blocks = [buffer[at : at + BLOCK_BYTES] for buffer in frame.data for at in range(0, len(buffer), BLOCK_BYTES)]
-        self._tell(frame.number, dict(zip(frame.mbas, blocks, strict=True)))
+        self._tell(frame.number, dict(zip(frame.mbas, blocks_of(frame.data), strict=True)))
 
     def ask_again(self) -> None:
         """The stream is lost: ask on the next one."""
