@@ -262,7 +262,6 @@ class _Parsed(NamedTuple):
     """A copy taken apart."""
 
     views: Views
-    mbas: list[int]
     content: dict[int, tuple[int, bytes | memoryview]]
     """By MBA: checksum and block, of what has travelled."""
     kept: dict[int, int]
@@ -291,4 +290,4 @@ def _parsed(copy: Copy) -> _Parsed | None:
         return None
     travelled = zip(wanted, of_wanted, blocks_of(copy.data), strict=True)
     content = {mba: (checksum, block) for mba, checksum, block in travelled}
-    return _Parsed(views, mbas, content, kept)
+    return _Parsed(views, content, kept)
