@@ -33,7 +33,7 @@ from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page
 from metadata.region_table import REGION_SHIFT
 from nbdserver.logdisk.maps import CHECKSUM, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.replica_append import are_right, needed_of_mbas
+from nbdserver.logdisk.replica_append import needed_of_mbas
 from nbdserver.logdisk.segments import CLIENTS_KEEP
 from protocol.disk import (
     BLOCK_BYTES,
@@ -41,6 +41,7 @@ from protocol.disk import (
     MAX_RECORD_EXTENTS,
     REGION_HEAD,
     body_bytes,
+    wrong_blocks,
 )
 from protocol.disk import REGION as REGION_KIND
 from protocol.packing import blocks_of, travelling
@@ -286,8 +287,21 @@ def _parsed(copy: Copy) -> _Parsed | None:
         wanted, of_wanted = [mbas[at] for at in travel], array("I", (checksums[at] for at in travel))
     else:
         wanted, of_wanted = mbas, checksums
-    if not are_right(copy.data, of_wanted):
+    if not _are_right(copy.data, of_wanted):
         return None
     travelled = zip(wanted, of_wanted, blocks_of(copy.data), strict=True)
     content = {mba: (checksum, block) for mba, checksum, block in travelled}
     return _Parsed(views, content, kept)
+
+
+def _are_right(data: Sequence[bytes | memoryview], checksums: array[int]) -> bool:
+    """Whether these are as many blocks, in buffers of whole ones, and have these checksums."""
+    if sum(map(len, data)) != len(checksums) * BLOCK_BYTES:
+        return False
+    block = 0
+    for buffer in data:
+        count = len(buffer) // BLOCK_BYTES
+        if len(buffer) % BLOCK_BYTES or wrong_blocks(buffer, checksums[block : block + count]):
+            return False
+        block += count
+    return True

@@ -44,7 +44,6 @@ from protocol.disk import (
     WRITE,
     body_bytes,
     extents_of_array,
-    wrong_blocks,
 )
 from protocol.peer import Modification
 
@@ -320,16 +319,3 @@ def needed_of_mbas(maps: Maps, mbas: Iterable[int]) -> Need:
             else:
                 need.append((maps.middle, number))
     return need
-
-
-def are_right(data: Sequence[bytes | bytearray | memoryview], checksums: array[int]) -> bool:
-    """Whether these are as many blocks, in buffers of whole ones, and have these checksums."""
-    if sum(map(len, data)) != len(checksums) * BLOCK_BYTES:
-        return False
-    block = 0
-    for buffer in data:
-        count = len(buffer) // BLOCK_BYTES
-        if len(buffer) % BLOCK_BYTES or wrong_blocks(buffer, checksums[block : block + count]):
-            return False
-        block += count
-    return True
