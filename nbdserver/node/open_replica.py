@@ -20,6 +20,7 @@ from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
 from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, progress
 from nbdserver.replication.copy_budget import CopyBudget
+from nbdserver.replication.copying import CopyCounts
 from nbdserver.replication.family import ReplicatedFamily
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -89,8 +90,8 @@ class OpenReplica(OpenFamily):
             self._family.owner.depose("its disk has failed here")
 
     def counters(self) -> dict[str, int]:
-        sent_bytes, saved_bytes = (0, 0) if self._family is None else self._family.copied_bytes
-        return {**super().counters(), "resync_bytes_sent": sent_bytes, "resync_bytes_saved": saved_bytes}
+        copied = CopyCounts() if self._family is None else self._family.copied
+        return {**super().counters(), "resync_bytes_sent": copied.sent_bytes, "resync_bytes_saved": copied.saved_bytes}
 
     def compare_replicas(self, bytes_per_s: int, done: Callable[[str], None]) -> None:
         self.family.compare(bytes_per_s, done)

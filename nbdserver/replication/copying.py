@@ -16,6 +16,7 @@ Rules (docs/replication.md has the reasons)
 import errno as errnos
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -29,6 +30,16 @@ from protocol.peer import DIGEST_BYTES, KINDS_SINCE, Compare, Compared, Copied, 
 COPIES_AT_ONCE = 4
 RATE_S = 10.0
 """The time over which the rate is told."""
+
+
+@dataclass
+class CopyCounts:
+    """Of all regions of a family that were copied from here."""
+
+    sent_bytes: int = 0
+    """Of blocks, as they travelled."""
+    saved_bytes: int = 0
+    """Of the blocks in those regions that did not have to travel."""
 
 
 class CopyStream(Protocol):
@@ -53,17 +64,18 @@ class CopyStream(Protocol):
 class Copying:
     """Of one link."""
 
-    def __init__(self, clock: Clock, log: ReplicaLog, budget: CopyBudget, link: CopyStream) -> None:
+    def __init__(self, clock: Clock, log: ReplicaLog, budget: CopyBudget, link: CopyStream, counts: CopyCounts) -> None:
+        """`counts`: what all links of the family count together."""
         self.regions_total = 0
         """That the replica had to fetch when its stream was opened."""
         self.sent_bytes = 0
-        """Of blocks, as they travelled."""
         self.saved_bytes = 0
-        """Of the blocks in those regions that did not have to travel."""
+        """Of this link, as in CopyCounts."""
         self._clock = clock
         self._log = log
         self._budget = budget
         self._link = link
+        self._counts = counts
         self._left: list[int] = []
         self._whole: set[int] = set()  # regions of which nothing may be left out
         self._under_way: dict[int, Turn] = {}
@@ -180,6 +192,8 @@ class Copying:
         self._read_bytes[region] = size_bytes
         self.sent_bytes += sent_bytes
         self.saved_bytes += size_bytes - sent_bytes
+        self._counts.sent_bytes += sent_bytes
+        self._counts.saved_bytes += size_bytes - sent_bytes
         link.send(copy)
 
     def copied(self, frame: Copied) -> None:

@@ -19,6 +19,7 @@ from metadata.seams import Clock, Network
 from nbdserver.replication.block_requests import ask_in_turn
 from nbdserver.replication.comparison import Comparison, Difference
 from nbdserver.replication.copy_budget import CopyBudget
+from nbdserver.replication.copying import CopyCounts
 from nbdserver.replication.in_sync_set import Report
 from nbdserver.replication.link import Link, LinkEvents
 from nbdserver.replication.owner import Owner
@@ -62,13 +63,13 @@ class ReplicatedFamily:
         self._address_of = address_of
         self._report = report
         self._budget = CopyBudget(clock) if budget is None else budget
+        self.copied = CopyCounts()
         self._takeover: Takeover | None = None
         self.gave_up: Callable[[str], None] = lambda reason: None
         """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
         self._taken: list[Taken] = []
         self.differences: list[Difference] = []
         """What the last comparison found."""
-        self._copied_before = (0, 0)  # as earlier owner
         self._comparison: Comparison | None = None
         self._compared: Callable[[str], None] = lambda reason: None
         self._closed = False
@@ -166,8 +167,9 @@ class ReplicatedFamily:
     def link(self, node: str, events: LinkEvents) -> Link:
         """OwnerEvents."""
         return Link(
-            self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of, self._budget
-        )
+            self._clock, self._network, self.log, events, self.family, self._node, node, self._address_of, self._budget,
+            self.copied,
+        )  # fmt: skip
 
     def taken(self, value: ReplicaSet, links: Mapping[str, Link]) -> None:
         """TakeoverEvents."""
@@ -188,7 +190,6 @@ class ReplicatedFamily:
 
     def deposed(self, reason: str) -> None:
         """OwnerEvents."""
-        self._copied_before = self.copied_bytes
         self.owner = None
         self.stop_comparing(reason)
         self.gave_up(reason)
@@ -200,13 +201,6 @@ class ReplicatedFamily:
         self._end_takeover(reason)
         if self.owner is not None:
             self.owner.depose(reason)
-
-    @property
-    def copied_bytes(self) -> tuple[int, int]:
-        """Of regions that were copied from here: those of blocks that travelled, and those that did not have to."""
-        sent, saved = self._copied_before
-        copies = [] if self.owner is None else [link.copying for link in self.owner.links.values()]
-        return sent + sum(each.sent_bytes for each in copies), saved + sum(each.saved_bytes for each in copies)
 
     # --- comparing ---
 

@@ -25,7 +25,7 @@ from metadata.ranges import numbers_of
 from metadata.seams import Clock, Connection, Network, Timer
 from nbdserver.replication.block_requests import Answered, BlockRequests, answer
 from nbdserver.replication.copy_budget import CopyBudget
-from nbdserver.replication.copying import Copying
+from nbdserver.replication.copying import CopyCounts, Copying
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica_log import ReplicaLog, common_position, history_up_to, position_of
@@ -115,6 +115,7 @@ class Link:
         node: str,
         address_of: Callable[[str], str],
         budget: CopyBudget,
+        counts: CopyCounts,
     ) -> None:
         self.node = node
         self.state = State.CONNECTING
@@ -146,7 +147,7 @@ class Link:
         self._told_sync_txid = 0
         self._pending: list[Modification] = []
         self._is_reading = False
-        self.copying = Copying(clock, log, budget, self)
+        self.copying = Copying(clock, log, budget, self, counts)
         self._fetched: Callable[[Fetched | None], None] | None = None
         self._requests = BlockRequests(clock)
         self._check: tuple[int, Callable[[RegionState | None], None]] | None = None

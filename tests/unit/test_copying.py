@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbdserver.replication.copy_budget import CopyBudget
-from nbdserver.replication.copying import COPIES_AT_ONCE, Copying
+from nbdserver.replication.copying import COPIES_AT_ONCE, CopyCounts, Copying
 from protocol.checksum import crc32c
 from protocol.packing import digest
 from protocol.peer import Compare, Compared, Copied, Copy, Frame, Part
@@ -29,7 +29,8 @@ class Rig:
         self.ends = 0
         log: Any = self
         self.budget = CopyBudget(self.clock)
-        self.copying = Copying(self.clock, log, self.budget, self)
+        self.counts = CopyCounts()
+        self.copying = Copying(self.clock, log, self.budget, self, self.counts)
         self.copying.begin(range(regions), version)
         self.copying.more()
         self.run()
@@ -78,6 +79,7 @@ def test_a_region_is_compared_read_sent_and_done() -> None:
     copy = rig.read()
     assert rig.sent[1:] == [copy]
     assert (rig.copying.sent_bytes, rig.copying.saved_bytes) == (6, 4096 - 6)
+    assert rig.counts == CopyCounts(6, 4096 - 6)
     assert (rig.copying.regions_left, rig.ends) == (1, 0)
     rig.copied(0)
     assert (rig.copying.regions_left, rig.ends) == (0, 1)
