@@ -55,6 +55,11 @@ class ReplicatedFamily:
         """As it was heard of last."""
         self.owner: Owner | None = None
         self.replica = Replica(clock, log, self._higher_epoch)
+        self.gave_up: Callable[[str], None] = lambda reason: None
+        """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
+        self.copied = CopyCounts()
+        self.differences: list[Difference] = []
+        """What the last comparison found."""
         self._clock = clock
         self._network = network
         self._registry = registry
@@ -63,13 +68,8 @@ class ReplicatedFamily:
         self._address_of = address_of
         self._report = report
         self._budget = CopyBudget(clock) if budget is None else budget
-        self.copied = CopyCounts()
         self._takeover: Takeover | None = None
-        self.gave_up: Callable[[str], None] = lambda reason: None
-        """Told, with a reason, when this node is not the owner any more, before anybody else is obeyed."""
         self._taken: list[Taken] = []
-        self.differences: list[Difference] = []
-        """What the last comparison found."""
         self._comparison: Comparison | None = None
         self._compared: Callable[[str], None] = lambda reason: None
         self._closed = False
@@ -160,6 +160,16 @@ class ReplicatedFamily:
         for done in taken:
             done(reason)
 
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it has been asked to become the owner, and neither is it nor knows that it cannot."""
+        return bool(self._taken)
+
+    def _end_takeover(self, reason: str) -> None:
+        if self._takeover is not None:
+            self._takeover.cancel()
+            self.not_taken(reason)
+
     def links(self, value: ReplicaSet, events: Takeover) -> Mapping[str, Link]:
         """TakeoverEvents."""
         return {node: self.link(node, events) for node in value.placement if node != self._node}
@@ -234,13 +244,3 @@ class ReplicatedFamily:
             )
         else:
             self._compared(f"{not_compared} regions could not be compared with all members" if not_compared else "")
-
-    @property
-    def is_candidate(self) -> bool:
-        """Whether it has been asked to become the owner, and neither is it nor knows that it cannot."""
-        return bool(self._taken)
-
-    def _end_takeover(self, reason: str) -> None:
-        if self._takeover is not None:
-            self._takeover.cancel()
-            self.not_taken(reason)
