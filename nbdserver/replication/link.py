@@ -88,7 +88,7 @@ class LinkEvents(Protocol):
         """The replica has answered."""
 
     def refused(self, link: "Link", refused: Refused) -> None:
-        """It obeys a higher epoch, or has no room, or has failed."""
+        """It has ended the stream with a reason, of which `link.reason` is the sentence."""
 
     def aligned(self, link: "Link", frame: Cut | Skip) -> None:
         """It was told to cut its log, or to skip to a later position."""

@@ -358,7 +358,7 @@ class Owner:
         elif refused.reason is Refusal.CANDIDATE:
             self.in_sync.wants_to_own(link.node)
         elif refused.reason in (Refusal.NO_ROOM, Refusal.FAILED) and self.value.member(link.node) is not None:
-            self.in_sync.remove(link.node, f"it refuses: {refused.reason.name}")
+            self.in_sync.remove(link.node, link.reason)
 
     def heard(self, value: ReplicaSet) -> None:
         """The registry shows this value."""
