@@ -15,7 +15,7 @@ Rules (docs/replication.md has the reasons)
 
 import errno as errnos
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -116,7 +116,7 @@ class Copying:
 
     # --- the stream ---
 
-    def begin(self, regions: Sequence[int], version: int) -> None:
+    def begin(self, regions: Iterable[int], version: int) -> None:
         """These are to be copied, on a stream of this version."""
         self.end()
         self._left = sorted(regions, reverse=True)

@@ -301,7 +301,7 @@ class Link:
             return
         if opened.version < KINDS_SINCE[Kind.BLOCKS]:
             self._requests.forget()  # asked before it was known who is there
-        self.copying.begin(list(numbers_of(opened.resync)), opened.version)
+        self.copying.begin(numbers_of(opened.resync), opened.version)
         self.state = State.CATCHING_UP
         self._catch_up()
 
