@@ -24,6 +24,7 @@ from metadata.ranges import numbers_of
 from metadata.region_table import REGION_BYTES
 from metadata.seams import Clock, Timer
 from nbdserver.logdisk.pacing import Pace
+from nbdserver.replication.in_sync_set import Report
 from nbdserver.replication.replica_log import ReplicaLog
 from nbdserver.replication.verdict import right_nodes
 from protocol.peer import RegionState
@@ -34,8 +35,6 @@ WAIT_S = 5.0
 """For the answers of the members."""
 TRIES = 20
 AGAIN_S = 0.25
-
-Report = Callable[[str, dict[str, object]], None]
 
 
 class Member(Protocol):

@@ -23,6 +23,8 @@ from nbdserver.replication.placing import Placed, Placing
 from protocol.peer import Opened
 
 Report = Callable[[str, dict[str, object]], None]
+"""Tells of an event: its kind, and what belongs to it."""
+_NOT_OWNED = "this node does not own the volume any more"
 
 
 class SetEvents(Protocol):
@@ -88,7 +90,7 @@ class InSyncSet:
             self._change.cancel()
         for link in self.links.values():
             link.close()
-        self._placing.close("this node does not own the volume any more")
+        self._placing.close(_NOT_OWNED)
 
     def _set_needed(self) -> None:
         others = [member.node for member in self.value.in_sync if member.node != self._node]
@@ -113,7 +115,7 @@ class InSyncSet:
         self._candidates.add(node)
 
     def look(self, needed: Sequence[Link]) -> None:
-        """Time has gone by: who is silent is removed, who is ready is added, and so on."""
+        """Time has gone by: who is silent is removed."""
         now_s = self._clock.now()
         for link in needed:
             patience_s = CANDIDATE_S if link.node in self._candidates else 0.0
@@ -145,7 +147,7 @@ class InSyncSet:
         """Have replicas on these nodes alone (placing.py)."""
         self._placing.ask(nodes, done)
         if self._is_closed:
-            self._placing.close("this node does not own the volume any more")
+            self._placing.close(_NOT_OWNED)
         self.place_if_due()
 
     def place_if_due(self) -> None:
