@@ -322,6 +322,7 @@ class SnapshotEntries:
 
 @lru_cache(maxsize=64)
 def pack_starts(history: tuple[tuple[int, int], ...]) -> bytes:
+    """(epoch, first) pairs as unpack_starts takes them; kept, because the same few are packed again and again."""
     return b"".join(POSITION_HEAD.pack(*start) for start in history)
 
 

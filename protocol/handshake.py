@@ -48,7 +48,7 @@ class State(Enum):
     SKIP = "skips a refused option's data"
     TLS = "awaits the end of the TLS handshake"
     TRANSMISSION = "handed over to transmission"
-    ELSEWHERE = "goes on in another process"
+    ELSEWHERE = "goes on in another process or node"
     CLOSED = "closed"
 
 
@@ -64,7 +64,7 @@ class Move(Enum):
     TLS_ACCEPTED = "STARTTLS accepted"
     TLS_ESTABLISHED = "TLS established"
     ABORTED = "ABORT"
-    NOT_HERE = "export in another process"
+    NOT_HERE = "export lives elsewhere"
     VIOLATION = "violation"
 
 
