@@ -85,7 +85,6 @@ class FamilyScenario(ABC):
         self.reports: Counter[str] = Counter()
         self.cluster: Cluster
         self._random = rng
-        self.slow: set[str] = set()  # nodes with slow disks, beside those that the faults make slow
         self._count = rng.choice([1, 2, 3, 3, 3, 3, 4, 5]) if count is None else count
         self._operations = rng.choice([1, 2, 6])
         self._attach = rng.choice([0.0, 0.005, 0.05])  # chance that somebody attaches elsewhere for no reason
