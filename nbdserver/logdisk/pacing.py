@@ -80,15 +80,16 @@ class Job:
 class Pace:
     """When the next piece may be read. Time is an argument."""
 
-    def __init__(self, bytes_per_s: int, now_s: float) -> None:
+    def __init__(self, bytes_per_s: int, now_s: float, moved_bytes: int = 0) -> None:
+        """`moved_bytes`: what clients have moved by now."""
         self.bytes_per_s = bytes_per_s
         self.is_slowed = False
         """Whether clients were moving more, when it was asked last."""
         self._due_s = now_s
-        self._moved_bytes = 0
+        self._moved_bytes = moved_bytes
 
     def wait_s(self, size_bytes: int, moved_bytes: int, now_s: float) -> float:
-        """How long to wait after `size_bytes` were read; `moved_bytes` is what clients have moved since the start."""
+        """How long to wait after `size_bytes` were read; `moved_bytes` is what clients have moved by then."""
         by_clients, self._moved_bytes = moved_bytes - self._moved_bytes, moved_bytes
         self.is_slowed = by_clients > size_bytes
         share = BUSY_SHARE if self.is_slowed else 1.0

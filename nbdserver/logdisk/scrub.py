@@ -88,8 +88,7 @@ class Scrub:
         self._clock = clock
         self._moved_bytes = moved_bytes
         self._finished = finished
-        self.pace = Pace(bytes_per_s, clock.now())
-        self.pace.wait_s(0, moved_bytes(), clock.now())
+        self.pace = Pace(bytes_per_s, clock.now(), moved_bytes())
         self.running = True
         self._reading = False
         self._stopped = False

@@ -51,8 +51,7 @@ class CopyBudget:
     ) -> None:
         self._clock = clock
         self._moved_bytes = moved_bytes
-        self._pace = Pace(bytes_per_s, clock.now())
-        self._pace.wait_s(0, moved_bytes(), clock.now())
+        self._pace = Pace(bytes_per_s, clock.now(), moved_bytes())
         self._waiting: deque[Turn] = deque()
         self._under_way = 0
         self._due_s = 0.0
