@@ -201,6 +201,22 @@ class SimulatedFamily(FamilyUnderTest):
         if power:
             self.boot_id += "+"
 
+    def places(self, number: int) -> list[tuple[bytearray, int]]:
+        """Where the device has the block of this number: (content of a file, offset)."""
+        found = []
+        for content in (file.content for file in self.drive.files.values()):
+            at = -1
+            while (at := content.find(block(number), at + 1)) >= 0:
+                found.append((content, at))
+        return found
+
+    def rot(self, number: int) -> None:
+        """Spoil the block of this number wherever the device has it."""
+        found = self.places(number)
+        assert found, "the block lies nowhere"
+        for content, at in found:
+            content[at + 7] ^= 4
+
 
 class RealFamily(FamilyUnderTest):
     """A family in a directory, with its threads and its event loop."""

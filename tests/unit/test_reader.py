@@ -59,20 +59,11 @@ def test_any_offset_and_length_can_be_read(family: SimulatedFamily, offset: int,
     assert family.read(offset, length) == whole[offset : offset + length]
 
 
-def rot(family: SimulatedFamily, number: int) -> None:
-    for file in family.drive.files.values():
-        at = file.content.find(block(number))
-        if at >= 0:
-            file.content[at + 7] ^= 4
-            return
-    raise AssertionError("the block lies nowhere")
-
-
 @pytest.mark.parametrize("length", [BLOCK_BYTES, 3 * BLOCK_BYTES, 100])
 def test_a_block_with_a_wrong_checksum_is_eio_and_reported_and_the_others_are_answered(
     family: SimulatedFamily, length: int
 ) -> None:
-    rot(family, 31)
+    family.rot(31)
     assert family.device.read(30 * BLOCK_BYTES, length) is None
     with pytest.raises(OSError) as caught:
         family.read(30 * BLOCK_BYTES, length)
@@ -138,7 +129,7 @@ def test_a_block_is_read_into_the_room_that_is_given(family: SimulatedFamily) ->
 
 
 def test_blocks_that_are_not_at_hand_leave_no_gap(family: SimulatedFamily) -> None:
-    rot(family, 6)
+    family.rot(6)
     room = rooms(16).blocks
     offsets = [lba * BLOCK_BYTES for lba in (9, 5, 3, 5, 64, 4)]
     assert family.device.read_blocks(offsets, room, 2) == [1, 3]
@@ -156,7 +147,7 @@ def test_a_block_that_is_not_in_the_page_cache_is_not_read_into_a_room(family: S
 
 
 def test_a_damaged_block_is_not_read_into_a_room(family: SimulatedFamily) -> None:
-    rot(family, 6)
+    family.rot(6)
     assert [lba for lba in range(64) if read_block(family, lba) is None] == [5]
     assert [lba for lba in range(62) if read_run(family, lba, 3) is None] == [3, 4, 5]
 

@@ -192,10 +192,7 @@ def test_what_is_written_while_a_region_is_read_is_in_the_copy() -> None:
 def test_a_rotten_block_is_not_copied() -> None:
     pair = gone_and_back()
     returned(pair)
-    for file in pair.owner.drive.files.values():
-        at = bytes(file.content).find((502).to_bytes(8, "little") * 512)
-        if at >= 0:
-            file.content[at] ^= 1
+    pair.owner.rot(502)
     error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, None, done))
     assert (error, copy) == (errno.EIO, None)
 
@@ -295,10 +292,7 @@ def test_what_has_rotted_at_the_replica_travels() -> None:
     pair = gone_and_back()
     returned(pair)
     complete(pair)
-    for file in pair.replica.drive.files.values():
-        at = bytes(file.content).find((502).to_bytes(8, "little") * 512)
-        if at >= 0:
-            file.content[at] ^= 1
+    pair.replica.rot(502)
     copy = copied(pair, 0)
     assert block_count(copy) == 1
     assert pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done)) == (0,)

@@ -15,14 +15,6 @@ from tests.unit.replica_rig import Pair, ReplicaFamily
 COUNT = 40
 
 
-def rot(family: ReplicaFamily, number: int) -> None:
-    """Wherever the device has it."""
-    for file in family.drive.files.values():
-        at = -1
-        while (at := file.content.find(block(number), at + 1)) >= 0:
-            file.content[at + 9] ^= 4
-
-
 def source_of(family: ReplicaFamily, other: ReplicaFamily, before: Callable[[], None] = lambda: None) -> BlockSource:
     """Asks the other one at once, after `before`."""
 
@@ -55,7 +47,7 @@ def numbers(family: ReplicaFamily, count: int = COUNT) -> list[int]:
 def test_a_client_never_sees_what_another_replica_can_repair(power: bool | None) -> None:
     pair = pair_with()
     owner = pair.owner
-    rot(owner, 8)
+    owner.rot(8)
     assert owner.device.read(0, COUNT * BLOCK_BYTES) is None
     assert owner.read(0, COUNT * BLOCK_BYTES) == b"".join(map(block, range(1, COUNT + 1)))
     assert (owner.disk.repairs.repaired_blocks, owner.disk.damage.listed()) == (1, [])
@@ -72,7 +64,7 @@ def test_a_client_never_sees_what_another_replica_can_repair(power: bool | None)
 
 def test_a_block_of_which_a_part_is_written_is_repaired_first() -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     assert pair.owner.write(7 * BLOCK_BYTES, b"part") == 0
     assert pair.owner.read(7 * BLOCK_BYTES, BLOCK_BYTES) == b"part" + block(8)[4:]
 
@@ -81,14 +73,14 @@ def test_more_blocks_than_one_question_may_be_about_are_repaired() -> None:
     count = BLOCKS_LIMIT + 50
     pair = pair_with(count)
     for number in range(1, count + 1):
-        rot(pair.owner, number)
+        pair.owner.rot(number)
     assert numbers(pair.owner, count) == list(range(1, count + 1))
     assert pair.owner.disk.repairs.repaired_blocks == count
 
 
 def test_what_nobody_has_is_noted_until_somebody_has_it() -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     pair.owner.replica.repair_from(lambda mbas, done: pair.owner.clock.call_soon(lambda: done({})))
     with pytest.raises(OSError):
         pair.owner.number_at(7)
@@ -102,7 +94,7 @@ def read_with_another_moments_content() -> int:
     """The other replica has an older content under the same MBA."""
     pair = pair_with()
     pair.owner.put(7, 700)
-    rot(pair.owner, 700)
+    pair.owner.rot(700)
     return pair.owner.number_at(7)
 
 
@@ -121,7 +113,7 @@ def test_what_comes_is_taken_only_if_it_is_the_block() -> None:
 
 def test_a_block_that_is_overwritten_meanwhile_is_left_alone() -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     pair.owner.replica.repair_from(source_of(pair.owner, pair.replica, lambda: pair.owner.put(7, 700)))
     assert pair.owner.number_at(7) == 700
     assert pair.owner.disk.repairs.repaired_blocks == 0
@@ -130,7 +122,7 @@ def test_a_block_that_is_overwritten_meanwhile_is_left_alone() -> None:
 def test_the_scrub_repairs() -> None:
     pair = pair_with()
     for number in (3, 8):
-        rot(pair.replica, number)
+        pair.replica.rot(number)
     ends: list[str] = []
     pair.replica.disk.start_scrub(Progress(), 1 << 40, lambda: 0, ends.append)
     assert pair.replica.clock.run_until(lambda: bool(ends), 600.0)
@@ -144,7 +136,7 @@ def test_the_scrub_repairs() -> None:
 def test_the_cleaner_repairs_and_its_victim_gets_free() -> None:
     pair = pair_with(200)
     owner = pair.owner
-    rot(owner, 8)
+    owner.rot(8)
     victim = owner.place_of(7).segment
     owner.put(8, 1000, 192)
     for lba in range(200, 550):
@@ -164,7 +156,7 @@ def test_the_cleaner_repairs_and_its_victim_gets_free() -> None:
 
 def test_what_is_copied_is_repaired_first() -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     error, copy = pair.owner.wait(lambda done: pair.owner.replica.read_region(0, None, done))
     assert error == 0
     assert block(8) in b"".join(copy.data)
@@ -173,7 +165,7 @@ def test_what_is_copied_is_repaired_first() -> None:
 
 def test_what_is_read_back_from_the_log_is_repaired() -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     replica = pair.owner.replica
     assert pair.owner.wait(lambda done: replica.modifications(BEGINNING, 1 << 20, done)) == (0, None)
     pair.owner.run(1.0)
@@ -183,7 +175,7 @@ def test_what_is_read_back_from_the_log_is_repaired() -> None:
 @pytest.mark.parametrize("is_patient", [False, True])
 def test_who_is_asked_repairs_its_own_first_if_it_is_the_owner(is_patient: bool) -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     mbas = [pair.owner.place_of(lba).mba for lba in (6, 7)]
     found = pair.owner.wait(lambda done: pair.owner.replica.read_blocks([*mbas, 0, 1 << 62], is_patient, done))[0]
     assert sorted(found.values()) == sorted([block(7), block(8)] if is_patient else [block(7)])
@@ -195,7 +187,7 @@ def test_a_checkpoint_follows_when_the_log_is_rotten_where_a_replay_reads() -> N
     pair = pair_with()
     pair.owner.put(7, 700)
     pair.tell()
-    rot(pair.owner, 700)
+    pair.owner.rot(700)
     assert pair.owner.number_at(7) == 700
     pair.owner.run(1.0)
     pair.owner.crash()
@@ -205,7 +197,7 @@ def test_a_checkpoint_follows_when_the_log_is_rotten_where_a_replay_reads() -> N
 
 def test_a_log_that_ends_leaves_nobody_waiting() -> None:
     pair = pair_with()
-    rot(pair.owner, 8)
+    pair.owner.rot(8)
     pair.owner.replica.repair_from(lambda mbas, done: None)
     bad = pair.owner.place_of(7)
     told: list[bool] = []

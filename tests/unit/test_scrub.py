@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from nbdserver.logdisk.pacing import BUSY_SHARE, Pace
 from nbdserver.logdisk.scrub import PIECE_BYTES, Progress
 from protocol.disk import BLOCK_BYTES
 from tests.simulation.faults import FaultMix
-from tests.unit.families import CALM, SETTINGS, SimulatedFamily, block
+from tests.unit.families import CALM, SETTINGS, SimulatedFamily
 
 SEGMENT_BYTES = 256 << 10
 FAST = 1 << 40
@@ -23,21 +22,6 @@ def numbered(count: int = 300, mix: FaultMix = CALM, settings: DiskSettings = SE
     for lba in range(count):
         family.put(lba, lba + 1)
     return family
-
-
-def places(family: SimulatedFamily, number: int) -> list[tuple[Any, int]]:
-    """Where the device has the block of this number: (file, offset)."""
-    found = []
-    for file in family.drive.files.values():
-        at = -1
-        while (at := file.content.find(block(number), at + 1)) >= 0:
-            found.append((file, at))
-    return found
-
-
-def rot(family: SimulatedFamily, number: int) -> None:
-    for file, at in places(family, number):
-        file.content[at + 7] ^= 4
 
 
 def segment_of(family: SimulatedFamily, lba: int) -> int:
@@ -86,8 +70,8 @@ def test_all_is_well_and_everything_was_read() -> None:
 
 def test_rot_in_a_live_block_is_found_and_named() -> None:
     family = numbered()
-    rot(family, 31)
-    rot(family, 200)
+    family.rot(31)
+    family.rot(200)
     assert scrub(family).damaged_blocks == 2
     assert damage(family) == [(1, "", 30), (1, "", 199)]
     assert [fields["lba"] for kind, fields in family.events if kind == "checksum-error" and "lba" in fields] == [
@@ -103,14 +87,14 @@ def test_rot_in_a_dead_block_is_no_damage() -> None:
     family.put(30, 5000)
     family.discard(40 * BLOCK_BYTES, 10 * BLOCK_BYTES)
     for number in (31, 41, 50):
-        rot(family, number)
+        family.rot(number)
     assert scrub(family).damaged_blocks == 0
     assert damage(family) == []
 
 
 def test_rot_that_was_overwritten_is_forgotten_by_the_next_scrub() -> None:
     family = numbered()
-    rot(family, 31)
+    family.rot(31)
     scrub(family)
     family.put(30, 5000)
     assert damage(family) == [(1, "", 30)]
@@ -125,9 +109,9 @@ def test_a_block_that_snapshots_share_is_named_for_each_that_shows_it() -> None:
     snapshot(family, "tuesday")
     for lba in range(100):
         family.put(lba + 400, lba + 6000)
-    rot(family, 31)  # monday alone
-    rot(family, 5000)  # tuesday and the head
-    rot(family, 60)  # all three
+    family.rot(31)  # monday alone
+    family.rot(5000)  # tuesday and the head
+    family.rot(60)  # all three
     assert scrub(family).damaged_blocks == 3
     assert damage(family) == [
         (1, "", 30), (1, "", 59), (1, "monday", 30), (1, "monday", 59), (1, "tuesday", 30), (1, "tuesday", 59),
@@ -145,7 +129,7 @@ def test_a_block_that_the_cleaner_moved_is_named_too() -> None:
     moved = [lba for lba in kept if segment_of(family, lba) != before[lba]]
     assert len(moved) > 2
     for lba in moved[:2]:
-        rot(family, lba + 1)
+        family.rot(lba + 1)
     assert scrub(family).damaged_blocks == 2
     assert damage(family) == [(1, "", moved[0]), (1, "", moved[1])]
 
@@ -153,10 +137,10 @@ def test_a_block_that_the_cleaner_moved_is_named_too() -> None:
 @pytest.mark.parametrize("what", ["header", "unreadable"])
 def test_a_segment_that_cannot_be_read_in_order_is_read_block_by_block(what: str) -> None:
     family = numbered()
-    rot(family, 31)
-    file, at = places(family, 20)[0]
+    family.rot(31)
+    content, at = family.places(20)[0]
     if what == "header":
-        file.content[at - 20] ^= 1  # in the header of its record
+        content[at - 20] ^= 1  # in the header of its record
     else:
         real = family.files.read_device_later
         refused = {family.disk.pool.handles[1]}
@@ -176,7 +160,7 @@ def test_a_segment_that_cannot_be_read_in_order_is_read_block_by_block(what: str
 def test_a_record_larger_than_a_piece_is_read_whole() -> None:
     family = SimulatedFamily(segment_bytes=8 << 20)
     family.put(0, 1, count=1000)
-    rot(family, 900)
+    family.rot(900)
     assert PIECE_BYTES < 1000 * BLOCK_BYTES
     assert scrub(family).damaged_blocks == 1
     assert damage(family) == [(1, "", 899)]
@@ -215,8 +199,8 @@ def test_under_overwrites_cleaning_and_recycling_no_false_damage_and_no_segment_
 
 def test_a_scrub_goes_on_after_a_restart_where_it_was() -> None:
     family = numbered(900)
-    rot(family, 5)
-    rot(family, 800)
+    family.rot(5)
+    family.rot(800)
     ends: list[str] = []
     family.disk.start_scrub(Progress(), MIB, lambda: 0, ends.append)
     family.run(1.5)
