@@ -18,7 +18,7 @@ from nbdserver.logdisk.repair import BadBlock
 from nbdserver.logdisk.replica import Replica
 from nbdserver.replication.replica_log import ReplicaLog
 from protocol.disk import NAMELESS
-from protocol.peer import Modification, RegionState
+from protocol.peer import Copy, Modification, Position, RegionState
 from tests.unit.families import BLOCK_BYTES, SETTINGS, SimulatedFamily, block
 
 SIZE_BYTES = 64 << 20
@@ -59,6 +59,12 @@ class ReplicaFamily(SimulatedFamily):
 
     def append(self, modifications: Sequence[Modification]) -> int:
         return int(self.wait(lambda done: self.replica.append(modifications, done))[0])
+
+    def cut(self, after: Position) -> int:
+        return int(self.wait(lambda done: self.replica.cut(after, done))[0])
+
+    def apply_copy(self, copy: Copy) -> int:
+        return int(self.wait(lambda done: self.replica.apply_copy(copy, done))[0])
 
     def change(self, name: str, *arguments: Any) -> int:
         """One change of the tree."""

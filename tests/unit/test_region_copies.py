@@ -44,7 +44,7 @@ def fetched(pair: Pair, region: int) -> None:
     copy = copied(pair, region)
     pair.tell()
     replica = pair.replica
-    assert replica.wait(lambda done: replica.replica.apply_copy(copy, done)) == (0,)
+    assert replica.apply_copy(copy) == 0
     assert replica.wait(lambda done: replica.replica.sync(done)) == (0,)
     assert replica.wait(lambda done: replica.replica.resync_done(((region, 1),), done)) == (0,)
 
@@ -121,7 +121,7 @@ def test_a_copy_that_comes_late_is_refused() -> None:
         copy = copied(pair, 0)
         pair.owner.put(0, 77)
         pair.tell()
-        answer = pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done))[0]
+        answer = pair.replica.apply_copy(copy)
         return answer, pair.replica.number_at(0)
 
     assert late() == (errno.ESTALE, 77)
@@ -141,9 +141,9 @@ def test_a_log_is_not_cut_below_what_was_committed_when_a_region_was_fetched() -
     before = replica.replica.epochs[0]._replace(txid=last.txid - 1)
     replica.crash()
     replica.open()
-    assert replica.wait(lambda done: replica.replica.cut(before, done)) == (errno.ENOENT,)
+    assert replica.cut(before) == errno.ENOENT
     assert replica.replica.last == last
-    assert replica.wait(lambda done: replica.replica.cut(BEGINNING, done)) == (0,)
+    assert replica.cut(BEGINNING) == 0
     replica.look()
     assert (replica.replica.last, replica.number_at(0)) == (BEGINNING, 0)
     returned(pair)
@@ -159,7 +159,7 @@ def test_a_copy_right_behind_where_a_log_is_cut_stays() -> None:
     pair.owner.put(0, 77)
     assert replica.append(taken(pair.told)) == 0
     assert replica.number_at(0) == 77
-    assert replica.wait(lambda done: replica.replica.cut(at, done)) == (0,)
+    assert replica.cut(at) == 0
     replica.look()
     assert (replica.replica.last, replica.number_at(0), replica.number_at(100)) == (at, 2, 0)
     assert (replica.number_at(1900), replica.number_at(2000)) == (1902, 2001)
@@ -184,7 +184,7 @@ def test_what_is_written_while_a_region_is_read_is_in_the_copy() -> None:
         assert copy is not None
         assert copy.txid == owner.replica.last.txid
         pair.tell()
-        assert pair.replica.wait(lambda done, copy=copy: pair.replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
+        assert pair.replica.apply_copy(copy) == 0
     complete(pair)
     pair.compare()
 
@@ -212,7 +212,7 @@ def test_a_copy_that_does_not_hold_together_is_refused() -> None:
         replace(copy, data=[*copy.data, bytes(4096)]),
         replace(copy, data=[*copy.data[:-1], bytes(4096)]),
     ):
-        assert replica.wait(lambda done, damaged=damaged: replica.replica.apply_copy(damaged, done)) == (errno.EBADMSG,)  # type: ignore[misc]
+        assert replica.apply_copy(damaged) == errno.EBADMSG
     assert replica.disk.log.lsn == end
 
 
@@ -254,7 +254,7 @@ def test_a_region_that_is_alike_costs_its_digests() -> None:
     copy = copied(pair, 0)
     assert (block_count(copy), list(copy.parts)) == (0, [])
     end = pair.replica.disk.maps.live_blocks
-    assert pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done)) == (0,)
+    assert pair.replica.apply_copy(copy) == 0
     assert pair.replica.disk.maps.live_blocks == end
     pair.compare()
 
@@ -268,7 +268,7 @@ def test_what_was_left_out_is_there_after_a_crash(power: bool) -> None:
         fetched(pair, region)
         copy = copied(pair, region)
         assert copy.kept
-        assert replica.wait(lambda done, copy=copy: replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
+        assert replica.apply_copy(copy) == 0
     replica.wait(lambda done: replica.replica.sync(done))
     replica.crash(power)
     replica.open()
@@ -281,10 +281,9 @@ def test_a_block_that_was_left_out_and_is_not_there_is_asked_for() -> None:
     returned(pair)
     complete(pair)
     copy = copied(pair, 0)
-    replica = pair.replica.replica
     bad = replace(copy, checksums=bytes(4) + copy.checksums[4:])
     end = pair.replica.disk.log.lsn
-    assert pair.replica.wait(lambda done: replica.apply_copy(bad, done)) == (errno.ENOENT,)
+    assert pair.replica.apply_copy(bad) == errno.ENOENT
     assert pair.replica.disk.log.lsn == end
 
 
@@ -295,7 +294,7 @@ def test_what_has_rotted_at_the_replica_travels() -> None:
     pair.replica.rot(502)
     copy = copied(pair, 0)
     assert block_count(copy) == 1
-    assert pair.replica.wait(lambda done: pair.replica.replica.apply_copy(copy, done)) == (0,)
+    assert pair.replica.apply_copy(copy) == 0
     assert pair.replica.number_at(500) == 502
 
 
@@ -320,7 +319,7 @@ def test_what_changes_while_it_is_compared_and_packed_travels_as_it_is_by_then()
         assert copy is not None
         again = decode(b"".join(encode(copy)))
         pair.tell()
-        assert replica.wait(lambda done, copy=again: replica.replica.apply_copy(copy, done)) == (0,)  # type: ignore[misc]
+        assert replica.apply_copy(again) == 0
         assert [replica.number_at(lba) for lba in (500, 501)] == [owner.number_at(lba) for lba in (500, 501)]
     pair.compare()
 
