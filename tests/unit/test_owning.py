@@ -15,6 +15,7 @@ from nbdserver.node.placement import worker_of
 from nbdserver.node.replicas import Replicas
 
 FAMILY_ID = "0123456789abcdef" * 2
+FAMILY = Family(FAMILY_ID, 1 << 22, "", (Volume(1, "disk", 1 << 20),), replicas=3)
 WORKERS = 2
 
 
@@ -22,11 +23,10 @@ class Known:
     """What the registries say: one family, of which node-1 is the owner."""
 
     def __init__(self, in_sync: Sequence[str]) -> None:
-        self.family = Family(FAMILY_ID, 1 << 22, "", (Volume(1, "disk", 1 << 20),), replicas=3)
         self.value = ReplicaSet(3, "node-1", tuple(Member(name, 1) for name in in_sync), ("node-1", "node-2", "node-3"))
 
     def find(self, name: str) -> tuple[Family, Volume] | None:
-        return (self.family, self.family.volumes[0]) if name == "disk" else None
+        return (FAMILY, FAMILY.volumes[0]) if name == "disk" else None
 
     def replica_set(self, _family_id: str) -> ReplicaSet | None:
         return self.value
@@ -88,6 +88,15 @@ async def no_call(name: str, **arguments: Any) -> Any:
     raise AssertionError(f"{name} is asked of the data processes")
 
 
+def names(numbers: str) -> list[str]:
+    return [f"node-{number}" for number in numbers]
+
+
+def owning_at(here: Here, in_sync: str, there: There | None) -> Owning:
+    known = Known(names(in_sync))
+    return Owning(cast(Families, known), cast(Replicas, here), lambda: there, no_call)
+
+
 @pytest.mark.parametrize(
     ("asked_at", "in_sync", "up", "told", "can", "takes", "failed", "expected"),
     [
@@ -126,11 +135,9 @@ def test_who_serves_a_client(
     failed: str,
     expected: str,
 ) -> None:
-    me = f"node-{asked_at}"
-    here, there = Here(me, can, False), There(up, told, takes)
-    known = Known([f"node-{each}" for each in in_sync])
-    owning = Owning(cast(Families, known), cast(Replicas, here), lambda: there, no_call)
-    answer = asyncio.run(owning.attach("disk", [f"node-{each}" for each in failed]))
+    there = There(up, told, takes)
+    owning = owning_at(Here(f"node-{asked_at}", can, False), in_sync, there)
+    answer = asyncio.run(owning.attach("disk", names(failed)))
     if expected == asked_at:
         assert answer == {"own": True}
     elif expected.isdigit():
@@ -138,22 +145,20 @@ def test_who_serves_a_client(
         assert answer == {"node": f"node-{expected}", "address": f"192.0.2.{expected}:{port}"}
     else:
         assert answer == {"error": f"no node can serve disk now: {expected}; nbdserver status says what to do"}
-    assert not {f"node-{each}" for each in failed} & {node for _, node in there.asked}
+    assert not set(names(failed)) & {node for _, node in there.asked}
 
 
 def test_what_this_node_owns_is_served_here_and_nobody_is_asked() -> None:
     there = There("123", BUSY, "123")
-    known = Known(["node-1", "node-2"])
-    owning = Owning(cast(Families, known), cast(Replicas, Here("node-2", False, True)), lambda: there, no_call)
+    owning = owning_at(Here("node-2", False, True), "12", there)
     assert asyncio.run(owning.attach("disk@monday", ())) == {"own": True}
     assert there.asked == []
 
 
 def test_a_node_that_has_not_joined_yet_takes_over_what_it_can_or_says_so() -> None:
-    known = Known(["node-1", "node-2"])
-    owning = Owning(cast(Families, known), cast(Replicas, Here("node-2", True, False)), lambda: None, no_call)
+    owning = owning_at(Here("node-2", True, False), "12", None)
     assert asyncio.run(owning.attach("disk", ())) == {"own": True}
-    owning = Owning(cast(Families, known), cast(Replicas, Here("node-3", True, False)), lambda: None, no_call)
+    owning = owning_at(Here("node-3", True, False), "12", None)
     assert "no node can serve disk now" in asyncio.run(owning.attach("disk", ()))["error"]
     assert asyncio.run(owning.attach("other", ())) == {"error": "the cluster has no volume 'other'"}
 
@@ -182,8 +187,6 @@ def test_where_a_command_is_done(
     failed: str,
     expected: str,
 ) -> None:
-    known = Known([f"node-{number}" for number in in_sync])
-    here, there = Here(f"node-{asked_at}", can, False), There(up, told, takes)
-    owning = Owning(cast(Families, known), cast(Replicas, here), lambda: there, no_call)
-    node = asyncio.run(owning.for_command(known.family, [f"node-{number}" for number in failed]))
+    owning = owning_at(Here(f"node-{asked_at}", can, False), in_sync, There(up, told, takes))
+    node = asyncio.run(owning.for_command(FAMILY, names(failed)))
     assert node == f"node-{expected}"
