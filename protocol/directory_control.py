@@ -25,6 +25,7 @@ from protocol.directory import (
     Refusal,
     Report,
     Request,
+    Starts,
     Update,
     Updates,
 )
@@ -321,12 +322,12 @@ class SnapshotEntries:
 
 
 @lru_cache(maxsize=64)
-def pack_starts(history: tuple[tuple[int, int], ...]) -> bytes:
+def pack_starts(history: Starts) -> bytes:
     """(epoch, first) pairs as unpack_starts takes them; kept, because the same few are packed again and again."""
     return b"".join(POSITION_HEAD.pack(*start) for start in history)
 
 
-def unpack_starts(data: bytes) -> tuple[tuple[int, int], ...]:
+def unpack_starts(data: bytes) -> Starts:
     """Raises MalformedError."""
     if len(data) % POSITION_HEAD.size:
         raise MalformedError("a history is cut off")
