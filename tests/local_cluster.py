@@ -44,7 +44,8 @@ def main(directory: Path) -> int:
 def run(directory: Path, started: list[subprocess.Popen[bytes]]) -> None:
     ports = kept_ports(directory / "ports.json")
     print(f"starting etcd on 127.0.0.1:{ports['etcd']} ...", flush=True)
-    started.append(start_etcd(directory, ports))
+    etcd = etcd_command(directory / "etcd", ports["etcd"], ports["etcd-peer"])
+    started.append(start(directory / "etcd.log", etcd))
     token = ""
     for name in NODES:
         config = directory / name / "node.yaml"
@@ -102,12 +103,14 @@ def free_ports(count: int) -> list[int]:
     raise SystemExit("no ports are free")
 
 
-def start_etcd(directory: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
-    client, peer = (f"http://127.0.0.1:{ports[name]}" for name in ("etcd", "etcd-peer"))
-    command = ["etcd", "--name=local", f"--data-dir={directory / 'etcd'}", f"--initial-cluster=local={peer}"]
-    command += [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
-    command += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
-    return start(directory / "etcd.log", command)
+def etcd_command(data: Path, client_port: int, peer_port: int) -> list[str]:
+    """An etcd of one member on loopback."""
+    client, peer = (f"http://127.0.0.1:{port}" for port in (client_port, peer_port))
+    return [
+        *("etcd", "--name=local", f"--data-dir={data}", f"--initial-cluster=local={peer}"),
+        *(f"--listen-client-urls={client}", f"--advertise-client-urls={client}"),
+        *(f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"),
+    ]
 
 
 def make(config: Path, name: str, ports: dict[str, int], token: str) -> str:

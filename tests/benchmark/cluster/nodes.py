@@ -4,20 +4,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from nbdserver.cli.client import NodeClient
 from nbdserver.node.errors import NodeError
+from tests.local_cluster import PROGRAM, etcd_command
 
 from ..processes import BenchmarkError, descendants, free_ports, is_running, last_line
 from ..targets import EXPORT, Nbdserver, nbd_engine
 from .systems import System, end, run, wait_until
 
 NODES = ("n1", "n2", "n3")
-PROGRAM = [sys.executable, "-m", "nbdserver"]
 
 
 class Nodes(System):
@@ -40,7 +39,7 @@ class Nodes(System):
     def start(self) -> None:
         self.directory.mkdir(parents=True)
         self._port = free_ports(2 + 2 * len(NODES))
-        self._start_etcd()
+        self._spawn("etcd", etcd_command(self.directory / "etcd", self._port, self._port + 1))
         token = ""
         for number, node in enumerate(NODES):
             token = self._make(number, node, token)
@@ -49,13 +48,6 @@ class Nodes(System):
         volume = ["volume", "create", EXPORT, "--size", f"{self.size_bytes >> 20}M", "--replicas", str(len(NODES))]
         run([*PROGRAM, "--data", str(self._data(NODES[0])), *volume])
         self.wait_until_whole()
-
-    def _start_etcd(self) -> None:
-        client, peer = (f"http://127.0.0.1:{self._port + number}" for number in range(2))
-        command = ["etcd", f"--name={self.name}", f"--data-dir={self.directory / 'etcd'}"]
-        command += [f"--initial-cluster={self.name}={peer}", f"--initial-advertise-peer-urls={peer}"]
-        command += [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
-        self._spawn("etcd", [*command, f"--listen-peer-urls={peer}"])
 
     def _make(self, number: int, node: str, token: str) -> str:
         """The settings of a node, of the first one the cluster too; a token to join with."""
