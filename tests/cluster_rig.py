@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,15 @@ import yaml
 
 from tests.conftest import ROOT, Processes
 from tests.interop.site import Site
-from tests.serving import PROGRAM, Server, descendants
+from tests.serving import PROGRAM, Server, descendants, eventually
 
 TIMEOUT_S = 60.0
 SITE_PORT = 10810
 
 
-def wait(holds: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"it takes too long: {what}"
-        time.sleep(0.2)
+def wait(holds: Callable[[], bool], what: str) -> None:
+    """`eventually`, with the patience that a cluster needs."""
+    eventually(holds, what, TIMEOUT_S)
 
 
 def run(*arguments: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -88,6 +85,11 @@ class ClusterNode:
         rows: list[dict[str, Any]] = self.get(f"/v1/overview?match={name}")["volumes"]["rows"]
         return next((row for row in rows if row["name"] == name), {})
 
+    def replicas(self, volume: str) -> dict[str, Any]:
+        """What it says of the replicas of a volume, whoever owns that."""
+        found: dict[str, Any] = self.get(f"/v1/volumes/{volume}")["replicas"]
+        return found
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.get("/v1/events?limit=2000") if event["kind"] == kind]
 
@@ -102,6 +104,16 @@ class ClusterNode:
 
         tell(signal.SIGSTOP)
         return lambda: tell(signal.SIGCONT)
+
+
+def meet(nodes: Sequence[ClusterNode]) -> None:
+    """Wait until each of them has all of them up, and knows where their data processes are."""
+    names = sorted(node.name for node in nodes)
+    wait(lambda: all(node.up() == names for node in nodes), f"{', '.join(names)} know each other")
+    wait(
+        lambda: all(row["data_addresses"] for node in nodes for row in node.get("/v1/nodes")),
+        "where their data processes are",
+    )
 
 
 class ClusterRig:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests with a real etcd."""
+"""Fixtures of the tests with a real etcd, and with the nodes of a cluster."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from metadata.etcd_settings import EtcdSettings
+from tests.cluster_rig import ClusterRig
 from tests.conftest import Processes
 from tests.etcd_cluster import EtcdCluster
 from tests.etcd_rig import EtcdRig, MakeCluster, MakeRig
@@ -31,6 +32,18 @@ def make_etcd(
         )
 
     return make
+
+
+@pytest.fixture
+def etcd(make_etcd: MakeCluster) -> EtcdCluster:
+    """One of one member."""
+    return make_etcd()
+
+
+@pytest.fixture
+def rig(processes: Processes, tmp_path: Path, free_port: Callable[[], int], etcd: EtcdCluster) -> ClusterRig:
+    """Makes the nodes of a cluster that has `etcd`."""
+    return ClusterRig(processes, tmp_path, free_port, etcd.endpoints)
 
 
 @pytest.fixture

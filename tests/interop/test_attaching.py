@@ -9,37 +9,26 @@ from pathlib import Path
 import pytest
 
 from protocol.nbd import Command
-from tests.cluster_rig import ClusterNode, ClusterRig, wait
+from tests.cluster_rig import ClusterNode, ClusterRig, meet, wait
 from tests.conftest import Processes
 from tests.durability import Judge
-from tests.etcd_rig import MakeCluster
 from tests.nbd_client import Client
 
 SIZE_BYTES = 64 << 20
 BLOCK_BYTES = 4096
 JUDGED_BLOCKS = 512
 COPY_BYTES_PER_S = 16 << 20  # so that the owner dies in the middle of it
-NAMES = ["n1", "n2", "n3"]
 
 Needs = Callable[[str, str], str]
 
 
 @pytest.fixture
-def nodes(
-    processes: Processes, tmp_path: Path, free_port: Callable[[], int], make_etcd: MakeCluster
-) -> list[ClusterNode]:
+def nodes(rig: ClusterRig) -> list[ClusterNode]:
     """Three, with a volume `db` on all of them, which the first one owns."""
-    rig = ClusterRig(processes, tmp_path, free_port, make_etcd().endpoints)
-    started = [rig.start(name) for name in NAMES]
-    for node in started:
-        wait(lambda node=node: node.up() == NAMES, "three nodes know each other")  # type: ignore[misc]
-        wait(lambda node=node: knows_where(node), "where their data processes are")  # type: ignore[misc]
+    started = [rig.start(name) for name in ("n1", "n2", "n3")]
+    meet(started)
     started[0].ask("volume", "create", "db", "--size", f"{SIZE_BYTES}", "--replicas", "3")
     return started
-
-
-def knows_where(node: ClusterNode) -> bool:
-    return all(row["data_addresses"] for row in node.get("/v1/nodes"))
 
 
 def attach(node: ClusterNode) -> Client:
@@ -47,17 +36,12 @@ def attach(node: ClusterNode) -> Client:
 
 
 def owner(node: ClusterNode) -> str:
-    found: str = node.get("/v1/volumes/db")["replicas"]["owner"]
-    return found
-
-
-def in_sync(node: ClusterNode) -> int:
-    found: int = node.get("/v1/volumes/db")["replicas"]["in_sync"]
+    found: str = node.replicas("db")["owner"]
     return found
 
 
 def test_any_node_takes_the_client_and_clients_go_on_when_the_owner_dies(
-    nodes: list[ClusterNode], tmp_path: Path, needs: Needs
+    nodes: list[ClusterNode], processes: Processes, tmp_path: Path, needs: Needs
 ) -> None:
     qemu = needs("qemu-img", "qemu-utils")
     n1, n2, n3 = nodes
@@ -90,7 +74,7 @@ def test_any_node_takes_the_client_and_clients_go_on_when_the_owner_dies(
     judge.check(other, acknowledged_too=True)
     assert owner(n3) == "n1"
     n2.server.start()
-    wait(lambda: in_sync(n3) == 3, "n2 is in sync again")
+    wait(lambda: n3.replicas("db")["in_sync"] == 3, "n2 is in sync again")
     other.close()
 
     # A client that comes again by itself goes on, at the node that it knows.
@@ -100,7 +84,7 @@ def test_any_node_takes_the_client_and_clients_go_on_when_the_owner_dies(
     there = (
         f"driver=nbd,server.type=inet,server.host=127.0.0.1,server.port={n3.server.port},export=db,reconnect-delay=30"
     )
-    copying = subprocess.Popen(
+    copying = processes.start(
         [qemu, "convert", "-n", "-f", "raw", "-r", str(COPY_BYTES_PER_S), "--target-image-opts", str(image), there]
     )
     wait(lambda: any(client["forwarded_to"] for client in n3.get("/v1/clients")), "the copying client is forwarded")

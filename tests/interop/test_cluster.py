@@ -8,23 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.cluster_rig import ClusterRig, run, wait
 from tests.conftest import ROOT, Processes
 from tests.etcd_cluster import EtcdCluster
-from tests.etcd_rig import MakeCluster
 from tests.serving import PROGRAM, descendants, is_alive
-
-
-@pytest.fixture
-def etcd(make_etcd: MakeCluster) -> EtcdCluster:
-    return make_etcd()
-
-
-@pytest.fixture
-def rig(processes: Processes, tmp_path: Path, free_port: Callable[[], int], etcd: EtcdCluster) -> ClusterRig:
-    return ClusterRig(processes, tmp_path, free_port, etcd.endpoints)
 
 
 def test_nodes_form_a_cluster_outlive_their_master_take_another_in_and_let_one_go(

@@ -10,7 +10,6 @@ import pytest
 
 from tests.cluster_rig import ClusterRig, wait
 from tests.conftest import ROOT, Processes
-from tests.etcd_rig import MakeCluster
 from tests.interop.site import NoNamespacesError, Site
 from tests.interop.whole_nodes import WholeNodes
 from tests.serving import PROGRAM
@@ -56,9 +55,8 @@ def copy_of_program(to: Path, version: str, protocol_version: int) -> tuple[str,
 
 
 def test_another_version_is_told_and_one_that_speaks_otherwise_is_refused_and_disturbs_nobody(
-    processes: Processes, tmp_path: Path, free_port: Callable[[], int], make_etcd: MakeCluster
+    rig: ClusterRig, tmp_path: Path
 ) -> None:
-    rig = ClusterRig(processes, tmp_path, free_port, make_etcd().endpoints)
     n1, n2 = rig.start("n1"), rig.start("n2")
     config = rig.make("n3")
     newer, another = tmp_path / "newer", tmp_path / "another"

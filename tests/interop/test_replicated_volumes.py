@@ -1,30 +1,14 @@
 """Volumes on several nodes of a cluster: real processes, a real etcd, kill -9."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from protocol.nbd import Command
-from tests.cluster_rig import ClusterNode, ClusterRig, wait
-from tests.conftest import Processes
+from tests.cluster_rig import ClusterNode, ClusterRig, meet, wait
 from tests.etcd_cluster import EtcdCluster
-from tests.etcd_rig import MakeCluster
 from tests.nbd_client import Client
 
 BLOCK = 4096
-
-
-@pytest.fixture
-def etcd(make_etcd: MakeCluster) -> EtcdCluster:
-    return make_etcd()
-
-
-@pytest.fixture
-def rig(processes: Processes, tmp_path: Path, free_port: Callable[[], int], etcd: EtcdCluster) -> ClusterRig:
-    return ClusterRig(processes, tmp_path, free_port, etcd.endpoints)
 
 
 def start(rig: ClusterRig, *names: str, more: str = "") -> list[ClusterNode]:
@@ -35,18 +19,8 @@ def start(rig: ClusterRig, *names: str, more: str = "") -> list[ClusterNode]:
         settings = config.read_text().replace("cluster:\n", "cluster:\n  repair_delay: 5s\n", 1)
         config.write_text(settings + more)
         nodes.append(rig.serve(config))
-    for node in nodes:
-        wait(lambda node=node: node.up() == sorted(names), "the nodes know each other")  # type: ignore[misc]
-        wait(
-            lambda node=node: all(row["data_addresses"] for row in node.get("/v1/nodes")),  # type: ignore[misc]
-            "where their data processes are",
-        )
+    meet(nodes)
     return nodes
-
-
-def replicas(node: ClusterNode, volume: str) -> dict[str, Any]:
-    found: dict[str, Any] = node.get(f"/v1/volumes/{volume}")["replicas"]
-    return found
 
 
 def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_changed_at_any_node(rig: ClusterRig) -> None:
@@ -60,9 +34,9 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     n2.server.kill9()
     assert client.request(Command.WRITE, BLOCK, BLOCK, b"b" * BLOCK).error == 0
     assert client.request(Command.FLUSH).error == 0
-    wait(lambda: replicas(n3, "db")["in_sync"] == 2, "n2 is not in sync")
+    wait(lambda: n3.replicas("db")["in_sync"] == 2, "n2 is not in sync")
     n2.server.start()
-    wait(lambda: replicas(n3, "db")["in_sync"] == 3, "n2 is in sync again")
+    wait(lambda: n3.replicas("db")["in_sync"] == 3, "n2 is in sync again")
 
     # What is asked of one node is done at the owner.
     assert [volume["state"] for volume in n2.ask("volume", "list")] == ["elsewhere"]
@@ -77,20 +51,20 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     n1.server.kill9()
     wait(lambda: n2.up() == ["n2", "n3"], "n1 is silent")
     n2.server.command("volume", "set", "db", "description=moved")
-    assert replicas(n3, "db")["owner"] == "n2"
+    assert n3.replicas("db")["owner"] == "n2"
     client = Client(("127.0.0.1", n2.server.port), "db")
     assert client.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
     n1.server.start()
-    wait(lambda: replicas(n3, "db")["in_sync"] == 3, "n1 is in sync again")
+    wait(lambda: n3.replicas("db")["in_sync"] == 3, "n1 is in sync again")
     assert n1.ask("volume", "show", "db")["settings"]["description"] == "moved"
     client.close()
 
     # A node gets an empty disk: it makes its replica anew.
     n3.server.kill9()
-    wait(lambda: replicas(n2, "db")["in_sync"] == 2, "n3 is not in sync")
+    wait(lambda: n2.replicas("db")["in_sync"] == 2, "n3 is not in sync")
     shutil.rmtree(n3.server.data)
     n3.server.start()
-    wait(lambda: replicas(n2, "db")["in_sync"] == 3, "n3 is in sync again")
+    wait(lambda: n2.replicas("db")["in_sync"] == 3, "n3 is in sync again")
     assert directories(n3)
 
     # It is deleted everywhere, also where it was not asked for, and where nobody was there.
@@ -119,13 +93,13 @@ def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_
     client.close()
     wait(lambda: n1.get("/v1/volumes/db")["clients"] == 0, "the client is gone")
     n1.server.command("volume", "set", "db", "replicas=2")
-    wait(lambda: replicas(n2, "db")["in_sync"] == 2, "two replicas")
+    wait(lambda: n2.replicas("db")["in_sync"] == 2, "two replicas")
     n2.server.command("volume", "set", "db", "replicas=3")
-    wait(lambda: replicas(n2, "db")["in_sync"] == 3, "three replicas")
+    wait(lambda: n2.replicas("db")["in_sync"] == 3, "three replicas")
     assert n3.ask("resync") == []
 
     # A replica moves, and the owner is drained.
-    (source, *_) = [each["node"] for each in replicas(n2, "db")["nodes"] if each["node"] != "n1"]
+    (source, *_) = [each["node"] for each in n2.replicas("db")["nodes"] if each["node"] != "n1"]
     moved = n4.ask("volume", "move", "db", "--from", source)
     assert source not in [each["node"] for each in moved["replicas"]["nodes"]]
     assert moved["replicas"]["in_sync"] == 3
@@ -138,17 +112,17 @@ def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_
 
     # A node is lost: its replica is made on the one that may have some again.
     n1.server.command("node", "drain", "n1", "--end")
-    found = replicas(n1, "db")
+    found = n1.replicas("db")
     lost = next(each["node"] for each in found["nodes"] if each["node"] != found["owner"])
     nodes[lost].server.kill9()
     wait(lambda: f"silent: {lost}" in n1.findings(), "who looks is told of it")
     wait(lambda: on(n1, "db") == sorted({"n1", "n2", "n3", "n4"} - {lost}), "it is made on n1")
-    wait(lambda: replicas(n1, "db")["in_sync"] == 3, "three are in sync again")
+    wait(lambda: n1.replicas("db")["in_sync"] == 3, "three are in sync again")
     assert directories(n1)
 
 
 def on(node: ClusterNode, volume: str) -> list[str]:
-    return sorted(each["node"] for each in replicas(node, volume)["nodes"])
+    return sorted(each["node"] for each in node.replicas(volume)["nodes"])
 
 
 def test_volumes_go_on_while_the_registry_is_away_also_over_a_restart(rig: ClusterRig, etcd: EtcdCluster) -> None:
@@ -170,7 +144,7 @@ def test_volumes_go_on_while_the_registry_is_away_also_over_a_restart(rig: Clust
     assert client.request(Command.FLUSH).error == 0
     assert [volume["name"] for volume in n3.ask("volume", "list")] == ["db", "web"]
     etcd.members[0].start()
-    wait(lambda: [replicas(n1, name)["in_sync"] for name in ("db", "web")] == [3, 3], "all are in sync")
+    wait(lambda: [n1.replicas(name)["in_sync"] for name in ("db", "web")] == [3, 3], "all are in sync")
     n2.server.command("volume", "set", "db", "description=x")
     assert client.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
     client.close()
