@@ -50,3 +50,12 @@ def make_certificates(directory: Path) -> Certificates:
     node.make_client("expired", EXPIRED)
     stranger.make_client("stranger", DAY)
     return Certificates(node, stranger)
+
+
+def make_member_files(directory: Path) -> dict[str, str]:
+    """A CA in that directory and the certificate of a cluster's node that it has signed: the paths of `ca`,
+    `certificate` and `key`."""
+    authority = Authority(directory)
+    authority.make_ca(directory.name, DAY)
+    certificate, key = authority.make_member("node", DAY).files
+    return {"ca": str(authority.ca_certificate), "certificate": str(certificate), "key": str(key)}

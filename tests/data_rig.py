@@ -7,6 +7,7 @@ import asyncio
 import os
 import secrets
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -109,11 +110,13 @@ class DataNode:
                 tries -= 1
                 if not tries:
                     raise
-        settings = asdict(self.rig.settings)
-        await self.call(
-            "serve", family=self.rig.family, volumes=[{"number": FIRST_VOLUME, "name": VOLUME, "settings": settings}]
-        )
+        await self.serve()
         return owned
+
+    async def serve(self) -> None:
+        """Serve the volume, which it owns."""
+        volume = {"number": FIRST_VOLUME, "name": VOLUME, "settings": asdict(self.rig.settings)}
+        await self.call("serve", family=self.rig.family, volumes=[volume])
 
     async def replicas(self) -> dict[str, Any]:
         found: dict[str, Any] = await self.call("replicas", family=self.rig.family)
@@ -261,3 +264,10 @@ async def data_nodes(
         for node in rig.nodes:
             await node.stop()
         rig.registry.close()
+
+
+async def tool(*command: str) -> str:
+    """What a tool of other people prints, while the data processes go on."""
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

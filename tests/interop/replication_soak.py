@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from metadata.registry import FIRST_VOLUME
@@ -185,8 +184,7 @@ class Soak:
                 break
             except DataProcessError:
                 await asyncio.sleep(CONTROL_S)
-        volume = {"number": FIRST_VOLUME, "name": VOLUME, "settings": asdict(self._rig.settings)}
-        await node.call("serve", family=self._rig.family, volumes=[volume])
+        await node.serve()
         self._owner = node
 
     async def _kill(self, node: DataNode) -> None:

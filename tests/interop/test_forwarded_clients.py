@@ -5,21 +5,19 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from metadata.registry import ExportSettings
-from nbdserver.node.authority import Authority
 from nbdserver.node.errors import NodeError
 from nbdserver.replication.grants import FORWARD_S
 from protocol.nbd import Command
-from tests.certificates import DAY, make_certificates
-from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes
+from tests.certificates import make_certificates, make_member_files
+from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes, tool
 from tests.nbd_client import Client, RefusedError
 
 BLOCK_BYTES = 4096
@@ -27,17 +25,6 @@ PATIENCE_S = 30.0
 SHARED = ExportSettings(shared=True)  # clients on loopback are of another host at each node
 
 Needs = Callable[[str, str], str]
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(work)
-
-
-async def tool(*command: str) -> str:
-    """What a tool of other people prints."""
-    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 async def attach(node: DataNode, **more: Any) -> Client:
@@ -110,7 +97,7 @@ def test_other_peoples_clients_use_a_volume_by_way_of_any_node(
             await rig.until(lambda: _nobody(first), "the clients have gone")
             assert not second.heard("peer-refused")
 
-    run(story())
+    asyncio.run(story())
 
 
 async def _nobody(node: DataNode) -> bool:
@@ -119,10 +106,7 @@ async def _nobody(node: DataNode) -> bool:
 
 def test_over_tls_between_client_and_node_and_between_the_nodes(tmp_path: Path, free_port: FreePort) -> None:
     certificates = make_certificates(tmp_path)
-    authority = Authority(tmp_path / "cluster")
-    authority.make_ca("cluster", DAY)
-    certificate, key = authority.make_member("node", DAY).files
-    tls = {"ca": str(authority.ca_certificate), "certificate": str(certificate), "key": str(key)}
+    tls = make_member_files(tmp_path / "cluster")
     files = {name: str(path) for name, path in certificates.settings.items()}
 
     async def story() -> None:
@@ -140,7 +124,7 @@ def test_over_tls_between_client_and_node_and_between_the_nodes(tmp_path: Path, 
             secure.close()
             plain.close()
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_whoever_dies_its_clients_hear_of_it_and_go_on_at_another_node(tmp_path: Path, free_port: FreePort) -> None:
@@ -169,7 +153,7 @@ def test_whoever_dies_its_clients_hear_of_it_and_go_on_at_another_node(tmp_path:
             assert await read(client, 1) == block_of("by way of node-2")
             client.close()
 
-    run(story())
+    asyncio.run(story())
 
 
 async def _has(node: DataNode, clients: list[str]) -> bool:
@@ -201,7 +185,7 @@ def test_an_owner_that_stands_still_loses_its_clients_in_time(tmp_path: Path, fr
             assert await read(again, 0) == block_of("after")
             again.close()
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_a_client_that_takes_nothing_costs_little_memory_and_hears_everything(
@@ -228,7 +212,7 @@ def test_a_client_that_takes_nothing_costs_little_memory_and_hears_everything(
             client.close()
             other.close()
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_a_client_is_told_when_nobody_serves_its_volume(tmp_path: Path, free_port: FreePort) -> None:
@@ -249,4 +233,4 @@ def test_a_client_is_told_when_nobody_serves_its_volume(tmp_path: Path, free_por
             with pytest.raises(RefusedError, match="disk0 cannot be served now"):
                 await attach(first)
 
-    run(story())
+    asyncio.run(story())

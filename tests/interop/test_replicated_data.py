@@ -6,33 +6,19 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nbdserver.node.authority import Authority
 from nbdserver.node.data_process import DataProcessError
 from protocol.nbd import Command
-from tests.certificates import DAY
-from tests.data_rig import SIZE_BYTES, TIMEOUT_S, VOLUME, DataNode, FreePort, data_nodes
+from tests.certificates import make_member_files
+from tests.data_rig import SIZE_BYTES, TIMEOUT_S, VOLUME, DataNode, FreePort, data_nodes, tool
 from tests.interop.replication_soak import soak
 from tests.nbd_client import Client
 
 BLOCK_BYTES = 4096
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(work)
-
-
-async def tool(*command: str) -> str:
-    """What a tool of other people prints."""
-    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 class Writer:
@@ -119,7 +105,7 @@ def test_what_was_acknowledged_is_there_when_the_owner_is_killed(tmp_path: Path,
             await first.own()
             assert await asyncio.to_thread(again.wrong_blocks, first) == []
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_an_image_is_copied_in_at_one_node_and_out_at_another(tmp_path: Path, free_port: FreePort) -> None:
@@ -133,7 +119,7 @@ def test_an_image_is_copied_in_at_one_node_and_out_at_another(tmp_path: Path, fr
             await tool("nbdcopy", rig.nodes[2].uri(), str(copy))
             assert copy.read_bytes() == image.read_bytes()
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_clients_of_an_owner_that_is_no_more_are_disconnected_without_an_answer(
@@ -156,7 +142,7 @@ def test_clients_of_an_owner_that_is_no_more_are_disconnected_without_an_answer(
             await rig.until(rig.all_in_sync, "who was the owner follows")
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_a_volume_that_is_given_up_is_flushed_and_its_clients_go(tmp_path: Path, free_port: FreePort) -> None:
@@ -174,7 +160,7 @@ def test_a_volume_that_is_given_up_is_flushed_and_its_clients_go(tmp_path: Path,
             assert await asyncio.to_thread(writer.wrong_blocks, first) == []
             assert last_txid >= 20
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_changes_of_the_tree_are_on_every_replica_and_snapshots_are_read_at_the_next_owner(
@@ -209,7 +195,7 @@ def test_changes_of_the_tree_are_on_every_replica_and_snapshots_are_read_at_the_
             assert await first.call("snapshots", **family) == []
             assert await asyncio.to_thread(writer.wrong_blocks, first) == []
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_replicas_go_where_they_are_asked_to_be(tmp_path: Path, free_port: FreePort) -> None:
@@ -235,19 +221,13 @@ def test_replicas_go_where_they_are_asked_to_be(tmp_path: Path, free_port: FreeP
             await third.own()
             assert await asyncio.to_thread(writer.wrong_blocks, third) == []
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_streams_between_data_processes_are_tls_with_certificates_of_one_ca(
     tmp_path: Path, free_port: FreePort
 ) -> None:
-    files = {}
-    for ca in ("ours", "theirs"):
-        (tmp_path / ca).mkdir()
-        authority = Authority(tmp_path / ca)
-        authority.make_ca(ca, DAY)
-        certificate, key = authority.make_member("node", DAY).files
-        files[ca] = {"ca": str(authority.ca_certificate), "certificate": str(certificate), "key": str(key)}
+    files = {ca: make_member_files(tmp_path / ca) for ca in ("ours", "theirs")}
 
     async def story() -> None:
         async with data_nodes(tmp_path, free_port, tls=files["ours"]) as rig:
@@ -269,7 +249,7 @@ def test_streams_between_data_processes_are_tls_with_certificates_of_one_ca(
             await rig.nodes[1].own()
             assert await asyncio.to_thread(writer.wrong_blocks, rig.nodes[1]) == []
 
-    run(story())
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["owned before the clients come", "owned after that"])
@@ -287,7 +267,7 @@ def test_clients_stay_when_the_owners_program_is_replaced(tmp_path: Path, free_p
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
             assert await asyncio.to_thread(writer.is_gone)
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port: FreePort) -> None:
@@ -311,7 +291,7 @@ def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port
             await first.own()
             assert await asyncio.to_thread(writer.wrong_blocks, first) == []
 
-    run(story())
+    asyncio.run(story())
 
 
 def rot(node: DataNode, contents: Iterable[bytes]) -> int:
@@ -358,7 +338,7 @@ def test_a_client_does_not_see_rot_and_a_scrub_finds_the_replicas_alike(tmp_path
             assert counters["disk_repaired_blocks"] == len(contents)
             assert {"resync_bytes_sent", "resync_bytes_saved"} <= counters.keys()
 
-    run(story())
+    asyncio.run(story())
 
 
 def test_a_client_finds_what_it_was_told_whatever_has_happened_to_the_nodes(
