@@ -13,6 +13,8 @@ from tests.conftest import Processes
 
 READY_TIMEOUT_S = 30.0
 DAY = timedelta(days=1)
+QUICK = ("--heartbeat-interval=50", "--election-timeout=500", "--bcrypt-cost=4")
+"""Arguments of members that are quick to elect, and to check a password."""
 
 
 class EtcdMember:

@@ -8,7 +8,7 @@ import pytest
 from metadata.etcd_settings import EtcdSettings
 from tests.cluster_rig import ClusterRig
 from tests.conftest import Processes
-from tests.etcd_cluster import EtcdCluster
+from tests.etcd_cluster import QUICK, EtcdCluster
 from tests.etcd_rig import EtcdRig, MakeCluster, MakeRig
 
 
@@ -21,13 +21,12 @@ def make_etcd(
     needs("etcdctl", "etcd-client")
 
     def make(members: int = 1, *arguments: str, **more: object) -> EtcdCluster:
-        quick = ("--heartbeat-interval=50", "--election-timeout=500", "--bcrypt-cost=4")
         return EtcdCluster(
             processes,
             tmp_path / "etcd",
             free_port,
             members,
-            (*quick, *arguments),
+            (*QUICK, *arguments),
             **more,  # type: ignore[arg-type]
         )
 

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT, Processes
-from tests.etcd_cluster import EtcdCluster
+from tests.etcd_cluster import QUICK, EtcdCluster
 from tests.interop.site import HUB, HUB_ADDRESS, Site
 
 KEY = "5a" * 32
 TIMEOUT_S = 30.0
-QUICK_ETCD = ("--heartbeat-interval=50", "--election-timeout=500")
 FAR = {"far-1": ("load/", "count/a"), "far-2": ("count/",)}
 LIFE = 1_000_000  # counts that no life of a node gets to
 
@@ -134,7 +133,7 @@ class DirectoryCluster:
         """NoNamespacesError if this machine lets us make none."""
         self.site = Site(processes)
         self.etcd = EtcdCluster(
-            processes, path / "etcd", free_port, 3, QUICK_ETCD, host=HUB_ADDRESS, within=self.site.within
+            processes, path / "etcd", free_port, 3, QUICK, host=HUB_ADDRESS, within=self.site.within
         )  # fmt: skip
         self.near: list[NodeProcess] = []
         self.far: list[NodeProcess] = []

@@ -14,12 +14,11 @@ from pathlib import Path
 from nbdserver.node.authority import Authority
 from tests.cluster_rig import ClusterNode, ClusterRig, wait
 from tests.conftest import Processes
-from tests.etcd_cluster import DAY, EtcdCluster
+from tests.etcd_cluster import DAY, QUICK, EtcdCluster
 from tests.interop.site import HUB, HUB_ADDRESS, Site
 from tests.serving import descendants
 
 PASSWORD = "a password of the test"
-QUICK_ETCD = ("--heartbeat-interval=50", "--election-timeout=500", "--bcrypt-cost=4")
 LEASE_S = 5.0
 FOUNDER = "n1"
 """It has the CA's key: it is up when others join."""
@@ -34,7 +33,7 @@ class WholeNodes:
         authority = Authority(path / "tls")
         authority.make_ca("etcd", DAY)
         self.etcd = EtcdCluster(
-            processes, path / "etcd", free_port, 3, QUICK_ETCD, authority, HUB_ADDRESS, HUB_ADDRESS, site.within
+            processes, path / "etcd", free_port, 3, QUICK, authority, HUB_ADDRESS, HUB_ADDRESS, site.within
         )  # fmt: skip
         self.etcd.enable_auth(PASSWORD, "nbdserver/")
         (path / "password").write_text(f"{PASSWORD}\n")
