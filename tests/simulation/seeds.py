@@ -6,9 +6,10 @@ Rules of this file
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from tests.simulation.cluster.cluster import ClusterRun
 from tests.simulation.cluster.directory import directory_run
@@ -52,27 +53,13 @@ def _disk(seed: int, story: Story | None) -> Tried:
     return Tried("disk", seed, wrong, f"{run.world.digest:08x}", summary, time.process_time() - began_s)
 
 
-def _directory(seed: int, story: Story | None) -> Tried:
-    scenario, run = directory_run(seed, story=story)
-    return _cluster("directory", seed, run, scenario.answers)
-
-
-def _replication(seed: int, story: Story | None) -> Tried:
-    scenario, run = replication_run(seed, story=story)
-    return _cluster("replication", seed, run, scenario.answers)
-
-
-def _replicas(seed: int, story: Story | None) -> Tried:
-    scenario, run = replicas_run(seed, story=story)
-    return _cluster("replicas", seed, run, scenario.answers)
-
-
-def _cluster(world: str, seed: int, run: ClusterRun, answers: Counter[str]) -> Tried:
+def _cluster(world: str, make: Callable[..., tuple[Any, ClusterRun]], seed: int, story: Story | None) -> Tried:
+    scenario, run = make(seed, story=story)
     began_s = time.process_time()
     wrong = _wrong(run.go)
     cluster = run.cluster
     summary = (
-        f"the faults: {cluster.mix}\nwhat happened: {dict(cluster.hits)}\nanswers: {dict(answers)};"
+        f"the faults: {cluster.mix}\nwhat happened: {dict(cluster.hits)}\nanswers: {dict(scenario.answers)};"
         f" converged in {run.converged_s:.1f} s"
     )
     return Tried(
@@ -89,9 +76,9 @@ def _cluster(world: str, seed: int, run: ClusterRun, answers: Counter[str]) -> T
 
 WORLDS: dict[str, Callable[[int, Story | None], Tried]] = {
     "disk": _disk,
-    "directory": _directory,
-    "replication": _replication,
-    "replicas": _replicas,
+    "directory": partial(_cluster, "directory", directory_run),
+    "replication": partial(_cluster, "replication", replication_run),
+    "replicas": partial(_cluster, "replicas", replicas_run),
 }
 
 
