@@ -314,6 +314,12 @@ class Registers:
         _judge(what, lba, lba << 12, content, allowed, self)
         register.settle({content}, self._count)
 
+    def went_back(self) -> None:
+        """What was answered and not flushed may be gone, in each block on its own: what a power loss may leave counts,
+        and what was before does not."""
+        for register in self.blocks.values():
+            register.settle(register.after_power_loss(), self.tick())
+
     def replaced(self, contents: Mapping[int, frozenset[bytes]], certain: bool) -> None:
         """Every block became what `contents` has (or zeros), durably; or (not `certain`) may have."""
         at = self.tick()

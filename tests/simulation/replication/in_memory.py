@@ -96,8 +96,7 @@ class ReplicatedScenario(FamilyScenario):
             self.flush(owner)
 
     def went_back(self) -> None:
-        for register in self.registers.blocks.values():
-            register.settle(register.after_power_loss(), self.registers.tick())
+        self.registers.went_back()
 
     def write(self, node: ReplicaNode, owner: Owner, lba: int, count: int, discards: bool) -> None:
         """Through that node, if it has room."""

@@ -84,8 +84,7 @@ class Volumes:
     def went_back(self) -> None:
         """What was acknowledged and not flushed may be gone."""
         for volume in self.all():
-            for register in volume.registers.blocks.values():
-                register.settle(register.after_power_loss(), volume.registers.tick())
+            volume.registers.went_back()
 
     def look(self, disk: LogDisk) -> None:
         """What an owner that may answer shows, when no change of the tree is under way."""
