@@ -95,6 +95,17 @@ class LogNode(FamilyNode):
     def disk(self) -> LogDisk:
         return self.log.disk
 
+    def place_of(self, volume: int, lba: int) -> tuple[int, int] | None:
+        """(segment, offset in it) of a block, as the maps in memory say; None if they know of none."""
+        maps = self.disk.maps
+        address = (maps.tree.heads.get(volume, 0) << ADDRESS_SHIFT) + lba
+        page = maps.page(address >> PAGE_SHIFT)
+        mba = page[address & PAGE_MASK] if page is not None else 0
+        middle = maps.middle.get(mba >> PAGE_SHIFT) if mba else None
+        if middle is None or not middle[mba & PAGE_MASK]:
+            return None
+        return middle[mba & PAGE_MASK], middle[OFFSET + (mba & PAGE_MASK)]
+
     def head(self, volume: int, owner: Owner) -> ReplicatedDevice:
         """A volume, for who may see what this owner may tell."""
         return ReplicatedDevice(self.disk.head(volume), owner)
@@ -318,18 +329,14 @@ class LogScenario(FamilyScenario):
         """Something at rest changes on the last node's disk: a block of a volume, or anything."""
         node = self.nodes()[-1]
         assert isinstance(node, LogNode)
-        drive, maps, rng = node.machine.drive, node.disk.maps, self._random
+        drive, rng = node.machine.drive, self._random
         self.answers["rot"] += 1
         for _ in range(20):
             volume = rng.choice(sorted(self.volumes.sure))
             lba = rng.choice(sorted(self.volumes.sure[volume].registers.blocks) or [0])
-            address = (maps.tree.heads.get(volume, 0) << ADDRESS_SHIFT) + lba
-            page = maps.page(address >> PAGE_SHIFT)
-            mba = page[address & PAGE_MASK] if page is not None else 0
-            middle = maps.middle.get(mba >> PAGE_SHIFT) if mba else None
-            segment = middle[mba & PAGE_MASK] if middle is not None else 0
-            if middle is not None and segment:
-                at = middle[OFFSET + (mba & PAGE_MASK)] + rng.randrange(BLOCK_BYTES)
+            if place := node.place_of(volume, lba):
+                segment, offset = place
+                at = offset + rng.randrange(BLOCK_BYTES)
                 drive.files[segment_path(segment)].content[at] ^= 1 << rng.randrange(8)
                 return
         drive.rot()

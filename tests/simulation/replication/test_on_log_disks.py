@@ -19,7 +19,7 @@ from nbdserver.replication.peer_stream import PeerStream
 from protocol.peer import Frame, Opened
 from protocol.peer_frames import encode
 from tests.simulation.registers import BLOCK_BYTES
-from tests.simulation.replication.log_stage import LogStage
+from tests.simulation.replication.log_stage import VOLUME, LogStage
 
 
 @pytest.fixture
@@ -157,13 +157,9 @@ def test_a_replica_that_dies_while_it_fetches_regions_goes_on_with_them(stage: L
 
 def rot(stage: LogStage, number: int, lba: int) -> None:
     """The block of that node."""
-    maps = stage.node(number).log.disk.maps
-    logical = maps.page(1 << 32 | lba >> 8)
-    assert logical is not None
-    mba = logical[lba & 255]
-    middle = maps.middle.get(mba >> 8)
-    assert middle is not None
-    segment, offset, _ = middle[mba & 255 :: 256]
+    place = stage.node(number).place_of(VOLUME, lba)
+    assert place is not None
+    segment, offset = place
     stage.cluster.machines[f"node-{number}"].drive.files[segment_path(segment)].content[offset + 9] ^= 4
 
 
