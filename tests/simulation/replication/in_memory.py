@@ -110,17 +110,15 @@ class ReplicatedScenario(FamilyScenario):
         length = count * BLOCK_BYTES
         data = bytes(length) if discards else pattern(self._label, lba * BLOCK_BYTES, length)
         changes = self.registers.ask(f"write {self._label}", lba * BLOCK_BYTES, data, length)
-        number = self._label
-        node.open[number] = partial(self.registers.doubt, changes)
+        waits = node.asked(partial(self.registers.doubt, changes))
         pieces: Sequence[bytes | None] = [data[at : at + BLOCK_BYTES] for at in range(0, length, BLOCK_BYTES)]
         modification = node.log.order(lba, [None] * count if discards else pieces)
         self.registers.order(changes)
         self.cluster.tell(f"{node.machine.name} orders {modification.position} at {lba}+{count}{' discard' * discards}")
 
         def done(errno: int) -> None:
-            if number not in node.open:
+            if not waits():
                 return
-            del node.open[number]
             self.answers["write unknown" if errno else "write"] += 1
             if errno:
                 self.registers.doubt(changes)

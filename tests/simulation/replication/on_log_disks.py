@@ -133,7 +133,6 @@ class LogScenario(FamilyScenario):
         self._left = OPERATIONS
         self._flood = 0  # large writes that are still to come
         self._label = 0
-        self._number = 0
 
     def _conspire(self) -> None:
         """Or a replica is away while so much is written that the logs do not go back to it."""
@@ -176,14 +175,6 @@ class LogScenario(FamilyScenario):
 
     def went_back(self) -> None:
         self.volumes.went_back()
-
-    def asked(self, node: LogNode, doubt: Callable[[], None]) -> Callable[[], bool]:
-        """Something is asked of a node; `doubt` if its answer will never be known. Returns what to call with its
-        answer: whether anybody waits for that yet."""
-        self._number += 1
-        number = self._number
-        node.open[number] = doubt
-        return lambda: node.open.pop(number, None) is not None
 
     # --- clients ---
 
@@ -250,7 +241,7 @@ class LogScenario(FamilyScenario):
         data = None if discards else pattern(self._label, offset, length)
         what = f"{'discard' if discards else 'write'} {self._label}"
         changes = registers.ask(what, offset, data, length)
-        waits = self.asked(node, partial(registers.doubt, changes))
+        waits = node.asked(partial(registers.doubt, changes))
         device = node.head(number, owner)
         self.cluster.tell(f"{node.machine.name}: {what} of volume {number}, {offset / BLOCK_BYTES:.3f}+{length}")
 
@@ -287,7 +278,7 @@ class LogScenario(FamilyScenario):
             registers.shown(offset, data)
             self.answers["read at once"] += 1
             return
-        waits = self.asked(node, partial(registers.end_read, begun, offset, None))
+        waits = node.asked(partial(registers.end_read, begun, offset, None))
 
         def told(errno: int, result: Any) -> None:
             if not waits():
@@ -307,7 +298,7 @@ class LogScenario(FamilyScenario):
     def flush(self, node: LogNode, owner: Owner) -> None:
         """Of all volumes: they share a log."""
         flushed = self.volumes.ask_flush()
-        waits = self.asked(node, lambda: None)
+        waits = node.asked(lambda: None)
 
         def told(errno: int) -> None:
             if waits():

@@ -52,12 +52,21 @@ class FamilyNode:
         )
         self.open: dict[int, Callable[[], None]] = {}
         """What is asked of it and not answered, by number; called when that will never be known."""
+        self._asked = 0
 
     @property
     def may_answer(self) -> bool:
         """Whether it would answer a client at this moment, if it runs."""
         owner = self.family.owner
         return owner is not None and owner.has_authority
+
+    def asked(self, doubt: Callable[[], None]) -> Callable[[], bool]:
+        """Something is asked of it; `doubt` if its answer will never be known. Returns what to call with its answer:
+        whether anybody waits for that yet."""
+        self._asked += 1
+        number = self._asked
+        self.open[number] = doubt
+        return lambda: self.open.pop(number, None) is not None
 
     def doubt(self) -> None:
         """What it has not answered is in doubt."""

@@ -86,7 +86,7 @@ class TreeSteps:
             scenario.answers[f"{what.split()[0]} in doubt"] += 1
             in_doubt()
 
-        waits = scenario.asked(node, doubt)
+        waits = node.asked(doubt)
 
         def changed(errno: int) -> None:
             if not errno:
@@ -177,7 +177,7 @@ class TreeSteps:
         view = node.disk.view(layer)
         lbas = lbas_of(volume, snapshot.size_bytes)
         left = self._random.sample(lbas, min(LOOKED_AT, len(lbas)))
-        waits = scenario.asked(node, view.close)
+        waits = node.asked(view.close)
 
         def look() -> None:
             if not left:
