@@ -23,6 +23,7 @@ from tests.conftest import PORTS, Processes
 from tests.interop.directory_cluster import DirectoryCluster
 from tests.interop.site import Site
 from tests.interop.whole_nodes import WholeNodes
+from tests.serving import resident_bytes
 
 LOSSES_PER_CENT = (0, 1, 10, 30)
 SETTLED_S = 30.0
@@ -43,21 +44,13 @@ class Memory:
         """Sample these processes, (of which node, pid). AssertionError when a life has grown by too much."""
         now_s = time.monotonic()
         for name, pid in lives:
-            has_mib = resident_mib(pid)
+            has_mib = resident_bytes(pid) / (1 << 20)
             self.peak_mib = max(self.peak_mib, has_mib)
             if now_s - self._began_s.setdefault(pid, now_s) < SETTLED_S:
                 continue
             growth_mib = has_mib - self._settled_mib.setdefault(pid, has_mib)
             self.growth_mib = max(self.growth_mib, growth_mib)
             assert growth_mib < GROWTH_MIB, f"a process of {name} has grown by {growth_mib:.1f} to {has_mib:.1f} MiB"
-
-
-def resident_mib(pid: int) -> float:
-    """What a process has in memory."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError("no VmRSS")
 
 
 @contextmanager

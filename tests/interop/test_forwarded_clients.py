@@ -19,6 +19,7 @@ from protocol.nbd import Command
 from tests.certificates import make_certificates, make_member_files
 from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes, tool
 from tests.nbd_client import Client, RefusedError
+from tests.serving import resident_bytes
 
 BLOCK_BYTES = 4096
 PATIENCE_S = 30.0
@@ -56,11 +57,6 @@ async def vias(node: DataNode) -> list[str]:
 
 def block_of(seed: object) -> bytes:
     return random.Random(str(seed)).randbytes(BLOCK_BYTES)
-
-
-def peer_resident_bytes(node: DataNode) -> int:
-    status = Path(f"/proc/{node.process.pid}/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
 def test_other_peoples_clients_use_a_volume_by_way_of_any_node(
@@ -198,11 +194,11 @@ def test_a_client_that_takes_nothing_costs_little_memory_and_hears_everything(
         async with data_nodes(tmp_path, free_port, ("node-1", "node-2")) as rig:
             second = rig.nodes[1]
             client = await attach(second)
-            before = [peer_resident_bytes(node) for node in rig.nodes]
+            before = [resident_bytes(node.process.pid) for node in rig.nodes]
             for _ in range(requests):
                 client.send(Command.READ, 0, length)
             await asyncio.sleep(1.0)
-            after = [peer_resident_bytes(node) for node in rig.nodes]
+            after = [resident_bytes(node.process.pid) for node in rig.nodes]
             grown = [now - then for now, then in zip(after, before, strict=True)]
             assert max(grown) < 64 << 20, f"{requests} answers of {length} bytes lie in memory: {grown}"
             other = await attach(second)

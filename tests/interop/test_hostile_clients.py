@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,7 @@ from protocol import nbd
 from protocol.nbd import Command
 from tests.conftest import ROOT, Processes
 from tests.nbd_client import Client
+from tests.serving import resident_bytes
 
 SIZE_BYTES = 32 << 20
 MEMORY_LIMIT_BYTES = 300 << 20
@@ -35,10 +35,6 @@ class Victim:
         )  # fmt: skip
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready:\n"
-
-    def resident_bytes(self) -> int:
-        fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
-        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -70,7 +66,7 @@ def goes_on(victim: Victim) -> Iterator[None]:
         assert time.monotonic() < deadline_s, "connections of clients that left are still open"
         time.sleep(0.05)
     assert victim.process.poll() is None
-    assert victim.resident_bytes() < MEMORY_LIMIT_BYTES
+    assert resident_bytes(victim.process.pid) < MEMORY_LIMIT_BYTES
 
 
 def entered(victim: Victim) -> socket.socket:
@@ -96,7 +92,7 @@ def test_clients_that_ask_for_much_and_take_nothing_cost_bounded_memory(victim: 
             pass
     time.sleep(0.3)
     victim.serves()
-    assert victim.resident_bytes() < MEMORY_LIMIT_BYTES
+    assert resident_bytes(victim.process.pid) < MEMORY_LIMIT_BYTES
     for client in sockets:
         client.close()
 

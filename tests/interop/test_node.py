@@ -26,7 +26,7 @@ from nbdserver.node.directory import DataDirectory
 from protocol.nbd import Command, CommandFlag
 from tests.conftest import ROOT, Processes
 from tests.nbd_client import Client, RefusedError
-from tests.serving import PROGRAM, Server, descendants, eventually, is_alive
+from tests.serving import PROGRAM, Server, descendants, eventually, is_alive, resident_bytes
 
 EPERM, EROFS = 1, 30
 PATIENCE_S = 60.0
@@ -593,24 +593,21 @@ def test_only_its_user_may_open_the_api_socket(start_server: StartServer) -> Non
 def test_the_data_process_stays_small(start_server: StartServer) -> None:
     server = start_server()
     (child,) = descendants(server.process.pid if server.process else 0)
-    status = Path(f"/proc/{child}/status").read_text()
-    resident_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
-    assert resident_kib < 80 << 10
+    assert resident_bytes(child) < 80 << 20
 
 
 def test_clients_that_come_and_go_cost_no_memory(start_server: StartServer) -> None:
     server = start_server()
     (child,) = descendants(server.process.pid if server.process else 0)
 
-    def resident_kib_after(connections: int) -> int:
+    def resident_bytes_after(connections: int) -> int:
         for _ in range(connections):
             Client(("127.0.0.1", server.port), "disk0").close()
         eventually(lambda: ask(server, "/v1/clients") == [], "all clients are gone", PATIENCE_S)
-        status = Path(f"/proc/{child}/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
+        return resident_bytes(child)
 
-    settled_kib = resident_kib_after(600)
-    assert resident_kib_after(600) - settled_kib < 1024
+    settled_bytes = resident_bytes_after(600)
+    assert resident_bytes_after(600) - settled_bytes < 1 << 20
 
 
 def test_a_limited_volume_is_served_at_its_rate_and_no_other_one_waits(start_server: StartServer) -> None:
