@@ -124,10 +124,16 @@ def _is_free(port: int) -> bool:
 
 
 class Processes:
-    """Starts programs, each in a process group of its own, and ends exactly those."""
+    """Starts programs, each in a process group of its own, and ends exactly those, at the latest with its context."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def start(
         self,
@@ -172,17 +178,15 @@ class Processes:
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    guard = Processes()
-    yield guard
-    guard.end()
+    with Processes() as guard:
+        yield guard
 
 
 @pytest.fixture(scope="module")
 def module_processes() -> Iterator[Processes]:
     """Like `processes`, for what a whole module shares."""
-    guard = Processes()
-    yield guard
-    guard.end()
+    with Processes() as guard:
+        yield guard
 
 
 def _leftovers(token: str) -> list[tuple[int, str]]:

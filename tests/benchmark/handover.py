@@ -32,12 +32,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--filled-mib", type=int, default=256, help="written to the first volume before")
     chosen = parser.parse_args()
-    processes = Processes()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        try:
-            print(json.dumps(measure(processes, Path(folder).absolute(), chosen), indent=2))
-        finally:
-            processes.end()
+    with tempfile.TemporaryDirectory(dir=".") as folder, Processes() as processes:
+        print(json.dumps(measure(processes, Path(folder).absolute(), chosen), indent=2))
 
 
 def measure(processes: Processes, folder: Path, chosen: argparse.Namespace) -> dict[str, object]:

@@ -199,22 +199,18 @@ def run(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure changes of layers over sizes of volumes and numbers of snapshots and clones."""
-    processes = Processes()
     with run_of("layers", results, directory) as bench:
         wanted = [size_bytes_of(size) for size in sizes.split(",")]
         machine.check_room(bench.place, 4 << 30)
-        try:
-            with Progress(console=Console(stderr=True)) as progress:
-                series = steps_of(
-                    Served(processes, bench.place),
-                    wanted,
-                    [int(count) for count in counts.split(",")],
-                    size_bytes_of(written),
-                    rounds,
-                    progress,
-                )
-        finally:
-            processes.end()
+        with Processes() as processes, Progress(console=Console(stderr=True)) as progress:
+            series = steps_of(
+                Served(processes, bench.place),
+                wanted,
+                [int(count) for count in counts.split(",")],
+                size_bytes_of(written),
+                rounds,
+                progress,
+            )
         draw_plot(bench.keep({"rounds": rounds, "series": series}), bench.picture)
         for table in show(series):
             console.print(table)

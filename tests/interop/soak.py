@@ -15,8 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.conftest import PORTS, Processes
@@ -51,16 +50,6 @@ class Memory:
             growth_mib = has_mib - self._settled_mib.setdefault(pid, has_mib)
             self.growth_mib = max(self.growth_mib, growth_mib)
             assert growth_mib < GROWTH_MIB, f"a process of {name} has grown by {growth_mib:.1f} to {has_mib:.1f} MiB"
-
-
-@contextmanager
-def running() -> Iterator[Processes]:
-    """Processes that end with this."""
-    processes = Processes()
-    try:
-        yield processes
-    finally:
-        processes.end()
 
 
 Rounds = dict[str, Callable[[], None]]
@@ -144,7 +133,7 @@ def main() -> int:
     parser.add_argument("--of", choices=SOAKED, default="nodes", help="whole nodes, or their directories alone")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="soak-") as path, running() as processes:
+    with tempfile.TemporaryDirectory(prefix="soak-") as path, Processes() as processes:
         print(json.dumps(soak(arguments.of, arguments.minutes * 60, arguments.seed, Path(path), processes)))
     return 0
 

@@ -55,17 +55,16 @@ def serve(
     file_system: FileSystem, tmp_path: Path, free_port: Callable[[], int]
 ) -> Iterator[Callable[[int, str], tuple[Server, Path]]]:
     """`serve(file_system_bytes, volume_size)`: a node alone on its file system, and where that is mounted."""
-    guard = Processes()
+    with Processes() as processes:  # they end before the file system is unmounted
 
-    def start(size_bytes: int, volume_size: str) -> tuple[Server, Path]:
-        settings = tmp_path / "node.yaml"
-        settings.write_text(SETTINGS)
-        point = file_system(size_bytes)
-        server = Server(guard, point / "node", free_port(), {"disk0": volume_size}, ["--config", str(settings)])
-        return server, point
+        def start(size_bytes: int, volume_size: str) -> tuple[Server, Path]:
+            settings = tmp_path / "node.yaml"
+            settings.write_text(SETTINGS)
+            point = file_system(size_bytes)
+            server = Server(processes, point / "node", free_port(), {"disk0": volume_size}, ["--config", str(settings)])
+            return server, point
 
-    yield start
-    guard.end()  # before the file system is unmounted
+        yield start
 
 
 def used_bytes(point: Path) -> int:
