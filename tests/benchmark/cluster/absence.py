@@ -37,7 +37,6 @@ from .systems import System, run
 BLOCK_BYTES = 4096
 REGION_BYTES = 4 << 20
 DEPTH = 16
-LOOK_S = 0.1
 COLUMN_S = 0.1  # of the plot: the longest write that ended in it
 COLOURS = ("#c8442d", "#2f6f9f", "#4f9d8f")
 
@@ -70,9 +69,14 @@ def changed(writes: list[Write], begin_s: float, end_s: float) -> tuple[int, int
     return len({offset // REGION_BYTES for offset in offsets}) * REGION_BYTES, len(offsets) * BLOCK_BYTES
 
 
+def count(writes: list[Write], begin_s: float, end_s: float) -> int:
+    """How many ended in that time."""
+    return sum(begin_s <= at_s < end_s for at_s, _, _ in writes)
+
+
 def rate(writes: list[Write], begin_s: float, end_s: float) -> float:
     """Writes a second."""
-    return sum(begin_s <= at_s < end_s for at_s, _, _ in writes) / max(end_s - begin_s, 1e-9)
+    return count(writes, begin_s, end_s) / max(end_s - begin_s, 1e-9)
 
 
 def measure(system: System, rate_iops: int, before_s: float, away_s: float, limit_s: float) -> dict[str, Any]:
@@ -86,18 +90,19 @@ def measure(system: System, rate_iops: int, before_s: float, away_s: float, limi
     command = fio_job(system, "absence", *arguments)
     load = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     began_s = time.monotonic()
+
+    def at_s() -> float:
+        return time.monotonic() - began_s
+
     try:
         time.sleep(before_s)
-        killed_s = time.monotonic() - began_s
+        killed_s = at_s()
         system.kill_replica()
         time.sleep(away_s)
-        started_s = time.monotonic() - began_s
+        started_s = at_s()
         pid = system.start_replica()
-        while not system.is_whole():
-            if time.monotonic() - began_s > started_s + limit_s:
-                raise BenchmarkError(f"{system.title} is not whole {limit_s:.0f} s after the replica's return")
-            time.sleep(LOOK_S)
-        whole_s = time.monotonic() - began_s
+        system.wait_until_whole(limit_s - (at_s() - started_s))
+        whole_s = at_s()
         returned_bytes = received_bytes(pid)
         time.sleep(before_s / 2)
         if load.poll() is not None:
@@ -108,7 +113,7 @@ def measure(system: System, rate_iops: int, before_s: float, away_s: float, limi
     writes = writes_of(log.with_name("writes_lat.1.log"))
     regions_bytes, blocks_bytes = changed(writes, killed_s, started_s)
     longest = max(writes, key=lambda each: each[1])
-    live_bytes = round(rate(writes, started_s, whole_s) * (whole_s - started_s)) * BLOCK_BYTES
+    live_bytes = count(writes, started_s, whole_s) * BLOCK_BYTES
     return {
         "killed_s": killed_s,
         "started_s": started_s,
