@@ -30,10 +30,8 @@ class ReplicaFamily(SimulatedFamily):
 
     replica: Replica
 
-    def __init__(
-        self, segment_bytes: int = 64 << 10, settings: DiskSettings = SETTINGS, seed: int = 1, **rest: Any
-    ) -> None:
-        super().__init__(SIZE_BYTES, segment_bytes, settings, seed=seed, replicated=Replicated(), **rest)
+    def __init__(self, settings: DiskSettings = SETTINGS, seed: int = 1, **rest: Any) -> None:
+        super().__init__(SIZE_BYTES, 64 << 10, settings, seed=seed, replicated=Replicated(), **rest)
 
     def _open_disk(self) -> None:
         self.replica = Replica(self._open_family, self.files)

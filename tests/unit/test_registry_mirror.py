@@ -59,18 +59,15 @@ class Etcd:
         asyncio.get_running_loop().call_soon(done, answer)
 
 
-Held = tuple[Etcd, RegistryMirror, list[list[str]]]
-
-
-def with_mirror(work: Callable[[Etcd, RegistryMirror, list[list[str]]], Any], etcd: Etcd | None = None) -> Any:
+def with_mirror(work: Callable[[Etcd, RegistryMirror, list[list[str]]], Any]) -> Any:
     """Run `work(etcd, mirror, heard)` on a loop."""
 
     async def run() -> Any:
-        there = etcd or Etcd()
+        etcd = Etcd()
         heard: list[list[str]] = []
         clock = HostClock(asyncio.get_running_loop())
-        mirror = RegistryMirror(there, clock, lambda keys: heard.append(sorted(keys)))  # type: ignore[arg-type]
-        return await work(there, mirror, heard)
+        mirror = RegistryMirror(etcd, clock, lambda keys: heard.append(sorted(keys)))  # type: ignore[arg-type]
+        return await work(etcd, mirror, heard)
 
     return asyncio.run(run())
 

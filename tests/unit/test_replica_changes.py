@@ -81,10 +81,10 @@ class Rig:
         assert value is not None
         self.node.shared.values[f"replicas/{ID}"] = value.placed(arguments["placement"]).encode()
 
-    def owns_db(self, *nodes: str, in_sync: tuple[str, ...] = ()) -> None:
-        """n2 owns db, which is on these nodes."""
+    def owns_db(self, *nodes: str) -> None:
+        """n2 owns db, which is on these nodes, all in sync."""
         node = self.node
-        members = tuple(Member(each, 1) for each in (in_sync or nodes))
+        members = tuple(Member(each, 1) for each in nodes)
         node.shared.values[f"family/{ID}"] = DB.encode()
         node.shared.values["volume/db"] = f"{ID}/1".encode()
         node.shared.values[f"replicas/{ID}"] = ReplicaSet(1, "n2", members, nodes).encode()

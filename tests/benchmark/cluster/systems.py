@@ -12,6 +12,8 @@ from pathlib import Path
 from .. import processes
 from ..processes import BenchmarkError, is_running, last_line
 
+WAIT_S = 60.0
+LOOK_S = 0.1
 ENDED_S = 20.0
 
 
@@ -70,25 +72,25 @@ class System(ABC):
         """User and system seconds of all daemons."""
         return sum(map(processes.cpu_s, self.pids()))
 
-    def wait_until_whole(self, limit_s: float = 60.0) -> None:
+    def wait_until_whole(self, limit_s: float = WAIT_S) -> None:
         wait_until(self.is_whole, f"{self.title} is not whole", limit_s)
 
 
-def wait_until(holds: Callable[[], bool], otherwise: str, limit_s: float = 60.0, pause_s: float = 0.1) -> None:
+def wait_until(holds: Callable[[], bool], otherwise: str, limit_s: float = WAIT_S) -> None:
     """BenchmarkError when it does not hold in time."""
     deadline_s = time.monotonic() + limit_s
     while not holds():
         if time.monotonic() > deadline_s:
             raise BenchmarkError(f"{otherwise} after {limit_s:.0f} s")
-        time.sleep(pause_s)
+        time.sleep(LOOK_S)
 
 
-def run(command: list[str], limit_s: float = 60.0) -> str:
+def run(command: list[str]) -> str:
     """What it prints; BenchmarkError with its last words if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise BenchmarkError(f"{' '.join(command)} hangs for {limit_s:.0f} s") from None
+        raise BenchmarkError(f"{' '.join(command)} hangs for {WAIT_S:.0f} s") from None
     if done.returncode:
         raise BenchmarkError(f"{' '.join(command)} failed: {last_line(done.stderr or done.stdout)}")
     return done.stdout
