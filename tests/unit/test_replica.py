@@ -27,6 +27,7 @@ from protocol.peer_decoding import decode
 from protocol.peer_frames import encode
 from tests.simulation.replication.memory_log import MemoryDisk, MemoryLog
 from tests.simulation.world import SimulatedClock, World
+from tests.unit.session_rig import feed
 
 FAMILY = bytes(16)
 
@@ -81,11 +82,8 @@ def write(epoch: int, txid: int) -> Modification:
     return Modification(epoch, txid, 1, 1, 0, 0, b"", ())
 
 
-def feed(stream: PeerStream, *frames: Frame) -> None:
-    """They arrive together."""
-    data = b"".join(b"".join(encode(frame)) for frame in frames)
-    stream.buffer()[: len(data)] = data
-    stream.received(len(data))
+def feed_together(stream: PeerStream, *frames: Frame) -> None:
+    feed(stream, b"".join(b"".join(encode(frame)) for frame in frames))
 
 
 def append(number: int, *modifications: Modification, epoch: int = 3) -> Append:
@@ -149,7 +147,7 @@ def test_what_arrives_together_is_answered_once_and_before_anything_else_happens
     rig.log.at_once = 1.0
     stream, wire = rig.open(3)
     wire.sent.clear()
-    feed(stream, *(append(number, write(3, number)) for number in (1, 2, 3)))
+    feed_together(stream, *(append(number, write(3, number)) for number in (1, 2, 3)))
     rig.clock.run(0.1)
     (answer,) = wire.sent
     assert isinstance(answer, Appended)
@@ -164,7 +162,7 @@ def test_blocks_that_have_to_wait_are_kept_though_their_place_is_used_again() ->
     for txid, content in ((1, b"a"), (2, b"b")):
         block = content * BLOCK_BYTES
         body = extents + bytes(8) + crc32c(block).to_bytes(4, "little")
-        feed(stream, append(txid, Modification(3, txid, WRITE, 1, 1, 1, body, [block])))
+        feed_together(stream, append(txid, Modification(3, txid, WRITE, 1, 1, 1, body, [block])))
     rig.clock.run(0.1)
     written = [b"".join(record.data)[:1] for record in rig.disk.records if isinstance(record, Modification)]
     assert written == [b"a", b"b"]
