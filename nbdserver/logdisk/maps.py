@@ -84,13 +84,17 @@ class Maps:
         """Change what both maps may keep in memory; pages over it go with the next loads."""
         # 2 KiB of logical and 3 KiB of middle page for the same 256 blocks, when they were written in order.
         pair = self.logical.page_bytes + self.middle.page_bytes
-        self.logical.limit_pages = max(MIN_PAGES, cache_bytes // pair)
-        self.middle.limit_pages = max(MIN_PAGES, cache_bytes // pair)
+        self._cache_pages = max(MIN_PAGES, cache_bytes // pair)
+        self.let_go()
 
     def hold(self, pages: int) -> None:
-        """Let so many pages of each map be in memory together, until `set_cache_bytes` is called again."""
+        """Let so many pages of each map be in memory together, whatever the cache may keep, until `let_go`."""
         self.logical.limit_pages = max(self.logical.limit_pages, 2 * pages)
         self.middle.limit_pages = max(self.middle.limit_pages, 2 * pages)
+
+    def let_go(self) -> None:
+        """Keep no more in memory than the cache may."""
+        self.logical.limit_pages = self.middle.limit_pages = self._cache_pages
 
     def needed(self, address: int, count: int, most: int = PAGE_BLOCKS, first_mba: int = 1) -> Need:
         """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`.

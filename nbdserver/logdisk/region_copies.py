@@ -177,7 +177,7 @@ class CopyApplying:
                 disk.call_soon(self._ordered.go_on)
                 return None
             if loads:
-                maps.set_cache_bytes(disk.settings.cache_bytes)
+                maps.let_go()
             return errno
 
         self._ordered.submit(step, done)

@@ -110,7 +110,7 @@ class RegionReading:
 
     def _finish(self, errno: int, copy: Copy | None) -> None:
         if self._loads:
-            self._maps.set_cache_bytes(self._disk.settings.cache_bytes)
+            self._maps.let_go()
         self._done(errno, copy)
 
     def _copy(self, views: Views, mbas: list[int]) -> Copy:

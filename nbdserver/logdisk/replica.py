@@ -296,7 +296,7 @@ class Replica:
             if isinstance(found, RegionState):
                 done(found)
                 if loads:
-                    maps.set_cache_bytes(self.disk.settings.cache_bytes)
+                    maps.let_go()
                 return 0
             loads += 1
             maps.hold(loads * (len(found) + REGION_BLOCKS))

@@ -125,7 +125,7 @@ class ReplicaAppend:
                     return None
                 if self._tries:
                     self._tries = 0
-                    self._maps.set_cache_bytes(self._disk.settings.cache_bytes)
+                    self._maps.let_go()
                 if errno:
                     return errno
                 left.popleft()
@@ -152,7 +152,7 @@ class ReplicaAppend:
     def give_up(self) -> None:
         """See Ordered.give_up."""
         self._tries = 0
-        self._maps.set_cache_bytes(self._disk.settings.cache_bytes)
+        self._maps.let_go()
         self._ordered.give_up()
 
     def _try(self, modification: Modification) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from metadata.pages import MIN_PAGES
 from nbdserver.logdisk.ordering import Rule, disabled
 from protocol.peer import Modification
 from tests.unit.families import BLOCK_BYTES, block
@@ -94,17 +95,17 @@ def test_what_has_to_wait_is_left_and_what_comes_behind_it_is_not_appended_befor
 
 def test_a_record_that_touches_more_pages_than_the_cache_holds_is_appended() -> None:
     pair = Pair(cache_bytes=64 << 20)
-    pair.replica.disk.maps.set_cache_bytes(0)
     for lba in range(0, 16384, 130):
         pair.owner.put(lba, lba + 1)
     pair.tell()
     pair.replica.checkpoint()
+    pair.replica.disk.maps.set_cache_bytes(0)
     for lba in range(0, 16384, 130):
         if lba % 1300 < 1100:
             assert pair.owner.device.write(lba << 12, memoryview(block(lba + 2)))
     assert pair.owner.device.commit() == 0
     pair.tell()
-    pair.replica.disk.maps.set_cache_bytes(0)
+    assert pair.replica.disk.maps.logical.limit_pages == MIN_PAGES  # not what it was opened with
     pair.compare()
 
 
