@@ -23,13 +23,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from metadata.logical_map import ADDRESS_SHIFT
-from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
+from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT
 from metadata.region_table import REGION_SHIFT
 from metadata.seams import Files
-from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Need
+from nbdserver.logdisk.cold_read import Bad, BlockPlace, Found, place_of, read_places
+from nbdserver.logdisk.maps import Need
 from nbdserver.logdisk.pacing import guarded
 from nbdserver.logdisk.region_copies import REGION_BLOCKS, Views, distinct, pack_views
-from nbdserver.logdisk.repair import BadBlock
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, HEAD, NAMELESS
 from protocol.invariant import invariant
@@ -43,8 +43,8 @@ _INLINE_BLOCKS = 64  # that were written meanwhile and are read again from the p
 _MOST_REPAIRS = 3  # of one region: a device that loses what was just written to it is given up
 _DIGESTS_A_STEP = 64  # some 0.25 ms
 
-Place = tuple[int, int, int, int]
-"""Segment, its sequence, offset, checksum."""
+Place = tuple[BlockPlace, int]
+"""Where a block lies, and the sequence number of that segment's life."""
 
 
 class RegionReading:
@@ -71,8 +71,6 @@ class RegionReading:
         self._packed: dict[int, tuple[Sequence[tuple[int, Place]], Part]] = {}  # by group: of which blocks
         self._settled: Views = {}  # of layers that do not change any more
         self._have: dict[int, tuple[Place, bytes]] = {}
-        self._reading = 0
-        self._bad: list[BadBlock] = []
         self._repairs = 0
         self._errno = 0
         self._loads = 0
@@ -88,16 +86,14 @@ class RegionReading:
         if views is None:
             return
         mbas = distinct(views)
-        maps = self._maps
-        missing = {mba >> PAGE_SHIFT for mba in mbas if maps.middle.get(mba >> PAGE_SHIFT) is None}
-        if missing:
-            self._load([(maps.middle, number) for number in sorted(missing)])
+        places = self._places(mbas)
+        if places is None:
             return
-        nowhere = {mba for mba in mbas if not self._place(mba)[0]}
+        nowhere = {mba for mba, (place, _) in places.items() if not place.segment}
         if nowhere:
             views = self._without(views, nowhere)
             mbas = distinct(views)
-        lacking = {mba: place for mba in mbas if (place := self._place(mba)) != self._have.get(mba, (None,))[0]}
+        lacking = {mba: places[mba] for mba in mbas if places[mba] != self._have.get(mba, (None,))[0]}
         if len(lacking) <= _INLINE_BLOCKS:
             lacking = {mba: place for mba, place in lacking.items() if not self._read_cached(mba, place)}
         if lacking:
@@ -115,7 +111,7 @@ class RegionReading:
 
     def _copy(self, views: Views, mbas: list[int]) -> Copy:
         have = self._have
-        checksums = array("I", [have[mba][0][3] for mba in mbas]).tobytes()
+        checksums = array("I", [have[mba][0][0].checksum for mba in mbas]).tobytes()
         region_txid = self._maps.regions.txid_of(self._region)
         txid = self._disk.log.txid
         travels = [mba for mba in mbas if self._same.get(mba) != have[mba][0]]
@@ -201,50 +197,42 @@ class RegionReading:
         self._maps.hold(len(need) + self._loads * REGION_BLOCKS)
         self._maps.load(need, self._go_on)
 
-    def _place(self, mba: int) -> Place:
-        maps = self._maps
-        page = maps.middle.get(mba >> PAGE_SHIFT)
-        assert page is not None
-        index = mba & PAGE_MASK
-        segment = page[index]
-        return segment, maps.segments.sequence[segment], page[OFFSET + index], page[CHECKSUM + index]
+    def _places(self, mbas: Sequence[int]) -> dict[int, Place] | None:
+        """Where the blocks lie now; None: pages are being loaded."""
+        middle, sequence = self._maps.middle, self._maps.segments.sequence
+        missing = [number for number in sorted({mba >> PAGE_SHIFT for mba in mbas}) if middle.get(number) is None]
+        if missing:
+            self._load([(middle, number) for number in missing])
+            return None
+        places: dict[int, Place] = {}
+        for mba in mbas:
+            page = middle.get(mba >> PAGE_SHIFT)
+            assert page is not None
+            place = place_of(mba, page)
+            places[mba] = place, sequence[place.segment]
+        return places
 
     def _read_cached(self, mba: int, place: Place) -> bool:
-        found = self._files.read_cached(self._disk.pool.handles[place[0]], BLOCK_BYTES, place[2])
-        if found is None or crc32c(found) != place[3]:
+        _, segment, offset, checksum = place[0]
+        found = self._files.read_cached(self._disk.pool.handles[segment], BLOCK_BYTES, offset)
+        if found is None or crc32c(found) != checksum:
             return False
         self._have[mba] = place, found
         return True
 
     def _read(self, lacking: Mapping[int, Place]) -> None:
-        by_segment: dict[int, list[int]] = {}
-        for mba, place in lacking.items():
-            by_segment.setdefault(place[0], []).append(mba)
-        self._reading = len(by_segment)
-        for segment, mbas in by_segment.items():
-            self._disk.pool.begin_read(segment)
-            extents = [(BLOCK_BYTES, lacking[mba][2]) for mba in mbas]
+        def arrived(found: Found, bad: Bad) -> None:
+            for mba, block in found.items():
+                self._have[mba] = lacking[mba], block
+            if bad:
+                self._repair(bad)
+            else:
+                self._go_on()
 
-            def arrived(errno: int, blocks: list[bytes], segment: int = segment, mbas: list[int] = mbas) -> None:
-                self._disk.pool.end_read(segment)
-                for position, mba in enumerate(mbas):
-                    block = blocks[position] if not errno else b""
-                    if len(block) == BLOCK_BYTES and crc32c(block) == lacking[mba][3]:
-                        self._have[mba] = lacking[mba], block
-                    else:
-                        self._bad.append(BadBlock(mba, segment, lacking[mba][2]))
-                self._reading -= 1
-                if not self._reading:
-                    self._repair()
+        read_places(self._disk, self._files, [place for place, _ in lacking.values()], arrived)
 
-            self._files.read_later(self._disk.pool.handles[segment], extents, arrived)
-
-    def _repair(self) -> None:
+    def _repair(self, bad: Bad) -> None:
         """What has rotted is repaired before it is copied."""
-        bad, self._bad = self._bad, []
-        if not bad:
-            self._go_on()
-            return
         self._repairs += 1
 
         def repaired(lost: set[int]) -> None:

@@ -22,9 +22,9 @@ from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import MIN_PAGES, PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Buffer, Clock, Files
 from nbdserver.block import HOLE, ZERO, Extents, Later, Operation
-from nbdserver.logdisk.cold_read import BlockPlace, ColdRead
+from nbdserver.logdisk.cold_read import BlockPlace, ColdRead, place_of
 from nbdserver.logdisk.devices import Device, Head
-from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS
+from nbdserver.logdisk.maps import SMALL_HOLE_BLOCKS
 from nbdserver.logdisk.next_page import NextPage
 from protocol.disk import BLOCK_BYTES
 
@@ -235,8 +235,7 @@ class _Waiting:
             return None
         middle = maps.middle.get(mba >> PAGE_SHIFT)
         assert middle is not None
-        index = mba & PAGE_MASK
-        return BlockPlace(mba, middle[index], middle[OFFSET + index], middle[CHECKSUM + index])
+        return place_of(mba, middle)
 
     # -- changing
 
