@@ -18,13 +18,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from metadata.layers import Tree
-from metadata.pages import Page, PageMap
+from metadata.pages import PAGE_SHIFT, Page, PageMap
+from metadata.region_table import REGION_BLOCKS, REGION_SHIFT
 
 LAYER_SHIFT = 32  # of a page's number
 ADDRESS_SHIFT = 40  # of a block's address
 PAGE_OF_LAYER = (1 << LAYER_SHIFT) - 1
 LBA_OF_ADDRESS = (1 << ADDRESS_SHIFT) - 1
 _DERIVED_THROUGH = 64  # layers
+
+
+def pages_of_region(layer: int, region: int) -> range:
+    """The numbers of the pages that a layer has of a region."""
+    first = (layer << ADDRESS_SHIFT) + (region << REGION_SHIFT) >> PAGE_SHIFT
+    return range(first, first + (REGION_BLOCKS >> PAGE_SHIFT))
 
 
 class LogicalMap(PageMap):

@@ -21,7 +21,8 @@ from protocol.disk import BLOCK_BYTES, pack_value, unpack_value
 from protocol.invariant import invariant
 
 REGION_SHIFT = 10  # of an LBA
-REGION_BYTES = BLOCK_BYTES << REGION_SHIFT
+REGION_BLOCKS = 1 << REGION_SHIFT
+REGION_BYTES = REGION_BLOCKS * BLOCK_BYTES
 _PAGE_SHIFT = 9
 _PAGE_REGIONS = 1 << _PAGE_SHIFT
 _PREFIX = b"R"

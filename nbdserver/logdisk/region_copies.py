@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from metadata.layers import Tree
 from metadata.logical_map import ADDRESS_SHIFT
 from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page
-from metadata.region_table import REGION_SHIFT
+from metadata.region_table import REGION_BLOCKS, REGION_SHIFT
 from nbdserver.logdisk.maps import CHECKSUM, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.replica_append import needed_of_mbas
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
     from nbdserver.logdisk.replica_append import Ordered
 
-REGION_BLOCKS = 1 << REGION_SHIFT
 _BLOCKS_A_TURN = 128  # of the loop: some 2 ms, for one layer
 
 Views = dict[int, "array[int]"]

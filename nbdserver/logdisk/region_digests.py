@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from metadata.logical_map import ADDRESS_SHIFT
-from metadata.pages import PAGE_SHIFT
-from metadata.region_table import REGION_SHIFT
+from metadata.logical_map import LAYER_SHIFT, pages_of_region
 from metadata.seams import Files
 from nbdserver.logdisk.blocks_reading import BlocksReading
 from nbdserver.logdisk.pacing import guarded
-from nbdserver.logdisk.region_copies import REGION_BLOCKS
 from protocol.packing import digest
 from protocol.peer import BLOCKS_LIMIT, COMPARED_LIMIT
 
@@ -38,12 +35,7 @@ class RegionDigests:
         self._disk = disk
         self._files = files
         self._done = done
-        first_lba = region << REGION_SHIFT
-        self._pages = [
-            (layer << ADDRESS_SHIFT) + first_lba + lba >> PAGE_SHIFT
-            for layer in sorted(disk.maps.tree.layers)
-            for lba in range(0, REGION_BLOCKS, 1 << PAGE_SHIFT)
-        ]
+        self._pages = [number for layer in sorted(disk.maps.tree.layers) for number in pages_of_region(layer, region)]
         self._mbas: set[int] = set()
         self._digests: dict[int, bytes] = {}
         disk.call_soon(guarded(disk.fail, self._look))
@@ -53,7 +45,7 @@ class RegionDigests:
         maps = self._disk.maps
         while self._pages and len(self._mbas) < COMPARED_LIMIT:
             number = self._pages[-1]
-            if number >> (ADDRESS_SHIFT - PAGE_SHIFT) in maps.tree.layers:
+            if number >> LAYER_SHIFT in maps.tree.layers:
                 page: array[int] | None = maps.page(number)
                 if page is None:
                     maps.load([(maps.logical, number)], guarded(self._disk.fail, self._look))

@@ -22,14 +22,14 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from metadata.logical_map import ADDRESS_SHIFT
+from metadata.logical_map import pages_of_region
 from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT
-from metadata.region_table import REGION_SHIFT
+from metadata.region_table import REGION_BLOCKS
 from metadata.seams import Files
 from nbdserver.logdisk.cold_read import Bad, BlockPlace, Found, place_of, read_places
 from nbdserver.logdisk.maps import Need
 from nbdserver.logdisk.pacing import guarded
-from nbdserver.logdisk.region_copies import REGION_BLOCKS, Views, distinct, pack_views
+from nbdserver.logdisk.region_copies import Views, distinct, pack_views
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, HEAD, NAMELESS
 from protocol.invariant import invariant
@@ -114,11 +114,12 @@ class RegionReading:
         checksums = array("I", [have[mba][0][0].checksum for mba in mbas]).tobytes()
         region_txid = self._maps.regions.txid_of(self._region)
         txid = self._disk.log.txid
-        travels = [mba for mba in mbas if self._same.get(mba) != have[mba][0]]
+        stays = {mba for mba in mbas if self._same.get(mba) == have[mba][0]}
+        travels = [mba for mba in mbas if mba not in stays]
         data = [have[mba][1] for mba in travels]
         kept, parts = b"", []
         if self._known is not None:
-            bits = sum(1 << at for at, mba in enumerate(mbas) if self._same.get(mba) == have[mba][0])
+            bits = sum(1 << at for at, mba in enumerate(mbas) if mba in stays)
             kept = bits.to_bytes((len(mbas) + 7) // 8, "little") if bits else b""
             parts = [self._part(group, list(members)) for group, members in groupby(travels, _group_of)]
         return Copy(self._region, txid, region_txid, pack_views(views), checksums, data, kept, parts)
@@ -160,14 +161,12 @@ class RegionReading:
         views: Views = {}
         maps = self._maps
         need: Need = []
-        first_lba = self._region << REGION_SHIFT
         for layer, found in sorted(maps.tree.layers.items()):
             settled = self._settled.get(layer)
             if settled is not None:
                 views[layer] = settled
                 continue
-            first = (layer << ADDRESS_SHIFT) + first_lba >> PAGE_SHIFT
-            numbers = range(first, first + (REGION_BLOCKS >> PAGE_SHIFT))
+            numbers = pages_of_region(layer, self._region)
             pages = [maps.page(number) for number in numbers]
             need += [(maps.logical, number) for number, page in zip(numbers, pages, strict=True) if page is None]
             if None not in pages:

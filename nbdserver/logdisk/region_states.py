@@ -14,11 +14,9 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 
-from metadata.logical_map import ADDRESS_SHIFT
-from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
-from metadata.region_table import REGION_SHIFT
+from metadata.logical_map import pages_of_region
+from metadata.pages import PAGE_MASK, PAGE_SHIFT
 from nbdserver.logdisk.maps import CHECKSUM, Maps, Need
-from nbdserver.logdisk.region_copies import REGION_BLOCKS
 from protocol.disk import NAMELESS
 from protocol.peer import DIGEST_BYTES, RegionState
 
@@ -26,17 +24,15 @@ from protocol.peer import DIGEST_BYTES, RegionState
 def region_state(maps: Maps, region: int) -> RegionState | Need:
     """The state of the region, or the pages that are needed for it first."""
     need: Need = []
-    first_lba = region << REGION_SHIFT
     digest = blake2b(digest_size=DIGEST_BYTES)
     for number, layer in sorted(maps.tree.layers.items()):
         if layer.row.kind == NAMELESS:
             continue
-        first = (number << ADDRESS_SHIFT) + first_lba >> PAGE_SHIFT
-        for page_number in range(first, first + (REGION_BLOCKS >> PAGE_SHIFT)):
+        for page_number in pages_of_region(number, region):
             page = maps.page(page_number)
             if page is None:
                 need.append((maps.logical, page_number))
-            elif any(page[:PAGE_BLOCKS]):
+            elif any(page):
                 digest.update(page_number.to_bytes(8, "little") + page.tobytes())
                 digest.update(_checksums(maps, page, need).tobytes())
     return list(dict.fromkeys(need)) or RegionState(maps.regions.txid_of(region), digest.digest())

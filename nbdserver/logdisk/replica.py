@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from metadata.layers import Row, unpack_rows
 from metadata.ranges import runs_of
-from metadata.region_table import REGION_SHIFT
+from metadata.region_table import REGION_BLOCKS, REGION_BYTES
 from metadata.replica_state import ReplicaState, put_replica_state
 from metadata.seams import Batch, Done, Files
 from nbdserver.logdisk.blocks_reading import BlocksReading
@@ -31,7 +31,7 @@ from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.log_reading import LogReading
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
-from nbdserver.logdisk.region_copies import REGION_BLOCKS, CopyApplying
+from nbdserver.logdisk.region_copies import CopyApplying
 from nbdserver.logdisk.region_digests import RegionDigests
 from nbdserver.logdisk.region_reading import RegionReading
 from nbdserver.logdisk.region_states import region_state
@@ -236,7 +236,7 @@ class Replica:
         unsure = {layer.row.first_mba for number, layer in tree.layers.items() if number not in kept}
         if any(row.first_mba < disk.maps.next_mba or row.first_mba in unsure for row in added):
             # A layer that is not known here has absorbed one that is: what it shows is told by copies alone.
-            regions = (*regions, (0, (max(row.size_bytes for row in rows) >> REGION_SHIFT + 12) + 1))
+            regions = (*regions, (0, max(row.size_bytes for row in rows) // REGION_BYTES + 1))
         if added and not added[0].parent:
             rows = [row._replace(parent=tree.root) if row is added[0] else row for row in rows]
         gone = [

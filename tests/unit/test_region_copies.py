@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from metadata.region_table import REGION_BLOCKS
 from nbdserver.logdisk.ordering import Rule, disabled
-from nbdserver.logdisk.region_copies import REGION_BLOCKS, distinct, pack_views, unpack_views
+from nbdserver.logdisk.region_copies import distinct, pack_views, unpack_views
 from protocol.peer import BEGINNING, Copy
 from protocol.peer_decoding import decode
 from protocol.peer_frames import encode
