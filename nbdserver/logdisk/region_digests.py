@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 from metadata.logical_map import LAYER_SHIFT, pages_of_region
 from metadata.seams import Files
 from nbdserver.logdisk.blocks_reading import BlocksReading
-from nbdserver.logdisk.pacing import guarded
+from nbdserver.logdisk.pacing import Job, guarded
 from protocol.packing import digest
 from protocol.peer import BLOCKS_LIMIT, COMPARED_LIMIT
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
-_DIGESTS_A_STEP = 64  # some 0.25 ms
+DIGESTS_A_STEP = 64  # some 0.25 ms
 
 
 class RegionDigests:
@@ -59,15 +59,15 @@ class RegionDigests:
         if not mbas or self._disk.failure:
             self._done(self._digests)
             return
-        step = guarded(self._disk.fail, partial(self._step, mbas[BLOCKS_LIMIT:]))
-        BlocksReading(
-            self._disk, self._files, mbas[:BLOCKS_LIMIT], is_patient=False, done=lambda found: step(iter(found.items()))
-        )
+        go_on = guarded(self._disk.fail, partial(self._read, mbas[BLOCKS_LIMIT:]))
 
-    def _step(self, rest: Sequence[int], found: Iterator[tuple[int, bytes]]) -> None:
-        for count, (mba, block) in enumerate(found, 1):
+        def arrived(found: Mapping[int, bytes]) -> None:
+            Job(self._disk.clock, self._steps(found), go_on, self._disk.parted, share=1.0)
+
+        BlocksReading(self._disk, self._files, mbas[:BLOCKS_LIMIT], is_patient=False, done=arrived)
+
+    def _steps(self, found: Mapping[int, bytes]) -> Iterator[None]:
+        for count, (mba, block) in enumerate(found.items(), 1):
             self._digests[mba] = digest(block)
-            if count == _DIGESTS_A_STEP:
-                self._disk.call_soon(guarded(self._disk.fail, partial(self._step, rest, found)))
-                return
-        self._read(rest)
+            if count % DIGESTS_A_STEP == 0:
+                yield

@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno as errnos
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -28,8 +27,9 @@ from metadata.region_table import REGION_BLOCKS
 from metadata.seams import Files
 from nbdserver.logdisk.cold_read import Bad, BlockPlace, Found, place_of, read_places
 from nbdserver.logdisk.maps import Need
-from nbdserver.logdisk.pacing import guarded
+from nbdserver.logdisk.pacing import Job, guarded
 from nbdserver.logdisk.region_copies import Views, distinct, pack_views
+from nbdserver.logdisk.region_digests import DIGESTS_A_STEP
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, HEAD, NAMELESS
 from protocol.invariant import invariant
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _INLINE_BLOCKS = 64  # that were written meanwhile and are read again from the page cache
 _MOST_REPAIRS = 3  # of one region: a device that loses what was just written to it is given up
-_DIGESTS_A_STEP = 64  # some 0.25 ms
 
 Place = tuple[BlockPlace, int]
 """Where a block lies, and the sequence number of that segment's life."""
@@ -102,7 +101,8 @@ class RegionReading:
             self._finish(0, self._copy(views, mbas))
         else:
             self._is_prepared = True
-            self._prepare(self._steps(mbas))
+            # Then it is looked at again, because the region goes on changing.
+            Job(disk.clock, self._steps(mbas), self._go_on, disk.parted, share=1.0)
 
     def _finish(self, errno: int, copy: Copy | None) -> None:
         if self._loads:
@@ -126,13 +126,6 @@ class RegionReading:
 
     # -- what need not travel, and what travels as less
 
-    def _prepare(self, steps: Iterator[None]) -> None:
-        """Go through the steps one by one; then look again, because the region goes on changing."""
-        if self._disk.failure or next(steps, self) is self:
-            self._go_on()
-        else:
-            self._disk.call_soon(guarded(self._disk.fail, partial(self._prepare, steps)))
-
     def _steps(self, mbas: Sequence[int]) -> Iterator[None]:
         """Find the blocks that the other has too, and pack the others: what is still so in the end is used."""
         known = self._known or {}
@@ -140,7 +133,7 @@ class RegionReading:
             place, block = self._have[mba]
             if mba in known and known[mba] == digest(block):
                 self._same[mba] = place
-            if count % _DIGESTS_A_STEP == _DIGESTS_A_STEP - 1:
+            if count % DIGESTS_A_STEP == DIGESTS_A_STEP - 1:
                 yield
         travels = [mba for mba in mbas if mba not in self._same]
         for group, members in groupby(travels, _group_of):
