@@ -69,14 +69,13 @@ class ReplicaSet:
         """The value that is to follow this one."""
         return replace(self, number=self.number + 1, **values)
 
-    def without(self, node: str) -> "ReplicaSet":
-        """The next value, with one member less; one that is leaving is gone."""
-        in_sync = tuple(member for member in self.in_sync if member.node != node)
-        if node not in self.leaving:
-            return self.changed(in_sync=in_sync)
-        placement = tuple(each for each in self.placement if each != node)
+    def without(self, *nodes: str) -> "ReplicaSet":
+        """The next value, without the members on these nodes; those that are leaving are gone."""
+        gone = [node for node in nodes if node in self.leaving]
         return self.changed(
-            in_sync=in_sync, placement=placement, leaving=tuple(each for each in self.leaving if each != node)
+            in_sync=tuple(member for member in self.in_sync if member.node not in nodes),
+            placement=tuple(node for node in self.placement if node not in gone),
+            leaving=tuple(node for node in self.leaving if node not in gone),
         )
 
     def with_member(self, added: Member) -> "ReplicaSet":
@@ -102,12 +101,7 @@ class ReplicaSet:
 
     def without_leaving(self) -> "ReplicaSet":
         """The next value, when it can let go."""
-        gone = tuple(node for node in self.leaving if node != self.owner)
-        return self.changed(
-            in_sync=tuple(member for member in self.in_sync if member.node not in gone),
-            placement=tuple(node for node in self.placement if node not in gone),
-            leaving=tuple(node for node in self.leaving if node not in gone),
-        )
+        return self.without(*(node for node in self.leaving if node != self.owner))
 
     def encode(self) -> bytes:
         """As it is in the registry."""
