@@ -43,12 +43,7 @@ from nbdserver.logdisk.lookup import Lookup
 from nbdserver.logdisk.maps import OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.read_ahead import ReadAhead, read_record
-from nbdserver.logdisk.records import (
-    Record,
-    body_length,
-    extents_of,
-    parse_segment_header,
-)
+from nbdserver.logdisk.records import Record, SegmentStart, body_length, extents_of, parse_segment_header
 from nbdserver.logdisk.region_copies import show, unpack_views
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DELETIONS_KEEP, SegmentPool
 from nbdserver.logdisk.tree_changes import apply_rows
@@ -81,12 +76,15 @@ class RecoveryError(Exception):
 
 def highest_sequence(files: Files, handles: Sequence[int], family: bytes) -> int:
     """Of any life whose header is in a segment file, 0 if there is none; the handles are by number, -1 for none."""
-    sequence = 0
+    return max((start.sequence for start in _lives(files, handles, family)), default=0)
+
+
+def _lives(files: Files, handles: Sequence[int], family: bytes) -> Iterator[SegmentStart]:
+    """The headers in the segment files, present lives or former ones."""
     for number, handle in enumerate(handles):
         start = parse_segment_header(files.read(handle, SEGMENT_HEADER_BYTES, 0)) if handle >= 0 else None
         if start is not None and (start.family, start.segment) == (family, number):
-            sequence = max(sequence, start.sequence)
-    return sequence
+            yield start
 
 
 @dataclass
@@ -272,18 +270,16 @@ class Replay:
         """Raise RecoveryError if a header behind the break says that more than `lsn` was durable."""
         if not holds(Rule.LOG_ENDS_ONLY_ABOVE_DURABLE):
             return
-        for number, handle in enumerate(self._pool.handles):
-            if handle < 0:
+        handles = self._pool.handles
+        for start in _lives(self._files, handles, self._family):
+            if start.sequence < sequence:
                 continue
-            start = parse_segment_header(self._files.read(handle, SEGMENT_HEADER_BYTES, 0))
-            if start is None or start.family != self._family or start.segment != number or start.sequence < sequence:
-                continue
-            begin = offset if number == segment else SEGMENT_HEADER_BYTES
-            durable = self._durable_in(handle, chain_key(start.sequence, start.salt), begin)
+            begin = offset if start.segment == segment else SEGMENT_HEADER_BYTES
+            durable = self._durable_in(handles[start.segment], chain_key(start.sequence, start.salt), begin)
             if durable > lsn:
                 raise RecoveryError(
                     f"the log is damaged: record {lsn + 1} cannot be read (expected in segment {segment} at byte "
-                    f"{offset}), but segment {number} knows records up to {durable} durable"
+                    f"{offset}), but segment {start.segment} knows records up to {durable} durable"
                 )
 
     def _durable_in(self, handle: int, key: bytes, offset: int) -> int:
