@@ -110,5 +110,6 @@ class ColdRead:
     def _repaired(self, bad: Bad, lost: set[int]) -> None:
         for index, place in enumerate(self._places):
             if place is not None and place.mba in lost and self._layer in self._disk.maps.tree.layers:
-                self._disk.damage.found(self._layer, self._lba + index, *place[:3], bad[BadBlock(*place[:3])])
+                block = BadBlock(*place[:3])
+                self._disk.damage.found(self._layer, self._lba + index, block, bad[block])
         self._done(errnos.EIO if lost else errnos.EAGAIN, [])

@@ -10,6 +10,7 @@ Known weakness: this is memory. After a restart a damaged block is found by who 
 from collections.abc import Callable, Mapping
 
 from metadata.layers import Tree
+from nbdserver.logdisk.repair import BadBlock
 from protocol.disk import SNAPSHOT
 
 MOST_NOTED = 1024
@@ -26,11 +27,11 @@ class Damage:
     def __len__(self) -> int:
         return len(self._noted)
 
-    def found(self, layer: int, lba: int, mba: int, segment: int, offset: int, errno: int) -> None:
+    def found(self, layer: int, lba: int, bad: BadBlock, errno: int) -> None:
         """A block that a layer shows could not be read (`errno`), or has the wrong checksum (0)."""
         if len(self._noted) < MOST_NOTED:
-            self._noted[layer, lba] = mba
-        place = {"lba": lba, "segment": segment, "offset": offset, "errno": errno}
+            self._noted[layer, lba] = bad.mba
+        place = {"lba": lba, "segment": bad.segment, "offset": bad.offset, "errno": errno}
         self._report("checksum-error", {**self._shown_as(layer), **place})
 
     def repaired(self, mba: int) -> None:

@@ -41,6 +41,7 @@ from nbdserver.logdisk.maps import CHECKSUM, OFFSET
 from nbdserver.logdisk.pacing import Job, Pace
 from nbdserver.logdisk.page_walk import PageWalk
 from nbdserver.logdisk.records import Record, extents_of, next_record
+from nbdserver.logdisk.repair import BadBlock
 from nbdserver.logdisk.suspects import Suspect, Suspects
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_DATA, SEAL, SEGMENT_HEADER_BYTES, WRITE, chain_key, wrong_blocks
@@ -232,7 +233,8 @@ class Scrub:
 
     def _suspect(self, record: Record, block: int) -> None:
         offset = record.data_offset + block * BLOCK_BYTES
-        self._suspects.add(Suspect(record.mbas[block], _lba_of(record, block), self._segment, offset, 0))
+        bad = BadBlock(record.mbas[block], self._segment, offset)
+        self._suspects.add(Suspect(bad, _lba_of(record, block), 0))
 
     def _note_damaged(self) -> None:
         self.progress = replace(self.progress, damaged_blocks=self.progress.damaged_blocks + 1)
@@ -275,7 +277,7 @@ class Scrub:
             if self._is_over():
                 return
             if errno or crc32c(data[0]) != checksum:
-                self._suspects.add(Suspect(mbas[at], -1, segment, offset, errno))
+                self._suspects.add(Suspect(BadBlock(mbas[at], segment, offset), -1, errno))
             next_block = partial(self._wait, BLOCK_BYTES, partial(self._read_block, lives, at + 1))
             self._safe(self._suspects.look)(next_block)
 

@@ -4,7 +4,7 @@ Theory. A block with a wrong checksum is damage only if it still is the present 
 another replica has it (repair.py). What nobody has is reported for each volume and snapshot that shows it; a block that
 was moved has no LBA in its record, so its MBA is looked for in the logical maps, once, in the end.
 
-Known weakness: of the layers that may show a damaged block MOST_LAYERS are looked at.
+Known weakness: of the layers that may show a damaged block _MOST_LAYERS are looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nbdserver.logdisk.repair import BadBlock
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
-MOST_LAYERS = 256
+_MOST_LAYERS = 256
 _MOST_KNOWN = 1024  # damaged blocks that are remembered, to find the LBAs of those that the cleaner moved
 
 Safe = Callable[[Callable[..., None]], Callable[..., None]]
@@ -29,11 +29,9 @@ Walk = Callable[[PageMap, Callable[[int, Page], None], Callable[[], None]], None
 
 
 class Suspect(NamedTuple):
-    mba: int
+    bad: BadBlock
     lba: int  # -1: not known
-    segment: int
-    offset: int
-    errno: int
+    errno: int  # 0: the checksum is wrong
 
 
 class Suspects:
@@ -56,50 +54,45 @@ class Suspects:
 
     def look(self, then: Callable[[], None]) -> None:
         """Report those that are the present block of their MBA."""
-        if not self._suspects:
-            then()
-            return
         again = partial(self.look, then)
         middle = self._maps.middle
         while self._suspects:
             suspect = self._suspects[-1]
-            page = middle.get(suspect.mba >> PAGE_SHIFT)
+            bad = suspect.bad
+            page = middle.get(bad.mba >> PAGE_SHIFT)
             if page is None:
-                self._maps.load([(middle, suspect.mba >> PAGE_SHIFT)], self._safe(again))
+                self._maps.load([(middle, bad.mba >> PAGE_SHIFT)], self._safe(again))
                 return
             self._suspects.pop()
-            index = suspect.mba & PAGE_MASK
-            if (page[index], page[OFFSET + index]) != (suspect.segment, suspect.offset) or suspect.mba in self._known:
+            index = bad.mba & PAGE_MASK
+            if (page[index], page[OFFSET + index]) != (bad.segment, bad.offset) or bad.mba in self._known:
                 continue  # overwritten or freed meanwhile; or met again, block by block
             if len(self._known) < _MOST_KNOWN:
-                self._known.add(suspect.mba)
-            bad = BadBlock(suspect.mba, suspect.segment, suspect.offset)
+                self._known.add(bad.mba)
             self._disk.repairs.want(bad, self._safe(partial(self._judge, suspect, again)))
             return
         then()
 
     def _judge(self, suspect: Suspect, then: Callable[[], None], is_repaired: bool) -> None:
         """Report what nobody else has."""
+        bad = suspect.bad
         if is_repaired:
-            self._known.discard(suspect.mba)
+            self._known.discard(bad.mba)
             then()
             return
         self._note_damaged()
-        self._disk.report(
-            "checksum-error",
-            {"mba": suspect.mba, "segment": suspect.segment, "offset": suspect.offset, "by": "scrub"},
-        )
+        self._disk.report("checksum-error", {**bad._asdict(), "by": "scrub"})
         if suspect.lba >= 0:
             self._name(suspect, then)
             return
-        if suspect.mba in self._known:
-            self._unnamed[suspect.mba] = suspect
+        if bad.mba in self._known:
+            self._unnamed[bad.mba] = suspect
         then()
 
     def _name(self, suspect: Suspect, then: Callable[[], None]) -> None:
         """Report the block for each volume and snapshot that shows it."""
-        tree, lba = self._maps.tree, suspect.lba
-        shown_by = [*tree.heads.values(), *sorted((row.layer for row in tree.snapshots()), reverse=True)][:MOST_LAYERS]
+        tree, lba, bad = self._maps.tree, suspect.lba, suspect.bad
+        shown_by = [*tree.heads.values(), *sorted((row.layer for row in tree.snapshots()), reverse=True)][:_MOST_LAYERS]
         numbers = [layer << LAYER_SHIFT | lba >> PAGE_SHIFT for layer in shown_by]
 
         def look(at: int) -> None:
@@ -111,10 +104,10 @@ class Suspects:
                 if page is None:
                     self._maps.load([(self._maps.logical, number)], self._safe(partial(look, position)))
                     return
-                if page[lba & PAGE_MASK] == suspect.mba:
+                if page[lba & PAGE_MASK] == bad.mba:
                     layer = number >> LAYER_SHIFT
-                    self.found[layer, lba] = suspect.mba
-                    self._disk.damage.found(layer, lba, suspect.mba, suspect.segment, suspect.offset, suspect.errno)
+                    self.found[layer, lba] = bad.mba
+                    self._disk.damage.found(layer, lba, bad, suspect.errno)
             self._disk.call_soon(self._safe(then))
 
         look(0)
