@@ -63,7 +63,27 @@ class Reader:
         """See BlockDevice."""
         if self._stopped:
             return None
-        return self._read_range(offset, length)
+        runs = self._runs(offset, length)
+        if runs is None:
+            return None
+        pieces: list[Buffer] = []
+        for middle, index, count in runs:
+            if middle is None:
+                pieces.append(_ZEROS[: count * BLOCK_BYTES])
+                continue
+            data = self._read_cached(self._handles[middle[index]], count * BLOCK_BYTES, middle[OFFSET + index])
+            if data is None:
+                return None
+            expected = middle[CHECKSUM + index : CHECKSUM + index + count]
+            if array("I", map(crc32c, block_splitter(count).unpack(data))) != expected:
+                return None
+            pieces.append(data)
+        before, after = offset & 4095, -(offset + length) & 4095
+        self.blocks_read += (before + length + after) >> 12
+        if before or after:
+            whole = b"".join(pieces)
+            return (whole[before : len(whole) - after],)
+        return pieces
 
     def read_blocks(self, offsets: Sequence[int], rooms: Sequence[BlockRoom], first: int) -> Sequence[int]:
         """See BlockDevice. The shortest way there is: everything unusual is missing."""
@@ -148,29 +168,6 @@ class Reader:
                     raise OSError(errno.EIO, "a checksum is wrong")
             done += count
             at += count
-
-    def _read_range(self, offset: int, length: int) -> Sequence[Buffer] | None:
-        runs = self._runs(offset, length)
-        if runs is None:
-            return None
-        pieces: list[Buffer] = []
-        for middle, index, count in runs:
-            if middle is None:
-                pieces.append(_ZEROS[: count * BLOCK_BYTES])
-                continue
-            data = self._read_cached(self._handles[middle[index]], count * BLOCK_BYTES, middle[OFFSET + index])
-            if data is None:
-                return None
-            expected = middle[CHECKSUM + index : CHECKSUM + index + count]
-            if array("I", map(crc32c, block_splitter(count).unpack(data))) != expected:
-                return None
-            pieces.append(data)
-        before, after = offset & 4095, -(offset + length) & 4095
-        self.blocks_read += (before + length + after) >> 12
-        if before or after:
-            whole = b"".join(pieces)
-            return (whole[before : len(whole) - after],)
-        return pieces
 
     def places(self, offset: int, length: int) -> list[Place] | None:
         """What a range is read from; None: pages of the maps are not in memory."""
