@@ -168,7 +168,7 @@ class LogDisk:
             raise
         self._heads: dict[int, Head] = {}
         self._views: set[View] = set()
-        self._blocks_read_before = 0  # by views that are closed
+        self._blocks_read_before = 0  # by heads and views that are gone
         self.appending = Appending(log, pool, self._check_background, self.append_failed, self.parted)
         self.repairs = Repairs(self)
         make_room = partial(self.appending.next_segment, CLEANER_KEEPS)

@@ -167,7 +167,7 @@ class Log:
         self._enter(successor, self.sequence + 1, salt)
         return True
 
-    def start_over(self, segment: int, sequence: int) -> None:
+    def go_on_in(self, segment: int, sequence: int) -> None:
         """After recovery: go on in a fresh segment, whatever is in the last one behind its last good record."""
         self._begin(segment, sequence, self._random.randbytes(8))
 

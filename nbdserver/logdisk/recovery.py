@@ -199,7 +199,7 @@ class Replay:
             segment = self._pool.take(DELETIONS_KEEP)
         if segment:
             highest = highest_sequence(self._files, self._pool.handles, self._family) if splice else 0
-            log.start_over(segment, max(log.sequence, highest) + 1)
+            log.go_on_in(segment, max(log.sequence, highest) + 1)
         elif self._is_cut or not log.begin_if_needed():
             raise RecoveryError("there is no room for the log to go on: free some space on the file system")
         return bool(segment)

@@ -19,9 +19,9 @@ written, and the cleaner checks what it moves.
 Rules
 - A segment is held (`begin_read`) while one piece of it is read, not longer, and is known by its sequence number before
   and after: one that was recycled meanwhile is done.
-- At most `bytes_per_s`, and BUSY_SHARE of that while clients move more than the scrub does. CRCs in slices. - Nothing
-  is condemned: a damaged block is repaired if another replica has it (suspects.py), otherwise it is reported with what
-  shows it, and the volume goes on.
+- At most `bytes_per_s`, and BUSY_SHARE of that while clients move more than the scrub does. CRCs in slices.
+- Nothing is condemned: a damaged block is repaired if another replica has it (suspects.py), otherwise it is reported
+  with what shows it, and the volume goes on.
 
 Known weakness: a piece in flight delays a client's cold read by as long as the device takes for it; a record that is
 larger than a piece is read whole. Sorting the segments at the start takes some 2 ms for a terabyte.
