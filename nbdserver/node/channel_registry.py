@@ -176,10 +176,6 @@ class RegistryVisit:
         self._notify = notify
         self._prefixes: dict[int, str] = {}
 
-    def answers(self, name: str) -> bool:
-        """Whether this is a call for the registry."""
-        return name in ("registry_get", "registry_swap", "registry_watch", "registry_unwatch")
-
     async def answer(self, name: str, arguments: dict[str, Any]) -> Any:
         """Answer one call. ValueError for what no registry takes."""
         if name == "registry_get":

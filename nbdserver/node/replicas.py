@@ -87,10 +87,6 @@ class Replicas:
         """Whether a replica here is open."""
         return family_id in self._following
 
-    def is_served(self, family: Family) -> bool:
-        """Whether the volumes of a family are served here: of this node's own ones all are."""
-        return not family.replicas or self.owns(family.id)
-
     # --- what is here, made what it shall be ---
 
     def stir(self) -> None:

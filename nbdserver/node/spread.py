@@ -6,7 +6,7 @@ same picture gives the same answer, whichever node is asked.
 
 Rules
 - A node that is silent, draining, full or across a WAN gets nothing new.
-- Fewer fault domains than replicas is allowed and said; fewer nodes than replicas is refused.
+- Fewer fault domains than replicas is allowed; fewer nodes than replicas is refused.
 """
 
 from collections import Counter
@@ -53,9 +53,3 @@ def choose(places: Sequence[Place], replicas: int, kept: Collection[str] = (), f
         chosen.append(best.node)
         domains[best.fault_domain] += 1
     return tuple(chosen)
-
-
-def shared_domains(places: Sequence[Place], nodes: Collection[str]) -> list[str]:
-    """The fault domains in which there are several of these nodes."""
-    domains = Counter(place.fault_domain for place in places if place.node in nodes)
-    return sorted(domain for domain, count in domains.items() if count > 1)

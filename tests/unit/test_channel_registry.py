@@ -39,7 +39,6 @@ class End:
             self.registry.heard(fields)
 
         async def answer(name: str, arguments: dict[str, Any]) -> Any:
-            assert self.visit.answers(name)
             return await self.visit.answer(name, arguments)
 
         self._channels = [

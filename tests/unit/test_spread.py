@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserver.node.errors import ConflictError
-from nbdserver.node.spread import Place, choose, shared_domains
+from nbdserver.node.spread import Place, choose
 
 GIB = 1 << 30
 
@@ -21,8 +21,6 @@ def test_replicas_are_spread_over_fault_domains_before_room_counts() -> None:
     ]
     assert choose(places, 3) == ("n1", "n3", "n4")
     assert choose(places, 4) == ("n1", "n3", "n4", "n2")
-    assert shared_domains(places, ("n1", "n3", "n4")) == []
-    assert shared_domains(places, ("n1", "n2", "n3")) == ["rack1"]
 
 
 def test_what_is_kept_stays_and_the_asked_node_comes_before_others_as_good() -> None:
