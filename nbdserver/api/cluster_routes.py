@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from nbdserver.api.models import ClusterNode, ClusterStatus, DirectoryEntry, DrainRequest, Resync
 from nbdserver.node.control import Node
-from nbdserver.node.errors import NodeError, NotFoundError
+from nbdserver.node.errors import NotFoundError, NotJoinedError
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
@@ -83,7 +83,7 @@ def _part(node: Node) -> "ClusterPart":
 def _cluster(node: Node) -> "Cluster":
     cluster = _part(node).cluster
     if cluster is None:
-        raise NodeError("this node does not take part in its cluster yet; try again in a moment")
+        raise NotJoinedError
     return cluster
 
 

@@ -19,7 +19,7 @@ from metadata.families import Families
 from metadata.registry import Family
 from nbdserver.node.cluster_calls import NotReachedError
 from nbdserver.node.errors import ConflictError, NodeError, WrongInputError
-from nbdserver.node.owning import Others, Owning
+from nbdserver.node.owning import Owning
 from nbdserver.node.replicas import Replicas
 
 ABOUT_VOLUMES = ("/v1/volumes", "/v1/snapshots", "/v1/clones", "/v1/scrubs")
@@ -58,15 +58,12 @@ AnswerHere = Callable[[ApiRequest], Awaitable[ApiAnswer]]
 class AtOwner:
     """Sends requests on, and does those that were sent here."""
 
-    def __init__(
-        self, families: Families, replicas: Replicas, owning: Owning, others: Callable[[], Others | None]
-    ) -> None:
+    def __init__(self, families: Families, replicas: Replicas, owning: Owning) -> None:
         self.answer_here: AnswerHere | None = None
         """The API of this node; set when it is there."""
         self._families = families
         self._replicas = replicas
         self._owning = owning
-        self._others = others
 
     async def send_on(self, volume: str, request: ApiRequest) -> ApiAnswer | None:
         """Let the owner of this volume answer; None if it is to be answered here. NodeError."""
@@ -97,9 +94,6 @@ class AtOwner:
 
     async def ask(self, node: str, request: ApiRequest, timeout_s: float = DO_S) -> ApiAnswer:
         """Let the API of another node answer. NodeError."""
-        others = self._others()
-        if others is None:
-            raise NodeError("this node does not take part in its cluster yet; try again in a moment")
         question = {
             "do": "api",
             "method": request.method,
@@ -107,7 +101,7 @@ class AtOwner:
             "query": request.query,
             "body": request.body,
         }
-        answer = await others.ask(node, question, timeout_s)
+        answer = await self._owning.ask(node, question, timeout_s)
         return ApiAnswer(int(answer["status"]), str(answer["body"]))
 
     async def answer(self, question: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from nbdserver.node.cluster_settings import ClusterSettings
 from nbdserver.node.data_process import DataProcess
 from nbdserver.node.data_processes import DataProcesses
 from nbdserver.node.directory import DataDirectory
-from nbdserver.node.errors import NodeError
+from nbdserver.node.errors import NodeError, NotJoinedError
 from nbdserver.node.findings import Finding
 from nbdserver.node.owning import Owning
 from nbdserver.node.replica_changes import ReplicaChanges
@@ -77,11 +77,11 @@ class ClusterPart:
             event,
         )
         self.owning = Owning(families, self.replicas, lambda: self.cluster, data.call)
-        self.at_owner = AtOwner(families, self.replicas, self.owning, lambda: self.cluster)
+        self.at_owner = AtOwner(families, self.replicas, self.owning)
         self.changes = ReplicaChanges(
             families, self.replicas, self.owning, volumes, lambda: self.cluster, event, settings.repair_delay
         )
-        self.resync = ResyncView(families, self.replicas, lambda: self.cluster, self._is_up, data.ask)
+        self.resync = ResyncView(families, self.replicas, self.owning, self._is_up, data.ask)
         self._shared = SharedRegistry(settings, families, self._registry_changed)
         volumes.replicas, volumes.is_up, volumes.share = self.replicas, self._is_up, self.changes.share
         data.answer, data.ended = self._answer, self._data_process_ended
@@ -207,7 +207,7 @@ class ClusterPart:
     async def remove(self, name: str) -> None:
         """Strike a node that will not come back, and forget what it had still to delete. NodeError."""
         if self.cluster is None:
-            raise NodeError("this node does not take part in its cluster yet; try again in a moment")
+            raise NotJoinedError
         await self.cluster.remove(name)
         for family_id, nodes in self._families.removed().items():
             if name in nodes:

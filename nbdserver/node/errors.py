@@ -38,6 +38,13 @@ class NotRunningError(NodeError):
     exit_code = EXIT_NOT_RUNNING
 
 
+class NotJoinedError(NodeError):
+    """The node does not take part in its cluster yet, or has left it."""
+
+    def __init__(self) -> None:
+        super().__init__("this node does not take part in its cluster yet; try again in a moment")
+
+
 def counted(count: int, what: str) -> str:
     """`1 client connection`, `2 client connections`."""
     return f"{count} {what}{'s' if count != 1 else ''}"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from metadata.families import Families
 from metadata.registry import Family, RegistryError
 from metadata.replica_set import ReplicaSet
-from nbdserver.node.errors import ConflictError, NodeError, listed
+from nbdserver.node.errors import ConflictError, NodeError, NotJoinedError, listed
 from nbdserver.node.opening import Call
 from nbdserver.node.placement import worker_of
 from nbdserver.node.replicas import Replicas
@@ -118,7 +118,14 @@ class Owning:
 
     async def move(self, family: Family, node: str) -> None:
         """Let another node own a family: its clients come back there. NodeError: this one keeps it."""
-        await self._ask(node, {"do": "own", "family": family.id}, TAKE_S)
+        await self.ask(node, {"do": "own", "family": family.id}, TAKE_S)
+
+    async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """A question to another node and its answer. NodeError."""
+        others = self._others()
+        if others is None:
+            raise NotJoinedError
+        return await others.ask(node, question, timeout_s)
 
     # --- what other nodes ask ---
 
@@ -152,15 +159,9 @@ class Owning:
         others = self._others()
         return others is not None and others.is_up(node)
 
-    async def _ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        others = self._others()
-        if others is None:
-            raise NodeError("this node does not take part in its cluster yet; try again in a moment")
-        return await others.ask(node, question, timeout_s)
-
     async def _look_at(self, node: str, family: Family) -> dict[str, Any]:
         try:
-            return await self._ask(node, {"do": "owns", "family": family.id}, LOOK_S)
+            return await self.ask(node, {"do": "owns", "family": family.id}, LOOK_S)
         except NodeError:
             return {}
 
@@ -174,7 +175,7 @@ class Owning:
                 reasons.append(f"{member.node} is silent")
                 continue
             try:
-                await self._ask(member.node, {"do": "own", "family": family.id}, TAKE_S)
+                await self.ask(member.node, {"do": "own", "family": family.id}, TAKE_S)
                 return member.node
             except NodeError as error:
                 reasons.append(str(error))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from metadata.families import Families
 from metadata.registry import FAMILY_ID_BYTES, FIRST_VOLUME, Family, RegistryError, Volume
 from metadata.replica_set import Member, ReplicaSet
-from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted
+from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, NotJoinedError, WrongInputError, counted
 from nbdserver.node.owning import Owning
 from nbdserver.node.placing import next_step
 from nbdserver.node.replicas import Replicas
@@ -72,7 +72,7 @@ class ReplicaChanges:
         """Every node, as far as it matters for replicas. NodeError."""
         cluster = self._cluster()
         if cluster is None:
-            raise NodeError("this node does not take part in its cluster yet; try again in a moment")
+            raise NotJoinedError
         return [_place(row) for row in cluster.describe()["nodes"]]
 
     def choose(self, replicas: int, on: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from metadata.registry import Family
 from metadata.replica_set import ReplicaSet
 from nbdserver.node.errors import NodeError
 from nbdserver.node.opening import Call
-from nbdserver.node.owning import Others
+from nbdserver.node.owning import Owning
 from nbdserver.node.replicas import Replicas
 
 ASK_S = 3.0
@@ -65,13 +65,13 @@ class ResyncView:
         self,
         families: Families,
         replicas: Replicas,
-        others: Callable[[], Others | None],
+        owning: Owning,
         is_up: Callable[[str], bool],
         call: Call,
     ) -> None:
         self._families = families
         self._replicas = replicas
-        self._others = others
+        self._owning = owning
         self._is_up = is_up
         self._call = call
 
@@ -117,9 +117,8 @@ class ResyncView:
         return {family_id: described for family_id, described in told.items() if family_id != "silent"}
 
     async def _ask(self, owner: str) -> dict[str, Any]:
-        others = self._others()
         try:
-            answer = await others.ask(owner, {"do": "resync"}, ASK_S) if others is not None else {}
+            answer = await self._owning.ask(owner, {"do": "resync"}, ASK_S)
         except NodeError:
             return {}
         links = answer.get("links")

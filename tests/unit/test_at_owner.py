@@ -32,7 +32,7 @@ class Cluster:
         self.fails: dict[str, NodeError] = {}
         self.taken: list[str] = []
         families = with_both()
-        self.at_owner = AtOwner(families, self, self, lambda: self)  # type: ignore[arg-type, return-value]
+        self.at_owner = AtOwner(families, self, self)  # type: ignore[arg-type]
 
     # Replicas
 
@@ -52,8 +52,6 @@ class Cluster:
         if not left:
             raise ConflictError("no node can serve db now")
         return left[0]
-
-    # Others
 
     async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         self.asked.append((node, question["do"]))
