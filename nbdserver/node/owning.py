@@ -80,16 +80,10 @@ class Owning:
             if told.get("owns") and (told.get("clients") or not replicas.may_own(value, family.id)):
                 return value.owner
             idle = value.owner if told.get("owns") else ""
-        reasons = []
-        if idle or value.owner == me or replicas.may_own(value, family.id):
-            try:
-                await replicas.own(family.id)
-                return me
-            except NodeError as error:
-                if idle:
-                    return idle
-                reasons.append(str(error))
-        return await self._ask_members(family, failed, reasons)
+        reasons: list[str] = []
+        if (value.owner == me or replicas.may_own(value, family.id)) and await self._own(family, reasons):
+            return me
+        return idle or await self._ask_members(family, failed, reasons)
 
     async def for_command(self, family: Family, failed: Collection[str] = ()) -> str:
         """The node at which a change of a family is to be made: its owner; if that is silent, whoever can be that."""
@@ -101,12 +95,8 @@ class Owning:
             if told.get("owns", True):  # it says so, or has not answered: whoever asks it finds out
                 return value.owner
         reasons: list[str] = []
-        if self._replicas.may_own(value, family.id):
-            try:
-                await self._replicas.own(family.id)
-                return self._replicas.me
-            except NodeError as error:
-                reasons.append(str(error))
+        if self._replicas.may_own(value, family.id) and await self._own(family, reasons):
+            return self._replicas.me
         return await self._ask_members(family, failed, reasons)
 
     def for_look(self, family: Family) -> str:
@@ -164,6 +154,15 @@ class Owning:
             return await self.ask(node, {"do": "owns", "family": family.id}, LOOK_S)
         except NodeError:
             return {}
+
+    async def _own(self, family: Family, reasons: list[str]) -> bool:
+        """Take it over; if that fails, `reasons` get why."""
+        try:
+            await self._replicas.own(family.id)
+        except NodeError as error:
+            reasons.append(str(error))
+            return False
+        return True
 
     async def _ask_members(self, family: Family, failed: Collection[str], reasons: list[str]) -> str:
         """Let one of the other members take it over; `reasons` why none has until now."""

@@ -162,8 +162,7 @@ class Replicas:
             await self._families.keep_replica(family)
         if time.monotonic() >= self._reopen_at_s.get(family.id, math.inf):
             del self._reopen_at_s[family.id]
-            await self._call("close", family=family.id)
-            self._following.discard(family.id)
+            await self._close(family.id)
             self._event("replica-opened-anew", {"volume": family.name, "reason": "its disk had failed"})
         if family.id not in self._following and family.id not in self._opening.failed:
             await self._follow(family)
@@ -218,28 +217,28 @@ class Replicas:
         await self._families.has_removed(family_id, self.me)
 
     async def _let_go(self, family_id: str) -> None:
-        if family_id in self._following:
-            await self._call("close", family=family_id)
+        await self._close(family_id)
         for known in (self._epochs, self._served, self._reopen_at_s, self.problems, self._opening.failed):
             known.pop(family_id, None)
-        self._following.discard(family_id)
         if self._families.has_replica(family_id):
             await self._families.drop_replica(family_id)
             await self._opening.scrap(family_id)
 
     async def give_back(self, family: Family) -> None:
         """A family that could not be shared is this node's own again."""
-        if family.id in self._following:
-            await self._call("close", family=family.id)
-        self._following.discard(family.id)
+        await self._close(family.id)
         await self._opening.open(await self._families.begin_sharing(family, 0))
 
     async def drop_unknown(self, family_id: str) -> None:
         """Close and delete what was made here and is known to nobody."""
+        await self._close(family_id)
+        await self._opening.scrap(family_id)
+
+    async def _close(self, family_id: str) -> None:
+        """Obey and order no more, if the replica is open."""
         if family_id in self._following:
             await self._call("close", family=family_id)
-        self._following.discard(family_id)
-        await self._opening.scrap(family_id)
+            self._following.discard(family_id)
 
     async def _settle_scraps(self) -> None:
         """What was being made when the node stopped: it counts if the shared registry says so."""
