@@ -240,12 +240,9 @@ class Node:
         statistics = os.statvfs(self.directory.path)
         return statistics.f_bavail * statistics.f_frsize
 
-    def families(self) -> list[Family]:
+    def families(self) -> Sequence[Family]:
         """Return those whose volumes this node has to serve."""
-        return [family for family in self._families.here() if not family.replicas or self._owns(family)]
-
-    def _owns(self, family: Family) -> bool:
-        return self.part is not None and self.part.replicas.owns(family.id)
+        return self.volumes.owned_families()
 
     def addresses(self) -> list[str]:
         """Return what NBD clients can connect to, as `HOST:PORT` and `unix:PATH`."""

@@ -181,14 +181,19 @@ class Volumes:
         self._find(name)
         return await self._shown(name)
 
+    def owned_families(self) -> Sequence[Family]:
+        """Those whose volumes this node has to serve: its own, and of its replicas those that it owns."""
+        return [family for family in self._families.here() if self._is_owned(family)]
+
     def open_families(self) -> Sequence[Family]:
         """Those whose volumes are served here."""
         return [family for family in self._families.here() if self._is_served(family)]
 
-    def _is_served(self, family: Family) -> bool:
-        if family.id in self.opening.failed:
-            return False
+    def _is_owned(self, family: Family) -> bool:
         return not family.replicas or (self.replicas is not None and self.replicas.owns(family.id))
+
+    def _is_served(self, family: Family) -> bool:
+        return family.id not in self.opening.failed and self._is_owned(family)
 
     # -- changing
 
