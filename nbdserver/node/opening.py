@@ -1,4 +1,4 @@
-"""Opening families in the data process, and what is known of those that could not be opened.
+"""Making and opening families in the data process, and what is known of those that could not be opened.
 
 Theory: a family is opened before its volumes are served. In between, what the registry says of them and what the log
 has is brought together: what was being made counts if the log has it, what was being deleted is deleted
@@ -40,6 +40,22 @@ class Opening:
     def why_not(self, family: Family, volume: Volume) -> str:
         """Why the data process cannot be asked about a volume, or ""."""
         return self.failed.get(family.id) or self.missing.get((family.id, volume.number), "")
+
+    async def format(self, family: Family, kind: bytes = b"") -> None:
+        """Make the directory of a family, which is a scrap of that kind until the registry has the family. NodeError:
+        it is gone."""
+        await self._families.begin(family.id, kind)
+        try:
+            await self._call(
+                "format",
+                directory=str(self._directory.family(family.id)),
+                family=family.id,
+                size_bytes=family.volumes[0].size_bytes,
+                segment_bytes=family.segment_bytes,
+            )
+        except BaseException:
+            await self.scrap(family.id)
+            raise
 
     async def open_all(self, families: Sequence[Family]) -> None:
         """Open families. One that fails is reported and stays closed; the others are served."""

@@ -24,7 +24,6 @@ from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, NotJo
 from nbdserver.node.owning import Owning
 from nbdserver.node.placing import next_step
 from nbdserver.node.replicas import Replicas
-from nbdserver.node.sizes import format_size
 from nbdserver.node.spread import FULL_PERCENT, Place, choose
 from nbdserver.node.volume_settings import MOST_REPLICAS
 from nbdserver.node.volumes import Volumes
@@ -98,8 +97,7 @@ class ReplicaChanges:
         until all are in sync, at most `wait_s`."""
         volumes = self._volumes
         async with volumes.lock:
-            volumes.refuse_new(name, size_bytes)
-            await volumes.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
+            await volumes.admit_new(name, size_bytes)
             family = Family(
                 id=secrets.token_hex(FAMILY_ID_BYTES),
                 segment_bytes=volumes.segment_bytes,

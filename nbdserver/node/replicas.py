@@ -175,18 +175,7 @@ class Replicas:
     async def format(self, family: Family) -> None:
         """Make the directory of a replica. It is a scrap until `Families.keep_replica`. NodeError: it is gone."""
         self._place(family.id)
-        await self._families.begin(family.id, OF_REPLICA)
-        try:
-            await self._call(
-                "format",
-                directory=str(self._directory.family(family.id)),
-                family=family.id,
-                size_bytes=family.volumes[0].size_bytes,
-                segment_bytes=family.segment_bytes,
-            )
-        except BaseException:
-            await self._opening.scrap(family.id)
-            raise
+        await self._opening.format(family, OF_REPLICA)
 
     async def follow(self, family: Family) -> dict[str, Any]:
         """Open a replica; what the data process says of it. NodeError."""

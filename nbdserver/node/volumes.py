@@ -66,7 +66,6 @@ class Volumes:
     ) -> None:
         """`ask` is a `call` that is answered soon or not at all (asking.py). `admit(what, more_bytes)` raises
         ConflictError if so much more may not be promised."""
-        self._directory = directory
         self._families = families
         self.call = call
         self._ask_soon = ask
@@ -106,26 +105,14 @@ class Volumes:
             there = self._families.find(name)
             if there is not None and exist_ok and there[1].state == VolumeState.THERE:
                 return self._describe(*there, {}, STARTING)
-            self.refuse_new(name, size_bytes)
-            await self.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
+            await self.admit_new(name, size_bytes)
             family = Family(
                 id=secrets.token_hex(FAMILY_ID_BYTES),
                 segment_bytes=self.segment_bytes,
                 owner="",
                 volumes=(Volume(FIRST_VOLUME, name, size_bytes),),
             )
-            await self._families.begin(family.id)
-            try:
-                await self.call(
-                    "format",
-                    directory=str(self._directory.family(family.id)),
-                    family=family.id,
-                    size_bytes=size_bytes,
-                    segment_bytes=family.segment_bytes,
-                )
-            except BaseException:
-                await self.opening.scrap(family.id)
-                raise
+            await self.opening.format(family)
             # If this fails, only the registry knows whether the directory is a family or a scrap; the next start asks.
             invariant(
                 await self._families.add(family), "a name that was free is taken, although one change is made at a time"
@@ -294,7 +281,7 @@ class Volumes:
 
     # -- refusing and describing
 
-    def refuse_new(self, name: str, size_bytes: int) -> None:
+    async def admit_new(self, name: str, size_bytes: int) -> None:
         """Raise WrongInputError or ConflictError if this node cannot make such a volume."""
         check_name(name)
         try:
@@ -306,6 +293,7 @@ class Volumes:
             raise ConflictError(
                 f"this node has {MAX_FAMILIES} volumes besides clones, the most it takes; delete one first"
             )
+        await self.admit(f"volume {name} of {format_size(size_bytes)}", size_bytes)
 
     def _refuse_taken(self, name: str) -> None:
         there = self._families.find(name)

@@ -45,8 +45,7 @@ class Rig:
         volumes: Any = SimpleNamespace(
             lock=asyncio.Lock(),
             segment_bytes=1 << 26,
-            refuse_new=lambda name, size_bytes: None,
-            admit=self._admit,
+            admit_new=self._admit_new,
             show=self._show,
             call=self._call,
         )
@@ -65,7 +64,7 @@ class Rig:
     def silent_s(self, name: str) -> float:
         return self.silent.get(name, 0.0)
 
-    async def _admit(self, what: str, more_bytes: int) -> None:
+    async def _admit_new(self, name: str, size_bytes: int) -> None:
         pass
 
     async def _show(self, name: str) -> dict[str, Any]:
