@@ -244,6 +244,7 @@ class Cluster:
         state = directory.election.state
         health = self.registry.health()
         said = [pair for prefix in SAID_PREFIXES for pair in directory.range(prefix)]
+        replicas, owned = self.replicas_by_node()
         return Picture(
             cluster=self.settings.name,
             me=self.settings.node,
@@ -262,8 +263,8 @@ class Cluster:
             failure=directory.failure,
             refused=self._refusals.within(REFUSED_S),
             keys=len(self._keys.valid),
-            replicas=self.replicas_by_node()[0],
-            owned=self.replicas_by_node()[1],
+            replicas=replicas,
+            owned=owned,
             certificate_problem=self._certificate_problem,
         )
 
