@@ -204,24 +204,34 @@ class ReplicaChanges:
                 await asyncio.wait_for(self._wanted.wait(), LOOK_S)
             self._wanted.clear()
             cluster = self._cluster()
-            if cluster is None or not cluster.is_active:
-                continue
-            for family in self._families.replicas():
-                try:
-                    async with self._stepping:  # what is wanted may have changed while another step was made
-                        await self._step(self._families.get(family.id) or family, cluster)
-                except (NodeError, RegistryError, OSError) as error:
-                    self._note(family, str(error))
+            if cluster is not None and cluster.is_active:
+                await self._look(cluster)
 
-    async def _step(self, family: Family, cluster: "Cluster") -> None:
+    async def _look(self, cluster: "Cluster") -> None:
+        owned = [family for family in self._families.replicas() if self._replicas.owns(family.id)]
+        self.problems = {family.id: self.problems[family.id] for family in owned if family.id in self.problems}
+        places: list[Place] = []  # drawn anew after each step, which may have taken a while
+        for family in owned:
+            try:
+                async with self._stepping:  # what is wanted may have changed while another step was made
+                    places = places or self.places()
+                    if await self._step(self._families.get(family.id) or family, cluster, places):
+                        places = []
+            except (NodeError, RegistryError, OSError) as error:
+                self._note(family, str(error))
+                places = []
+
+    async def _step(self, family: Family, cluster: "Cluster", places: Sequence[Place]) -> bool:
+        """Make the next one of a family; False if there is none."""
         value = self._families.replica_set(family.id)
         if value is None or not self._replicas.owns(family.id):
-            self.problems.pop(family.id, None)
-            return
-        places = self.places()
+            self._note(family, "")
+            return False
         leave = {*family.leave, *(place.node for place in places if place.is_draining)}
-        leave |= {node for node in value.staying if self._is_lost(node, cluster)}
+        known = {place.node for place in places}
+        leave |= {node for node in value.staying if node not in known or self._is_lost(node, cluster)}
         step = next_step(family.replicas, leave, value, self._replicas.me, places)
+        is_made = True
         if step.placement:
             self._event("replicas-placed", {"volume": family.name, "nodes": list(step.placement)})
             await self._place(family, step.placement)
@@ -229,7 +239,10 @@ class ReplicaChanges:
             await self._owning.move(family, step.owner)
         elif family.leave and not set(family.leave) & set(value.placement):
             await self._families.change(family, leave=())
+        else:
+            is_made = False
         self._note(family, step.problem)
+        return is_made
 
     async def _place(self, family: Family, nodes: Sequence[str]) -> None:
         """Have the replicas on these nodes, and wait until that is seen here: the next step is decided on it.
@@ -248,10 +261,7 @@ class ReplicaChanges:
 
     def _is_lost(self, node: str, cluster: "Cluster") -> bool:
         """Whether a replica there is not waited for any more."""
-        if node not in cluster.names():
-            return True
-        silent_s = cluster.silent_s(node)
-        return 0.0 < self._repair_delay_s <= silent_s
+        return 0.0 < self._repair_delay_s <= cluster.silent_s(node)
 
     def _note(self, family: Family, problem: str) -> None:
         """Say once what is in the way."""

@@ -58,9 +58,6 @@ class Rig:
     def describe(self) -> dict[str, Any]:
         return {"nodes": self.rows}
 
-    def names(self) -> list[str]:
-        return [each["name"] for each in self.rows]
-
     def silent_s(self, name: str) -> float:
         return self.silent.get(name, 0.0)
 
