@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from metadata.etcd_settings import MAX_ENDPOINTS
 from nbdserver.node.addresses import join_address, split_address
-from nbdserver.node.setting_values import Address, Model, NameValue, OwnAddress, PathValue, delay, one_or_more
+from nbdserver.node.setting_values import Address, Model, NameValue, OwnAddress, PathValue, duration, one_or_more
 
 DEFAULT_SITE = "main"
 
@@ -91,7 +91,7 @@ class ClusterSettings(Model):
     data_tls: StrictBool = Field(
         default=True, description="whether what replicas say to each other is encrypted; the same on all nodes"
     )
-    repair_delay: Annotated[float, BeforeValidator(delay)] = Field(
+    repair_delay: Annotated[float, duration("smhd", "5s", "30d", "30m, 6h")] = Field(
         default=1800.0,
         description="after which a replica that is not back is made on another node (30m, 6h); none: never",
     )

@@ -91,7 +91,7 @@ class TlsSettings(Model):
 class ScrubSettings(Model):
     """How data is read again to find what has rotted."""
 
-    interval: Annotated[float, BeforeValidator(duration)] = Field(
+    interval: Annotated[float, duration("hdw", "1h", "3650d", "30d, 12h")] = Field(
         default=30 * 86400.0, description="after which a volume is scrubbed again (30d, 12h); none: only on demand"
     )
     rate: Annotated[int, size(_MIB, 1 << 40)] = Field(

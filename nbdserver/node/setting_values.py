@@ -19,6 +19,8 @@ from nbdserver.node.sizes import format_size, parse_size
 NAME_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 """Of a cluster, a node, a site, a fault domain."""
 
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
 
 class Model(BaseModel):
     """Settings that know their keys and do not change."""
@@ -53,26 +55,22 @@ def size_or_none(least_bytes: int, most_bytes: int) -> Any:
     return BeforeValidator(check)
 
 
-def duration(value: object) -> float:
-    """Seconds; `none` is 0."""
-    if value in (None, "none", "off", False):
-        return 0.0
-    match = re.fullmatch(r"([0-9]+)([hdw])", str(value).strip())
-    seconds = int(match[1]) * {"h": 3600, "d": 86400, "w": 7 * 86400}[match[2]] if match else 0
-    if not 3600 <= seconds <= 3650 * 86400:
-        raise ValueError(f"{reprlib.repr(value)} is not 1h to 3650d; write for example 30d, 12h or none")
-    return float(seconds)
+def duration(units: str, least: str, most: str, examples: str) -> Any:
+    """Seconds, as a number with one of `units`; `none` is 0."""
 
+    def seconds(text: str) -> int:
+        match = re.fullmatch(rf"([0-9]+)([{units}])", text)
+        return int(match[1]) * _UNITS_S[match[2]] if match else 0
 
-def delay(value: object) -> float:
-    """Seconds; `none` is 0."""
-    if value in (None, "none", "off", False):
-        return 0.0
-    match = re.fullmatch(r"([0-9]+)([smhd])", str(value).strip())
-    seconds = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else 0
-    if not 5 <= seconds <= 30 * 86400:
-        raise ValueError(f"{reprlib.repr(value)} is not 5s to 30d; write for example 30m, 6h or none")
-    return float(seconds)
+    def check(value: object) -> float:
+        if value in (None, "none", "off", False):
+            return 0.0
+        checked = seconds(str(value).strip())
+        if not seconds(least) <= checked <= seconds(most):
+            raise ValueError(f"{reprlib.repr(value)} is not {least} to {most}; write for example {examples} or none")
+        return float(checked)
+
+    return BeforeValidator(check)
 
 
 def ratio(value: object) -> float:
