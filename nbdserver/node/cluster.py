@@ -52,7 +52,7 @@ from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, Wrong
 from nbdserver.node.findings import Finding
 from nbdserver.node.membership import Answering, Membership
 from nbdserver.node.refusals import Refusals
-from nbdserver.node.volumes_told import Elsewhere, Row
+from nbdserver.node.volumes_told import Elsewhere, Row, said_in
 from protocol.directory import Confirm, NodeKind
 from protocol.disk import DamagedValueError
 from protocol.sealed_frames import ClusterKeys
@@ -399,7 +399,8 @@ class Cluster:
 
     def data_addresses(self) -> dict[str, list[str]]:
         """Where the replicas of each node are reached."""
-        return cluster_view.data_addresses(self.directory.range(FACTS_PREFIX))
+        facts = self.directory.range(FACTS_PREFIX)
+        return {key.removeprefix(FACTS_PREFIX): cluster_view.data_addresses(said_in(value)) for key, value in facts}
 
     async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """A question to another node and its answer. NotFoundError, NodeError."""

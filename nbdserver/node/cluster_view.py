@@ -9,7 +9,6 @@ Rules
 - What is wrong is told as in findings.py: what, and what to do about it.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from metadata.registry_calls import Health
 from nbdserver.node.cluster_settings import DRAIN_PREFIX, FACTS_PREFIX, LOAD_PREFIX, VOLUMES_PREFIX
 from nbdserver.node.errors import listed
 from nbdserver.node.findings import NOW, SOON, Finding
-from nbdserver.node.volumes_told import has_replicas, volumes_of
+from nbdserver.node.volumes_told import has_replicas, said_in, volumes_of
 from protocol.directory import NodeKind
 
 FULL_PERCENT, FILLED_PERCENT = 95.0, 90.0
@@ -70,7 +69,7 @@ def nodes(picture: Picture) -> list[dict[str, Any]]:
 
 def _node(picture: Picture, member: Member) -> dict[str, Any]:
     name = member.name
-    facts, load = _said(picture, FACTS_PREFIX, name), _said(picture, LOAD_PREFIX, name)
+    facts, load = said_in(_said(picture, FACTS_PREFIX, name)), said_in(_said(picture, LOAD_PREFIX, name))
     silent_s = picture.silent_s.get(name)
     return {
         "name": name,
@@ -85,7 +84,7 @@ def _node(picture: Picture, member: Member) -> dict[str, Any]:
         "fault_domain": str(facts.get("fault_domain", "")),
         "version": str(facts.get("version", "")),
         "started": str(facts.get("started", "")),
-        "data_addresses": data_addresses([(FACTS_PREFIX + name, _raw(picture, FACTS_PREFIX, name))]).get(name, []),
+        "data_addresses": data_addresses(facts),
         "id": f"{member.node:016x}",
         "replicas": picture.replicas.get(name, 0),
         "owned": picture.owned.get(name, 0),
@@ -101,30 +100,16 @@ def _node(picture: Picture, member: Member) -> dict[str, Any]:
     }
 
 
-def data_addresses(facts: Iterable[tuple[str, bytes]]) -> dict[str, list[str]]:
-    """Where each node's data processes are, from what the nodes say of themselves (FACTS_PREFIX)."""
-    found: dict[str, list[str]] = {}
-    for key, value in facts:
-        addresses = _content(value).get("data_addresses")
-        if isinstance(addresses, list) and all(isinstance(address, str) for address in addresses):
-            found[key.removeprefix(FACTS_PREFIX)] = addresses
-    return found
+def data_addresses(facts: Mapping[str, Any]) -> list[str]:
+    """Where a node's data processes are, from what it says of itself; empty if it does not say."""
+    addresses = facts.get("data_addresses")
+    if isinstance(addresses, list) and all(isinstance(address, str) for address in addresses):
+        return addresses
+    return []
 
 
-def _said(picture: Picture, prefix: str, name: str) -> dict[str, Any]:
-    return _content(_raw(picture, prefix, name))
-
-
-def _raw(picture: Picture, prefix: str, name: str) -> bytes:
-    return picture.directory.get(prefix + name, b"{}")
-
-
-def _content(value: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(value)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+def _said(picture: Picture, prefix: str, name: str) -> bytes:
+    return picture.directory.get(prefix + name, b"")
 
 
 def _number(load: Mapping[str, Any], key: str) -> float | None:
@@ -181,7 +166,7 @@ def _registry(picture: Picture) -> Iterable[Finding]:
 
 def _others(picture: Picture, rows: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
     for name, silent_s in sorted(picture.silent_s.items()):
-        told = volumes_of(picture.directory.get(VOLUMES_PREFIX + name, b""))
+        told = volumes_of(_said(picture, VOLUMES_PREFIX, name))
         volumes = sorted(volume for volume, said in told.items() if not has_replicas(said))
         yield Finding(
             NOW,

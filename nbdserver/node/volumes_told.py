@@ -74,7 +74,7 @@ def busiest(rows: Sequence[Row]) -> dict[str, Row]:
 
 def volumes_of(value: bytes) -> dict[str, Row]:
     """What the value of `volumes/NAME` says, by volume."""
-    volumes = _content(value).get("volumes")
+    volumes = said_in(value).get("volumes")
     told = volumes if isinstance(volumes, dict) else {}
     return {name: said if isinstance(said, dict) else {} for name, said in told.items()}
 
@@ -115,7 +115,7 @@ class Elsewhere:
 
 
 def _rows(node: str, volumes: bytes, load: bytes, is_silent: bool) -> list[Row]:
-    busy = _content(load).get("busiest")
+    busy = said_in(load).get("busiest")
     rows = []
     for name, said in volumes_of(volumes).items():
         if is_silent and has_replicas(said):
@@ -138,7 +138,8 @@ def _load(said: Any) -> Row:
     return {**load, "bytes_per_s": load["read_bytes_per_s"] + load["write_bytes_per_s"]}
 
 
-def _content(value: bytes) -> dict[str, Any]:
+def said_in(value: bytes) -> dict[str, Any]:
+    """What a node has said in a value of the directory; nothing if there is none, or that is not understood."""
     try:
         content = json.loads(value or b"{}")
     except ValueError:
@@ -152,5 +153,5 @@ def _is_number(value: object) -> bool:
 
 def _not_told(volumes: bytes) -> int:
     """How many there were no room for."""
-    total = _content(volumes).get("total")
+    total = said_in(volumes).get("total")
     return max(0, total - len(volumes_of(volumes))) if isinstance(total, int) else 0
