@@ -109,6 +109,7 @@ class Cluster:
         self.registry = registry
         self._data_addresses = list(data_addresses)
         self._nodes_moved = nodes_moved
+        self._have_moved = False  # and it is not told yet
         self.replicas_by_node: Callable[[], tuple[Mapping[str, int], Mapping[str, int]]] = lambda: ({}, {})
         """How many replicas each node has, and how many families it owns."""
         self.answering: dict[str, Answering] = {}
@@ -384,6 +385,12 @@ class Cluster:
             self._event("node-silent", {"node": name})
 
     def _facts_changed(self, key: str, value: bytes | None) -> None:
+        if not self._have_moved:  # who joins hears of all nodes at once
+            self._have_moved = True
+            self.clock.call_soon(self._tell_moved)
+
+    def _tell_moved(self) -> None:
+        self._have_moved = False
         self._nodes_moved()
 
     # --- nodes ---
@@ -398,9 +405,13 @@ class Cluster:
         return 0.0 if since_s is None else self.clock.now() - since_s
 
     def data_addresses(self) -> dict[str, list[str]]:
-        """Where the replicas of each node are reached."""
+        """Where the data processes of each node are."""
         facts = self.directory.range(FACTS_PREFIX)
         return {key.removeprefix(FACTS_PREFIX): cluster_view.data_addresses(said_in(value)) for key, value in facts}
+
+    def data_addresses_of(self, name: str) -> list[str]:
+        """Where those of one node are; empty if it has not said."""
+        return cluster_view.data_addresses(said_in(self.directory.get(FACTS_PREFIX + name) or b""))
 
     async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """A question to another node and its answer. NotFoundError, NodeError."""

@@ -116,6 +116,10 @@ class ClusterPart:
             self._peers_problem = str(error)
             self._event("peers-not-served", {"reason": str(error)})
 
+    def _tell_peer_addresses(self) -> None:
+        if self.cluster is not None:  # else it has been left, and what was told stays
+            self._data.notify_all("peer_addresses", {"nodes": self._peer_addresses()})
+
     def _peer_addresses(self) -> dict[str, list[str]]:
         own = {self.settings.node: self.settings.data_addresses(self._data.workers)}
         return (self.cluster.data_addresses() if self.cluster else {}) | own
@@ -189,7 +193,7 @@ class ClusterPart:
             self._load,
             self._told,
             self._event,
-            lambda: self._data.notify_all("peer_addresses", {"nodes": self._peer_addresses()}),
+            self._tell_peer_addresses,
         )
         self.cluster.replicas_by_node = self._replicas_by_node
         self.cluster.answering.update(
@@ -202,7 +206,7 @@ class ClusterPart:
         )
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(each.watch()) for each in (self.cluster, self.replicas, self.changes)]
-        self._data.notify_all("peer_addresses", {"nodes": self._peer_addresses()})
+        self._tell_peer_addresses()
 
     async def remove(self, name: str) -> None:
         """Strike a node that will not come back, and forget what it had still to delete. NodeError."""

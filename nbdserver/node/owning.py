@@ -33,8 +33,8 @@ class Others(Protocol):
     def is_up(self, node: str) -> bool:
         """Whether the cluster hears it."""
 
-    def data_addresses(self) -> dict[str, list[str]]:
-        """Where the data processes of each node are."""
+    def data_addresses_of(self, node: str) -> list[str]:
+        """Where the data processes of a node are; empty if it has not said."""
 
     async def ask(self, node: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """A question and its answer. NodeError."""
@@ -62,7 +62,7 @@ class Owning:
             if node == self._replicas.me:
                 return {"own": True}
             others = self._others()
-            addresses = others.data_addresses().get(node, []) if others else []
+            addresses = others.data_addresses_of(node) if others else []
             if not addresses:
                 raise NodeError(f"{node} has not said where its data processes are")
             return {"node": node, "address": addresses[worker_of(family.id, len(addresses))]}

@@ -65,8 +65,8 @@ class There:
     def is_up(self, node: str) -> bool:
         return node[-1] in self._up
 
-    def data_addresses(self) -> dict[str, list[str]]:
-        return {f"node-{number}": [f"192.0.2.{number}:{port}" for port in range(WORKERS)] for number in (1, 2, 3)}
+    def data_addresses_of(self, node: str) -> list[str]:
+        return [f"192.0.2.{node[-1]}:{port}" for port in range(WORKERS)]
 
     async def ask(self, node: str, question: dict[str, Any], _timeout_s: float) -> dict[str, Any]:
         self.asked.append((str(question["do"]), node))
