@@ -7,7 +7,7 @@ Rules: handlers are coroutines and call the node; nothing is decided here. A ref
 import asyncio
 import errno
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -35,6 +35,9 @@ from nbdserver.node import program
 from nbdserver.node.at_owner import ApiRequest
 from nbdserver.node.control import Node
 from nbdserver.node.errors import NodeError, WrongInputError
+
+if TYPE_CHECKING:
+    from nbdserver.node.cluster_part import ClusterPart
 
 MAX_WAIT_S = 30.0
 """Longest that a request for events is held open."""
@@ -191,13 +194,18 @@ def _add_volumes(app: APIRouter, node: Node) -> None:
 
 async def _create_replicated(node: Node, request: VolumeRequest) -> Volume | Response:
     """At the first of the nodes that it shall be on."""
+    part = _part(node)
+    nodes = part.changes.choose(request.replicas or len(request.on), request.on)
+    if nodes[0] == part.settings.node:
+        return Volume(**await part.changes.create(request.name, request.size_bytes, nodes))
+    body = request.model_copy(update={"on": list(nodes)}).model_dump_json()
+    return sent_on.as_response(await part.at_owner.ask(nodes[0], ApiRequest("POST", "/v1/volumes", "", body)))
+
+
+def _part(node: Node) -> "ClusterPart":
     if node.part is None:
         raise WrongInputError("this node stands alone, replicas need a cluster; nbdserver cluster init makes one")
-    nodes = node.part.changes.choose(request.replicas or len(request.on), request.on)
-    if nodes[0] == node.part.settings.node:
-        return Volume(**await node.part.changes.create(request.name, request.size_bytes, nodes))
-    body = request.model_copy(update={"on": list(nodes)}).model_dump_json()
-    return sent_on.as_response(await node.part.at_owner.ask(nodes[0], ApiRequest("POST", "/v1/volumes", "", body)))
+    return node.part
 
 
 def _add_snapshots(app: APIRouter, node: Node) -> None:
@@ -207,9 +215,7 @@ def _add_snapshots(app: APIRouter, node: Node) -> None:
 
     @app.post("/v1/volumes/{name}/move", summary="Let a replica be on another node; returns when that is begun")
     async def move_replica(name: str, request: MoveRequest) -> Volume:
-        if node.part is None:
-            raise WrongInputError("this node stands alone, replicas need a cluster; nbdserver cluster init makes one")
-        await node.part.changes.move(name, request.source, request.target)
+        await _part(node).changes.move(name, request.source, request.target)
         return Volume(**await node.volumes.show(name))
 
     @app.post("/v1/volumes/{name}/rename", summary="Give a volume another name; attached clients go on")

@@ -9,11 +9,9 @@ import typer
 from nbdserver.cli.client import NodeClient, volume_path
 from nbdserver.cli.options import DataOption, JsonOption, data_path, print_json, print_table, wants_json
 from nbdserver.cli.progress import progress_bar
-from nbdserver.cli.resync_commands import show_resync
+from nbdserver.cli.resync_commands import LOOK_S, show_resync
 from nbdserver.node.errors import WrongInputError
 from nbdserver.node.sizes import SizeError, format_size, parse_volume_size
-
-WAIT_S = 1.0
 
 app = typer.Typer(no_args_is_help=True, help="Make, list, change and delete volumes.")
 
@@ -292,7 +290,7 @@ def move(
         with progress_bar(not wants_json(context, json_output), in_bytes=True) as show:
             while source in [each["node"] for each in volume["replicas"]["nodes"]]:
                 show_resync(client, show, name)
-                time.sleep(WAIT_S)
+                time.sleep(LOOK_S)
                 volume = client.get(volume_path(name))
     if wants_json(context, json_output):
         print_json(volume)
