@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from metadata.registry import RegistryError
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.seams import Clock, Registry
+from metadata.waiting import answer_of
 
 AGAIN_S = 0.2
 SETTLE_S = 20.0
@@ -90,14 +91,10 @@ class RegistryMirror:
             )
 
     async def _swap(self, changes: Sequence[Change]) -> Swap:
-        answered: asyncio.Future[Swap] = asyncio.get_running_loop().create_future()
-        self._registry.swap_later(changes, answered.set_result)
-        return await asyncio.shield(answered)
+        return await answer_of(lambda done: self._registry.swap_later(changes, done))
 
     async def _get(self, key: str) -> Reading | Unavailable:
-        answered: asyncio.Future[Reading | Unavailable] = asyncio.get_running_loop().create_future()
-        self._registry.get_later(key, answered.set_result)
-        return await asyncio.shield(answered)
+        return await answer_of(lambda done: self._registry.get_later(key, done))
 
     def _wrote(self, revision: int, changes: Sequence[Change]) -> None:
         if revision > self._revision:

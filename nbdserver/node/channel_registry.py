@@ -17,6 +17,7 @@ from typing import Any
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.replica_set import REPLICA_SETS
 from metadata.seams import Registry, Watch
+from metadata.waiting import answer_of
 from nbdserver.node.channel import ChannelError, RemoteError
 
 Call = Callable[..., Awaitable[Any]]
@@ -194,18 +195,14 @@ class RegistryVisit:
         self._desk.leave(self)
 
     async def _get(self, key: str) -> dict[str, Any]:
-        asked: asyncio.Future[Reading | Unavailable] = asyncio.get_running_loop().create_future()
-        self._registry.get_later(key, asked.set_result)
-        answer = await asyncio.shield(asked)
+        answer: Reading | Unavailable = await answer_of(lambda done: self._registry.get_later(key, done))
         if isinstance(answer, Unavailable):
             return {"reason": answer.reason}
         return {"revision": answer.revision, "items": [(each, value.hex()) for each, value in answer.items]}
 
     async def _swap(self, changes: Sequence[tuple[str, str | None, str | None]]) -> dict[str, Any]:
-        asked: asyncio.Future[Swap] = asyncio.get_running_loop().create_future()
         wanted = [Change(key, _bytes(expected), _bytes(new)) for key, expected, new in changes]
-        self._registry.swap_later(wanted, asked.set_result)
-        answer = await asyncio.shield(asked)
+        answer: Swap = await answer_of(lambda done: self._registry.swap_later(wanted, done))
         return {"outcome": answer.outcome.value, "revision": answer.revision, "reason": answer.reason}
 
     def _watch(self, watch: int, prefix: str) -> None:

@@ -30,6 +30,7 @@ from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
 from metadata.leveldb import LevelSettings, LevelStore
 from metadata.seams import Registry
+from metadata.waiting import answer_of
 from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.network import SocketNetwork
@@ -271,15 +272,10 @@ class Cluster:
 
     async def publish(self, key: str, value: bytes | None, confirm: Confirm) -> None:
         """Put or delete (None) a key for all nodes, and wait for it. NodeError."""
-        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-        def done(answer: Answer) -> None:
-            if not answered.done():
-                answered.set_result(answer)
-
-        self.directory.publish(key, value, confirm, done)
+        answer: Answer
         try:
-            answer = await asyncio.wait_for(answered, PUBLISH_TIMEOUT_S)
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                answer = await answer_of(lambda done: self.directory.publish(key, value, confirm, done))
         except TimeoutError:
             answer = Answer.UNKNOWN
         if answer is not Answer.CONFIRMED:

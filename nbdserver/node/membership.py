@@ -16,6 +16,7 @@ from typing import Any
 
 from metadata.directory.node import DirectoryNode
 from metadata.directory.reports import Answer
+from metadata.waiting import answer_of
 from nbdserver.host.tls_network import CALL_PROTOCOL, make_client_context
 from nbdserver.node import cluster_making
 from nbdserver.node.cluster_calls import CALL_S, call
@@ -154,9 +155,7 @@ class Membership:
         if name not in self._silent():
             raise ConflictError(f"{name} is not silent for the master")
         for _ in range(REMOVE_TRIES):
-            answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-            self._directory().remove(name, answered.set_result)
-            answer = await answered
+            answer: Answer = await answer_of(lambda done: self._directory().remove(name, done))
             if answer is Answer.CONFIRMED:
                 self._event("node-removed", {"node": name})
                 return

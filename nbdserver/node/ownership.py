@@ -6,11 +6,11 @@ Rules
   another node has taken the family over meanwhile, it is NotOwnedError.
 """
 
-import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
 from metadata.seams import Done
+from metadata.waiting import answer_of
 from nbdserver.block import BlockDevice
 from nbdserver.node.open_family import NotOwnedError
 from nbdserver.replication.device import ReplicatedDevice
@@ -56,17 +56,13 @@ class ReplicatedOwnership:
 
 
 async def _told(ask: Callable[[Done], None]) -> None:
-    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    ask(answer.set_result)
-    if await answer:
+    if await answer_of(ask):
         raise NotOwnedError("another node has taken this volume over; whether the change happened is to be seen there")
 
 
 async def answered(ownership: Ownership, begin: Callable[[Done], None]) -> int:
     """Begin a change of the tree of layers and wait until its errno may be told."""
-    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    begin(answer.set_result)
-    errno = await answer
+    errno = await answer_of(begin)
     if not errno:
         await ownership.settled()
     return errno

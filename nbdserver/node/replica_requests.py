@@ -11,6 +11,7 @@ Rules
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from metadata.replica_set import ReplicaSets
 from metadata.seams import Connection, Network, Receiver
+from metadata.waiting import answer_of
 from nbdserver.host.clock import HostClock
 from nbdserver.host.tls_network import DATA_PROTOCOL, PeerContexts, TlsNetwork, make_data_contexts
 from nbdserver.node.cluster_clients import ClusterClients
@@ -147,9 +149,7 @@ class ReplicaRequests:
         served, replica = self._followed(family)
         if replica.disk.failure:
             raise FamilyError(replica.disk.failure)
-        taken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        replica.family.take_over(taken.set_result)
-        reason = await taken
+        reason = await answer_of(replica.family.take_over)
         owner = replica.family.owner
         if reason or owner is None:
             raise FamilyError(reason or "another node has taken the volume over at once")
@@ -170,9 +170,9 @@ class ReplicaRequests:
         if owner is None:
             return
         served.give_up("the volume is given up by this node")
-        flushed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        owner.flush(flushed.set_result)
-        await asyncio.wait([flushed], timeout=DISOWN_TIMEOUT_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISOWN_TIMEOUT_S):
+                await answer_of(owner.flush)
         owner.depose("it is given up")
 
     async def do_place(self, family: str, placement: list[str]) -> None:
@@ -183,9 +183,7 @@ class ReplicaRequests:
             raise NotOwnedError(NOT_OWNED)
         if self._node not in placement or len(set(placement)) < len(placement):
             raise FamilyError(f"{self._node} owns the volume: it is one of the nodes, each of which is named once")
-        placed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        owner.place(placement, placed.set_result)
-        reason = await placed
+        reason: str = await answer_of(lambda done: owner.place(placement, done))
         if reason:
             raise NotOwnedError(reason)
 
