@@ -39,6 +39,9 @@ OF_REPLICA = b"replica"
 
 REMOVE_TRIES = 5
 
+MOST_SHARED = MAX_CHANGES - 2
+"""Volumes of a family that becomes the cluster's: all of its names are taken at once. It may have more later."""
+
 
 class Families:
     """The families in both registries, and the swaps that change them."""
@@ -198,7 +201,7 @@ class Families:
         return await self._own.compare_and_swap(changes)
 
     async def add_shared(self, family: Family, replica_set: ReplicaSet) -> bool:
-        """Take a family into the shared registry. False if the name is taken."""
+        """Take a family, of at most MOST_SHARED volumes, into the shared registry. False if a name is taken."""
         changes: list[Change] = [
             (_family_key(family), None, family.encode()),
             (_set_key(family.id), None, replica_set.encode()),
@@ -216,14 +219,10 @@ class Families:
     async def end_sharing(self, family: Family) -> None:
         """The shared registry has the family: keep a copy."""
         key = _family_key(family)
-        names = [f"volume/{volume.name}" for volume in family.volumes]
-        last = MAX_CHANGES - 2
-        while len(names) > last:
-            await self._own.compare_and_swap([(name, self._own.get(name), None) for name in names[-last:]])
-            del names[-last:]
         copied: Change = (f"replica/{family.id}", self._own.get(f"replica/{family.id}"), family.encode())
-        changes = [(name, self._own.get(name), None) for name in names]
-        if not await self._own.compare_and_swap([(key, self._own.get(key), None), copied, *changes]):
+        names = [f"volume/{volume.name}" for volume in family.volumes]
+        gone: list[Change] = [(each, self._own.get(each), None) for each in (key, *names)]
+        if not await self._own.compare_and_swap([copied, *gone]):
             raise _changed_by_another(family)
 
     async def change(self, family: Family, **values: object) -> Family:

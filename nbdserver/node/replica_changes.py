@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metadata.families import Families
+from metadata.families import MOST_SHARED, Families
 from metadata.registry import FAMILY_ID_BYTES, FIRST_VOLUME, Family, RegistryError, Volume
 from metadata.replica_set import Member, ReplicaSet
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, NotJoinedError, WrongInputError, counted
@@ -172,6 +172,11 @@ class ReplicaChanges:
         """Make a family of this node's own the cluster's; the other replicas follow. Under the volumes' lock. Its
         clients have to be gone. ConflictError, NodeError, RegistryError."""
         choose(self.places(), replicas, [self._replicas.me])
+        if len(family.volumes) > MOST_SHARED:
+            raise ConflictError(
+                f"{family.name} and what was cloned from it are {len(family.volumes)} volumes, of which at most "
+                f"{MOST_SHARED} can become replicated together; delete some of them first"
+            )
         clients = await self._owning.clients(family)
         if clients:
             raise ConflictError(f"volume {family.name} has {counted(clients, 'client connection')}; detach first")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from metadata.registry import Family, Volume
 from metadata.replica_set import Member, ReplicaSet
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError
 from nbdserver.node.replica_changes import ReplicaChanges
@@ -162,6 +163,13 @@ def test_a_volume_that_cannot_be_made_leaves_nothing(rig: Rig, failing: str) -> 
         asyncio.run(rig.changes.create("db", MIB, ("n2", "n1"), wait_s=0.0))
     assert (rig.node.directories(), rig.node.shared.values) == ([], before)
     assert (rig.node.families.replica_scraps(), rig.node.families.here()) == ([], [])
+
+
+def test_a_family_of_too_many_volumes_cannot_become_the_clusters_and_is_not_touched(rig: Rig) -> None:
+    volumes = tuple(Volume(number, f"clone{number}", MIB) for number in range(1, 64))
+    with pytest.raises(ConflictError, match="clone1 and what was cloned from it are 63 volumes, of which at most 62"):
+        asyncio.run(rig.changes.share(Family(ID, 1 << 26, "", volumes), 2))
+    assert rig.node.calls == []
 
 
 Draw = Callable[[Rig], None]
