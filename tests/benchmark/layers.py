@@ -159,12 +159,8 @@ def show(series: dict[str, list[dict[str, Any]]]) -> list[Table]:
 
 def draw_plot(result: dict[str, Any], path: Path) -> None:
     """A plot for each series: a line for each operation, with its quartiles."""
-    import matplotlib
+    from .drawing import pyplot, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     canvas, grid = pyplot.subplots(1, 3, figsize=(14, 5), layout="constrained", sharey=True)
     titles = {"size_bytes": "size of the volume", "snapshots": "snapshots of it", "clones": "clones of one snapshot"}
     for axes, (what, title) in zip(grid, titles.items(), strict=True):
@@ -185,8 +181,7 @@ def draw_plot(result: dict[str, Any], path: Path) -> None:
     grid[0].set_ylabel("ms until it is durable: median, quartiles")
     grid[0].legend(frameon=False, fontsize=8)
     canvas.suptitle(f"{result['date']}   {result['machine']['cpu']}, {result['rounds']} rounds", color="#555555")
-    canvas.savefig(path, dpi=140)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 @application.command()

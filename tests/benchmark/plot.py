@@ -4,12 +4,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot
-
+from .drawing import pyplot, save
 from .report import figure, rate_text
 
 COLOURS = {
@@ -30,7 +25,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     bands = -(-len(rows) // COLUMNS)
     with_ratios = any(row["ratio"] for row in rows)
     heights = ([0.5 * len(rows) + 1.0] if with_ratios else []) + [2.3] * bands
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     canvas = pyplot.figure(figsize=(13, sum(heights) + 0.8), layout="constrained")
     grid = canvas.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
     if with_ratios:
@@ -48,8 +42,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         fontsize=9,
         color="#555555",
     )
-    canvas.savefig(path, dpi=140)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 def _draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -258,12 +258,8 @@ def show(rows: list[dict[str, Any]]) -> Table:
 
 def draw_plot(result: dict[str, Any], path: Path) -> None:
     """Four small plots over the volume's size."""
-    import matplotlib
+    from .drawing import pyplot, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     rows = result["rows"]
     sizes = [row["size_bytes"] / 2**30 for row in rows]
     # title, (label, column, unit); unit 0 divides by the mapped blocks
@@ -294,8 +290,7 @@ def draw_plot(result: dict[str, Any], path: Path) -> None:
             axes.legend(frameon=False)
     most = max(row["mapped_blocks"] for row in rows)
     canvas.suptitle(f"{result['date']}   up to {most:,} mapped blocks, {result['machine']['cpu']}", color="#555555")
-    canvas.savefig(path, dpi=140)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 SizesOption = Annotated[str, typer.Option(help="Comma-separated volume sizes.")]

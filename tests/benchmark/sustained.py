@@ -72,12 +72,8 @@ def steps(samples: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    from .drawing import pyplot, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     at_min = [step["at_s"] / 60 for step in result["steps"]]
     canvas, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
     above.plot(at_min, [step["writes_per_s"] for step in result["steps"]])
@@ -94,8 +90,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         f"{result['date']}   {result['live_bytes'] >> 20} MiB live in {result['store_bytes'] >> 20} MiB",
         color="#555555",
     )
-    canvas.savefig(path, dpi=140)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 def measure(place: Path, store_bytes: int, seconds: float) -> dict[str, Any]:

@@ -18,12 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
 import typer
-from matplotlib import pyplot
 from rich.table import Table
 
 from .. import machine
@@ -144,7 +139,8 @@ def columns_of(writes: list[Write]) -> list[tuple[float, float]]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write a PNG: the longest write of each tenth of a second."""
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    from ..drawing import pyplot, save
+
     canvas, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
     for (name, taken), colour in zip(result["absences"].items(), COLOURS, strict=False):
         times, longest = zip(*taken["columns"], strict=True)
@@ -158,8 +154,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("seconds; dotted: all replicas are in sync again")
     axes.set_ylabel("longest write of 0.1 s, ms")
     axes.legend(loc="upper right", frameon=False)
-    canvas.savefig(path, dpi=140)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 def table_of(result: dict[str, Any]) -> Table:
