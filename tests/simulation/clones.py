@@ -150,7 +150,7 @@ class Clones:
         self._run.tell(f"clone {number} of layer {layer}")
         self._doubtful[number] = clone
         if self._answer("a clone", partial(self._run.disk.clone, layer, number)):
-            if number not in self._run.disk.maps.tree.heads:
+            if number not in self._run.disk.maps.tree.heads and not self._run.disk.failure:
                 del self._doubtful[number]
             return 0
         self._certain[number] = self._doubtful.pop(number)

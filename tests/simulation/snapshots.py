@@ -98,8 +98,8 @@ class Snapshots:
             run.world.note("snapshot", name, errno)
             if errno:
                 run.accept(errno, "a snapshot")
-                if name not in self._layers():
-                    self._doubtful.pop(name, None)
+                if name not in self._layers() and not run.disk.failure:
+                    self._doubtful.pop(name, None)  # a record whose appending failed may be there after a recovery
             else:
                 self._certain[name] = self._doubtful.pop(name)
                 run.registers.flushed(asked)

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 
 from metadata.directory.node import DirectoryNode
-from metadata.directory.registry_keys import KEPT, STATE_KEY
+from metadata.directory.registry_keys import KEPT, STATE_KEY, MasterState
 from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
 from protocol.directory import Confirm, NodeKind
 from protocol.sealed_frames import ClusterKeys
 from tests.simulation.cluster.cluster import Cluster, ClusterRun
-from tests.simulation.cluster.directory_judge import Judge, View, voters_of
+from tests.simulation.cluster.directory_judge import Judge, View
 from tests.simulation.cluster.faults import Mix, draw_mix
 from tests.simulation.cluster.machine import Machine, Seams
 
@@ -105,8 +105,13 @@ class DirectoryScenario:
         return len(self._voters()) >= NEEDS_DISKS
 
     def _voters(self) -> set[str]:
+        state = self._state()
+        return set(state.voters.values()) if state else set()
+
+    def _state(self) -> MasterState | None:
+        """As the registry has it."""
         items = self.cluster.registry.get(STATE_KEY).items
-        return voters_of(items[0][1] if items else None)
+        return MasterState.decode(items[0][1]) if items else None
 
     # --- clients ---
 
@@ -180,7 +185,8 @@ class DirectoryScenario:
         for machine, node in self.nodes():
             if node.failure:
                 self.cluster.failed(machine, node.failure)
-        self.judge.look(self._views())
+        state = self._state()
+        self.judge.look(self._views(), state.epoch if state else 0)
 
     def core(self, rng: random.Random) -> set[str]:
         names = list(self.cluster.machines)

@@ -9,7 +9,6 @@ Rules of this file
 - What was confirmed is expected of every master of the highest epoch from then on, and of every copy in the end.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from zlib import crc32
@@ -77,8 +76,9 @@ class Judge:
 
     # --- at any time ---
 
-    def look(self, views: list[View]) -> None:
-        """Look at all nodes at one moment."""
+    def look(self, views: list[View], newest_epoch: int) -> None:
+        """Look at all nodes at one moment. `newest_epoch` is that of the registry: its master may have come and gone
+        between two looks, and have confirmed what an older one that stands still cannot know."""
         for view in views:
             self._look_at_master(view)
             seen = self._seen.setdefault((view.name, view.life), _Seen())
@@ -86,9 +86,8 @@ class Judge:
             if view.replica.position != seen.position:
                 seen.position = view.replica.position
                 self._look_at_shape(view)
-        newest = max(self.masters, default=0)
         for view in views:
-            if view.epoch and view.epoch == newest:
+            if view.epoch and view.epoch == newest_epoch:
                 self.must_have_confirmed(view)
 
     def _look_at_master(self, view: View) -> None:
@@ -189,11 +188,6 @@ class Judge:
         updates = [Update.decode(value[NUMBER_BYTES:]) for key, value in kept.items() if key.startswith(KEPT_PREFIX)]
         wrong = _difference({update.key: update.value for update in updates}, in_map)
         return f"the registry keeps what the map has not: {wrong}" if wrong else ""
-
-
-def voters_of(state: bytes | None) -> set[str]:
-    """The names of the voters, as the registry has them."""
-    return set(json.loads(state)["voters"].values()) if state is not None else set()
 
 
 def _difference(expected: Mapping[str, object], found: Mapping[str, object]) -> str:
