@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from metadata.directory.node import DirectoryNode
 from metadata.directory.settings import DirectorySettings
@@ -235,10 +236,7 @@ def _sent(members: list[DirectoryNode]) -> int:
 
 def draw(lines: list[dict[str, float]], path: str) -> None:
     """Two pictures: time and bytes against loss, a curve for each size, the minimum beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from tests.benchmark.drawing import pyplot, save
 
     figure, (times, sizes) = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for nodes in sorted({line["nodes"] for line in lines}):
@@ -265,7 +263,7 @@ def draw(lines: list[dict[str, float]], path: str) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, Path(path))
 
 
 def main() -> None:

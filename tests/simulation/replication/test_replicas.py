@@ -27,7 +27,7 @@ FOUND = (
     9000000646,  # a change of the tree was answered after the judge had looked for the last time
     1795644292186,  # the owner changed while the judge looked for the last time
 )
-TRIES = 40  # runs in which a canary must be found
+TRIES = 120  # for each canary; most are noticed in the first few
 WORLD = "replicas"
 Patch = Callable[[pytest.MonkeyPatch], None]
 
