@@ -24,7 +24,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 TOKEN_NAME = "NBDSERVER_TEST_RUN"
-PORTS = range(20000, 32000)
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+PORTS = range(20000 + WORKER, 32000, WORKERS)  # each worker has its own: a node that restarts finds its port free
 STOP_TIMEOUT_S = 10.0
 LEFT_BY_WORKERS = pytest.StashKey[list[tuple[int, str]]]()
 
