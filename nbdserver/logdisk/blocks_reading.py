@@ -4,6 +4,7 @@ Rules
 - Only what has the checksum that the map has for it is handed over; what is nowhere here is left out.
 - One that is bad here too is wanted for this replica (repair.py). The owner waits for that, because whoever asks has
   nobody else; a replica answers at once: the owner may be asking it for the very block.
+- It does not refer to itself: no collector would free what it has read.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class BlocksReading:
         self._done = done
         self._found: dict[int, bytes] = {}
         self._bad: list[BadBlock] = []
-        self._go_on = guarded(disk.fail, self._read)
         disk.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        guarded(self._disk.fail, self._read)()
 
     def _read(self) -> None:
         """Find the places of those that are left, as far as the map's pages are there, and read them."""

@@ -10,6 +10,7 @@ Rules
 - A block whose checksum is wrong is not sent: it is a gap too, and whoever asks takes a copy of the region. It is
   repaired, if it is still the block of its MBA.
 - Where the last answer ended is remembered, for the one who goes on from there.
+- A walk does not refer to itself: no collector would free what it has read.
 
 Known weakness: an older place in a segment is found by walking from its beginning.
 """
@@ -73,8 +74,10 @@ class _Walk:
         self._done = done
         self._found: list[Modification] = []
         self._segment = self._sequence = self._offset = 0
-        self._go_on = guarded(disk.fail, self._next_piece)
         disk.call_soon(guarded(disk.fail, lambda: self._begin(after)))
+
+    def _go_on(self) -> None:
+        guarded(self._disk.fail, self._next_piece)()
 
     def _begin(self, after: Position) -> None:
         disk = self._disk

@@ -1,6 +1,7 @@
 """A replica that was away skips to its owner's position, and copies of regions make it show what the owner shows."""
 
 import errno
+import gc
 from array import array
 from dataclasses import replace
 
@@ -15,6 +16,9 @@ from protocol.peer import BEGINNING, Copy
 from protocol.peer_decoding import decode
 from protocol.peer_frames import encode
 from tests.unit.replica_rig import STEPS, Pair, Step, taken
+
+READERS = ("BlocksReading", "RegionDigests", "RegionReading", "_Walk")
+"""Each has what it reads in its hands."""
 
 
 def returned(pair: Pair, crash: bool = False) -> None:
@@ -340,3 +344,19 @@ def test_what_comes_while_a_copy_is_applied_waits_for_its_end() -> None:
     assert replica.clock.run_until(lambda: len(order) == 2)
     assert order == [("copy", 0), ("append", 0)]
     assert (replica.number_at(0), replica.number_at(500)) == (77, 502)
+
+
+def test_what_was_read_for_a_replica_is_not_left_to_a_collector_that_never_runs() -> None:
+    pair = gone_and_back()
+    gc.disable()
+    try:
+        returned(pair)
+        complete(pair)
+        after = BEGINNING
+        while found := pair.owner.wait(lambda done: pair.owner.replica.modifications(after, 1, done))[1]:  # noqa: B023
+            after = found[-1].position
+        assert after == pair.owner.replica.last
+        del found
+        assert [each for each in gc.get_objects() if type(each).__name__ in READERS] == []
+    finally:
+        gc.enable()
