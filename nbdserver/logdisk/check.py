@@ -32,10 +32,11 @@ from metadata.replica_state import REPLICA_KEY, read_splices
 from metadata.seams import Files, Store
 from nbdserver.logdisk.check_layers import LayerCheck
 from nbdserver.logdisk.check_segments import Placed, SegmentCheck
+from nbdserver.logdisk.contents import Contents
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
 from nbdserver.logdisk.records import Record
 from nbdserver.logdisk.recovery import RecoveryError, Replay
-from nbdserver.logdisk.segments import DIRECTORY, SegmentPool
+from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import (
     BLOCK_BYTES,
     SEGMENT_HEADER_BYTES,
@@ -57,7 +58,8 @@ Progress = Callable[[str, int, int], None]
 class Finding:
     """Something that is wrong: `kind` for programs, the sentence for people."""
 
-    kind: str  # registry, store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log
+    kind: str  # registry, store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log, or
+    # contents
     sentence: str
     where: str
 
@@ -76,6 +78,7 @@ class CheckResult:
     pending_holes: int = 0
     segments: int = 0
     is_complete: bool = True  # False: damage made some comparisons impossible
+    contents: Contents | None = None  # if they were asked for and can be read
 
 
 def check_family(files: Files, store: Store, quick: bool, progress: Progress = lambda *_: None) -> CheckResult:
@@ -314,10 +317,7 @@ class _FamilyCheck:
     def _check_tail(self) -> None:
         pool = SegmentPool(self._files, self._segment_bytes, lambda *_: None)
         try:
-            for name in self._files.list(DIRECTORY):
-                stem, _, suffix = name.partition(".")
-                if suffix == "seg" and stem.isdigit():
-                    pool.open_if_present(int(stem))
+            pool.open_all()
             self._walk_tail(pool)
         except (RecoveryError, OSError, InvariantError) as error:
             self._find("log", "behind the checkpoint", str(error))

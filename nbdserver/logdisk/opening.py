@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from metadata.epochs import read_epochs
-from metadata.family_state import Family, OpenState, put_open_state, read_checkpoint, read_pending_holes
+from metadata.family_state import Checkpoint, Family, OpenState, put_open_state, read_checkpoint, read_pending_holes
 from metadata.replica_state import (
     ReplicaState,
     Splice,
@@ -59,6 +59,15 @@ class Opened:
     replica: ReplicaState | None  # None: of a family on one node
 
 
+def load_maps(maps: Maps, store: Store, family: Family, start: Checkpoint) -> None:
+    """The maps as of the last checkpoint, but for their pages. DamagedValueError, InvariantError."""
+    maps.segments.load(store.range(*maps.segments.key_range()))
+    maps.regions.load(store.range(*maps.regions.key_range()))
+    maps.tree.load(store, family.size_bytes)
+    maps.take_holes(read_pending_holes(store))
+    maps.next_mba, maps.next_hole, maps.live_blocks = start.next_mba, start.next_hole, start.live_blocks
+
+
 class Opening:
     """Opens one family's log into `maps` and `pool`."""
 
@@ -86,11 +95,7 @@ class Opening:
         maps, store, start = self._maps, self._store, self._start
         if epoch is not None:
             self._refuse_old_epoch(epoch, max(before.epoch, self._replica.promised_epoch))
-        maps.segments.load(store.range(*maps.segments.key_range()))
-        maps.regions.load(store.range(*maps.regions.key_range()))
-        maps.tree.load(store, self._family.size_bytes)
-        maps.take_holes(read_pending_holes(store))
-        maps.next_mba, maps.next_hole, maps.live_blocks = start.next_mba, start.next_hole, start.live_blocks
+        load_maps(maps, store, self._family, start)
         self._pool.adopt(maps.segments.in_use)
         replay = Replay(
             self._files, store, self._pool, maps, self._family.family, self._history, self._splices, self._progress

@@ -94,6 +94,13 @@ class SegmentPool:
         self._has_ballast = BALLAST in self._files.list(".")
         self._lowest_spare = len(self.spare)
 
+    def open_all(self) -> None:
+        """Open every file that is there, for who only reads. OSError."""
+        for name in self._files.list(DIRECTORY):
+            stem, _, suffix = name.partition(".")
+            if suffix == "seg" and stem.isdigit():
+                self.open_if_present(int(stem))
+
     def open_if_present(self, segment: int) -> bool:
         """Open a segment that replay met and the checkpoint does not know."""
         if segment < len(self.handles) and self.handles[segment] >= 0:

@@ -16,22 +16,28 @@ from metadata.families import Families
 from metadata.layers import Tree
 from metadata.registry import Family, RegistryError, VolumeState
 from metadata.registry_table import RegistryTable
-from metadata.seams import Store
+from metadata.seams import Files, Store
 from nbdserver.host.completions import Completions
 from nbdserver.host.data_directory import DataDirectoryError, DataDirectoryLock
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.check import CheckResult, Finding, check_family
+from nbdserver.logdisk.contents import read_contents
+from nbdserver.logdisk.recovery import RecoveryError
 from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError, NotFoundError, WrongInputError
 from nbdserver.node.store_copy import opened_copy
+from protocol.disk import DamagedValueError
 
 Progress = Callable[[str, str, int, int], None]
 """Called with (volume, what is being looked at, units done, units in all)."""
 
 
-def check_directory(path: Path, volume: str, quick: bool, progress: Progress) -> Iterator[tuple[str, CheckResult]]:
+def check_directory(
+    path: Path, volume: str, quick: bool, wants_digests: bool, progress: Progress
+) -> Iterator[tuple[str, CheckResult]]:
     """(oldest volume, result) of each family, or of the one with the volume named: a volume and its clones are one
-    family and checked as one. Raises WrongInputError, or NodeError if a node runs."""
+    family and checked as one. With `wants_digests` what they hold too. Raises WrongInputError, or NodeError if a node
+    runs."""
     directory = DataDirectory(path)
     directory.require()
     if not os.access(path, os.W_OK | os.X_OK):
@@ -46,7 +52,7 @@ def check_directory(path: Path, volume: str, quick: bool, progress: Progress) ->
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the tail's walk opens every segment
         for family in _families(directory, volume):
             name = family.name
-            yield name, _check(directory, family, quick, lambda *what, name=name: progress(name, *what))
+            yield name, _check(directory, family, quick, wants_digests, lambda *what, name=name: progress(name, *what))
     finally:
         lock.release()
 
@@ -80,7 +86,23 @@ def _check_names(family: Family, store: Store, result: CheckResult) -> None:
         result.findings.append(Finding("registry", sentence, f"volume {number}"))
 
 
-def _check(directory: DataDirectory, family: Family, quick: bool, progress: Callable[..., None]) -> CheckResult:
+def _read_contents(
+    family: Family, files: Files, store: Store, result: CheckResult, progress: Callable[..., None]
+) -> None:
+    """Add the digests of what the family's exports hold."""
+    try:
+        result.contents = read_contents(files, store, {each.number: each.name for each in family.volumes}, progress)
+    except (RecoveryError, DamagedValueError, OSError) as error:
+        result.findings.append(Finding("contents", f"what it holds cannot be read: {error}", family.name))
+        return
+    for export in result.contents.exports:
+        if export.problem:
+            result.findings.append(Finding("contents", f"{export.name} has no digest: {export.problem}", export.name))
+
+
+def _check(
+    directory: DataDirectory, family: Family, quick: bool, wants_digests: bool, progress: Callable[..., None]
+) -> CheckResult:
     place = directory.family(family.id)
     loop = asyncio.new_event_loop()  # never run: the check waits for every read
     try:
@@ -89,6 +111,8 @@ def _check(directory: DataDirectory, family: Family, quick: bool, progress: Call
             with opened_copy(place / "maps") as store:
                 result = check_family(files, store, quick, progress)
                 _check_names(family, store, result)
+                if wants_digests:
+                    _read_contents(family, files, store, result, progress)
                 return result
         finally:
             files.shut_down()

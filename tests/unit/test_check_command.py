@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import secrets
 from pathlib import Path
 
@@ -56,6 +57,32 @@ def test_damage_is_exit_1_and_one_line(place: Place, capfd: pytest.CaptureFixtur
     assert "1 problem;" in lines[1]
     assert len(lines) == 2
     assert run(["check", "--data", str(place[0]), "--quick"]) == 0
+
+
+def test_digests_are_a_line_for_each_export_and_one_for_the_log(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["check", "--data", str(place[0]), "--quick", "--digest"]) == 0
+    _, digest, log = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(r"disk0: digest [0-9a-f]{64} of 1073741824 bytes", digest)
+    assert log == "disk0: its log ends at epoch 1, txid 1"
+    assert run(["check", "--data", str(place[0]), "--digest", "--json"]) == 0
+    contents = json.loads(capfd.readouterr().out)["volumes"]["disk0"]["contents"]
+    assert (contents["epoch"], contents["txid"], contents["regions_to_fetch"]) == (1, 1, 0)
+    (export,) = contents["exports"]
+    assert (export["name"], export["size_bytes"], export["problem"]) == ("disk0", 1 << 30, "")
+    assert export["digest"] == digest.split()[2]
+
+
+def test_what_cannot_be_read_has_no_digest_and_is_exit_1(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    path = place[1] / segment_path(1)
+    content = bytearray(path.read_bytes())
+    content[100_000] ^= 1
+    path.write_bytes(content)
+    assert run(["check", "--data", str(place[0]), "--quick", "--digest"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("disk0: contents: disk0 has no digest: it cannot be read in MiB 0: a block in segment 1")
+    assert lines[2] == "disk0: digest none of 1073741824 bytes"
 
 
 def test_json_is_one_document(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
