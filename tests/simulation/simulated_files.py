@@ -108,6 +108,12 @@ class SimulatedDrive:
     def sync_names(self, directory: str) -> None:
         self._unsynced_names.pop(directory, None)
 
+    def forget_unsynced(self) -> None:
+        """The power loss that is to come at this moment takes all that it can."""
+        for file in self.files.values():
+            self._lose_pages(file, FaultMix(), keep_all=False, keep_none=True)
+            file.generations, file.abandoned = [{}], {}
+
     def lose_power(self, mix: FaultMix) -> None:
         """Take back any part of what was not synced."""
         rng = self.world.random

@@ -13,7 +13,7 @@ from nbdserver.replication.owner import Owner
 from tests.simulation.cluster.cluster import Cluster
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import BLOCK_BYTES, pattern
-from tests.simulation.replication.on_log_disks import REGION_BLOCKS, LogNode, LogScenario
+from tests.simulation.replication.on_log_disks import REGION_BLOCKS, Bend, LogNode, LogScenario
 
 VOLUME = 1
 
@@ -22,7 +22,7 @@ class _Scenario(LogScenario):
     """Remembers what nodes tell."""
 
     def __init__(self) -> None:
-        super().__init__(random.Random("stage"), trouble=0.0, count=3)
+        super().__init__(random.Random("stage"), Bend(trouble=0.0), count=3)
         self.settings = DiskSettings(cache_bytes=1 << 20)
         self.told: list[tuple[str, dict[str, object]]] = []
 
@@ -64,9 +64,7 @@ class LogStage:
 
     def content(self, number: int, lba: int) -> bytes:
         """What a node's own log shows."""
-        data = self.node(number).disk.head(VOLUME).read(lba * BLOCK_BYTES, BLOCK_BYTES)
-        assert data is not None, "the maps of so small a volume are in memory"
-        return b"".join(data)
+        return self.scenario.shown(self.node(number), VOLUME, "", lba)
 
     def until(self, holds: Callable[[], bool], limit_s: float = 10.0) -> None:
         assert self.cluster.run_until(holds, limit_s), f"not within {limit_s} s; {self.scenario.told[-5:]}"

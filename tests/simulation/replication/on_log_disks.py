@@ -11,8 +11,8 @@ Rules of this file
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,16 @@ HARMLESS = frozenset({"drift", "registry delay", "registry unknown", "registry c
 READ_LIMIT_S = 30.0
 OPERATIONS = 800  # at most, a run
 FLOOD, FLOOD_AN_ACT, FLOOD_BLOCKS = 60, 6, 44
+
+
+@dataclass(frozen=True)
+class Bend:
+    """What a test wants of a run that is otherwise drawn: it makes a rare thing frequent. None: as drawn."""
+
+    faults: Mapping[str, float] | None = None
+    trouble: float | None = None  # chance of a conspiracy, an act
+    of_the_tree: float | None = None  # chance of a change of the tree, instead of an operation
+    rots: float | None = None  # chance that something on a disk changes, an act
 
 
 class LogNode(FamilyNode):
@@ -114,8 +124,9 @@ class LogNode(FamilyNode):
 class LogScenario(FamilyScenario):
     """What clients do, and what they may see."""
 
-    def __init__(self, rng: random.Random, trouble: float | None = None, count: int | None = None) -> None:
-        super().__init__(rng, trouble, count)
+    def __init__(self, rng: random.Random, bend: Bend | None = None, count: int | None = None) -> None:
+        bend = bend or Bend()
+        super().__init__(rng, bend.trouble, count)
         self.volumes = Volumes(SIZE_BYTES)
         self.boots: dict[str, int] = {}
         self.settings = DiskSettings(
@@ -129,7 +140,8 @@ class LogScenario(FamilyScenario):
         self._home = rng.choice([0, -1])  # where everybody attaches while a disk rots: not there, or there
         self._near = rng.choice([8, 44])  # blocks at the beginning of each region that are used
         self._most_blocks = rng.choice([4, 16, 40])
-        self._of_the_tree = rng.choice([0.0, 0.02, 0.1])  # chance of a change of the tree, instead of an operation
+        drawn = rng.choice([0.0, 0.02, 0.1])
+        self._of_the_tree = drawn if bend.of_the_tree is None else bend.of_the_tree
         self._left = OPERATIONS
         self._flood = 0  # large writes that are still to come
         self._label = 0
@@ -358,13 +370,13 @@ class LogScenario(FamilyScenario):
             raise ViolationError(f"the comparison ends with {ends} and {owner.family.differences}")
 
     def _same(self, what: str, nodes: Sequence[LogNode], volume: int, snapshot: str, lba: int) -> bytes:
-        found = {node.machine.name: self._shown(node, volume, snapshot, lba) for node in nodes}
+        found = {node.machine.name: self.shown(node, volume, snapshot, lba) for node in nodes}
         if len(set(found.values())) > 1:
             shown = {name: data[:16].hex() for name, data in found.items()}
             raise ViolationError(f"{what} is not the same on all replicas: {shown}")
         return found[nodes[0].machine.name]
 
-    def _shown(self, node: LogNode, volume: int, snapshot: str, lba: int) -> bytes:
+    def shown(self, node: LogNode, volume: int, snapshot: str, lba: int) -> bytes:
         """What a replica's own log shows in one block."""
         disk = node.disk
         row = disk.snapshot_row(volume, snapshot) if snapshot else None
@@ -385,18 +397,18 @@ class LogScenario(FamilyScenario):
 
 
 def replicas_run(
-    seed: int,
-    mix: Mix | None = None,
-    trouble: float | None = None,
-    story: Callable[[str], None] | None = None,
+    seed: int, bend: Bend | None = None, story: Callable[[str], None] | None = None
 ) -> tuple[LogScenario, ClusterRun]:
     """A run of one seed; `go` is still to be called."""
     rng = random.Random(f"{seed} replicas")
-    drawn = draw_replication_mix(rng) if mix is None else mix
-    rots = rng.choice([0.1, 0.5]) if rng.random() < 0.15 and mix is None else 0.0
+    bend = bend or Bend()
+    drawn = draw_replication_mix(rng) if bend.faults is None else Mix(bend.faults)
+    rots = rng.choice([0.1, 0.5]) if rng.random() < 0.15 and bend.faults is None else 0.0
+    rots = rots if bend.rots is None else bend.rots
     if rots:
         drawn = Mix({name: strength for name, strength in drawn.strengths.items() if name in HARMLESS})
-    scenario = LogScenario(rng, 0.0 if rots else trouble, rng.choice([2, 3]) if rots else None)
+        bend = replace(bend, trouble=0.0)
+    scenario = LogScenario(rng, bend, rng.choice([2, 3]) if rots else None)
     scenario.rots = rots
     cluster = Cluster(seed, drawn, scenario.start, story)
     return scenario, ClusterRun(

@@ -10,6 +10,7 @@ import pytest
 
 import nbdserver.replication.comparison as comparison_module
 from metadata.region_table import RegionTable
+from metadata.replica_state import ReplicaState
 from nbdserver.block import Operation
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.logdisk.segments import segment_path
@@ -20,6 +21,7 @@ from protocol.peer import Frame, Opened
 from protocol.peer_frames import encode
 from tests.simulation.registers import BLOCK_BYTES
 from tests.simulation.replication.log_stage import VOLUME, LogStage
+from tests.simulation.replication.on_log_disks import REGION_BLOCKS
 
 
 @pytest.fixture
@@ -153,6 +155,46 @@ def test_a_replica_that_dies_while_it_fetches_regions_goes_on_with_them(stage: L
     stage.write_some(1)
     stage.cluster.start("node-3")
     stage.end()
+
+
+def all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost(stage: LogStage) -> None:
+    """The one is no member: the registry cannot be asked. What is lost was acknowledged, so the generation rises."""
+    away_for_long(stage)
+    stage.cluster.registry.go_down()
+    stage.until(lambda: stage.node(3).log.resync_count > 0)
+    for number in (1, 2):
+        stage.node(number).log.sync = lambda done: None  # type: ignore[method-assign]
+    lost = {lba: stage.expected[lba] for lba in stage.expected if lba % REGION_BLOCKS == 0}
+    for lba in range(0, 4 * REGION_BLOCKS, REGION_BLOCKS):
+        stage.write_through(1, lba)
+    assert lost
+    last = stage.node(1).log.last
+    stage.until(lambda: stage.node(3).log.resync_count == 0)
+    assert stage.node(1).log.durable < last == stage.node(3).log.last
+    for number in (1, 2):
+        stage.cluster.machines[f"node-{number}"].drive.forget_unsynced()
+    for number in (1, 2, 3):
+        stage.cluster.machines[f"node-{number}"].end(power=True)
+    stage.cluster.registry.come_back()
+    for number in (1, 2, 3):
+        stage.cluster.start(f"node-{number}")
+    stage.attach(1)
+    assert stage.owner(1).value.generation == 2
+    assert stage.node(1).log.last < last
+    for lba in range(0, 4 * REGION_BLOCKS, REGION_BLOCKS):
+        stage.expected.pop(lba)
+    stage.expected.update(lost)
+    stage.end()
+
+
+def test_what_was_fetched_behind_what_all_have_lost_is_not_cut_away(stage: LogStage) -> None:
+    all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost(stage)
+
+
+def test_without_that_rule_a_region_is_gone(stage: LogStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReplicaState, "fetched_txid", property(lambda self: 0, lambda self, txid: None), raising=False)
+    with pytest.raises(AssertionError, match="has other contents"):
+        all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost(stage)
 
 
 def rot(stage: LogStage, number: int, lba: int) -> None:
