@@ -45,6 +45,7 @@ OLDEST_VERSION = 1  # the one before it
 FRAME_LIMIT_BYTES = 128 << 20  # the largest record is a segment's, of 64 MiB
 MODIFICATIONS_LIMIT = 4096
 EPOCHS_LIMIT = 1024
+INCARNATIONS_LIMIT = 64
 RUNS_LIMIT = 1 << 20
 BLOCKS_LIMIT = 256
 COMPARED_LIMIT = 4096
@@ -70,11 +71,11 @@ OpenBody = Struct(
 )
 OpenedBody = Struct(
     "version" / Int8ul,
-    "reserved" / Int8ul,
-    "epochs" / Int16ul,  # that follow: the history of the log
+    "incarnations" / Int8ul,  # that follow last: those since which nothing appended can have been lost, in order
+    "epochs" / Int16ul,  # that follow first: the history of the log
     "runs" / Int32ul,  # that follow: regions that are still to be fetched
     "incarnation" / Int64ul,
-    "intact_since" / Int64ul,  # the incarnation since which nothing that was appended can have been lost
+    "intact_since" / Int64ul,  # the first of these incarnations: who does not know of them takes all from it on
     "room_bytes" / Int64ul,
     "last_epoch" / Int32ul,
     "durable_epoch" / Int32ul,
@@ -268,8 +269,8 @@ class Open:
 class Opened:
     """How a replica stands."""
 
-    incarnation: int
-    intact_since: int
+    incarnations: Sequence[int]
+    """Since which nothing appended can have been lost, in order, the present one last."""
     last: Position
     durable: Position
     committed_txid: int
@@ -277,6 +278,11 @@ class Opened:
     epochs: Epochs
     resync: Runs
     version: int = VERSION
+
+    @property
+    def incarnation(self) -> int:
+        """Of the replica as it is open now."""
+        return self.incarnations[-1]
 
 
 @dataclass(frozen=True, slots=True)

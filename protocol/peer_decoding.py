@@ -285,12 +285,16 @@ def _modifications(reader: _Reader, count: int) -> Sequence[Modification]:
 
 def _opened(reader: _Reader) -> Opened:
     (
-        version, _, epochs, runs, incarnation, intact_since, room_bytes,
+        version, count, epochs, runs, incarnation, intact_since, room_bytes,
         last_epoch, durable_epoch, last_txid, durable_txid, committed_txid,
     ) = OPENED_BODY.unpack(reader.take(OPENED_BODY.size))  # fmt: skip
+    history, resync = _epochs(reader, epochs), _runs(reader, runs)
+    incarnations: Sequence[int] = array("Q", reader.take(8 * count)) if count else range(intact_since, incarnation + 1)
+    if not incarnations or incarnations[-1] != incarnation:
+        raise PeerFrameError("a replica is said to be open in another incarnation than its last one")
     return Opened(
-        incarnation, intact_since, Position(last_epoch, last_txid), Position(durable_epoch, durable_txid),
-        committed_txid, room_bytes, _epochs(reader, epochs), _runs(reader, runs), version,
+        incarnations, Position(last_epoch, last_txid), Position(durable_epoch, durable_txid), committed_txid,
+        room_bytes, history, resync, version,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from protocol.peer import (
     FETCH_BODY,
     FETCHED_BODY,
     FRAME_LIMIT_BYTES,
+    INCARNATIONS_LIMIT,
     KINDS_SINCE,
     MAGIC,
     MODIFICATION_HEADER,
@@ -184,12 +185,14 @@ def _blocks(modifications: Sequence[Modification]) -> list[Buffer]:
 
 
 def _pack_opened(frame: Opened) -> bytes:
+    invariant(0 < len(frame.incarnations) <= INCARNATIONS_LIMIT, "a replica that is open has incarnations")
     head = OPENED_BODY.pack(
-        frame.version, 0, len(frame.epochs), len(frame.resync), frame.incarnation, frame.intact_since,
-        frame.room_bytes, frame.last.epoch, frame.durable.epoch, frame.last.txid,
+        frame.version, len(frame.incarnations), len(frame.epochs), len(frame.resync), frame.incarnation,
+        frame.incarnations[0], frame.room_bytes, frame.last.epoch, frame.durable.epoch, frame.last.txid,
         frame.durable.txid, frame.committed_txid,
     )  # fmt: skip
-    return head + _pack_epochs(frame.epochs) + _pack_runs(frame.resync)
+    incarnations = array("Q", frame.incarnations).tobytes()
+    return head + _pack_epochs(frame.epochs) + _pack_runs(frame.resync) + incarnations
 
 
 def _pack_epochs(epochs: Epochs) -> bytes:

@@ -73,7 +73,9 @@ class DirectoryNode:
         self._registry = registry
         self._random = random
         self._prefixes = settings.subscription
-        replica_store = ReplicaStore(store, random, self._persisted, self._store_failed, self._prefixes)
+        replica_store = ReplicaStore(
+            store, random, self._persisted, self._store_failed, self._prefixes, settings.least_incarnation
+        )
         node, incarnation = replica_store.node, replica_store.incarnation
         self.routes = Routes(
             clock, network, random, settings.keys, node, incarnation, settings.datagrams, self._heard,

@@ -9,7 +9,8 @@ Rules
   only when the batch that has it, with all entries up to it, is synced.
 - A snapshot is received under a generation of its own and becomes the copy by one small batch that changes the number.
   What has another generation is deleted afterwards, a bounded number of keys a batch.
-- The id is drawn once, when the store is empty; the incarnation rises at each start, before anything is sent.
+- The id is drawn once, when the store is empty; the incarnation rises at each start, before anything is sent, and is
+  `least_incarnation` at least: a store that was put back from a copy does not count from there again.
 - A write that fails is the end of this copy's part in the directory (`failed`): nothing is told as persisted after it.
 """
 
@@ -65,6 +66,7 @@ class ReplicaStore:
         persisted: Callable[[Position, int], None],
         failed: Callable[[int], None],
         prefixes: Sequence[str] = (),
+        least_incarnation: int = 0,
     ) -> None:
         self._store = store
         self._tell_persisted = persisted
@@ -88,7 +90,7 @@ class ReplicaStore:
         self._load()
         while not self.node:
             self.node = random.getrandbits(64)
-        self.incarnation += 1
+        self.incarnation = max(self.incarnation + 1, least_incarnation)
         batch = store.batch()
         batch.put(STATE_KEY, self._state())
         try:

@@ -31,6 +31,9 @@ class DirectorySettings:
     keys: ClusterKeys
     prefixes: tuple[str, ...] = ()
     """What a second-kind node subscribes to, besides members and master."""
+    least_incarnation: int = 0
+    """Of this life, whatever the store says: higher than any that began earlier, also if the store is older than they
+    are. The others take nothing from a life that is over."""
 
     def __post_init__(self) -> None:
         if len(self.prefixes) > OWN_PREFIXES_LIMIT:

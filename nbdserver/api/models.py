@@ -232,6 +232,7 @@ class Resync(BaseModel):
     bytes_per_s: int
     left_s: int | None = Field(description="at this rate; null while that is not known")
     reason: str
+    disk: str = Field(description="why it is known that its disk is not what it was: replaced, or put back; else empty")
 
 
 class ClusterNode(BaseModel):

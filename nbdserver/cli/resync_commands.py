@@ -70,7 +70,7 @@ def resync_sentence(row: dict[str, Any]) -> str:
     """One replica that is not in sync, for `status`."""
     left = "" if row["left_bytes"] is None else f", {round_size(row['left_bytes'])} left"
     time_left = "" if row["left_s"] is None else f" for {row['left_s']} s"
-    why = f": {row['reason']}" if row["reason"] else ""
+    why = "".join(f": {row[key]}" for key in ("reason", "disk") if row[key])
     return f"{row['volume']} on {row['node']}: {row['state']}{left}{time_left}{why}"
 
 
@@ -89,5 +89,5 @@ def _row(row: dict[str, Any]) -> list[str]:
         "-" if row["left_bytes"] is None else round_size(row["left_bytes"]),
         f"{round_size(row['bytes_per_s'])}/s" if row["bytes_per_s"] else "-",
         "-" if row["left_s"] is None else f"{row['left_s']} s",
-        row["reason"],
+        "; ".join(row[key] for key in ("reason", "disk") if row[key]),
     ]

@@ -139,7 +139,7 @@ class _FamilyCheck:
     def _check_small_values(self) -> None:
         for start, stop in ((b"\x01", b"L"), (b"N", b"\xff" * 9)):
             for key, _ in self._items(start, stop):
-                if key[:1] not in b"FOCHRSTYGEPJB" or len(key) not in (1, 5, 9):
+                if key[:1] not in b"FOCHRSTYGEPJBI" or len(key) not in (1, 5, 9):
                     self._find("value", f"key {key.hex()}", f"key {key.hex()} is none that this version writes")
 
     def _read_state(self) -> bool:

@@ -10,7 +10,7 @@ Rules
   (Rule.TAIL_SYNCED_BEFORE_SERVING, Rule.CUT_IS_DURABLE_FIRST).
 - An epoch is begun only if it is later than every one that was seen.
 - Whether acknowledged writes may be gone is known here alone. A family on one node raises its generation then; a
-  replica notes the incarnation in which that may have happened (`intact_since`).
+  replica forgets its former incarnations then.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Opening:
             crash_point("replay-after-tail")
             self._report("recovered", {"records": recovered.records, "blocks": recovered.blocks})
         log = self._log(rng, before, recovered, replicated)
-        state, replica = self._states(before, clean, boot_id, replicated)
+        state, replica = self._states(rng, before, clean, boot_id, replicated)
         if epoch is not None:
             state, replica = replace(state, epoch=epoch), replace(replica, promised_epoch=epoch)
             log.begin_epoch(epoch)
@@ -152,15 +152,12 @@ class Opening:
             log.splices.add(lsn)
 
     def _states(
-        self, before: OpenState, clean: bool, boot_id: str, replicated: Replicated | None
+        self, rng: random.Random, before: OpenState, clean: bool, boot_id: str, replicated: Replicated | None
     ) -> tuple[OpenState, ReplicaState]:
         generation = before.generation
-        replica = replace(self._replica, incarnation=self._replica.incarnation + 1)
-        if not (before.clean if replicated is not None else clean) and before.boot_id != boot_id:
-            if replicated is not None:
-                replica = replace(replica, intact_since=replica.incarnation)
-            else:
-                generation += 1
-                reason = "power loss or reboot while open"
-                self._report("generation-raised", {"generation": generation, "reason": reason})
-        return OpenState(generation, before.epoch, False, boot_id), replica
+        may_have_lost = not (before.clean if replicated is not None else clean) and before.boot_id != boot_id
+        if may_have_lost and replicated is None:
+            generation += 1
+            reason = "power loss or reboot while open"
+            self._report("generation-raised", {"generation": generation, "reason": reason})
+        return OpenState(generation, before.epoch, False, boot_id), self._replica.opened(rng, may_have_lost)

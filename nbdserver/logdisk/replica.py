@@ -79,8 +79,8 @@ class Replica:
         return self._state.incarnation
 
     @property
-    def intact_since(self) -> int:
-        return self._state.intact_since
+    def incarnations(self) -> Sequence[int]:
+        return self._state.incarnations
 
     @property
     def promised_epoch(self) -> int:

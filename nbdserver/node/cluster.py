@@ -20,6 +20,7 @@ Rules
 import asyncio
 import json
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -177,6 +178,7 @@ class Cluster:
             settings.address,
             ClusterKeys(settings.name, self._keys.valid),
             (*SAID_PREFIXES, *settings.subscribe) if settings.across_wan else (),
+            least_incarnation=int(time.time()),  # the data directory may be an older copy
         )
 
     def _publish_facts(self) -> None:

@@ -172,12 +172,15 @@ class ClusterPart:
             return {}
         return {"replicas_wanted": family.replicas, "replicas_in_sync": len(value.in_sync)}
 
-    def findings(self, volumes: Sequence[Mapping[str, Any]], waits: Mapping[str, str]) -> list[Finding]:
-        """What is wrong with the cluster's volumes, of these of all, some of which wait for something; and with this
-        node's part in them."""
+    def findings(
+        self, volumes: Sequence[Mapping[str, Any]], waits: Mapping[str, str], resync: Sequence[Mapping[str, Any]]
+    ) -> list[Finding]:
+        """What is wrong with the cluster's volumes, of these of all, some of which wait for something; with replicas
+        that are being made complete (`resync`); and with this node's part in them."""
         problems = {**self.replicas.problems, **self.changes.problems}
         named = {getattr(self._families.get(family_id), "name", ""): why for family_id, why in problems.items()}
         found = [*replica_view.waiting_findings(waits), *replica_view.replica_findings(volumes, named)]
+        found += replica_view.disk_findings(resync)
         if self._peers_problem:
             found.append(replica_view.peers_finding(self._peers_problem))
         return found

@@ -199,7 +199,7 @@ class Node:
         resync: list[dict[str, Any]] = []
         if self.part is not None:
             resync, waits = await self.part.resync.look()
-            of_cluster = [*of_cluster, *self.part.findings(volumes, waits)]
+            of_cluster = [*of_cluster, *self.part.findings(volumes, waits, resync)]
         status = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -229,6 +229,7 @@ def _link(owner: Owner, link: Link) -> dict[str, Any]:
         "resync_bytes_sent": link.copying.sent_bytes,
         "resync_bytes_saved": link.copying.saved_bytes,
         "reason": link.reason or link.copying.reason,
+        "disk": owner.in_sync.lost.get(link.node, ""),
     }
 
 

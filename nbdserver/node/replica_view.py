@@ -90,6 +90,16 @@ def waiting_findings(waits: Mapping[str, str]) -> list[Finding]:
     return [Finding(NOW, listed(names), f"answers nobody, it waits for {why}", remedy) for why, names in same.items()]
 
 
+def disk_findings(resync: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Of replicas that are being made complete, and whose disk is known not to be what it was."""
+    same: dict[tuple[str, str], list[str]] = {}
+    for row in resync:
+        if row["disk"]:
+            same.setdefault((row["node"], row["disk"]), []).append(row["volume"])
+    remedy = "nothing, if that was meant: it gets what it lacks from the others; else look at that machine's disk"
+    return [Finding(SOON, f"{node}: {listed(names)}", why, remedy) for (node, why), names in same.items()]
+
+
 def peers_finding(reason: str) -> Finding:
     """This node's replicas cannot be reached by the others."""
     remedy = "give the node another cluster.data_address, or mend its certificate, and restart it"

@@ -45,6 +45,7 @@ def row(family: Family, value: ReplicaSet, node: str, is_up: bool, link: Mapping
         "bytes_per_s": round(bytes_per_s),
         "left_s": round(left_bytes / bytes_per_s) if left and bytes_per_s else None,
         "reason": str(link["reason"]) if link and state in (CONNECTING, WAITING) else "",
+        "disk": str(link.get("disk", "")) if link else "",
     }
 
 

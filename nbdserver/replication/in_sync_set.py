@@ -7,6 +7,7 @@ goes through here: this is the one place which knows what may be true in the reg
 Rules (docs/replication.md has the reasons)
 - A member is needed until the registry has answered that it is none (8); a new one from the request on (9).
 - A member that is not whole any more is removed like one that is silent (16).
+- The registry is told of a member's newest incarnation as soon as it answers: an older one may be a copy's too (20).
 - Who leaves stays until the others are there (19).
 
 Known weakness: one change at a time: two replicas that die together are two swaps.
@@ -20,7 +21,7 @@ from metadata.seams import Clock
 from nbdserver.replication.grants import CANDIDATE_S
 from nbdserver.replication.link import Link
 from nbdserver.replication.placing import Placed, Placing
-from protocol.peer import Opened
+from protocol.peer import BEGINNING, Opened
 
 Report = Callable[[str, dict[str, object]], None]
 """Tells of an event: its kind, and what belongs to it."""
@@ -46,9 +47,24 @@ class SetEvents(Protocol):
         """A link to another node of the placement."""
 
 
-def is_whole(member: Member, incarnation: int, intact_since: int) -> bool:
+def is_whole(member: Member, incarnations: Sequence[int]) -> bool:
     """Whether a replica still is what the registry says that it was."""
-    return intact_since <= member.incarnation <= incarnation
+    return member.incarnation in incarnations
+
+
+WENT_DOWN = "its machine went down: what was not synced may be gone"
+REPLACED = "its disk is empty: it was replaced"
+PUT_BACK = "its disk was put back as it was at an earlier time"
+
+
+def what_was_lost(incarnation: int, opened: Opened, committed_txid: int) -> str:
+    """Why a replica that was known as `incarnation`, and had everything up to `committed_txid`, is not what it was, for
+    people; "" if it is."""
+    if incarnation in opened.incarnations:
+        return PUT_BACK if opened.last.txid < committed_txid else ""
+    if opened.last == BEGINNING:
+        return REPLACED
+    return WENT_DOWN if opened.incarnations[0] > incarnation else PUT_BACK
 
 
 class InSyncSet:
@@ -71,6 +87,8 @@ class InSyncSet:
         """To the other nodes of the placement."""
         self.adding = ""
         """The node of the replica that is being added."""
+        self.lost: dict[str, str] = {}
+        """By node: why the disk of a replica that came back was not what it had been, until it is in sync."""
         self._clock = clock
         self._registry = registry
         self._key = key
@@ -80,6 +98,8 @@ class InSyncSet:
         self._change: Change | None = None
         self._placing = Placing(clock)
         self._candidates: set[str] = set()  # members that want to own the family
+        self._unfit: dict[str, str] = {}  # members that have to go, and why
+        self._known = {member.node: member.incarnation for member in value.in_sync}  # the newest, as far as is known
         self._is_closed = False
         self._set_needed()
 
@@ -103,12 +123,23 @@ class InSyncSet:
 
     def opened(self, link: Link, opened: Opened, committed_txid: int) -> None:
         """A replica says what it is."""
-        self._candidates.discard(link.node)
-        member = self.value.member(link.node)
-        if member is None:
-            return
-        if not is_whole(member, opened.incarnation, opened.intact_since) or opened.last.txid < committed_txid:
-            self.remove(link.node, "it has lost what it had")
+        node = link.node
+        self._candidates.discard(node)
+        member = self.value.member(node)
+        known = self._known.get(node)
+        why = "" if known is None else what_was_lost(known, opened, committed_txid if member is not None else 0)
+        self._known[node] = opened.incarnation
+        if why in (REPLACED, PUT_BACK):
+            self.lost[node] = why
+            self._report("replica-disk-changed", {"node": node, "reason": why})
+        self._unfit.pop(node, None)
+        if member is not None and (why or not is_whole(member, opened.incarnations)):
+            self._unfit[node] = why or PUT_BACK
+            self._remove_unfit()
+
+    def starts_over(self, node: str) -> None:
+        """A replica was told to begin as an empty one: it does not come back as what it was."""
+        self._known.pop(node, None)
 
     def wants_to_own(self, node: str) -> None:
         """A member has said that it is a candidate."""
@@ -121,6 +152,28 @@ class InSyncSet:
             patience_s = CANDIDATE_S if link.node in self._candidates else 0.0
             if link.granted_until_s + patience_s <= now_s:
                 self.remove(link.node, "it is silent")
+        self._remove_unfit()
+        self._note_newest()
+
+    def _remove_unfit(self) -> None:
+        for node, why in self._unfit.items():
+            self.remove(node, why)
+
+    def _note_newest(self) -> None:
+        """Let the registry have a member's newest incarnation."""
+        if self._change is not None or self._is_closed:
+            return
+        for member in self.value.in_sync:
+            opened = self._opened(member.node)
+            if opened is None or opened.incarnation == member.incarnation or member.node in self._unfit:
+                continue
+            if is_whole(member, opened.incarnations):
+                self._make(self.value.with_member(Member(member.node, opened.incarnation)))
+                return
+
+    def _opened(self, node: str) -> Opened | None:
+        link = self.links.get(node)
+        return link.opened if link is not None else None
 
     def remove(self, node: str, reason: str) -> None:
         """Have one member less, but for the last one."""
@@ -187,6 +240,8 @@ class InSyncSet:
             return
         self.adding = ""
         self.value = there
+        self.lost = {node: why for node, why in self.lost.items() if there.member(node) is None or node in self._unfit}
+        self._unfit = {node: why for node, why in self._unfit.items() if there.member(node) is not None}
         self._set_links()
         self._set_needed()
         self._check_members()
@@ -196,7 +251,6 @@ class InSyncSet:
     def _check_members(self) -> None:
         """A member that was asked for may be another one by now."""
         for member in self.value.in_sync:
-            link = self.links.get(member.node)
-            opened = link.opened if link is not None else None
-            if opened is not None and not is_whole(member, opened.incarnation, opened.intact_since):
-                self.remove(member.node, "it has lost what it had")
+            opened = self._opened(member.node)
+            if opened is not None and not is_whole(member, opened.incarnations):
+                self.remove(member.node, what_was_lost(member.incarnation, opened, 0))

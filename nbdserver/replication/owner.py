@@ -27,7 +27,7 @@ from nbdserver.replication.replica_log import ReplicaLog
 from nbdserver.replication.room import Room
 from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
 from protocol.invariant import invariant
-from protocol.peer import Cut, Modification, Refusal, Refused, Skip
+from protocol.peer import BEGINNING, Cut, Modification, Refusal, Refused, Skip
 
 
 class OwnerEvents(Protocol):
@@ -333,6 +333,8 @@ class Owner:
         """LinkEvents."""
         if isinstance(frame, Cut):
             self._report("replica-cut", {"node": link.node, "at": frame.at})
+            if frame.at == BEGINNING:
+                self.in_sync.starts_over(link.node)
         else:
             regions = sum(count for _, count in frame.regions)
             self._report("replica-skipped", {"node": link.node, "to": frame.to, "regions": regions})

@@ -180,8 +180,7 @@ class Replica:
         self._queued = log.last
         stream.send(
             Opened(
-                log.incarnation,
-                log.intact_since,
+                log.incarnations,
                 log.last,
                 log.durable,
                 log.committed_txid,

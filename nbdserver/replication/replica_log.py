@@ -34,13 +34,13 @@ class ReplicaLog(Protocol):
 
     @property
     def incarnation(self) -> int:
-        """Raised and persisted whenever it is opened; of an empty disk a random number, so that a replaced disk is
-        told."""
+        """Drawn and persisted whenever it is opened, and higher than the one before; an empty disk begins anywhere."""
 
     @property
-    def intact_since(self) -> int:
-        """Incarnation since which nothing appended can have been lost: that of the last opening after the host rebooted
-        while the log was open, or of an empty disk. Persisted."""
+    def incarnations(self) -> Sequence[int]:
+        """Those since which nothing appended can have been lost, in order, the present one last; at most
+        INCARNATIONS_LIMIT. An opening of an empty disk, and one after the host rebooted while the log was open, begins
+        them anew. Persisted."""
 
     @property
     def promised_epoch(self) -> int:

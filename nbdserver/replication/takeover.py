@@ -151,7 +151,7 @@ class Takeover:
         complete = {member.node: each for member, each in opened if self._is_complete(member, each)}
         us = self._value.member(self._node)
         log = self._log
-        are_we_complete = us is not None and is_whole(us, log.incarnation, log.intact_since) and not log.resync_count
+        are_we_complete = us is not None and is_whole(us, log.incarnations) and not log.resync_count
         now_s = self._clock.now()
         if len(opened) == len(others) or ((complete or are_we_complete) and now_s >= self._looks_until_s):
             self._is_looking = False
@@ -166,7 +166,7 @@ class Takeover:
         return link.opened if link is not None else None
 
     def _is_complete(self, member: Member, opened: Opened) -> bool:
-        return is_whole(member, opened.incarnation, opened.intact_since) and not opened.resync
+        return is_whole(member, opened.incarnations) and not opened.resync
 
     def _decide(self, opened: dict[str, Opened], complete: dict[str, Opened], are_we_complete: bool) -> None:
         """Whose log wins, and who is in the set."""

@@ -1,6 +1,7 @@
 """Volumes on several nodes of a cluster: real processes, a real etcd, kill -9."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from protocol.nbd import Command
@@ -75,6 +76,38 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     n3.server.start()
     wait(lambda: not directories(n3), "the replica of who was away is deleted")
     assert n3.ask("volume", "list") == []
+
+
+def test_a_disk_that_is_put_back_from_an_older_copy_is_recognised_and_nothing_old_is_served(rig: ClusterRig) -> None:
+    n1, n2 = start(rig, "n1", "n2")
+    n1.ask("volume", "create", "db", "--size", "64M", "--replicas", "2")
+    client = Client(("127.0.0.1", n1.server.port), "db")
+    assert client.request(Command.WRITE, 0, BLOCK, b"a" * BLOCK).error == 0
+    n2.server.stop()
+    data, kept = n2.server.data, n2.server.data.parent / "kept"
+    subprocess.run(["cp", "-a", data, kept], check=True)
+    wait(lambda: n1.replicas("db")["in_sync"] == 1, "n2 is not in sync")
+    n2.server.start()
+    wait(lambda: n1.replicas("db")["in_sync"] == 2, "n2 is in sync again")
+    assert client.request(Command.WRITE, 0, BLOCK, b"b" * BLOCK).error == 0
+    n2.server.stop()
+    n2.server.start()
+    n2.server.stop()
+    shutil.rmtree(data)
+    kept.rename(data)
+    n2.server.start()
+    wait(lambda: bool(n1.events("replica-disk-changed")), "it is told")
+    assert {event["reason"] for event in n1.events("replica-disk-changed")} == {
+        "its disk was put back as it was at an earlier time"
+    }
+    wait(lambda: n1.replicas("db")["in_sync"] == 2, "it has everything again")
+    client.close()
+    wait(lambda: n1.get("/v1/volumes/db")["clients"] == 0, "the client is gone")
+    n2.server.command("node", "drain", "n1", "--no-wait")
+    wait(lambda: n2.replicas("db")["owner"] == "n2", "n2 serves it")
+    client = Client(("127.0.0.1", n2.server.port), "db")
+    assert client.read(0, BLOCK) == b"b" * BLOCK
+    client.close()
 
 
 def directories(node: ClusterNode) -> list[Path]:

@@ -123,6 +123,14 @@ def test_a_restart_finds_the_position_and_exactly_what_belongs_to_it() -> None:
     assert again.store.incarnation == replica.store.incarnation + 1
 
 
+def test_a_store_that_is_put_back_from_a_copy_begins_a_newer_life_than_all_that_were() -> None:
+    def incarnation(least: int) -> int:
+        return ReplicaStore(store, random.Random(1), lambda *_: None, lambda _: None, (), least).incarnation
+
+    store = MemoryStore()
+    assert [incarnation(least) for least in (0, 1000, 1000, 900)] == [1, 1000, 1001, 1002]
+
+
 def test_a_crash_loses_the_end_and_nothing_in_the_middle() -> None:
     store = MemoryStore()
     replica = filled_replica(1, put("a"), store=store)

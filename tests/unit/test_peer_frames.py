@@ -109,9 +109,10 @@ def blocks_by_mba(draw: st.DrawFn) -> Blocks:
 
 
 batches = st.lists(modifications(), max_size=3)
+incarnations = st.lists(u64, min_size=1, max_size=5).map(lambda numbers: array("Q", numbers))
 frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Open, st.binary(min_size=16, max_size=16), u32, names),
-    st.builds(Opened, u64, u64, positions, positions, u64, u64, histories, runs),
+    st.builds(Opened, incarnations, positions, positions, u64, u64, histories, runs),
     st.builds(Cut, positions),
     st.builds(Skip, positions, histories, runs, st.sampled_from([b"", bytes(3 * LAYER_ROW.size)])),
     st.builds(Append, u32, u64, u64, u64, u64, batches),

@@ -1,12 +1,16 @@
 """Opening a replica: its checkpoint waits for the others, its log is cut where they part, and it knows what it may have
 lost."""
 
+import random
+
 import pytest
 
+from metadata.replica_state import REPLICA_KEY, ReplicaState, read_replica_state
 from nbdserver.logdisk.disk import DiskError
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.ordering import Rule, disabled, hooked
-from protocol.peer import BEGINNING, Position
+from protocol.disk import REPLICA_STATE, pack_value
+from protocol.peer import BEGINNING, INCARNATIONS_LIMIT, Position
 from tests.simulation.world import SimulatedCrash
 from tests.unit.families import SimulatedFamily
 
@@ -168,7 +172,7 @@ def test_uncommitted_writes_outlive_a_clean_end_without_a_checkpoint() -> None:
     opened(family)
     assert before is not None
     assert family.disk.replica_state is not None
-    assert family.disk.replica_state.intact_since == before.intact_since
+    assert family.disk.replica_state.incarnations[:-1] == before.incarnations
     assert numbers(family, 20) == list(range(1, 21))
     family.crash()
     opened(family, positions[9])
@@ -210,7 +214,7 @@ def test_a_replica_that_starts_over_is_an_empty_one_and_another() -> None:
     after = family.disk.replica_state
     assert before is not None
     assert after is not None
-    assert after.intact_since == after.incarnation
+    assert after.incarnations == (after.incarnation,)
     assert abs(after.incarnation - before.incarnation) > 1000
     assert (family.disk.log.last, family.disk.maps.live_blocks) == (BEGINNING, 0)
     assert len(family.disk.pool.spare) >= 4, "what it had is room now"
@@ -249,17 +253,46 @@ def test_a_replica_says_since_when_it_can_have_lost_nothing() -> None:
     written(family, 3)
     first = family.disk.replica_state
     assert first is not None
-    assert first.incarnation == first.intact_since
+    assert first.incarnations == (first.incarnation,)
     family.crash(power=True)
     incarnations = []
     for _ in range(3):
         opened(family)
         assert family.disk.replica_state is not None
-        assert family.disk.replica_state.intact_since == first.incarnation + 1
-        incarnations.append(family.disk.replica_state.incarnation - first.incarnation)
+        incarnations.append(family.disk.replica_state.incarnation)
+        assert family.disk.replica_state.incarnations == tuple(incarnations)
         assert family.disk.opened.generation == 1, "whether the generation rises is not decided by one replica"
         family.crash()
-    assert incarnations == [1, 2, 3]
+    assert sorted({first.incarnation, *incarnations}) == [first.incarnation, *incarnations]
+
+
+def test_a_replica_that_is_put_back_from_a_copy_is_in_no_incarnation_that_it_was_in_since() -> None:
+    rng = random.Random(7)
+    copied = ReplicaState().opened(rng, may_have_lost=False)
+    since = copied.opened(rng, may_have_lost=False)
+    put_back = copied.opened(rng, may_have_lost=False)
+    assert copied.incarnation in put_back.incarnations
+    assert since.incarnation not in put_back.incarnations
+
+
+def test_a_replica_remembers_a_bounded_number_of_incarnations() -> None:
+    rng = random.Random(7)
+    first = state = ReplicaState().opened(rng, may_have_lost=False)
+    for _ in range(INCARNATIONS_LIMIT - 1):
+        state = state.opened(rng, may_have_lost=False)
+    assert (len(state.incarnations), state.incarnations[0]) == (INCARNATIONS_LIMIT, first.incarnation)
+    state = state.opened(rng, may_have_lost=False)
+    assert len(state.incarnations) == INCARNATIONS_LIMIT
+    assert first.incarnation not in state.incarnations
+
+
+def test_incarnations_that_an_older_program_has_counted_are_known() -> None:
+    family = replica()
+    batch = family.store.batch()
+    payload = REPLICA_STATE.pack(7, 3, 9, 0, 11)  # with what a newer one had kept before it
+    batch.put(REPLICA_KEY, pack_value(REPLICA_KEY, payload))
+    family.store.write(batch)
+    assert read_replica_state(family.store) == ReplicaState(7, (3, 4, 5, 6, 7), 9, 11)
 
 
 def test_a_family_on_one_node_becomes_a_replicated_one_and_keeps_its_past() -> None:

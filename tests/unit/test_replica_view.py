@@ -7,7 +7,7 @@ import pytest
 from metadata.registry import Family, Volume
 from metadata.replica_set import Member, ReplicaSet
 from nbdserver.node.findings import NOTE, NOW, SOON
-from nbdserver.node.replica_view import NO_REPLICAS, peers_finding, replica_findings, replicas
+from nbdserver.node.replica_view import NO_REPLICAS, disk_findings, peers_finding, replica_findings, replicas
 from nbdserver.node.resync_view import row
 
 VALUE = ReplicaSet(3, "n1", (Member("n1", 1), Member("n2", 4)), ("n1", "n2", "n3"))
@@ -54,6 +54,12 @@ def test_nothing_is_said_of_what_is_as_it_shall_be_and_the_same_of_many_once() -
 
 LINK = {"state": "copying", "regions_left": 3, "regions_total": 10, "bytes_per_s": 4.0 * MIB, "reason": ""}
 FAMILY = Family("ab" * 16, 1 << 26, "", (Volume(1, "db", 1 << 30),), replicas=3)
+
+
+def test_a_disk_that_is_not_what_it_was_is_told_once_a_node() -> None:
+    rows = [row(FAMILY, VALUE, "n3", True, LINK | {"disk": why}) for why in ("", "it was put back", "it was put back")]
+    (finding,) = disk_findings(rows)
+    assert (finding.subject, finding.problem) == ("n3: db, db", "it was put back")
 
 
 @pytest.mark.parametrize(

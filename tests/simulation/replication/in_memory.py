@@ -54,11 +54,6 @@ class ReplicatedScenario(FamilyScenario):
         self._drives: dict[str, object] = {}
         self._label = 0
 
-    def begin_family(self, names: Sequence[str]) -> None:
-        self.write_value(names, [self.disk_of(self.cluster.machines[name]).incarnation + 1 for name in names])
-        for name in names:
-            self.cluster.start(name)
-
     def make(self, machine: Machine, seams: Seams) -> ReplicaNode:
         return ReplicaNode(self, machine, seams)
 
@@ -72,6 +67,10 @@ class ReplicatedScenario(FamilyScenario):
             self._drives[machine.name] = machine.drive
             self._disks[machine.name] = MemoryDisk(machine.random)
         return self._disks[machine.name]
+
+    def put_disk_back(self, name: str, disk: MemoryDisk) -> None:
+        """As it was, from a copy; no process is running."""
+        self._disks[name] = disk
 
     def check(self) -> None:
         super().check()

@@ -15,6 +15,7 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 
 from metadata.ranges import numbers_of, runs_of
@@ -24,7 +25,7 @@ from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_BYTES, EXTENT_DATA, EXTENT_HOLE, WRITE, extents_of_array
 from protocol.invariant import invariant
 from protocol.packing import Packer, digest, travelling
-from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, RegionState, Runs
+from protocol.peer import BEGINNING, INCARNATIONS_LIMIT, Copy, Epochs, Modification, Position, RegionState, Runs
 
 REGION_BLOCKS = 4
 CAPACITY_BYTES = 1 << 30
@@ -110,10 +111,20 @@ class MemoryDisk:
         self.dropped = 0  # records that are in the base
         self.synced = 0  # records, those that were dropped too
         self.incarnation = rng.randrange(1 << 40, 1 << 50)
-        self.intact_since = self.incarnation + 1
+        self.incarnations: tuple[int, ...] = ()
         self.resync: set[int] = set()
         self.fetched_txid = 0  # what was committed when a region was fetched last
         self.has_lost_power = False
+
+    def incarnation_step(self, rng: random.Random) -> int:
+        """From one incarnation to the next."""
+        return rng.randrange(1, 1 << 20)
+
+    def copied(self) -> "MemoryDisk":
+        """As it is now, byte for byte."""
+        other = copy(self)
+        other.base, other.records, other.resync = self.base.copy(), [*self.records], {*self.resync}
+        return other
 
     def crash(self, rng: random.Random, power: bool) -> None:
         """The process ends; without power what was not synced may be gone, from some record on."""
@@ -156,10 +167,10 @@ class MemoryLog:
 
     def _open(self) -> None:
         disk = self.disk
-        disk.incarnation += 1
-        if disk.has_lost_power:
-            disk.intact_since = disk.incarnation
-            disk.has_lost_power = False
+        disk.incarnation += disk.incarnation_step(self._random)
+        disk.incarnations = (*(() if disk.has_lost_power else disk.incarnations), disk.incarnation)
+        disk.incarnations = disk.incarnations[-INCARNATIONS_LIMIT:]
+        disk.has_lost_power = False
         disk.synced = disk.dropped + len(disk.records)  # the recovered tail is written anew
         self.image = disk.replay()
         self._durable = self.image.last
@@ -171,8 +182,8 @@ class MemoryLog:
         return self.disk.incarnation
 
     @property
-    def intact_since(self) -> int:
-        return self.disk.intact_since
+    def incarnations(self) -> Sequence[int]:
+        return self.disk.incarnations
 
     @property
     def promised_epoch(self) -> int:

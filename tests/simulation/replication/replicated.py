@@ -175,8 +175,7 @@ class FamilyScenario(ABC):
         whole = [
             node
             for node in others
-            if (member := value.member(node.machine.name)) is not None
-            and is_whole(member, node.log.incarnation, node.log.intact_since)
+            if (member := value.member(node.machine.name)) is not None and is_whole(member, node.log.incarnations)
         ]
         return len(whole) >= 2 and self.cluster.mix["power of all"] == 0 and not self._trouble
 
@@ -297,7 +296,7 @@ class FamilyScenario(ABC):
         value = self.value()
         for node in self.nodes():
             member, log = value.member(node.machine.name), node.log
-            if member is not None and is_whole(member, log.incarnation, log.intact_since) and log.resync_count:
+            if member is not None and is_whole(member, log.incarnations) and log.resync_count:
                 raise ViolationError(f"{node.machine.name} is in sync and has regions to fetch")
 
     def core(self, rng: random.Random) -> set[str]:

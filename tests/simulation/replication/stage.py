@@ -12,7 +12,7 @@ from tests.simulation.cluster.cluster import Cluster, converge
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication.in_memory import BLOCKS, ReplicaNode, ReplicatedScenario
-from tests.simulation.replication.memory_log import REGION_BLOCKS
+from tests.simulation.replication.memory_log import REGION_BLOCKS, MemoryDisk
 
 CHECK_S = 0.001
 
@@ -97,6 +97,14 @@ class Stage:
 
     def start(self, number: int) -> None:
         self.cluster.start(f"node-{number}")
+
+    def copy_disk(self, number: int) -> MemoryDisk:
+        """Of a node that is stopped."""
+        return self.scenario.disk_of(self.cluster.machines[f"node-{number}"]).copied()
+
+    def put_disk_back(self, number: int, disk: MemoryDisk) -> None:
+        """As it was when it was copied; the node is stopped."""
+        self.scenario.put_disk_back(f"node-{number}", disk)
 
     def forget_log(self, number: int) -> None:
         """A checkpoint: the log does not go back any more."""

@@ -281,7 +281,23 @@ def a_copy_only_adds(patch: pytest.MonkeyPatch) -> None:  # rule 15
 
 def whoever_comes_back_is_whole(patch: pytest.MonkeyPatch) -> None:  # rule 16
     for module in (set_module, takeover_module):
-        patch.setattr(module, "is_whole", lambda member, incarnation, intact_since: True)
+        patch.setattr(module, "is_whole", lambda member, incarnations: True)
+
+
+def incarnations_are_counted(patch: pytest.MonkeyPatch) -> None:  # rule 20
+    patch.setattr(MemoryDisk, "incarnation_step", lambda self, rng: 1)
+    whoever_opened_as_often_is_whole(patch)
+
+
+def whoever_opened_as_often_is_whole(patch: pytest.MonkeyPatch) -> None:
+    for module in (set_module, takeover_module):
+        patch.setattr(
+            module, "is_whole", lambda member, incarnations: incarnations[0] <= member.incarnation <= incarnations[-1]
+        )
+
+
+def the_registry_keeps_the_incarnation_of_who_was_added(patch: pytest.MonkeyPatch) -> None:  # rule 20
+    patch.setattr(InSyncSet, "_note_newest", lambda self: None)
 
 
 def the_generation_stays(patch: pytest.MonkeyPatch) -> None:  # rule 16
@@ -373,6 +389,10 @@ CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
     what_is_not_acknowledged_is_read: plays.what_is_read_dies_with_the_owner,
     a_flush_is_the_owners_alone: plays.a_flush_is_all_that_is_left,
     room_is_not_asked_for: plays.a_member_has_no_room,
+    incarnations_are_counted: plays.a_disk_is_put_back_as_it_was_and_nobody_else_is_up,
+    the_registry_keeps_the_incarnation_of_who_was_added: (
+        plays.a_disk_is_put_back_as_it_was_while_the_registry_knows_an_older_incarnation
+    ),
     who_leaves_goes_at_once: plays.a_member_leaves_when_another_has_come,
 }
 
