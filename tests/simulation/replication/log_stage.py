@@ -34,9 +34,9 @@ class _Scenario(LogScenario):
 class LogStage:
     """See above."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 11) -> None:
         self.scenario = _Scenario()
-        self.cluster = Cluster(11, Mix(), self.scenario.start)
+        self.cluster = Cluster(seed, Mix(), self.scenario.start)
         self.expected: dict[int, bytes] = {}
         self.random = random.Random(5)
         self._label = 0
