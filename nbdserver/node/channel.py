@@ -4,10 +4,14 @@ Theory: a frame is a 32-bit big-endian length and one JSON object. A request has
 reply has the same `id` and either `result` or `error`; an event has `event` and `fields`. Both ends of the
 socketpair are ours, so a frame that breaks the rules is a bug: ChannelError, and the channel is closed.
 
-Rules: nothing of a client's data passes here. `Codec` and `Calls` do no I/O; `Channel` is the thin shell around them.
+Rules
+- Nothing of a client's data passes here. `Codec` does no I/O; `Channel` is the thin shell around it.
+- Who closes says so and waits until the other end has closed too: a socket that is closed at once breaks what the
+  other end is just writing, and asyncio then drops what it has not read, the last reply with it.
 """
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import Awaitable, Callable
@@ -15,6 +19,8 @@ from typing import Any, cast
 
 MAX_FRAME_BYTES = 16 << 20
 """Room for the status of some ten thousand clients; more is a bug."""
+
+CLOSE_TIMEOUT_S = 10.0  # for the other end to have read the last that was written
 
 _LENGTH_BYTES = 4
 
@@ -119,9 +125,13 @@ class Channel(asyncio.Protocol):
             self._transport.write(encode({"event": kind, "fields": fields}))
 
     async def close(self) -> None:
-        """Close once what was written has left."""
+        """Close once the other end has read what was written and has closed, or after CLOSE_TIMEOUT_S."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.write_eof()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), CLOSE_TIMEOUT_S)
+        if self._transport is not None:
+            self._transport.abort()
             await self._gone.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

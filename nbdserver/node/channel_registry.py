@@ -11,6 +11,7 @@ Rules
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -87,20 +88,23 @@ class ChannelRegistry:
         self._run(swap())
 
     def watch(self, prefix: str, changed: Callable[[Event], None]) -> Watch:
-        """See `Registry`; it begins with a reset."""
+        """See `Registry`; it begins with a reset. When the control process is gone its watches are, and soon this
+        process."""
         self._last_watch += 1
         number = self._last_watch
         self._watches[number] = changed
 
         async def begin() -> None:
-            await self._call("registry_watch", watch=number, prefix=prefix)
+            with contextlib.suppress(ChannelError):
+                await self._call("registry_watch", watch=number, prefix=prefix)
 
         def cancel() -> None:
             del self._watches[number]
             self._run(end())
 
         async def end() -> None:
-            await self._call("registry_unwatch", watch=number)
+            with contextlib.suppress(ChannelError):
+                await self._call("registry_unwatch", watch=number)
 
         self._run(begin())
         return _ChannelWatch(cancel)

@@ -66,7 +66,7 @@ class Newcomer:
     def run(self, block: str) -> str:
         script = block.replace(README_ADDRESS, self._address)
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script], cwd=self._checkout, capture_output=True, text=True, timeout=60
+            ["bash", "-euo", "pipefail", "-c", script], cwd=self._checkout, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"exit code {done.returncode} of\n{script}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserver.node import channel
 from nbdserver.node.channel import MAX_FRAME_BYTES, Channel, ChannelError, Codec, RemoteError, encode
 
 MESSAGES = st.lists(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), max_size=5)
@@ -88,6 +89,38 @@ def test_a_request_ends_with_an_error_when_the_other_end_goes() -> None:
         assert heard == ["lost"]
 
     with_channel(use)
+
+
+def test_the_last_reply_arrives_although_the_other_end_writes_while_the_channel_is_closed() -> None:
+    async def run() -> None:
+        one, other = socket.socketpair()
+        one.setblocking(False)
+        loop = asyncio.get_running_loop()
+        answering = await Channel.connect(other, answer, lambda kind, fields: None, lambda: None)
+        await loop.sock_sendall(one, encode({"call": "add", "id": 1, "arguments": {"a": 1, "b": 2}}))
+        await asyncio.sleep(0.01)
+        closing = loop.create_task(answering.close())
+        await asyncio.sleep(0.01)
+        await loop.sock_sendall(one, encode({"event": "late", "fields": {}}))
+        assert Codec().receive(await loop.sock_recv(one, 1000)) == [{"id": 1, "result": 3}]
+        assert await loop.sock_recv(one, 1000) == b""
+        assert not closing.done()
+        one.close()
+        await closing
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_channel_whose_other_end_does_not_close_is_closed_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "CLOSE_TIMEOUT_S", 0.01)
+
+    async def run() -> None:
+        one, other = socket.socketpair()
+        answering = await Channel.connect(other, answer, lambda kind, fields: None, lambda: None)
+        await answering.close()
+        one.close()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_events_arrive_in_order_beside_replies() -> None:
