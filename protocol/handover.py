@@ -81,6 +81,9 @@ class HandshakingClient:
     tls: str  # version and cipher; the socket is then one to the process that has the TLS session
     certificate: str  # the verified name
     handshake: HandshakeState
+    continues: int = 0
+    """Of one that was in the transmission phase elsewhere and is told its handshake again: the number that it had for
+    its forwarder then (peer_clients.py)."""
 
 
 def encode(handover: Handover) -> list[bytes]:
@@ -140,6 +143,7 @@ def encode_handshaking(client: HandshakingClient) -> bytes:
             "style": state.style.value,
             "contexts": [[context.id, context.name, context.since] for context in state.contexts],
             "contexts_export": state.contexts_export,
+            "continues": client.continues,
         }
     ).encode()
     body = [head, state.received]
@@ -160,7 +164,13 @@ def decode_handshaking(data: bytes) -> HandshakingClient:
             received=bytes(rest),
         )
         return HandshakingClient(
-            head["id"], head["since_s"], head["peer_name"], head["tls"], head["certificate"], state
+            head["id"],
+            head["since_s"],
+            head["peer_name"],
+            head["tls"],
+            head["certificate"],
+            state,
+            head.get("continues", 0),  # versions before do not say it
         )
     except (KeyError, TypeError, ValueError) as error:
         raise HandoverError(f"the state of a client makes no sense: {error!r}") from None

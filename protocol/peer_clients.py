@@ -24,7 +24,7 @@ ForwardBody = Struct(
     "export_bytes" / Int32ul,  # of its name, which follows; then numbers, then the client's state
     "count" / Int32ul,  # numbers
 )
-ForwardedBody = Struct("refusal_bytes" / Int32ul, "reserved" / Int32ul)  # a sentence follows
+ForwardedBody = Struct("refusal_bytes" / Int32ul, "lineage" / Int32ul)  # a sentence follows; is_final if there is one
 KeepBody = Struct(
     "forwarder" / Bytes(FORWARDER_BYTES),
     "beat" / Int64ul,
@@ -79,15 +79,22 @@ class Forwarded:
     """It goes on here, or a sentence why not, and the stream is over."""
 
     refusal: str = ""
+    lineage: int = 0
+    """Tells whether a client can go on at another node as if nothing had happened: it is the same wherever the same
+    volume has all that was ever acknowledged. 0: not said (versions before)."""
+    is_final: bool = False
+    """Of a refusal: it is of no use to ask again."""
 
     def pack(self) -> bytes:
         refusal = self.refusal.encode()
-        return FORWARDED_BODY.pack(len(refusal), 0) + refusal
+        return FORWARDED_BODY.pack(len(refusal), int(self.is_final) if refusal else self.lineage) + refusal
 
     @classmethod
     def unpack(cls, take: Take) -> "Forwarded":
-        refusal_bytes, _ = FORWARDED_BODY.unpack(take(FORWARDED_BODY.size))
-        return cls(take(refusal_bytes).decode())
+        refusal_bytes, said = FORWARDED_BODY.unpack(take(FORWARDED_BODY.size))
+        if refusal_bytes:
+            return cls(take(refusal_bytes).decode(), is_final=bool(said))
+        return cls(lineage=said)
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,11 +201,13 @@ class DataRig:
         await first.own()
         await self.until(self.all_in_sync, "all replicas are in sync")
 
-    async def attach(self, asked: DataNode, export: str, failed: Sequence[str]) -> dict[str, Any]:
+    async def attach(
+        self, asked: DataNode, export: str, failed: Sequence[str], patiently: bool = False
+    ) -> dict[str, Any]:
         """What the control process of a node answers: the owner serves it."""
         owner = (await self.value()).owner
         if owner == asked.name:
-            return {"own": True}
+            return {"own": True, "address": asked.address}
         node = next(node for node in self.nodes if node.name == owner)
         return {"node": owner, "address": node.address}
 

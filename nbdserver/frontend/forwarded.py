@@ -10,12 +10,14 @@ Rules
 - Nor is it served before every other forwarder that has clients of its host and export has said, after it came, which
   of them are still there (LOOK); those that it does not name are dropped. So is a client that comes here directly.
 - A number that the forwarder has given up is not served, whenever it comes.
+- One that the operator has disconnected here does not go on when it is brought again.
 - The clients of a forwarder that has not been heard of for FORWARD_S are dropped: it has dropped them too.
 
 Known weakness: what a client has sent to a node that does not know yet that it has gone may be done after what it asks
 for anew.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +33,8 @@ from protocol.handover import HandoverError, HandshakingClient, decode_handshaki
 from protocol.peer import Frame
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 from protocol.peer_frames import encode
+
+DISMISSED_LIMIT = 1024
 
 
 class ForwardedClients:
@@ -52,28 +56,30 @@ class ForwardedClients:
             stream.received_frame = self._received
             self._received(stream, frame)
         else:
-            refusal = self._forward(stream, frame)
-            if refusal:
-                stream.close(Forwarded(refusal))
+            refused = self._forward(stream, frame)
+            if refused is not None:
+                stream.close(refused)
 
     # --- clients that come ---
 
-    def _forward(self, stream: PeerStream, frame: Forward) -> str:
+    def _forward(self, stream: PeerStream, frame: Forward) -> Forwarded | None:
         """Take a client in, or say why not."""
         if self._exports.lookup(frame.export) is None:
-            return f"it does not serve {frame.export}"
+            return Forwarded(f"it does not serve {frame.export}")
         try:
             client = decode_handshaking(frame.client)
         except HandoverError as error:
-            return str(error)
+            return Forwarded(str(error))
         host = Peer(client.peer_name, client.tls, client.certificate, frame.node).host
         forwarder = self._heard(frame.forwarder)
+        if forwarder.has_dismissed(client.continues):
+            return Forwarded("disconnected by the operator", is_final=True)
         for number in forwarder.of(host, frame.export):
             if number < frame.number and number not in frame.others:
                 forwarder.drop(number, f"{frame.node} has it no more, and its host has come again")
         take = partial(self._take, stream, frame, client)
         self._wait(_Waiting(host, frame.export, self._clock.now(), frame.forwarder, take))
-        return ""
+        return None
 
     def _take(self, stream: PeerStream, frame: Forward, client: HandshakingClient) -> None:
         forwarder = self._forwarders.get(frame.forwarder)
@@ -82,6 +88,10 @@ class ForwardedClients:
         if forwarder is None or (frame.number <= forwarder.last and frame.number not in forwarder.kept):
             stream.close(Forwarded("the client was given up"))
             return
+        export = self._exports.lookup(frame.export)
+        if export is None:
+            stream.close(Forwarded(f"it does not serve {frame.export} any more"))
+            return
         connection, brought = stream.give_away()
         session = self._server.arrive_from_node(connection, client, frame.node) if not brought else None
         if session is None:
@@ -89,7 +99,7 @@ class ForwardedClients:
             connection.close()
             return
         forwarder.sessions[frame.number] = session
-        connection.send(encode(Forwarded()))
+        connection.send(encode(Forwarded(lineage=export.lineage)))
         connection.redirect(session)
         session.go_on()
 
@@ -198,6 +208,7 @@ class _Forwarder:
         self.look = 0  # the last one
         self.look_sent_s = 0.0
         self.looked_s = 0.0  # when that was sent which was answered last
+        self._dismissed: deque[int] = deque(maxlen=DISMISSED_LIMIT)  # numbers that the operator has disconnected
 
     def of(self, host: str, volume: str) -> list[int]:
         """The numbers of its clients of this host and volume."""
@@ -208,7 +219,15 @@ class _Forwarder:
         ]
 
     def drop(self, number: int, reason: str) -> None:
-        self.sessions.pop(number).disconnect(reason)
+        session = self.sessions.pop(number)
+        if session.is_dismissed:
+            self._dismissed.append(number)
+        session.disconnect(reason)
+
+    def has_dismissed(self, number: int) -> bool:
+        """Whether the operator has disconnected this one here."""
+        session = self.sessions.get(number)
+        return number in self._dismissed or (session is not None and session.is_dismissed)
 
 
 def _ignore(_stream: PeerStream, _reason: str) -> None:

@@ -62,11 +62,12 @@ class Server:
         client_limit: int = CLIENT_LIMIT,
         census: Census | None = None,
     ) -> None:
-        """`report(kind, fields)` takes events: "client-connected", "client-gone", "client-refused"."""
+        """`report(kind, fields)` takes events: "client-connected", "client-gone", "client-refused"; of one that is away
+        "client-waits", "client-goes-on"."""
         self._network = network
         self._clock = clock
         self._exports = exports
-        self._report = report
+        self.report = report
         self._client_limit = client_limit
         self.secure: Secure | None = None  # for connections from now on
         self._sessions: dict[int, Session] = {}
@@ -107,6 +108,8 @@ class Server:
         client = self._sessions.get(client_id) or self._away.get(client_id)
         if client is None:
             return False
+        if isinstance(client, Session):
+            client.is_dismissed = True
         client.disconnect("disconnected by the operator")
         return True
 
@@ -144,7 +147,7 @@ class Server:
         try:
             session = Session(state.id, connection, self._clock, self._exports, self._gone, state)
         except OptionRefusedError as error:
-            self._report("client-not-taken-over", {"peer": connection.peer_name, "reason": str(error)})
+            self.report("client-not-taken-over", {"peer": connection.peer_name, "reason": str(error)})
             return None
         self._census.used(state.id)
         self._add(session)
@@ -164,7 +167,7 @@ class Server:
         # It is over TLS already, or will never be; and it is not sent on to a third node.
         moved = "it has just moved to another node: connect again"
         session = self._begin(client.id, connection, client, None, moved, node)
-        self._report("client-connected", {"client": session.id, "peer": session.peer.name, "via": node})
+        self.report("client-connected", {"client": session.id, "peer": session.peer.name, "via": node})
         return session
 
     def _accept_nobody(self, timeout_s: float, done: Callable[[], None]) -> None:
@@ -202,10 +205,10 @@ class Server:
 
     def _accept(self, connection: Connection) -> Receiver | None:
         if self._is_full or self._drained is not None:
-            self._report("client-refused", {"peer": connection.peer_name, "limit": self._client_limit})
+            self.report("client-refused", {"peer": connection.peer_name, "limit": self._client_limit})
             return None
         session = self._begin(self._census.next_id(), connection, None, self.secure)
-        self._report("client-connected", {"client": session.id, "peer": session.peer.name})
+        self.report("client-connected", {"client": session.id, "peer": session.peer.name})
         return session
 
     def _begin(
@@ -282,6 +285,6 @@ class Server:
         self._check_drained()
 
     def _report_gone(self, session: Session, export: str, reason: str) -> None:
-        self._report(
+        self.report(
             "client-gone", {"client": session.id, "peer": session.peer.name, "export": export, "reason": reason}
         )

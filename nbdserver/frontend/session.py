@@ -102,6 +102,10 @@ class Session:
         """
         self.id = session_id
         self.frozen = False
+        self.continues = arrived is not None and arrived.continues > 0
+        """Whether its client has used the export before, elsewhere."""
+        self.is_dismissed = False
+        """Whether the operator has disconnected it: whoever has brought it shall not do so again."""
         self.peer = Peer(connection.peer_name)
         self.export: Export | None = None
         self.counters = Counters()

@@ -3,7 +3,7 @@ that are served here.
 
 Theory: volumes of the cluster are known on every node (the note `cluster_exports`); which node serves one is asked of
 the control process (`attach`), each time a client wants one that is not served here. The rest is in
-frontend/attaching.py and frontend/forwarded.py.
+frontend/away_client.py and frontend/forwarded.py.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from metadata.seams import Clock, Network
-from nbdserver.frontend.attaching import Answer, Attaching, Here, Nobody, There
+from nbdserver.frontend.attaching import Attaching
+from nbdserver.frontend.away_client import Answer, Here, Nobody, There
 from nbdserver.frontend.forwarded import ForwardedClients
 from nbdserver.frontend.server import Server
 from nbdserver.node.channel import ChannelError, RemoteError
@@ -61,8 +62,10 @@ class ClusterClients:
             else:
                 self._exports.note_in_cluster(elsewhere(None, name, listing))
 
-    def _ask_who_serves(self, export: str, failed: tuple[str, ...], done: Callable[[Answer], None]) -> None:
-        task = asyncio.get_running_loop().create_task(self._who_serves(export, failed))
+    def _ask_who_serves(
+        self, export: str, failed: tuple[str, ...], patiently: bool, done: Callable[[Answer], None]
+    ) -> None:
+        task = asyncio.get_running_loop().create_task(self._who_serves(export, failed, patiently))
         self._asking.add(task)
 
         def answered(task: asyncio.Task[Answer]) -> None:
@@ -72,13 +75,13 @@ class ClusterClients:
 
         task.add_done_callback(answered)
 
-    async def _who_serves(self, export: str, failed: tuple[str, ...]) -> Answer:
+    async def _who_serves(self, export: str, failed: tuple[str, ...], patiently: bool) -> Answer:
         try:
-            answer = await self._ask("attach", export=export, failed=failed)
+            answer = await self._ask("attach", export=export, failed=failed, patiently=patiently)
         except (ChannelError, RemoteError) as error:
             return Nobody(str(error))
         if answer.get("own"):
-            return Here()
+            return Here(answer["address"])
         return There(answer["node"], answer["address"]) if "node" in answer else Nobody(answer["error"])
 
 

@@ -127,7 +127,7 @@ class ClusterPart:
     async def _answer(self, worker: int, name: str, arguments: dict[str, Any]) -> Any:
         """Answer a data process."""
         if name == "attach":
-            return await self.owning.attach(arguments["export"], arguments.get("failed", ()))
+            return await self.owning.attach(arguments["export"], arguments["failed"], arguments["patiently"])
         visit = self._visits.get(worker)
         if visit is None:
             visit = self._visits[worker] = self._shared.desk.visit(

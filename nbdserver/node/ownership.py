@@ -12,6 +12,7 @@ from typing import Protocol
 from metadata.seams import Done
 from metadata.waiting import answer_of
 from nbdserver.block import BlockDevice
+from nbdserver.logdisk.disk import LogDisk
 from nbdserver.node.open_family import NotOwnedError
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.owner import Owner
@@ -23,6 +24,9 @@ class Ownership(Protocol):
     def device(self, inner: BlockDevice) -> BlockDevice:
         """What clients are served from: a head or view of the log disk, as it may be told."""
 
+    def generation(self, disk: LogDisk) -> int:
+        """Of the family; raised when acknowledged writes may be gone."""
+
     async def settled(self) -> None:
         """Wait until everything ordered so far is durable wherever it has to be. NotOwnedError if that is not known."""
 
@@ -33,6 +37,10 @@ class OneNode:
     def device(self, inner: BlockDevice) -> BlockDevice:
         """It speaks for itself."""
         return inner
+
+    def generation(self, disk: LogDisk) -> int:
+        """Its log knows."""
+        return disk.opened.generation
 
     async def settled(self) -> None:
         """A change of the log disk is durable when it is told."""
@@ -47,6 +55,10 @@ class ReplicatedOwnership:
     def device(self, inner: BlockDevice) -> BlockDevice:
         """It is told what the others have too."""
         return ReplicatedDevice(inner, self._owner)
+
+    def generation(self, disk: LogDisk) -> int:
+        """The registry knows."""
+        return self._owner.value.generation
 
     async def settled(self) -> None:
         """All members have it, durably."""

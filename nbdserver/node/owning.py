@@ -50,26 +50,27 @@ class Owning:
         self._others = others
         self._call = call
 
-    async def attach(self, export: str, failed: Collection[str]) -> dict[str, Any]:
-        """Where a client shall go that wants an export: {own: true}: it is served here now; {node, address}; or {error}
-        with one line."""
+    async def attach(self, export: str, failed: Collection[str], patiently: bool) -> dict[str, Any]:
+        """Where a client shall go that wants an export: {own: true, address}: it is served here now; {node, address};
+        or {error} with one line. `patiently`: an owner that answers and does not serve it is not replaced as yet."""
         try:
             found = self._families.find(export.partition("@")[0])
             if found is None or not found[0].replicas:
                 raise NodeError(f"the cluster has no volume {export!r:.60}")
             family = found[0]
-            node = await self._for_client(family, failed)
-            if node == self._replicas.me:
-                return {"own": True}
+            node = await self._for_client(family, failed, patiently)
             others = self._others()
             addresses = others.data_addresses_of(node) if others else []
-            if not addresses:
+            address = addresses[worker_of(family.id, len(addresses))] if addresses else ""
+            if node == self._replicas.me:
+                return {"own": True, "address": address}
+            if not address:
                 raise NodeError(f"{node} has not said where its data processes are")
-            return {"node": node, "address": addresses[worker_of(family.id, len(addresses))]}
+            return {"node": node, "address": address}
         except (NodeError, RegistryError, OSError) as error:
             return {"error": str(error)}
 
-    async def _for_client(self, family: Family, failed: Collection[str]) -> str:
+    async def _for_client(self, family: Family, failed: Collection[str], patiently: bool) -> str:
         me, replicas = self._replicas.me, self._replicas
         if replicas.owns(family.id):
             return me
@@ -77,6 +78,8 @@ class Owning:
         idle = ""
         if value.owner not in (me, *failed) and self._is_up(value.owner):
             told = await self._look_at(value.owner, family)
+            if patiently and told and not told.get("owns"):
+                raise ConflictError(f"{value.owner} does not serve {family.name} at this moment")
             if told.get("owns") and (told.get("clients") or not replicas.may_own(value, family.id)):
                 return value.owner
             idle = value.owner if told.get("owns") else ""

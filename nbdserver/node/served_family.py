@@ -14,6 +14,7 @@ import asyncio
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any
 
 from metadata.seams import Clock
@@ -92,6 +93,7 @@ class ServedFamily:
             shared=settings["shared"],
             allowed=settings["allowed_clients"],
             tls=TlsMode(settings["tls"]),
+            lineage=lineage_of(self.family.id, number, ownership.generation(self.disk)),
         )
         export.limit(_limits(settings), self._clock)
         self._exports.add(export)
@@ -174,12 +176,17 @@ class ServedFamily:
         export = self.volume(number).export
         if export.sessions and size_bytes < export.device.size_bytes:
             return errno.EBUSY
+        if size_bytes < export.device.size_bytes:
+            export.note_change("a resize")
         return await answered(self.owned(), lambda done: self.disk.resize(number, size_bytes, done))
 
     async def rollback(self, number: int, snapshot: str) -> int:
         """Go back to a snapshot; EBUSY while the volume has clients."""
         served = self.volume(number)
-        return errno.EBUSY if served.export.sessions else await served.snapshots.rollback(snapshot)
+        if served.export.sessions:
+            return errno.EBUSY
+        served.export.note_change("a rollback")
+        return await served.snapshots.rollback(snapshot)
 
     def status(self, number: int) -> dict[str, Any]:
         """What is live, of the disk and of one volume if it is served."""
@@ -264,6 +271,12 @@ class ServedFamily:
     def _with_names(self, found: dict[str, Any]) -> dict[str, Any]:
         names = [self._volumes[number].export.name for number in found["clones"] if number in self._volumes]
         return found | {"clones": sorted(names)}
+
+
+def lineage_of(family: str, number: int, generation: int) -> int:
+    """Of a volume: not 0. Another one when acknowledged writes may be gone, and for a volume that is made anew."""
+    digest = blake2b(f"{family} {number} {generation}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def _limits(settings: dict[str, Any]) -> Limits:

@@ -12,6 +12,8 @@ Rules
   refused as long as sessions of the first are connected, unless the export is `shared`. `peer.py` says what a host is.
 - Before a host's connection enters, those of its connections that it has closed are dropped, with what waits
   in them: that is not done after what it asks for now.
+- Who comes back from a server that was lost, and goes on where it was (`continues`), does not enter if another host
+  has, or if the content was changed otherwise, since this process serves the export.
 - A client that `admission.py` does not admit neither sees nor enters an export. Whether it is used over TLS is what the
   export says of itself, or else what the node says; an export that lists certificate names requires TLS.
 - Settings change live: an export made read-only refuses its writers' next write; clients that are no longer allowed
@@ -44,6 +46,10 @@ class ExportSession(Protocol):
     @property
     def peer(self) -> Peer:
         """Who it is."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether it goes on where it was, at a server that was lost."""
 
     @property
     def counters(self) -> Counters:
@@ -109,10 +115,12 @@ class Export(Listing):
         shared: bool = False,
         allowed: Iterable[str] = (),
         tls: TlsMode = TlsMode.INHERIT,
+        lineage: int = 0,
     ) -> None:
-        """As a Listing."""
+        """As a Listing; `lineage` as Forwarded has it (peer_clients.py)."""
         super().__init__(name, description, allowed, tls)
         self.device = device
+        self.lineage = lineage
         self.open_batch = OpenBatch(device)
         self.read_only = read_only
         self.shared = shared
@@ -120,6 +128,7 @@ class Export(Listing):
         self.throttle: Throttle | None = None  # of a volume with limits
         self.sessions: set[ExportSession] = set()
         self._past = Counters()  # of sessions that have left
+        self._changed_by = ""  # the host that has entered last, or what has changed the content since
 
     @property
     def counters(self) -> Counters:
@@ -167,7 +176,14 @@ class Export(Listing):
                     f"{self.name} is in use by {', '.join(sorted(others))};"
                     f" disconnect it, or set {self.name} to shared=true"
                 )
+            if session.continues and self._changed_by not in ("", session.peer.host):
+                raise ExportError(f"{self.name} was used by {self._changed_by} meanwhile")
+            self._changed_by = session.peer.host
         self.sessions.add(session)
+
+    def note_change(self, by: str) -> None:
+        """The content is not what clients that were here know."""
+        self._changed_by = by
 
     def leave(self, session: ExportSession) -> None:
         """Remove a session; nothing happens if it is not there."""
@@ -199,6 +215,8 @@ class Export(Listing):
                 f"{self.name} is in use by {', '.join(sorted(self.hosts()))};"
                 " disconnect all but one of these hosts first"
             )
+        if self.shared and not new_shared:
+            self._changed_by = next(iter(self.hosts()), "")
         self.shared, self.read_only, self.allowed = new_shared, new_read_only, new_allowed
         if description is not None:
             self.description = description

