@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,13 @@ class ReplicaRequests:
             "sizes_bytes": {str(number): size_bytes for number, size_bytes in served.sizes_bytes().items()},
         }
 
-    async def do_own(self, family: str) -> dict[str, Any]:
-        """Become the owner of a family that is followed; FamilyError with the reason if that cannot be."""
+    async def do_own(self, family: str, only_again: bool = False) -> dict[str, Any]:
+        """Become the owner of a family that is followed; `only_again`: unless another node owns it by now. FamilyError
+        with the reason if that cannot be."""
         served, replica = self._followed(family)
         if replica.disk.failure:
             raise FamilyError(replica.disk.failure)
-        reason = await answer_of(replica.family.take_over)
+        reason = await answer_of(partial(replica.family.take_over, only_again=only_again))
         owner = replica.family.owner
         if reason or owner is None:
             raise FamilyError(reason or "another node has taken the volume over at once")

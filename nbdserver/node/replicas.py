@@ -17,7 +17,8 @@ Rules
   says that the family was deleted.
 - One whose disk has failed is closed and opened anew, as often as it fails: what it may have lost, the others have. If
   it cannot be opened it waits for the next start.
-- A node owns nothing by itself, but for what the registry says that it owns already.
+- A node owns nothing by itself, but for what the registry says that it owns already. What is held of the registry may
+  be old, of a node that was cut off above all: the data process asks again before it goes on as the owner.
 - One change at a time (`lock`), which is that of the volumes.
 """
 
@@ -250,21 +251,22 @@ class Replicas:
 
     # --- owning ---
 
-    async def own(self, family_id: str) -> None:
-        """Take a family over and serve its volumes, if that is not so already. NodeError with why not."""
+    async def own(self, family_id: str, only_again: bool = False) -> None:
+        """Take a family over and serve its volumes, if that is not so already; `only_again`: unless another node owns
+        it by now. NodeError with why not."""
         if self.owns(family_id):
             return
         taking = self._taking.get(family_id)
         if taking is None:
-            taking = self._taking[family_id] = asyncio.get_running_loop().create_task(self._own(family_id))
+            taking = self._taking[family_id] = asyncio.get_running_loop().create_task(self._own(family_id, only_again))
             taking.add_done_callback(lambda task: self._taking.pop(family_id, None) and task.exception())
         await asyncio.shield(taking)
 
-    async def _own(self, family_id: str) -> None:
+    async def _own(self, family_id: str, only_again: bool) -> None:
         family = self._families.get(family_id)
         if family is None or family_id not in self._following:
             raise ConflictError(self._opening.failed.get(family_id) or f"{self.me} has no open replica of it")
-        answer = await self._call("own", family=family_id)
+        answer = await self._call("own", family=family_id, only_again=only_again)
         sizes_bytes = {int(number): size_bytes for number, size_bytes in answer["sizes_bytes"].items()}
         await self._opening.settle_and_serve(family, sizes_bytes)
         if self._epochs.get(family_id) != answer["epoch"]:
@@ -287,7 +289,7 @@ class Replicas:
 
     async def _try_to_own(self, family_id: str) -> None:
         with contextlib.suppress(NodeError, RegistryError, OSError):  # the data process tells why: not-taken-over
-            await self.own(family_id)
+            await self.own(family_id, only_again=True)
 
     def heard(self, kind: str, fields: dict[str, Any]) -> None:
         """What the data process reports of a family."""

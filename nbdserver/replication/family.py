@@ -70,6 +70,7 @@ class ReplicatedFamily:
         self._budget = CopyBudget(clock) if budget is None else budget
         self._takeover: Takeover | None = None
         self._taken: list[Taken] = []
+        self._only_again = False  # all who wait want it for who was the owner last
         self._comparison: Comparison | None = None
         self._compared: Callable[[str], None] = lambda reason: None
         self._closed = False
@@ -116,11 +117,13 @@ class ReplicatedFamily:
 
     # --- taking over ---
 
-    def take_over(self, done: Taken) -> None:
-        """Become the owner. `done` is never called from inside."""
+    def take_over(self, done: Taken, only_again: bool = False) -> None:
+        """Become the owner; `only_again`: unless another node owns the family by now. `done` is never called from
+        inside."""
         if self.owner is not None:
             self._clock.call_soon(lambda: done(""))
             return
+        self._only_again = only_again and (self._only_again or not self._taken)
         self._taken.append(done)
         if len(self._taken) == 1:
             self._registry.get_later(self._key, self._read)
@@ -149,6 +152,8 @@ class ReplicatedFamily:
             return "the registry does not know the family"
         if value.epoch < self.replica.epoch:  # what was read is old by now, and the owner's grants never end
             return f"epoch {self.replica.epoch} was opened here"
+        if self._only_again and value.owner != self._node:
+            return f"{value.owner} owns it by now"
         if value.member(self._node) is None:
             return f"{self._node} is not in sync"
         if self.log.resync_count:

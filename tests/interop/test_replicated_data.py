@@ -87,6 +87,8 @@ def test_what_was_acknowledged_is_there_when_the_owner_is_killed(tmp_path: Path,
             first, second, _ = rig.nodes
             writer = Writer(first)
             await writer.write(200)
+            with pytest.raises(DataProcessError, match="node-1 owns it by now"):
+                await second.call("own", family=rig.family, only_again=True)
             writer.send()
             await first.kill()
             writer.close()

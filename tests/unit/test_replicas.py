@@ -34,6 +34,7 @@ class Node:
         self.calls: list[str] = []
         self.events: list[str] = []
         self.failing: set[str] = set()
+        self.owner_by_now = ""
         self.epoch = 1
         self.start()
 
@@ -57,6 +58,8 @@ class Node:
         if name == "format":
             Path(arguments["directory"]).mkdir()
         if name == "own":
+            if self.owner_by_now and arguments["only_again"]:
+                raise DataProcessError(f"{self.owner_by_now} owns it by now")
             self.replicas.heard("owner", {"family": arguments["family"], "epoch": self.epoch})
             return {"epoch": self.epoch, "generation": 1, "sizes_bytes": {"1": 1 << 20}}
         return {"incarnation": 1, "generation": 1, "sizes_bytes": {"1": 1 << 20}}
@@ -192,6 +195,18 @@ def test_who_is_named_as_the_owner_goes_on_after_a_start_and_nobody_else_begins(
 
     run(node.replicas.reconcile, settle)
     assert node.calls == ["follow", "follow", "own", "serve"]
+
+
+def test_who_was_cut_off_while_another_became_the_owner_takes_nothing_back(node: Node) -> None:
+    """It still holds an old value of the registry."""
+    run(lambda: node.families.begin(ID, OF_REPLICA), lambda: node.families.keep_replica(DB))
+    node.named("n1", "n2", in_sync=("n1", "n2"), owner="n2")
+    node.owner_by_now = "n1"
+    run(node.replicas.reconcile, lambda: asyncio.sleep(0.01))
+    assert node.calls == ["follow", "own"]
+    assert not node.replicas.owns(ID)
+    run(lambda: node.replicas.own(ID))  # a client wants it here
+    assert node.replicas.owns(ID)
 
 
 def test_what_is_not_open_here_cannot_be_owned_here(node: Node) -> None:
