@@ -78,7 +78,8 @@ class RegionTable:
             if known > txid:
                 later.update(range(first, last + 1))
         for number, page in self._pages.items():
-            later.update((number << _PAGE_SHIFT) + index for index, known in enumerate(page) if known > txid)
+            if max(page) > txid:
+                later.update((number << _PAGE_SHIFT) + index for index, known in enumerate(page) if known > txid)
         return sorted(later)
 
     def freeze(self) -> None:

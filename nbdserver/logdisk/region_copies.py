@@ -4,7 +4,8 @@ Theory. A copy holds, for each layer, which MBA every LBA of the region shows, a
 those that are here already: the owner leaves out what has the same content under the same MBA (region_digests.py).
 
 Applying one makes all layers show what the copy says, and frees what no layer shows any more. It is a REGION record of
-the local log for each turn of the loop that it takes, of a part of the region; it has no txid. What the source has
+the local log for each part of the region that changes, and for its last one; it has no txid. Of a scattered change most
+parts are as they were: a turn of the loop goes on over them. What the source has
 merged away and this replica has not is a nameless layer that is not in the copy: it shows what its child shares with
 it, so that a later merge finds its blocks as usual. What this replica has merged away is left out of the copy.
 
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from metadata.layers import Tree
 from metadata.logical_map import ADDRESS_SHIFT
-from metadata.pages import PAGE_MASK, PAGE_SHIFT, Page
+from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
 from metadata.region_table import REGION_BLOCKS, REGION_SHIFT
 from nbdserver.logdisk.maps import CHECKSUM, Maps, Need
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
@@ -51,7 +52,10 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
     from nbdserver.logdisk.replica_append import Ordered
 
-_BLOCKS_A_TURN = 128  # of the loop: some 2 ms, for one layer
+_PART_BLOCKS = 128  # LBAs that one record is of: a turn of the loop, some 2 ms for one layer, unless it changes little
+_LITTLE_BLOCKS = 16  # that change in a part, or travel for it, so that the turn goes on with the next one
+
+_NOTHING = array("Q", [0]) * PAGE_BLOCKS
 
 Views = dict[int, "array[int]"]
 """By layer: the MBA of each LBA of a range, 0 for none."""
@@ -69,6 +73,8 @@ def pack_views(views: Mapping[int, array[int]]) -> bytes:
             first = mbas[at]
             step = 1 if first else 0
             stop = at + 1
+            while not first and mbas[stop : stop + PAGE_BLOCKS] == _NOTHING:
+                stop += PAGE_BLOCKS
             while stop < len(mbas) and mbas[stop] == first + (stop - at) * step:
                 stop += 1
             packed.append(COPY_RUN.pack(layer, at, stop - at, 0, first))
@@ -108,7 +114,7 @@ def show(
 ) -> None:
     """Make every layer show what the copy says; `logical(address)` and `middle(mba)` have pages in memory."""
     layers = sorted(maps.tree.layers, reverse=True)
-    for at in range(len(next(iter(views.values()), ()))):
+    for at in differing(maps, first_lba, views, logical):
         lba = first_lba + at
         old = {layer: logical((layer << ADDRESS_SHIFT) + lba)[lba & PAGE_MASK] for layer in layers}
         new = _shown(maps.tree, layers, views, at)
@@ -122,6 +128,24 @@ def show(
         for mba in set(old.values()).difference(new.values(), (0,)):
             middle(mba)
             maps.free(mba)
+
+
+def differing(maps: Maps, first_lba: int, views: Views, logical: Callable[[int], Page]) -> Sequence[int]:
+    """Where, counted from the first LBA, a layer may show something else than the copy says."""
+    if len(views) < len(maps.tree.layers):
+        return range(len(next(iter(views.values()), ())))  # what a layer shows that is not in it is told one by one
+    found: set[int] = set()
+    for layer, view in views.items():
+        at = 0
+        while at < len(view):
+            address = (layer << ADDRESS_SHIFT) + first_lba + at
+            index = address & PAGE_MASK
+            stop = min(len(view), at + PAGE_BLOCKS - index)
+            held, wanted = logical(address)[index : index + stop - at], view[at:stop]
+            if held != wanted:
+                found.update(at + step for step, (old, new) in enumerate(zip(held, wanted, strict=True)) if old != new)
+            at = stop
+    return sorted(found)
 
 
 def _shown(tree: Tree, layers: Sequence[int], views: Views, at: int) -> dict[int, int]:
@@ -162,19 +186,27 @@ class CopyApplying:
             parsed = parsed or _parsed(copy)
             if parsed is None:
                 return errnos.EBADMSG
-            lba = (copy.region << REGION_SHIFT) + first
-            views = {layer: view[first : first + _BLOCKS_A_TURN] for layer, view in parsed.views.items()}
-            need = self._needed(lba, distinct(views))
-            if need:
-                loads += 1
-                maps.hold(loads * (len(need) + REGION_BLOCKS))
-                maps.load(need, self._ordered.go_on)
-                return None
-            errno = self._apply_turn(lba, copy.region_txid, views, parsed)
-            first += _BLOCKS_A_TURN
-            if not errno and first < REGION_BLOCKS:
-                disk.call_soon(self._ordered.go_on)
-                return None
+            errno = changed = 0
+            while first < REGION_BLOCKS and not errno:
+                if changed > _LITTLE_BLOCKS:
+                    disk.call_soon(self._ordered.go_on)
+                    return None
+                lba = (copy.region << REGION_SHIFT) + first
+                views = {layer: view[first : first + _PART_BLOCKS] for layer, view in parsed.views.items()}
+                mbas = distinct(views)
+                need = self._needed(lba, mbas)
+                if need:
+                    loads += 1
+                    maps.hold(loads * (len(need) + REGION_BLOCKS))
+                    maps.load(need, self._ordered.go_on)
+                    return None
+                first += _PART_BLOCKS
+                changes = self._changes(lba, views, parsed, mbas)
+                changed += changes
+                if not self._are_here(mbas, parsed.kept):
+                    errno = errnos.ENOENT
+                elif changes or first == REGION_BLOCKS:
+                    errno = self._apply_part(lba, copy.region_txid, views, parsed)
             if loads:
                 maps.let_go()
             return errno
@@ -185,17 +217,23 @@ class CopyApplying:
         maps = self._maps
         need: Need = []
         for layer in maps.tree.layers:
-            need += maps.needed((layer << ADDRESS_SHIFT) + lba, _BLOCKS_A_TURN, 2 * _BLOCKS_A_TURN)
+            need += maps.needed((layer << ADDRESS_SHIFT) + lba, _PART_BLOCKS, 2 * _PART_BLOCKS)
         return list(dict.fromkeys(need + needed_of_mbas(maps, mbas)))
 
-    def _apply_turn(self, lba: int, region_txid: int, views: Views, parsed: _Parsed) -> int:
-        """Apply what the copy says from an LBA on, if all that was left out of it is here."""
+    def _known(self, views: Views) -> Views:
+        """Those of layers that are here."""
+        return {layer: view for layer, view in views.items() if layer in self._maps.tree.layers}
+
+    def _changes(self, lba: int, views: Views, parsed: _Parsed, mbas: list[int]) -> int:
+        """How many blocks have travelled, or change."""
+        travelled = sum(mba in parsed.content for mba in mbas)
+        return max(travelled, len(differing(self._maps, lba, self._known(views), self._logical)))
+
+    def _apply_part(self, lba: int, region_txid: int, views: Views, parsed: _Parsed) -> int:
+        """Make the layers show what the copy says from an LBA on."""
         disk = self._disk
-        if any(mba in parsed.kept and not self._is_here(mba, parsed.kept[mba]) for mba in distinct(views)):
-            return errnos.ENOENT
-        known = {layer: view for layer, view in views.items() if layer in self._maps.tree.layers}
         try:
-            for first, part, runs, wanted in self._parts(known, parsed.kept):
+            for first, part, runs, wanted in self._parts(self._known(views), parsed.kept):
                 if not self._append(lba + first, region_txid, part, runs, wanted, parsed):
                     return errnos.ENOSPC
         except OSError as error:
@@ -205,9 +243,14 @@ class CopyApplying:
             raise
         return 0
 
-    def _is_here(self, mba: int, checksum: int) -> bool:
-        page, index = self._middle(mba), mba & PAGE_MASK
-        return bool(page[index]) and page[CHECKSUM + index] == checksum
+    def _are_here(self, mbas: list[int], kept: Mapping[int, int]) -> bool:
+        """Whether those that were left out of the copy are."""
+        for mba in mbas:
+            if mba in kept:
+                page, index = self._middle(mba), mba & PAGE_MASK
+                if not page[index] or page[CHECKSUM + index] != kept[mba]:
+                    return False
+        return True
 
     def _append(self, lba: int, region_txid: int, part: Views, runs: bytes, wanted: list[int], parsed: _Parsed) -> bool:
         """Append one REGION record and do what it says; False if there is no room."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from metadata.logical_map import LAYER_SHIFT, pages_of_region
 from metadata.seams import Files
 from nbdserver.logdisk.blocks_reading import BlocksReading
+from nbdserver.logdisk.maps import Need
 from nbdserver.logdisk.pacing import Job, guarded
 from protocol.packing import digest
 from protocol.peer import BLOCKS_LIMIT, COMPARED_LIMIT
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 DIGESTS_A_STEP = 64  # some 0.25 ms
+PAGES_AT_ONCE = 16
+_NO_PAGE: array[int] = array("Q")
 
 
 class RegionDigests:
@@ -41,17 +44,22 @@ class RegionDigests:
         disk.call_soon(guarded(disk.fail, self._look))
 
     def _look(self) -> None:
-        """Gather what the layers show, page by page."""
+        """Gather what the layers show, as far as the pages are there; those that are not are loaded together."""
         maps = self._disk.maps
-        while self._pages and len(self._mbas) < COMPARED_LIMIT:
-            number = self._pages[-1]
-            if number >> LAYER_SHIFT in maps.tree.layers:
-                page: array[int] | None = maps.page(number)
-                if page is None:
-                    maps.load([(maps.logical, number)], guarded(self._disk.fail, self._look))
-                    return
+        need: Need = []
+        for number in self._pages[-PAGES_AT_ONCE:]:
+            page = maps.page(number) if number >> LAYER_SHIFT in maps.tree.layers else _NO_PAGE
+            if page is None:
+                need.append((maps.logical, number))
+            else:
                 self._mbas.update(page)
-            self._pages.pop()
+                self._pages.remove(number)
+        if len(self._mbas) < COMPARED_LIMIT and self._pages:
+            if need:
+                maps.load(need, guarded(self._disk.fail, self._look))
+            else:
+                self._disk.call_soon(guarded(self._disk.fail, self._look))
+            return
         self._mbas.discard(0)
         self._read(sorted(self._mbas)[:COMPARED_LIMIT])
 

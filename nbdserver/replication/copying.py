@@ -8,7 +8,8 @@ sides alike, so what was equal stays equal.
 
 Rules (docs/replication.md has the reasons)
 - A copy is sent at the very place in the stream that it is of (14), so only while streaming.
-- At most COPIES_AT_ONCE regions of a replica are under way, and turns are given by the budget of the whole process.
+- At most COPIES_AT_ONCE regions of a replica are under way, and WINDOW_BYTES of them; turns are given by the budget of
+  the whole process.
 - A copy that could not be applied because a block that it leaves out is not there is made again, whole.
 - A replica of version 1 is not asked, and gets all blocks as they are.
 """
@@ -27,7 +28,9 @@ from nbdserver.replication.replica_log import ReplicaLog
 from protocol.disk import BLOCK_BYTES
 from protocol.peer import DIGEST_BYTES, KINDS_SINCE, Compare, Compared, Copied, Copy, Frame, Kind
 
-COPIES_AT_ONCE = 4
+COPIES_AT_ONCE = 64
+WINDOW_BYTES = 4 * REGION_BYTES
+"""A region counts whole until it is known what of it travels."""
 RATE_S = 10.0
 """The time over which the rate is told."""
 
@@ -146,8 +149,14 @@ class Copying:
 
     def more(self) -> None:
         """Ask for a turn, if one is of use."""
-        if self._turn is None and self._left and self._link.is_streaming and len(self._under_way) < COPIES_AT_ONCE:
+        if self._turn is None and self._left and self._link.is_streaming and self._has_room:
             self._turn = self._budget.ask(partial(self._begin_one, self._life))
+
+    @property
+    def _has_room(self) -> bool:
+        under_way = self._under_way
+        size_bytes = sum(turn.size_bytes for turn in under_way.values())
+        return len(under_way) < COPIES_AT_ONCE and size_bytes + REGION_BYTES <= WINDOW_BYTES
 
     def _begin_one(self, life: int) -> None:
         turn = self._turn
@@ -195,6 +204,8 @@ class Copying:
         self._counts.sent_bytes += sent_bytes
         self._counts.saved_bytes += size_bytes - sent_bytes
         link.send(copy)
+        self._under_way[region].shrink(sent_bytes)
+        self.more()
 
     def copied(self, frame: Copied) -> None:
         """The replica has applied one, and it is durable there; or it could not."""

@@ -284,11 +284,14 @@ class PairRun:
             if self.random.random() < 0.5:
                 self._change()
             error, copy = self._ask(self.owner, "read_region", region, known)
-            told = taken(self.told)
-            if error or self._ask(other, "append", told) != (0,) or self._ask(other, "apply_copy", copy) != (0,):
+            if error or self._ask(other, "append", taken(self.told)) != (0,):
+                raise ViolationError(f"region {region} could not be read")
+            # A copy may wait for a checkpoint, and that for the owner to say in its next frame what is committed.
+            self._on(other).clock.call_later(0.01, partial(follower.set_committed, follower.last.txid))
+            if self._ask(other, "apply_copy", copy) != (0,):
                 raise ViolationError(f"region {region} could not be copied")
             self._ask(other, "sync")
-            self._on(other).replica.set_committed(follower.last.txid)
+            follower.set_committed(follower.last.txid)
             self._ask(other, "resync_done", ((region, 1),))
             self.hits["copied"] += 1
             self.hits["kept"] += bool(copy.kept)

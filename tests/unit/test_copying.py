@@ -5,8 +5,9 @@ from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from metadata.region_table import REGION_BYTES
 from nbdserver.replication.copy_budget import CopyBudget
-from nbdserver.replication.copying import COPIES_AT_ONCE, CopyCounts, Copying
+from nbdserver.replication.copying import COPIES_AT_ONCE, WINDOW_BYTES, CopyCounts, Copying
 from protocol.checksum import crc32c
 from protocol.packing import digest
 from protocol.peer import Compare, Compared, Copied, Copy, Frame, Part
@@ -14,6 +15,7 @@ from tests.simulation.world import SimulatedClock, World
 from tests.unit.families import block
 
 BLOCK = block(1)
+WHOLE_AT_ONCE = WINDOW_BYTES // REGION_BYTES
 Read = Callable[[int, Copy | None], None]
 
 
@@ -56,11 +58,11 @@ class Rig:
     def compared(self, region: int) -> None:
         self.copying.compared(Compared(region, [9], digest(BLOCK)))
 
-    def read(self, txid: int = 7, error: int = 0, kept: bytes = b"") -> Copy:
+    def read(self, txid: int = 7, error: int = 0, kept: bytes = b"", part_bytes: int = 6) -> Copy:
         """The oldest read ends."""
         region, known, done = self.reads.pop(0)
         checksums = array("I", [crc32c(BLOCK)]).tobytes()
-        parts = [] if known is None else [Part(1, b"packed")]
+        parts = [] if known is None else [Part(1, bytes(part_bytes))]
         copy = Copy(region, txid, 5, b"", checksums, [BLOCK], kept, parts)
         done(error, None if error else copy)
         self.run()
@@ -94,13 +96,24 @@ def test_a_replica_of_version_1_is_not_asked_and_gets_all() -> None:
 
 
 def test_so_many_are_under_way_and_the_others_follow() -> None:
-    rig = Rig(COPIES_AT_ONCE + 2)
-    assert rig.sent == [Compare(region) for region in range(COPIES_AT_ONCE)]
+    rig = Rig(WHOLE_AT_ONCE + 2)
+    assert rig.sent == [Compare(region) for region in range(WHOLE_AT_ONCE)]
     rig.compared(1)
-    rig.read()
+    rig.read(part_bytes=REGION_BYTES)
+    assert not isinstance(rig.sent[-1], Compare)
     rig.copied(1)
+    assert rig.sent[-1] == Compare(WHOLE_AT_ONCE)
+    assert rig.copying.regions_left == WHOLE_AT_ONCE + 1
+
+
+def test_of_those_that_hardly_differ_many_are_under_way() -> None:
+    rig = Rig(2 * COPIES_AT_ONCE)
+    for region in range(COPIES_AT_ONCE):
+        rig.compared(region)
+        rig.read()
+    assert [frame for frame in rig.sent if isinstance(frame, Compare)] == list(map(Compare, range(COPIES_AT_ONCE)))
+    rig.copied(7)
     assert rig.sent[-1] == Compare(COPIES_AT_ONCE)
-    assert rig.copying.regions_left == COPIES_AT_ONCE + 1
 
 
 def test_what_lacked_a_block_is_sent_whole_and_what_came_late_is_compared_again() -> None:
@@ -141,7 +154,7 @@ def test_an_answer_that_comes_twice_is_taken_once() -> None:
 
 
 def test_what_was_begun_on_a_lost_stream_is_over_and_its_turns_are_given_back() -> None:
-    rig = Rig(COPIES_AT_ONCE + 1)
+    rig = Rig(WHOLE_AT_ONCE + 1)
     rig.compared(0)
     rig.copying.end()
     assert rig.copying.regions_left == 0
@@ -150,10 +163,10 @@ def test_what_was_begun_on_a_lost_stream_is_over_and_its_turns_are_given_back() 
     assert not [frame for frame in rig.sent if isinstance(frame, Copy)]
     for _ in range(3):  # the budget has turns for all of them
         rig.sent.clear()
-        rig.copying.begin(range(COPIES_AT_ONCE), 2)
+        rig.copying.begin(range(WHOLE_AT_ONCE), 2)
         rig.copying.more()
         rig.run()
-        assert len(rig.sent) == COPIES_AT_ONCE
+        assert len(rig.sent) == WHOLE_AT_ONCE
     rig.copying.end()
 
 

@@ -329,6 +329,28 @@ def test_what_changes_while_it_is_compared_and_packed_travels_as_it_is_by_then()
     pair.compare()
 
 
+def test_of_a_region_that_hardly_differs_the_part_that_does_and_the_last_one_are_logged() -> None:
+    pair = Pair()
+    for lba in range(0, REGION_BLOCKS, 100):
+        pair.owner.put(lba, lba + 1)
+    pair.tell()
+    pair.is_away = True
+    pair.owner.put(300, 77)
+    pair.is_away = False
+    returned(pair)
+    copy, replica = copied(pair, 0), pair.replica
+    assert block_count(copy) == 1
+    pair.tell()
+    records = replica.disk.log.records
+    order: list[int] = []
+    replica.replica.apply_copy(copy, order.append)
+    assert replica.disk.log.records - records == 2  # at once
+    assert replica.clock.run_until(lambda: order == [0])
+    assert replica.disk.log.records - records == 2
+    pair.tell()
+    pair.compare()
+
+
 def test_what_comes_while_a_copy_is_applied_waits_for_its_end() -> None:
     pair = gone_and_back()
     returned(pair)

@@ -6,6 +6,7 @@ not on that path and is not counted here.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,11 @@ class DataProcesses(System):
         return Nbdserver.version()
 
     attached_at = NODES[0]
+
+    @property
+    def client_socket(self) -> Path:
+        """Where clients are served."""
+        return self._socket(self.attached_at)
 
     def _socket(self, node: str) -> Path:
         return self.directory / f"{node}.sock"
@@ -84,8 +90,13 @@ class DataProcesses(System):
         for process in self._processes.values():
             process.wait()
 
+    def remove(self) -> None:
+        """Stop it, and leave nothing behind; idempotent."""
+        self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def fio_arguments(self) -> list[str]:
-        return nbd_engine(f"nbd+unix:///{EXPORT}?socket={self._socket(self.attached_at)}")
+        return nbd_engine(f"nbd+unix:///{EXPORT}?socket={self.client_socket}")
 
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes.values() if process.poll() is None]
@@ -98,6 +109,24 @@ class DataProcesses(System):
     def start_replica(self) -> int:
         self._start(NODES[-1])
         return self._processes[NODES[-1]].pid
+
+    def empty_replica(self) -> None:
+        """What was killed has lost its disk."""
+        shutil.rmtree(self.directory / NODES[-1])
+
+    def forget_log(self) -> None:
+        """Whoever comes back from now on gets regions: the owner's log goes back no further."""
+        self._say(NODES[0], "forget")
+        self._heard(NODES[0], "forgotten")
+
+    def copied(self) -> dict[str, int]:
+        """Regions, and bytes that travelled and did not have to, of the replica that is killed and started."""
+        self._say(NODES[0], "figures")
+        return dict(json.loads(self._heard(NODES[0], "figures"))[NODES[-1]])
+
+    @property
+    def owner_pid(self) -> int:
+        return self._processes[NODES[0]].pid
 
     def is_whole(self) -> bool:
         value = json.loads((self.directory / NODES[0] / "replica-set.json").read_text())

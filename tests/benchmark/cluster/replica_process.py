@@ -5,16 +5,19 @@
 PEERS is NODE=ADDRESS,... of all. It formats DIRECTORY if there is nothing yet, prints `replica INCARNATION`, follows
 whoever owns the family, and listens at the address CLIENTS for clients of the export `bench`. A line on its standard
 input, `own VALUE` with a ReplicaSet as JSON, makes it the owner: it takes over, serves the family and prints `owner`.
-`forward NODE` lets it forward its clients there. Each process has a registry of its own, so nothing but this may change
+`forward NODE` lets it forward its clients there. `forget` makes the owner's log end where it is now, for replicas that
+come back, as if what was logged until then had been recycled. `figures` prints what was copied to each replica since
+its stream was opened, as JSON. Each process has a registry of its own, so nothing but this may change
 who owns the family: for measurements only.
 """
 
 import asyncio
 import gc
+import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, Exports
+from protocol.peer import Modification, Position
 from protocol.peer_clients import FORWARDER_BYTES
 
 from ..local_family import host, open_disk
@@ -44,6 +48,20 @@ from ..targets import EXPORT
 
 FAMILY = bytes(16)
 SEGMENT_BYTES = 64 << 20
+
+
+class ForgetfulReplica(Replica):
+    """One whose log can be made not to go back."""
+
+    forgotten_txid = 0
+
+    def modifications(
+        self, after: Position, limit_bytes: int, done: Callable[[int, Sequence[Modification] | None], None]
+    ) -> None:
+        if after.txid < self.forgotten_txid:
+            self.disk.call_soon(partial(done, 0, None))
+        else:
+            super().modifications(after, limit_bytes, done)
 
 
 def _say(words: str) -> None:
@@ -61,7 +79,7 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
     with host(directory, loop) as parts:
         if is_new:
             LogDisk.format(parts.files, parts.store, FAMILY, size_bytes, SEGMENT_BYTES, random.SystemRandom())
-        replica = Replica(partial(open_disk, parts, DiskSettings(), _report), parts.files)
+        replica = ForgetfulReplica(partial(open_disk, parts, DiskSettings(), _report), parts.files)
         network = SocketNetwork(loop, parts.completions)
         threads = Workers(parts.completions, 1, "registry")
         table = RegistryTable(LevelStore(str(directory / "registry"), threads, threads))
@@ -85,6 +103,11 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
             word, _, value = line.strip().partition(" ")
             if word == "own":
                 await _own(table, family, replica, value, exports)
+            elif word == "forget":
+                replica.forgotten_txid = replica.last.txid
+                _say("forgotten")
+            elif word == "figures":
+                _say(f"figures {json.dumps(_figures(family))}")
             elif word == "forward":
                 exports.note_in_cluster(Elsewhere(None, EXPORT, "", (), TlsMode.OFF))
                 there = There(value, peers[value])
@@ -119,6 +142,18 @@ async def _own(table: RegistryTable, family: ReplicatedFamily, replica: Replica,
     assert family.owner is not None
     exports.add(Export(EXPORT, ReplicatedDevice(replica.disk.head(1), family.owner)))
     _say("owner")
+
+
+def _figures(family: ReplicatedFamily) -> dict[str, dict[str, int]]:
+    assert family.owner is not None
+    return {
+        node: {
+            "regions": link.copying.regions_total,
+            "sent_bytes": link.copying.sent_bytes,
+            "saved_bytes": link.copying.saved_bytes,
+        }
+        for node, link in family.owner.links.items()
+    }
 
 
 def _always(clock: HostClock, there: There) -> Ask:
