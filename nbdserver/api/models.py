@@ -227,8 +227,8 @@ class Resync(BaseModel):
         description="copying, connecting, waiting (`reason` says for what), silent: its node is not heard, or unknown: "
         "who knows cannot be asked"
     )
-    left_bytes: int | None = Field(description="what it lacks at most; null while that is not known")
-    total_bytes: int | None = Field(description="what it lacked at most when it came back")
+    left_bytes: int | None = Field(description="what is left to compare, an estimate; null while that is not known")
+    total_bytes: int | None = Field(description="the same of when it came back")
     bytes_per_s: int
     left_s: int | None = Field(description="at this rate; null while that is not known")
     reason: str

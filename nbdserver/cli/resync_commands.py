@@ -25,10 +25,11 @@ def resync(
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Show the replicas of the cluster that are not in sync: what each lacks at most, how fast it gets it, how long
-    that takes, or what it waits for.
+    """Show the replicas of the cluster that are not in sync: how much of each is left to compare with its owner, how
+    fast that goes and how long it takes, or what it waits for.
 
-    A replica is out of sync from the moment its node is gone, and gets what has changed since then when it is back.
+    A replica is out of sync from the moment its node is gone, and gets what has changed since then when it is back: the
+    4 MiB around each change are compared. What they hold is an estimate, by those that have been.
     With --json and --watch, one object a line.
 
     Examples:

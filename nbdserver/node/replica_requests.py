@@ -227,6 +227,7 @@ def _link(owner: Owner, link: Link) -> dict[str, Any]:
         "lag_bytes": link.backlog_bytes,
         "regions_left": link.regions_left,
         "regions_total": link.copying.regions_total,
+        "region_bytes": link.copying.region_bytes,
         "bytes_per_s": link.copying.bytes_per_s,
         "resync_bytes_sent": link.copying.sent_bytes,
         "resync_bytes_saved": link.copying.saved_bytes,

@@ -1,8 +1,8 @@
 """Replicas that are being made complete, as people see them: how much is left, how fast, for how long, or what for it
 waits.
 
-Theory: only the owner of a family knows what a replica lacks; every node can ask the owners. A region counts whole,
-however little of it differs, so what is left is told as at most.
+Theory: only the owner of a family knows what a replica lacks; every node can ask the owners. It is told in regions, and
+what these hold is an estimate, by those that have been read so far: before the first one, as much as a region can.
 
 Rules: pure, but for `ResyncView.rows`, which asks.
 """
@@ -33,7 +33,8 @@ def row(family: Family, value: ReplicaSet, node: str, is_up: bool, link: Mapping
     """Of a replica that is not in sync; `link` is what the owner says of it."""
     left = int(link["regions_left"]) if link else 0
     bytes_per_s = float(link["bytes_per_s"]) if link else 0.0
-    left_bytes = left * REGION_BYTES
+    region_bytes = int(link.get("region_bytes", REGION_BYTES)) if link else 0  # owners of before do not say
+    left_bytes = left * region_bytes
     state = _state(is_up, link, left, bytes_per_s)
     return {
         "volume": family.name,
@@ -41,7 +42,7 @@ def row(family: Family, value: ReplicaSet, node: str, is_up: bool, link: Mapping
         "owner": value.owner,
         "state": state,
         "left_bytes": left_bytes if link else None,
-        "total_bytes": int(link["regions_total"]) * REGION_BYTES if link else None,
+        "total_bytes": int(link["regions_total"]) * region_bytes if link else None,
         "bytes_per_s": round(bytes_per_s),
         "left_s": round(left_bytes / bytes_per_s) if left and bytes_per_s else None,
         "reason": str(link["reason"]) if link and state in (CONNECTING, WAITING) else "",

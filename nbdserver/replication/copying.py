@@ -87,6 +87,8 @@ class Copying:
         self._compares = False
         self._life = 0  # of the stream: what was begun in another one is over
         self._done_s: deque[float] = deque()  # when regions were copied lately
+        self._looked_at = 0  # regions that were read on this stream
+        self._looked_at_bytes = 0
         self._began_s = clock.now()
 
     # --- how it stands ---
@@ -97,12 +99,17 @@ class Copying:
         return len(self._left) + len(self._under_way)
 
     @property
+    def region_bytes(self) -> int:
+        """What a region that is left holds, by the mean of those that were read on this stream; all of it at first."""
+        return max(BLOCK_BYTES, self._looked_at_bytes // self._looked_at) if self._looked_at else REGION_BYTES
+
+    @property
     def bytes_per_s(self) -> int:
-        """Of regions, whatever of them had to travel, in the last RATE_S."""
+        """Of what regions hold, whatever of it had to travel, in the last RATE_S."""
         now_s = self._clock.now()
         self._forget_old(now_s)
         over_s = min(RATE_S, max(now_s - self._began_s, 1.0))
-        return int(len(self._done_s) * REGION_BYTES / over_s)
+        return int(len(self._done_s) * self.region_bytes / over_s)
 
     @property
     def reason(self) -> str:
@@ -127,6 +134,7 @@ class Copying:
         self._compares = version >= KINDS_SINCE[Kind.COMPARE]
         self._began_s = self._clock.now()
         self._done_s.clear()
+        self._looked_at = self._looked_at_bytes = 0
 
     def end(self) -> None:
         """The stream is over."""
@@ -199,6 +207,8 @@ class Copying:
         size_bytes = len(copy.checksums) // 4 * BLOCK_BYTES
         sent_bytes = sum(len(part.data) for part in copy.parts) if copy.parts else sum(map(len, copy.data))
         self._read_bytes[region] = size_bytes
+        self._looked_at += 1
+        self._looked_at_bytes += size_bytes
         self.sent_bytes += sent_bytes
         self.saved_bytes += size_bytes - sent_bytes
         self._counts.sent_bytes += sent_bytes

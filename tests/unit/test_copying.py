@@ -78,8 +78,10 @@ def test_a_region_is_compared_read_sent_and_done() -> None:
     assert rig.sent == [Compare(0)]
     rig.compared(0)
     assert [known for _, known, _ in rig.reads] == [{9: digest(BLOCK)}]
+    assert rig.copying.region_bytes == REGION_BYTES
     copy = rig.read()
     assert rig.sent[1:] == [copy]
+    assert rig.copying.region_bytes == 4096
     assert (rig.copying.sent_bytes, rig.copying.saved_bytes) == (6, 4096 - 6)
     assert rig.counts == CopyCounts(6, 4096 - 6)
     assert (rig.copying.regions_left, rig.ends) == (1, 0)

@@ -85,3 +85,4 @@ def test_what_a_replica_lacks_is_told_by_the_owners_word(
     assert told["reason"] == (link["reason"] if link and state in ("waiting", "connecting") else "")
     if link is not None and link["regions_left"]:
         assert (told["left_bytes"], told["total_bytes"]) == (12 * MIB, 40 * MIB)
+        assert row(FAMILY, VALUE, "n3", is_up, link | {"region_bytes": 1 * MIB})["left_bytes"] == 3 * MIB
