@@ -74,7 +74,9 @@ def rate(writes: list[Write], begin_s: float, end_s: float) -> float:
     return count(writes, begin_s, end_s) / max(end_s - begin_s, 1e-9)
 
 
-def measure(system: System, rate_iops: int, before_s: float, away_s: float, limit_s: float) -> dict[str, Any]:
+def measure(
+    system: System, rate_iops: int, before_s: float, away_s: float, limit_s: float, by_regions: bool
+) -> dict[str, Any]:
     """One absence; BenchmarkError if the replica is not back in sync within `limit_s`."""
     log = system.directory / "writes"
     arguments = [f"--size={system.size_bytes}", "--rw=randwrite", "--bs=4k"]
@@ -94,6 +96,8 @@ def measure(system: System, rate_iops: int, before_s: float, away_s: float, limi
         killed_s = at_s()
         system.kill_replica()
         time.sleep(away_s)
+        if by_regions:
+            system.forget_log()
         started_s = at_s()
         pid = system.start_replica()
         system.wait_until_whole(limit_s - (at_s() - started_s))
@@ -186,6 +190,9 @@ def absence(
     before: Annotated[float, typer.Option(min=2.0, help="Seconds of load before the death.")] = 10.0,
     away: Annotated[float, typer.Option(min=1.0, help="Seconds that the replica is away.")] = 20.0,
     limit: Annotated[float, typer.Option(min=1.0, help="Seconds until it must be in sync.")] = 180.0,
+    by_regions: Annotated[
+        bool, typer.Option("--by-regions", help="The log does not go back to the death (data-processes alone).")
+    ] = False,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
     as_json: JsonOption = False,
@@ -202,11 +209,11 @@ def absence(
                 stack.callback(system.stop)
                 system.start()
                 prefill(system)
-                taken[system.name] = measure(system, rate_iops, before, away, limit)
+                taken[system.name] = measure(system, rate_iops, before, away, limit, by_regions)
         result = bench.keep(
             {
                 "fio_version": fio_version(),
-                "options": {"size_bytes": size_bytes, "rate_iops": rate_iops, "away_s": away},
+                "options": {"size_bytes": size_bytes, "rate_iops": rate_iops, "away_s": away, "by_regions": by_regions},
                 "systems": {system.name: {"title": system.title, "version": system.version()} for system in there},
                 "absences": taken,
             },

@@ -115,7 +115,7 @@ class DataProcesses(System):
         shutil.rmtree(self.directory / NODES[-1])
 
     def forget_log(self) -> None:
-        """Whoever comes back from now on gets regions: the owner's log goes back no further."""
+        """The owner's log goes back no further than to this moment."""
         self._say(NODES[0], "forget")
         self._heard(NODES[0], "forgotten")
 

@@ -60,6 +60,10 @@ class System(ABC):
     def start_replica(self) -> int:
         """Start it again; its process."""
 
+    def forget_log(self) -> None:
+        """What comes back from now on is not brought along by what was logged, but by regions."""
+        raise BenchmarkError(f"{self.title} cannot be told to forget its log")
+
     @abstractmethod
     def is_whole(self) -> bool:
         """Whether all replicas are in sync."""
