@@ -6,6 +6,7 @@ number of ranges, which the owner bounds.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -26,14 +27,20 @@ def within(ranges: Ranges, first: int, stop: int) -> list[tuple[int, int]]:
     return [(max(start, first), min(end, stop)) for start, end in ranges if start < stop and end > first]
 
 
-def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Rising numbers as runs: (first, count)."""
+def runs_of(numbers: Iterable[int], most: int = 0) -> tuple[tuple[int, int], ...]:
+    """Rising numbers as runs: (first, count). `most`: there are no more of them than that, for the price of numbers
+    between them that are none; the narrowest gaps are closed."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and sum(runs[-1]) == number:
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
             runs.append((number, 1))
+    if most and len(runs) > most:
+        gaps = [second[0] - sum(first) for first, second in pairwise(runs)]
+        widest = sorted(gaps)[len(runs) - most - 1]  # of those that are closed
+        ranges = joined((first, first + count + widest) for first, count in runs)
+        return tuple((first, stop - widest - first) for first, stop in ranges)
     return tuple(runs)
 
 

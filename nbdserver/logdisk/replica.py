@@ -40,7 +40,7 @@ from nbdserver.logdisk.segments import CLIENTS_KEEP
 from nbdserver.replication.replica_log import BlockSource
 from protocol.disk import LAYER_ROW, NAMELESS
 from protocol.invariant import invariant
-from protocol.peer import BEGINNING, Copy, Epochs, Modification, Position, RegionState, Runs
+from protocol.peer import BEGINNING, RUNS_LIMIT, Copy, Epochs, Modification, Position, RegionState, Runs
 
 ROOM_S = 0.25
 """For so long it is believed how many segments can be had, while none is begun: others use the same file system."""
@@ -226,6 +226,7 @@ class Replica:
 
     def _skip(self, to: Position, epochs: Epochs, regions: Runs, rows: list[Row], skipped: Callable[[], None]) -> None:
         disk = self.disk
+        is_empty = disk.log.last == BEGINNING and not disk.resync
         disk.log.skip(to, epochs)
         disk.log.committed.reach(to.txid)
         tree = disk.maps.tree
@@ -234,7 +235,7 @@ class Replica:
         rows = [row for row in rows if row.layer in tree.layers or row.layer >= tree.next_layer]
         added = [row for row in rows if row.layer not in tree.layers]
         unsure = {layer.row.first_mba for number, layer in tree.layers.items() if number not in kept}
-        if any(row.first_mba < disk.maps.next_mba or row.first_mba in unsure for row in added):
+        if not is_empty and any(row.first_mba < disk.maps.next_mba or row.first_mba in unsure for row in added):
             # A layer that is not known here has absorbed one that is: what it shows is told by copies alone.
             regions = (*regions, (0, max(row.size_bytes for row in rows) // REGION_BYTES + 1))
         if added and not added[0].parent:
@@ -255,11 +256,11 @@ class Replica:
     # -- regions
 
     def regions_after(self, txid: int) -> Runs:
-        return runs_of(self.disk.maps.regions.later_than(txid))
+        return runs_of(self.disk.maps.regions.later_than(txid), RUNS_LIMIT)
 
     @property
     def resync(self) -> Runs:
-        return runs_of(self.disk.resync)
+        return runs_of(self.disk.resync, RUNS_LIMIT)
 
     @property
     def resync_count(self) -> int:

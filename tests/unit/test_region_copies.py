@@ -15,7 +15,7 @@ from nbdserver.logdisk.region_copies import distinct, pack_views, unpack_views
 from protocol.peer import BEGINNING, Copy
 from protocol.peer_decoding import decode
 from protocol.peer_frames import encode
-from tests.unit.replica_rig import STEPS, Pair, Step, taken
+from tests.unit.replica_rig import SIZE_BYTES, STEPS, Pair, Step, taken
 
 READERS = ("BlocksReading", "RegionDigests", "RegionReading", "_Walk")
 """Each has what it reads in its hands."""
@@ -106,6 +106,31 @@ def test_only_the_regions_that_changed_are_to_be_fetched() -> None:
     pair.tell()
     complete(pair)
     pair.compare()
+
+
+def test_an_empty_replica_fetches_what_was_ever_written_whatever_became_of_the_layers() -> None:
+    def to_fetch(is_empty: bool) -> int:
+        pair = Pair()
+        pair.is_away = is_empty
+        pair.owner.put(0, 1)
+        pair.tell()
+        pair.is_away = True
+        assert pair.owner.change("snapshot", 1, "gone", 0) == 0
+        pair.owner.put(5000, 2)
+        (snapshot,) = pair.owner.disk.snapshots()
+        assert pair.owner.change("delete_snapshot", snapshot.layer) == 0
+        pair.owner.replica.set_committed(pair.owner.replica.last.txid)
+        pair.owner.checkpoint()
+        assert pair.owner.clock.run_until(lambda: len(pair.owner.disk.maps.tree.layers) == 1)
+        pair.is_away = False
+        returned(pair)
+        count = pair.replica.replica.resync_count
+        complete(pair)
+        pair.compare()
+        return count
+
+    assert to_fetch(is_empty=True) == 2
+    assert to_fetch(is_empty=False) == (SIZE_BYTES >> 22) + 1  # it may show anything of the layer that has gone
 
 
 def test_what_is_lacking_is_noted_in_the_batch_of_the_skip() -> None:
