@@ -29,7 +29,7 @@ Rules
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ OpenedBody = Struct(
     "committed_txid" / Int64ul,
 )
 AppendBody = Struct(
-    "number" / Int64ul,  # of this frame on its stream, from 1 on
+    "number" / Int64ul,  # of this frame: on a stream it rises
     "committed_txid" / Int64ul,
     "durable_txid" / Int64ul,  # durable on every member
     "sync_txid" / Int64ul,  # is to be made durable now
@@ -225,8 +225,7 @@ Runs = tuple[tuple[int, int], ...]
 """Regions: (first, count), in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Modification:
+class Modification(NamedTuple):
     """A WRITE or TREE record without what belongs to the log that it was read from."""
 
     epoch: int
@@ -246,7 +245,7 @@ class Modification:
 
     def kept(self) -> "Modification":
         """The same with blocks of its own."""
-        return replace(self, data=[bytes(each) for each in self.data])
+        return self._replace(data=[bytes(each) for each in self.data])
 
     @property
     def size_bytes(self) -> int:
@@ -303,8 +302,7 @@ class Skip:
     """The rows of all layers as of that position, as in a TREE record."""
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(NamedTuple):
     """Modifications in order; none: a beat."""
 
     epoch: int
@@ -315,8 +313,7 @@ class Append:
     modifications: Sequence[Modification] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(NamedTuple):
     """All frames up to `number` are appended."""
 
     number: int

@@ -8,6 +8,8 @@ Rules
 
 from array import array
 from collections.abc import Iterator, Sequence
+from struct import Struct
+from typing import Any
 
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, TREE, WRITE, body_bytes, wrong_blocks
@@ -78,11 +80,12 @@ from protocol.peer import (
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 
 
-def frame_bytes(data: Buffer | bytearray) -> int:
-    """How long the frame is that begins with these bytes; 0 if there are too few of them. PeerFrameError."""
-    if len(data) < PEER_HEADER_BYTES:
+def frame_bytes(data: Buffer | bytearray, begin: int = 0, end: int | None = None) -> int:
+    """How long the frame is that begins with the bytes from `begin` to `end`; 0 if there are too few of them.
+    PeerFrameError."""
+    if (len(data) if end is None else end) - begin < PEER_HEADER_BYTES:
         return 0
-    magic, version, kind, _, size_bytes, meta_bytes, _ = PEER_HEADER.unpack_from(data)
+    magic, version, kind, _, size_bytes, meta_bytes, _ = PEER_HEADER.unpack_from(data, begin)
     if magic != MAGIC:
         raise PeerFrameError("it is no frame of ours")
     if not OLDEST_VERSION <= version <= VERSION and kind not in (Kind.OPEN, Kind.OPENED, Kind.REFUSED):
@@ -96,24 +99,31 @@ def decode(data: Buffer) -> Frame:
     """One whole frame; every byte of it is checked. The blocks of an APPEND are views of `data`. PeerFrameError."""
     if not data or frame_bytes(data) != len(data):
         raise PeerFrameError("its length is wrong")
+    return _frame_of(memoryview(data))
+
+
+def _frame_of(data: memoryview) -> Frame:
+    """The frame that these bytes are, by the lengths in their header."""
     _, _, kind, _, _, meta_bytes, crc = PEER_HEADER.unpack_from(data)
     end = PEER_HEADER_BYTES + meta_bytes
     head = bytes(data[:end])
     if crc32c(head[: PEER_HEADER_BYTES - 4] + head[PEER_HEADER_BYTES:]) != crc:
         raise PeerFrameError("its checksum is wrong: it was damaged on its way")
-    blocks = memoryview(data)[end:]
+    blocks = data[end:]
     reader = _Reader(head, blocks if kind == Kind.APPEND else memoryview(bytes(blocks)))
     try:
         frame = _decode(kind, reader)
     except UnicodeDecodeError as error:
         raise PeerFrameError("a name in it is no UTF-8") from error
-    if kind not in (Kind.OPEN, Kind.OPENED) and not reader.is_at_end:
+    if not reader.is_at_end and kind not in (Kind.OPEN, Kind.OPENED):
         raise PeerFrameError("its length is wrong")
     return frame
 
 
 class _Reader:
     """Takes a frame apart, from its front: the meta, and the blocks behind it."""
+
+    __slots__ = ("_at", "_blocks", "_blocks_at", "_head")
 
     def __init__(self, head: bytes, blocks: memoryview) -> None:
         """Header and meta, and what follows them."""
@@ -129,6 +139,14 @@ class _Reader:
             raise PeerFrameError("it ends too early")
         self._at = end
         return self._head[begin:end]
+
+    def unpack(self, packer: Struct) -> tuple[Any, ...]:
+        """The next fields of the meta."""
+        begin = self._at
+        self._at = begin + packer.size
+        if self._at > len(self._head):
+            raise PeerFrameError("it ends too early")
+        return packer.unpack_from(self._head, begin)
 
     def rest(self) -> bytes:
         """What is left of the meta."""
@@ -159,58 +177,56 @@ class _Reader:
 def _decode(kind: int, reader: _Reader) -> Frame:
     match kind:
         case Kind.APPEND:
-            number, committed, durable, sync, epoch, count = APPEND_BODY.unpack(reader.take(APPEND_BODY.size))
+            number, committed, durable, sync, epoch, count = reader.unpack(APPEND_BODY)
             return Append(epoch, number, committed, durable, sync, _modifications(reader, count))
         case Kind.APPENDED:
-            number, txid, durable_txid, room, epoch, durable_epoch = APPENDED_BODY.unpack(
-                reader.take(APPENDED_BODY.size)
-            )
+            number, txid, durable_txid, room, epoch, durable_epoch = reader.unpack(APPENDED_BODY)
             return Appended(number, Position(epoch, txid), Position(durable_epoch, durable_txid), room)
         case Kind.FETCHED:
-            is_gone, count = FETCHED_BODY.unpack(reader.take(FETCHED_BODY.size))
+            is_gone, count = reader.unpack(FETCHED_BODY)
             return Fetched(_modifications(reader, count), bool(is_gone))
         case Kind.COPY:
-            region, txid, region_txid, blocks, entries_bytes = COPY_BODY.unpack(reader.take(COPY_BODY.size))
+            region, txid, region_txid, blocks, entries_bytes = reader.unpack(COPY_BODY)
             entries = reader.take(entries_bytes)
             checksums = reader.take(4 * blocks)
             return Copy(region, txid, region_txid, entries, checksums, reader.blocks(blocks, checksums))
         case Kind.COPY_PARTS:
             return _copy_parts(reader)
         case Kind.CHECK:
-            (region,) = CHECK_BODY.unpack(reader.take(CHECK_BODY.size))
+            (region,) = reader.unpack(CHECK_BODY)
             return Check(region)
         case Kind.CHECKED:
-            region, *state = CHECKED_BODY.unpack(reader.take(CHECKED_BODY.size))
+            region, *state = reader.unpack(CHECKED_BODY)
             return Checked(region, RegionState(*state))
         case Kind.COMPARE:
-            (region,) = COMPARE_BODY.unpack(reader.take(COMPARE_BODY.size))
+            (region,) = reader.unpack(COMPARE_BODY)
             return Compare(region)
         case Kind.COMPARED:
-            region, count, _ = COMPARED_BODY.unpack(reader.take(COMPARED_BODY.size))
+            region, count, _ = reader.unpack(COMPARED_BODY)
             if count > COMPARED_LIMIT:
                 raise PeerFrameError("it compares too many blocks")
             compared = array("Q", reader.take(8 * count))
             return Compared(region, compared, reader.take(DIGEST_BYTES * count))
         case Kind.COPIED:
-            region, errno, _ = COPIED_BODY.unpack(reader.take(COPIED_BODY.size))
+            region, errno, _ = reader.unpack(COPIED_BODY)
             return Copied(region, errno)
         case Kind.OPEN:
-            oldest, newest, _, epoch, family, owner = OPEN_BODY.unpack(reader.take(OPEN_BODY.size))
+            oldest, newest, _, epoch, family, owner = reader.unpack(OPEN_BODY)
             return Open(family, epoch, owner.rstrip(b"\0").decode(), oldest, newest)
         case Kind.OPENED:
             return _opened(reader)
         case Kind.CUT:
-            epoch, _, txid = POSITION_BODY.unpack(reader.take(POSITION_BODY.size))
+            epoch, _, txid = reader.unpack(POSITION_BODY)
             return Cut(Position(epoch, txid))
         case Kind.SKIP:
-            epoch, epochs, txid, runs, rows = SKIP_BODY.unpack(reader.take(SKIP_BODY.size))
+            epoch, epochs, txid, runs, rows = reader.unpack(SKIP_BODY)
             history, regions = _epochs(reader, epochs), _runs(reader, runs)
             return Skip(Position(epoch, txid), history, regions, reader.take(rows * LAYER_ROW.size))
         case Kind.FETCH:
-            epoch, _, txid, limit_bytes = FETCH_BODY.unpack(reader.take(FETCH_BODY.size))
+            epoch, _, txid, limit_bytes = reader.unpack(FETCH_BODY)
             return Fetch(Position(epoch, txid), limit_bytes)
         case Kind.REFUSED:
-            epoch, reason = REFUSED_BODY.unpack(reader.take(REFUSED_BODY.size))
+            epoch, reason = reader.unpack(REFUSED_BODY)
             return Refused(epoch, Refusal(reason) if reason in Refusal.__members__.values() else Refusal.FAILED)
         case Kind.READ_BLOCKS:
             number, mbas = _mbas(reader)
@@ -233,7 +249,7 @@ def _decode(kind: int, reader: _Reader) -> Frame:
 
 
 def _copy_parts(reader: _Reader) -> Copy:
-    fields = COPY_PARTS_BODY.unpack(reader.take(COPY_PARTS_BODY.size))
+    fields = reader.unpack(COPY_PARTS_BODY)
     region, txid, region_txid, blocks, entries_bytes, count, is_whole = fields
     entries = reader.take(entries_bytes)
     checksums = array("I", reader.take(4 * blocks))
@@ -263,7 +279,7 @@ def _copy_parts(reader: _Reader) -> Copy:
 
 
 def _mbas(reader: _Reader) -> tuple[int, Sequence[int]]:
-    number, count, _ = BLOCKS_BODY.unpack(reader.take(BLOCKS_BODY.size))
+    number, count, _ = reader.unpack(BLOCKS_BODY)
     if count > BLOCKS_LIMIT:
         raise PeerFrameError("it is about too many blocks")
     return number, array("Q", reader.take(8 * count))
@@ -274,7 +290,7 @@ def _modifications(reader: _Reader, count: int) -> Sequence[Modification]:
         raise PeerFrameError("it has too many modifications")
     found: list[Modification] = []
     for _ in range(count):
-        epoch, layer, txid, blocks, extents, kind, _ = MODIFICATION_HEADER.unpack(reader.take(MODIFICATION_HEADER.size))
+        epoch, layer, txid, blocks, extents, kind, _ = reader.unpack(MODIFICATION_HEADER)
         if kind not in (WRITE, TREE) or (kind == TREE and blocks):
             raise PeerFrameError(f"a record of kind {kind} with {blocks} blocks is no modification")
         body = reader.take(body_bytes(kind, extents, blocks))
@@ -287,7 +303,7 @@ def _opened(reader: _Reader) -> Opened:
     (
         version, count, epochs, runs, incarnation, intact_since, room_bytes,
         last_epoch, durable_epoch, last_txid, durable_txid, committed_txid,
-    ) = OPENED_BODY.unpack(reader.take(OPENED_BODY.size))  # fmt: skip
+    ) = reader.unpack(OPENED_BODY)  # fmt: skip
     history, resync = _epochs(reader, epochs), _runs(reader, runs)
     incarnations: Sequence[int] = array("Q", reader.take(8 * count)) if count else range(intact_since, incarnation + 1)
     if not incarnations or incarnations[-1] != incarnation:
@@ -346,13 +362,13 @@ class FrameBuffer:
         self._end += size_bytes
         while True:
             begin = self._begin
-            length = frame_bytes(self._room[begin : min(self._end, begin + PEER_HEADER_BYTES)])
+            length = frame_bytes(self._room, begin, self._end)
             self._needed_bytes = length or PEER_HEADER_BYTES
             if not length or begin + length > self._end:
                 break
             self._begin = begin + length
             self._small_frames = 0 if length > self.FIRST_BYTES else self._small_frames + 1
-            yield decode(self._room[begin : begin + length])
+            yield _frame_of(self._room[begin : begin + length])
         if self._begin == self._end:
             self._begin = self._end = 0
             if self._small_frames > self.SMALL_FRAMES and len(self._room) > self.FIRST_BYTES:

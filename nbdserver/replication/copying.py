@@ -55,7 +55,7 @@ class CopyStream(Protocol):
     def sent_txid(self) -> int:
         """Of the last modification sent."""
 
-    def flush(self) -> None:
+    def send_ordered(self) -> None:
         """Send what was ordered."""
 
     def send(self, frame: Frame) -> None: ...
@@ -199,7 +199,7 @@ class Copying:
         if life != self._life or region not in self._under_way:
             return
         link = self._link
-        link.flush()
+        link.send_ordered()
         if errno or copy is None or not link.is_streaming or link.sent_txid != copy.txid:
             self._over(region)
             self._left.append(region)

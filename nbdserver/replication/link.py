@@ -8,7 +8,8 @@ and the regions that changed meanwhile are copied while the stream goes on. A re
 brought along from the log again.
 
 Rules (docs/replication.md has the reasons)
-- Frames are numbered; a grant counts from when the answered one was sent (rule 2).
+- A grant counts from when the answered frame was sent (rule 2).
+- Nothing is sent twice: what was ordered while the log was read, and came with it, is left out.
 - Skipping is to a committed position only: it is never cut away.
 - At most BACKLOG_LIMIT_BYTES of modifications are under way.
 
@@ -16,13 +17,14 @@ What has to be copied is the affair of copying.py.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Protocol
 
 from metadata.ranges import numbers_of
 from metadata.seams import Clock, Connection, Network, Timer
+from nbdserver.replication.append_frames import FRAME_BYTES, AppendFrame
 from nbdserver.replication.block_requests import Answered, BlockRequests, answer
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.copying import CopyCounts, Copying
@@ -32,8 +34,6 @@ from nbdserver.replication.replica_log import ReplicaLog, common_position, histo
 from protocol.peer import (
     BEGINNING,
     KINDS_SINCE,
-    MODIFICATIONS_LIMIT,
-    Append,
     Appended,
     Blocks,
     Check,
@@ -55,7 +55,6 @@ from protocol.peer import (
     Skip,
 )
 
-FRAME_BYTES = 4 << 20  # of modifications, unless one alone is larger
 BACKLOG_LIMIT_BYTES = 64 << 20
 RECONNECT_S = 0.2
 OPEN_TIMEOUT_S = 2.0
@@ -78,8 +77,14 @@ class LinkEvents(Protocol):
     """Whose link it is."""
 
     epoch: int
-    durable_txid: int
     sync_txid: int
+    """Is to be made durable now."""
+
+    def frames(self, modifications: Sequence[Modification]) -> Iterable[AppendFrame]:
+        """These, or a beat if there are none, to be sent now."""
+
+    def send_ordered(self) -> None:
+        """Send all that was ordered, to all who are streaming (`send_frame`)."""
 
     def opened(self, link: "Link") -> None:
         """OPENED has come: call `follow` when the replica shall follow our log."""
@@ -141,11 +146,9 @@ class Link:
         self._timer: Timer | None = None
         self._sent = BEGINNING  # position of the last modification sent
         self._cut_at: Position | None = None  # as it was told to on the stream that is there
-        self._number = 0
         self._sent_s: deque[tuple[int, float, int]] = deque()  # (number, when, bytes) of frames not answered
         self._last_sent_s = 0.0
         self._told_sync_txid = 0
-        self._pending: list[Modification] = []
         self._is_reading = False
         self.copying = Copying(clock, log, budget, self, counts)
         self._fetched: Callable[[Fetched | None], None] | None = None
@@ -164,7 +167,7 @@ class Link:
             stream = self._stream = PeerStream(connection, self._received, self._lost)
             self.state = State.OPENING
             self._sent_s.clear()
-            self._number = self.backlog_bytes = 0
+            self.backlog_bytes = 0
             self._cut_at = None
             self.heard_s = self._clock.now()
             stream.send(Open(self._family, self.events.epoch, self._us))
@@ -214,7 +217,6 @@ class Link:
             self._give_up = None
         if stream is not None:
             stream.close()
-        self._pending.clear()
         self.copying.end()
         check, self._check = self._check, None
         if check is not None:
@@ -352,18 +354,16 @@ class Link:
 
     # --- streaming ---
 
-    def ordered(self, modification: Modification) -> None:
-        """It goes out with the next `flush`."""
-        if self.state is State.STREAMING:
-            self._pending.append(modification)
-
-    def flush(self) -> None:
-        """Send what was ordered since the last time."""
-        if self.state is State.STREAMING and self._pending:
-            pending, self._pending = self._pending, []
-            self._send(pending)
-            if self.backlog_bytes > BACKLOG_LIMIT_BYTES:
-                self.state = State.CATCHING_UP
+    def send_frame(self, frame: AppendFrame) -> None:
+        """What was ordered just now, if it is streaming."""
+        if self.state is not State.STREAMING:
+            return
+        if frame.append.modifications[0].txid == self._sent.txid + 1:
+            self._send_frame(frame)
+            if self.backlog_bytes <= BACKLOG_LIMIT_BYTES:
+                return
+        self.state = State.CATCHING_UP
+        self._catch_up()
 
     def beat(self) -> None:
         """Keep the grant, and tell what is committed, if nothing else does; every BEAT_S."""
@@ -385,35 +385,19 @@ class Link:
             self._send(())
 
     def _send(self, modifications: Sequence[Modification]) -> None:
-        """In frames of bounded size."""
-        first, size_bytes = 0, 0
-        for index, each in enumerate(modifications):
-            if index > first and (size_bytes + each.size_bytes > FRAME_BYTES or index - first == MODIFICATIONS_LIMIT):
-                self._send_frame(modifications[first:index], size_bytes)
-                first, size_bytes = index, 0
-            size_bytes += each.size_bytes
-        self._send_frame(modifications[first:], size_bytes)
+        for frame in self.events.frames(modifications):
+            self._send_frame(frame)
 
-    def _send_frame(self, modifications: Sequence[Modification], size_bytes: int) -> None:
-        stream, events = self._stream, self.events
+    def _send_frame(self, frame: AppendFrame) -> None:
+        stream = self._stream
         assert stream is not None
-        self._number += 1
-        self._last_sent_s = self._clock.now()
-        self._sent_s.append((self._number, self._last_sent_s, size_bytes))
+        append, size_bytes, self._last_sent_s, buffers = frame
+        self._sent_s.append((append.number, self._last_sent_s, size_bytes))
         self.backlog_bytes += size_bytes
-        self._told_sync_txid = events.sync_txid
-        if modifications:
-            self._sent = modifications[-1].position
-        stream.send(
-            Append(
-                events.epoch,
-                self._number,
-                self._log.committed_txid,
-                events.durable_txid,
-                events.sync_txid,
-                modifications,
-            )
-        )
+        self._told_sync_txid = append.sync_txid
+        if append.modifications:
+            self._sent = append.modifications[-1].position
+        stream.send_packed(buffers)
 
     def _appended(self, frame: Appended) -> None:
         sent_s = self._sent_s
@@ -451,7 +435,7 @@ class Link:
             self._clock.call_soon(partial(answered, {}))
             return
         self._requests.ask(mbas, answered)
-        self.flush()
+        self.events.send_ordered()
         if self._stream is not None and self.state is State.STREAMING:
             self._requests.send(self._stream)
 
@@ -459,7 +443,7 @@ class Link:
 
     def check_region(self, region: int, txid: int, checked: Callable[[RegionState | None], None]) -> None:
         """See comparison.Member; one at a time."""
-        self.flush()
+        self.events.send_ordered()
         opened = self.opened
         may_ask = opened is not None and opened.version >= KINDS_SINCE[Kind.CHECK] and not self.regions_left
         if not may_ask or self.state is not State.STREAMING or self._sent.txid != txid:
@@ -489,6 +473,10 @@ class Link:
     def sent_txid(self) -> int:
         """CopyStream."""
         return self._sent.txid
+
+    def send_ordered(self) -> None:
+        """CopyStream."""
+        self.events.send_ordered()
 
     def send(self, frame: Frame) -> None:
         """CopyStream."""

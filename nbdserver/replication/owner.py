@@ -12,12 +12,13 @@ Rules (docs/replication.md has the reasons)
 
 import errno as errnos
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 from metadata.replica_set import ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Done, Timer
+from nbdserver.replication.append_frames import AppendFrame, append_frames
 from nbdserver.replication.flush_habit import FlushHabit
 from nbdserver.replication.grants import BEAT_S, GRANT_S
 from nbdserver.replication.in_sync_set import InSyncSet, Report
@@ -27,7 +28,7 @@ from nbdserver.replication.replica_log import ReplicaLog
 from nbdserver.replication.room import Room
 from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
 from protocol.invariant import invariant
-from protocol.peer import BEGINNING, Cut, Modification, Refusal, Refused, Skip
+from protocol.peer import BEGINNING, Append, Cut, Modification, Refusal, Refused, Skip
 
 
 class OwnerEvents(Protocol):
@@ -77,6 +78,9 @@ class Owner:
         self._waiting: deque[tuple[int, Done]] = deque()
         self._flushes: deque[tuple[int, Done]] = deque()
         self._unacknowledged: deque[Modification] = deque()
+        self._ordered_txid = log.last.txid
+        self._unsent: list[Modification] = []
+        self._frame_number = 0
         self._is_sending_due = False
         self._habit = FlushHabit()
         self._is_syncing = False
@@ -111,7 +115,12 @@ class Owner:
         if not self._needed:
             return True
         now_s = self._clock.now()
-        return all(link.granted_until_s > now_s for link in self._needed)
+        for link in self._needed:  # at each batch of a client: `all` costs more
+            if link.granted_until_s <= now_s:
+                break
+        else:
+            return True
+        return False
 
     @property
     def waits_for(self) -> str:
@@ -139,6 +148,7 @@ class Owner:
         self._waiting.clear()
         self._flushes.clear()
         self._unacknowledged.clear()
+        self._unsent.clear()
         self._room.close()
         for done in waiting:
             self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
@@ -164,10 +174,9 @@ class Owner:
             self._is_sending_due = False
         if self.is_deposed:
             return errno
-        txid = self._log.last.txid
-        if self._habit.expects_flush(txid):
-            self.sync_txid = txid
-        self._send_ordered()
+        if self._habit.expects_flush(self._ordered_txid):
+            self.sync_txid = self._ordered_txid
+        self.send_ordered()
         if not self._needed:
             self._clock.call_soon(self._commit_alone)
         return errno
@@ -188,7 +197,7 @@ class Owner:
             self._clock.call_soon(partial(done, errnos.ESHUTDOWN))
             return
         self._flushes.append((self._committed_txid, done))
-        self._habit.flushed(self._log.last.txid)
+        self._habit.flushed(self._ordered_txid)
         self.sync_txid = max(self.sync_txid, self._committed_txid)
         self._sync()
         for link in self._needed:
@@ -203,7 +212,7 @@ class Owner:
     @property
     def ordered_txid(self) -> int:
         """Of the newest modification."""
-        return self._log.last.txid
+        return self._ordered_txid
 
     def unacknowledged(self, lba: int, count: int) -> int:
         """Txid of the newest modification of these blocks, in whichever layer, that is not acknowledged, 0 if all are
@@ -221,9 +230,9 @@ class Owner:
     # --- ordering ---
 
     def _ordered(self, modification: Modification) -> None:
+        self._ordered_txid = modification.txid
         self._unacknowledged.append(modification)
-        for link in self.links.values():
-            link.ordered(modification)
+        self._unsent.append(modification)
         if not self._is_sending_due:
             self._is_sending_due = True
             self._clock.call_soon(self._send_by_itself)
@@ -232,13 +241,23 @@ class Owner:
         """What was ordered outside of `commit`."""
         self._is_sending_due = False
         if not self.is_deposed:
-            self._send_ordered()
+            self.send_ordered()
             self._commit_alone()
 
-    def _send_ordered(self) -> None:
-        """One frame a wake a replica."""
-        for link in self.links.values():
-            link.flush()
+    def send_ordered(self) -> None:
+        """LinkEvents. One frame a wake, the same for all replicas."""
+        if self._unsent:
+            unsent, self._unsent = self._unsent, []
+            for frame in self.frames(unsent):
+                for link in list(self.links.values()):
+                    link.send_frame(frame)
+
+    def frames(self, modifications: Sequence[Modification]) -> Iterator[AppendFrame]:
+        """LinkEvents."""
+        append = Append(self.epoch, self._frame_number + 1, self._committed_txid, self.durable_txid, self.sync_txid)
+        for frame in append_frames(append, modifications, self._clock.now()):
+            self._frame_number = frame.append.number
+            yield frame
 
     def _commit_alone(self) -> None:
         """No answer will say that what was ordered is committed."""
@@ -249,7 +268,7 @@ class Owner:
         """Everything that all needed replicas have appended is committed."""
         if not self._has_link_to_all:
             return
-        txid = self._log.last.txid
+        txid = self._ordered_txid
         for link in self._needed:
             if not link.is_following:
                 return
@@ -303,9 +322,14 @@ class Owner:
 
     def _durable(self) -> None:
         """What is synced on every member."""
-        if not self._has_link_to_all or not all(link.is_following for link in self._needed):
+        if not self._has_link_to_all:
             return
-        txid = min([self._log.durable.txid, *(link.durable_txid for link in self._needed)])
+        txid = self._ordered_txid
+        for link in self._needed:
+            if not link.is_following or link.durable_txid <= self.durable_txid:
+                return
+            txid = min(txid, link.durable_txid)
+        txid = min(txid, self._log.durable.txid)
         if txid > self.durable_txid:
             self.durable_txid = txid
             self._release()

@@ -7,9 +7,9 @@ Rules
 - Behind a FORWARD and its answer there are no frames: `give_away` ends the stream and leaves the connection.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from metadata.seams import Connection
+from metadata.seams import Buffer, Connection
 from protocol.peer import Frame, PeerFrameError
 from protocol.peer_decoding import FrameBuffer
 from protocol.peer_frames import encode
@@ -34,8 +34,12 @@ class PeerStream:
 
     def send(self, frame: Frame) -> None:
         """Send or queue it; nothing happens once the stream is over."""
+        self.send_packed(encode(frame))
+
+    def send_packed(self, buffers: Sequence[Buffer]) -> None:
+        """The same with a frame that was packed before."""
         if self.is_open:
-            self._connection.send(encode(frame))
+            self._connection.send(buffers)
 
     def close(self, last: Frame | None = None) -> None:
         """End it, after `last`; idempotent."""

@@ -14,17 +14,18 @@ Rules (docs/replication.md has the reasons)
 Known weakness: a log that the winner's does not go back to cannot be completed here; its holder has to take over.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Timer
+from nbdserver.replication.append_frames import AppendFrame
 from nbdserver.replication.in_sync_set import is_whole
 from nbdserver.replication.link import Link
 from nbdserver.replication.replica import FETCH_LIMIT_BYTES, Replica
 from nbdserver.replication.replica_log import common_position
-from protocol.peer import Cut, Fetched, Opened, Position, Refusal, Refused, Skip
+from protocol.peer import Cut, Fetched, Modification, Opened, Position, Refusal, Refused, Skip
 
 OPEN_WAIT_S = 1.0
 """For members, as long as one whole log is there."""
@@ -59,7 +60,6 @@ class Takeover:
         events: TakeoverEvents,
     ) -> None:
         self.epoch = value.epoch
-        self.durable_txid = 0
         self.sync_txid = 0
         self._clock = clock
         self._registry = registry
@@ -244,6 +244,13 @@ class Takeover:
         self._events.taken(value, self._links)
 
     # --- LinkEvents ---
+
+    def frames(self, modifications: Sequence[Modification]) -> Iterable[AppendFrame]:
+        """Nothing is sent yet."""
+        return ()
+
+    def send_ordered(self) -> None:
+        """Nothing is ordered yet."""
 
     def opened(self, link: Link) -> None:
         """It is looked at in turn."""

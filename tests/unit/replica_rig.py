@@ -153,7 +153,7 @@ STEPS = st.lists(
 
 def taken(told: list[Modification]) -> list[Modification]:
     """What was told, with buffers of its own, as another machine gets it; nothing is left."""
-    found = [replace(each, data=[bytes(buffer) for buffer in each.data]) for each in told]
+    found = [each.kept() for each in told]
     told.clear()
     return found
 

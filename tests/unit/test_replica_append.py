@@ -1,7 +1,6 @@
 """A replica that appends what an owner ordered has the owner's logical maps, contents, layers and regions."""
 
 import errno
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,19 +43,19 @@ def test_what_does_not_follow_is_refused() -> None:
     told = written(pair, 2)
     assert pair.replica.append(told) == 0
     assert pair.replica.append(told[1:]) == errno.ESTALE
-    assert pair.replica.append([replace(told[1], txid=3, epoch=0)]) == errno.ESTALE
+    assert pair.replica.append([told[1]._replace(txid=3, epoch=0)]) == errno.ESTALE
     assert pair.replica.append([]) == 0
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda m: replace(m, data=[block(1)[:-1]]),
-        lambda m: replace(m, data=[]),
-        lambda m: replace(m, body=m.body + b"x"),
-        lambda m: replace(m, layer=9),
-        lambda m: replace(m, kind=2),
-        lambda m: replace(m, body=m.body[:8] + bytes(4) + m.body[12:]),
+        lambda m: m._replace(data=[block(1)[:-1]]),
+        lambda m: m._replace(data=[]),
+        lambda m: m._replace(body=m.body + b"x"),
+        lambda m: m._replace(layer=9),
+        lambda m: m._replace(kind=2),
+        lambda m: m._replace(body=m.body[:8] + bytes(4) + m.body[12:]),
     ],
 )  # fmt: skip
 def test_what_does_not_hold_together_is_refused_and_changes_nothing(damage: Any) -> None:
@@ -73,7 +72,7 @@ def test_what_waits_for_nothing_is_appended_at_once_and_its_buffers_are_free_aga
     pair = Pair()
     assert pair.replica.append(taken(written(pair, 3))) == 0
     told = taken(written(pair, 3))
-    lent = [replace(each, data=[memoryview(bytearray(each.data[0]))]) for each in told]
+    lent = [each._replace(data=[memoryview(bytearray(each.data[0]))]) for each in told]
     assert pair.replica.replica.append_now(lent) == 3
     for each in lent:
         each.data[0][:] = bytes(BLOCK_BYTES)  # type: ignore[index]

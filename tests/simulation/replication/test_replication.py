@@ -3,7 +3,7 @@
 Each rule of docs/replication.md has a canary: the rule is taken away, and the simulator must notice.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import Any, cast
@@ -13,7 +13,7 @@ import pytest
 from metadata.ranges import numbers_of
 from metadata.registry_calls import Outcome, Swap
 from metadata.replica_set import Change, ReplicaSet
-from metadata.seams import Done
+from metadata.seams import Buffer, Done
 from nbdserver.replication import in_sync_set as set_module
 from nbdserver.replication import takeover as takeover_module
 from nbdserver.replication.in_sync_set import InSyncSet
@@ -23,7 +23,8 @@ from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica import Replica
 from nbdserver.replication.takeover import Takeover
 from protocol.invariant import InvariantError
-from protocol.peer import Append, Copy, Epochs, Frame, Position, Runs
+from protocol.peer import Append, Copy, Epochs, Position, Runs
+from protocol.peer_decoding import decode
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication import plays
@@ -153,16 +154,17 @@ def what_does_not_follow_is_appended(patch: pytest.MonkeyPatch) -> None:  # rule
 
 def frames_get_lost(patch: pytest.MonkeyPatch) -> None:
     """No fault of the product: what a network might do that is worse than any."""
-    honest = PeerStream.send
+    honest = PeerStream.send_packed
     count = 0
 
-    def send(self: PeerStream, frame: Frame) -> None:
+    def send_packed(self: PeerStream, buffers: Sequence[Buffer]) -> None:
         nonlocal count
+        frame = decode(b"".join(buffers))
         count += isinstance(frame, Append)
         if not isinstance(frame, Append) or not frame.modifications or count % 50:
-            honest(self, frame)
+            honest(self, buffers)
 
-    patch.setattr(PeerStream, "send", send)
+    patch.setattr(PeerStream, "send_packed", send_packed)
 
 
 def acknowledged_before_the_removal_is_known(patch: pytest.MonkeyPatch) -> None:  # rule 8
