@@ -13,6 +13,7 @@ Rules
 - Payloads are used in the receive buffer; they stay where they are until the commit, because only `buffer.used` and
   `buffer.reserve` move them, in `_end_batch`, and nothing is received before it.
 - A connection whose batch is IN_FLIGHT stands still until that is acknowledged; what comes meanwhile is its next batch.
+  Its payloads are needed no more.
 - Replies to inline reads leave before another connection has its turn: their memory is everybody's.
 - The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
 - Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing
@@ -211,7 +212,7 @@ class Transmission:
     def _serve(self) -> bool:
         """Do what was received as far as it goes without a commit; say whether one has to follow."""
         if self._stalled or self._over or self._ending:
-            if self._held:
+            if self._held and not self._buffer.has_room_behind:
                 self._connection.pause_reading()
             return False
         if self._export.throttle is not None and not self._admitted(self._export.throttle):
@@ -253,18 +254,20 @@ class Transmission:
                 self._go_on()
 
     def _hold(self) -> None:
-        """What was read may be said; nothing more is done until the changes are acknowledged. Reading is paused when
-        something comes meanwhile, if that has room behind what is here: most clients wait for their reply."""
+        """What was read may be said; nothing more is done until the changes are acknowledged. What comes meanwhile, as
+        far as there is room, is the next batch: the payloads are in the log, and their part of the buffer is free."""
         if not self._over:
             self._held = self._stalled = True
             self._send_replies()
+            self._use(self._position)
             if not self._buffer.has_room_behind:
                 self._connection.pause_reading()
 
     def _end_batch(self) -> None:
         """Send the batch's replies, give its part of the buffer back, count it, and see how to go on."""
         self._send_replies()
-        self._use(self._position)
+        if not self._held:
+            self._use(self._position)
         requests, self._requests = self._requests, 0
         if requests:
             counters = self._counters
@@ -321,7 +324,8 @@ class Transmission:
         self._read_on()
 
     def _read_on(self) -> None:
-        if not (self._stalled or self._over or self._ending or self._waits_since_s is not None):
+        stalled = self._stalled and not (self._held and self._buffer.has_room_behind)
+        if not (stalled or self._over or self._ending or self._waits_since_s is not None):
             self._connection.resume_reading()
 
     def _continue(self) -> None:
@@ -475,7 +479,8 @@ class Transmission:
             return  # what would be read now has nobody to process it
         if self._stalled and not self._held and self._connection.unsent_bytes <= UNSENT_LIMIT_BYTES:
             self._stalled = False
-            self.process()
+            if self._buffer.end:
+                self.process()
             self._read_on()
 
     def _end(self, reason: str) -> None:

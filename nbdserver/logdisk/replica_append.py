@@ -28,7 +28,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from metadata.layers import Row, unpack_rows
-from metadata.logical_map import ADDRESS_SHIFT
+from metadata.logical_map import ADDRESS_SHIFT, LAYER_SHIFT
 from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT
 from metadata.seams import Done
 from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS, Maps, Need
@@ -193,7 +193,15 @@ class ReplicaAppend:
         maps, layer = self._maps, modification.layer
         found = maps.tree.layers.get(layer)
         extents, mbas, checksums = parse_write_body(modification.body, modification.extents, modification.blocks)
-        if found is None or found.row.kind != HEAD or not self._is_sound(modification, extents):
+        if found is None or found.row.kind != HEAD:
+            return errnos.EBADMSG
+        if self._is_overwriting(layer, extents, mbas):
+            if not self._fits(modification):
+                return errnos.EBADMSG
+            return self._append(
+                modification, lambda offset: self._point(modification, extents, mbas, checksums, offset)
+            )
+        if not self._is_sound(modification, extents):
             return errnos.EBADMSG
         long_holes = sum(
             kind == EXTENT_HOLE and count > SMALL_HOLE_BLOCKS for _, count, kind in extents_of_array(extents)
@@ -207,17 +215,55 @@ class ReplicaAppend:
             return None
         return self._append(modification, lambda offset: self._apply(modification, extents, mbas, checksums, offset))
 
+    def _is_overwriting(self, layer: int, extents: array[int], mbas: array[int]) -> bool:
+        """Whether these blocks have these MBAs already, with all pages in memory: the middle map alone changes. That is
+        most writes, and found in less time than what else may be."""
+        logical, middle = self._maps.logical.pages, self._maps.middle.pages
+        first_page = layer << LAYER_SHIFT
+        at = 0
+        values = iter(extents)
+        for lba, blocks in zip(values, values, strict=True):
+            page = logical.get(first_page + (lba >> PAGE_SHIFT))
+            if page is None or lba >> ADDRESS_SHIFT:
+                return False
+            index = lba & PAGE_MASK
+            if blocks == 1:
+                mba = page[index]
+                if not mba or mba != mbas[at] or mba >> PAGE_SHIFT not in middle:
+                    return False
+            else:
+                held = page[index : index + blocks]
+                if not 0 < blocks <= PAGE_BLOCKS - index or 0 in held or held != mbas[at : at + blocks]:
+                    return False
+                if not middle.keys() >= {mba >> PAGE_SHIFT for mba in held}:
+                    return False
+            at += blocks
+        return at == len(mbas)
+
+    def _point(
+        self, modification: Modification, extents: array[int], mbas: array[int], checksums: array[int], offset: int
+    ) -> None:
+        """What `_apply` does where only the middle map changes."""
+        maps = self._maps
+        values = iter(extents)
+        for lba, count in zip(values, values, strict=True):
+            maps.regions.mark(lba, count, modification.txid)
+        self._disk.head(maps.tree.layers[modification.layer].row.volume).writer.point(mbas, checksums, offset)
+
+    def _fits(self, modification: Modification) -> bool:
+        """Whether it has the data that it says, and a segment can take it."""
+        return (
+            sum(map(len, modification.data)) == modification.blocks * BLOCK_BYTES
+            and _log_bytes(modification) <= self._disk.pool.record_bytes
+        )
+
     def _is_sound(self, modification: Modification, extents: array[int]) -> bool:
         blocks = 0
         for lba, count, kind in extents_of_array(extents):
             if not count or lba + count > 1 << ADDRESS_SHIFT or kind > EXTENT_HOLE:
                 return False
             blocks += count if kind != EXTENT_HOLE else 0
-        return (
-            blocks == modification.blocks
-            and sum(map(len, modification.data)) == blocks * BLOCK_BYTES
-            and _log_bytes(modification) <= self._disk.pool.record_bytes
-        )
+        return blocks == modification.blocks and self._fits(modification)
 
     def _needed(self, layer: int, extents: array[int], mbas: array[int]) -> Need:
         maps = self._maps

@@ -53,25 +53,19 @@ def test_nothing_more_of_the_connection_is_done_meanwhile_and_all_of_it_then(rig
     assert len(wire.answers()) == 1
 
 
-def test_a_connection_is_paused_only_when_something_comes_that_has_to_wait(rig: Rig) -> None:
+def test_what_comes_meanwhile_is_the_next_batch_and_a_connection_without_room_for_more_is_paused(rig: Rig) -> None:
     wire = rig.wire()
-    wire.feed(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1])
-    assert wire.connection.reading
-    wire.feed(wire.request(Command.WRITE, 0, data=b"y" * BLOCK)[1])
-    assert not wire.connection.reading
-    for _ in range(2):  # the second becomes a batch of its own
-        rig.device.acknowledge()
-    assert wire.connection.reading
-
-
-def test_a_connection_whose_buffer_is_full_is_paused_at_once(rig: Rig) -> None:
-    wire = rig.wire()
-    requests = NORMAL_BYTES // (BLOCK + 28)
-    wire.feed(b"".join(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1] for _ in range(requests)))
+    a_buffer = NORMAL_BYTES // (BLOCK + 28)
+    for requests in (a_buffer, 1):  # the first buffer is free again when its writes are in flight
+        wire.feed(b"".join(wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1] for _ in range(requests)))
+        assert wire.connection.reading
+    wire.feed(b"".join(wire.request(Command.WRITE, 0, data=b"y" * BLOCK)[1] for _ in range(a_buffer - 1)))
     assert not wire.connection.reading
     rig.device.acknowledge()
     assert wire.connection.reading
-    assert len(wire.answers()) == requests
+    rig.device.acknowledge()
+    assert len(wire.answers()) == 2 * a_buffer
+    assert rig.device.events == [f"commit {a_buffer}"] * 2
 
 
 def test_what_came_with_the_batch_and_has_no_room_in_it_follows(rig: Rig) -> None:
