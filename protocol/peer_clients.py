@@ -2,7 +2,9 @@
 
 Theory: such a client's stream begins with FORWARD. Once that was answered by a FORWARDED without a refusal it carries
 what the client and its session say, and no frame any more. A stream of the forwarder's own carries KEEP and KEPT: which
-of its clients are still there, and that the other side lives. LOOK asks for a KEEP at once.
+of its clients are still there, and that the other side lives. LOOK asks for a KEEP at once. A KEEP in the other
+direction comes before the KEPT of the same beat, and names those that are there (a forwarder of a version before
+ignores it).
 """
 
 from array import array

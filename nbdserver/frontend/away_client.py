@@ -104,6 +104,7 @@ class AwayClient:
         self._keeping: Keeping | None = None
         self._give_up: Callable[[], None] | None = None  # connecting
         self._stream: PeerStream | None = None
+        self._begun_s: float | None = None  # when it began to be carried there
         self._lineage = 0  # of what it has entered; 0 until then
         self._offered = 0  # the lineage of what it is about to enter
         self._waits_since_s: float | None = None  # for another node
@@ -159,15 +160,24 @@ class AwayClient:
         """The process that it was or shall be forwarded to does not answer (keeping.py)."""
         assert self._there is not None
         node = self._there.node
-        if self._carried.outstanding is None:
-            if self._stream is None and self._give_up is None:
-                self.disconnect(f"{node} does not answer")
-            else:
-                self._not_there("it does not answer")
+        if self._begun_s is None and self._carried.outstanding is None:
+            self._not_there("it does not answer")
             return
-        self._carried.leave()
-        self.server_lost("it does not answer")
+        self._leave_server("it does not answer")
         self._failed = (node,)
+
+    def not_there(self, since_s: float) -> None:
+        """The process that it is forwarded to did not have it any more at some time after this one (keeping.py)."""
+        if self._begun_s is not None and self._begun_s < since_s:
+            self._leave_server("it has ended the connection, unheard")
+
+    def _leave_server(self, reason: str) -> None:
+        assert self._there is not None
+        if self._carried.outstanding is None:
+            self.disconnect(f"{self._there.node}: {reason}")
+        else:
+            self._carried.leave()
+            self.server_lost(reason)
 
     def _end(self, reason: str) -> None:
         ended, self._ended = self._ended, None
@@ -255,7 +265,7 @@ class AwayClient:
             self._stream.close()
         if self._keeping is not None:
             self._keeping.remove(self._number)
-        self._give_up = self._stream = self._keeping = self._there = None
+        self._give_up = self._stream = self._keeping = self._there = self._begun_s = None
 
     def _not_there(self, reason: str) -> None:
         """That node does not take it: ask again, soon."""
@@ -282,7 +292,7 @@ class AwayClient:
             self.disconnect(f"{self.export} is not what it was: acknowledged writes may be gone, or it was made anew")
         else:
             self._stream = None
-            self._offered = frame.lineage
+            self._offered, self._begun_s = frame.lineage, self._clock.now()
             self._carried.begin(*stream.give_away())
 
     # --- CarriedEvents ---

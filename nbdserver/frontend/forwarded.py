@@ -10,6 +10,7 @@ Rules
 - Nor is it served before every other forwarder that has clients of its host and export has said, after it came, which
   of them are still there (LOOK); those that it does not name are dropped. So is a client that comes here directly.
 - A number that the forwarder has given up is not served, whenever it comes.
+- A forwarder that names clients which are not here is told which are: that one was ended it may never have heard.
 - One that the operator has disconnected here does not go on when it is brought again.
 - The clients of a forwarder that has not been heard of for FORWARD_S are dropped: it has dropped them too.
 
@@ -143,7 +144,7 @@ class ForwardedClients:
         """Ask it, if it can be asked; else it is when it says something, or is silent for too long."""
         if forwarder.stream is not None:
             self._looks += 1
-            forwarder.look, forwarder.look_sent_s = self._looks, self._clock.now()
+            forwarder.looks[self._looks] = self._clock.now()
             forwarder.stream.send(Look(self._looks))
 
     # --- what forwarders say ---
@@ -153,17 +154,23 @@ class ForwardedClients:
             stream.close()
             return
         forwarder = self._heard(frame.forwarder)
-        forwarder.stream = stream
+        if forwarder.stream is not stream:
+            forwarder.stream = stream
+            forwarder.looks.clear()  # nobody answers them
         forwarder.last, forwarder.kept = max(frame.last, forwarder.last), frozenset(frame.numbers)
         for number in list(forwarder.sessions):
             if number <= frame.last and number not in forwarder.kept:
                 forwarder.drop(number, "the node that it had come to has it no more")
+        here = tuple(number for number, session in forwarder.sessions.items() if not session.is_over)
+        if not set(frame.numbers) <= set(here):
+            stream.send(Keep(frame.forwarder, frame.beat, 0, here))
         stream.send(Kept(frame.beat))
-        if frame.look and frame.look == forwarder.look:
-            forwarder.looked_s = forwarder.look_sent_s
+        for number in [number for number in forwarder.looks if number <= frame.look]:
+            forwarder.looked_s = max(forwarder.looked_s, forwarder.looks.pop(number))
         self._go_on()
-        if any(forwarder in self._doubts(waiting) for waiting in self._waiting):
-            self._look_at(forwarder)
+        for waiting in self._waiting:
+            if forwarder in self._doubts(waiting) and not forwarder.is_asked_since(waiting.since_s):
+                self._look_at(forwarder)
 
     def _heard(self, forwarder: bytes) -> "_Forwarder":
         if not self._forwarders:
@@ -205,8 +212,7 @@ class _Forwarder:
         self.kept: frozenset[int] = frozenset()  # of the clients up to `last`
         self.sessions: dict[int, Session] = {}
         self.stream: PeerStream | None = None  # on which it says KEEP
-        self.look = 0  # the last one
-        self.look_sent_s = 0.0
+        self.looks: dict[int, float] = {}  # without an answer as yet: when they were sent
         self.looked_s = 0.0  # when that was sent which was answered last
         self._dismissed: deque[int] = deque(maxlen=DISMISSED_LIMIT)  # numbers that the operator has disconnected
 
@@ -217,6 +223,10 @@ class _Forwarder:
             for number, session in self.sessions.items()
             if session.peer.host == host and session.export is not None and volume_of(session.export.name) == volume
         ]
+
+    def is_asked_since(self, since_s: float) -> bool:
+        """Whether it will say who was there after that time."""
+        return any(sent_s >= since_s for sent_s in self.looks.values())
 
     def drop(self, number: int, reason: str) -> None:
         session = self.sessions.pop(number)

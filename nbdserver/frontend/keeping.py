@@ -7,6 +7,8 @@ counted from when the KEEP was sent that is answered. The other side may ask for
 Rules
 - When nothing has been heard for FORWARD_S (grants.py), the clients are told (`silent`), and the process there has
   dropped them too or is about to (forwarded.py).
+- The other side answers with a KEEP of its own when it does not have all of them; who is not named in it, and was there
+  when the beat was sent that it answers, is told (`not_there`): of a connection whose end was lost nobody else tells.
 - A stream that is lost is opened again; that alone costs no client anything.
 - The last client that goes is told of, too: a process that reads nothing from its connection does not see it end.
 """
@@ -30,6 +32,9 @@ class KeptClient(Protocol):
 
     def drop_if_gone(self) -> None:
         """Look whether it is still there."""
+
+    def not_there(self, since_s: float) -> None:
+        """The other process did not have it any more at some time after this one."""
 
     def silent(self) -> None:
         """The other process has not been heard of for FORWARD_S."""
@@ -133,6 +138,10 @@ class Keeping:
         if isinstance(frame, Look):
             self.drop_gone()
             stream.send(self._keep(frame.number))
+        elif isinstance(frame, Keep) and frame.beat in self._sent_s:
+            for number, client in list(self.clients.items()):
+                if number not in frame.numbers:
+                    client.not_there(self._sent_s[frame.beat])
         elif isinstance(frame, Kept):
             for beat in [beat for beat in self._sent_s if beat <= frame.beat]:
                 self._heard_s = max(self._heard_s, self._sent_s.pop(beat))

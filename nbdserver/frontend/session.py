@@ -158,6 +158,11 @@ class Session:
             write_bytes=self.counters.write_bytes,
         )
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its connection is gone, or given away."""
+        return self._over
+
     def has_hung_up(self) -> bool:
         """Whether the client has closed its connection while that is not read."""
         return self._transmission is not None and self._connection.has_hung_up()

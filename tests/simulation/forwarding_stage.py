@@ -71,11 +71,11 @@ class Node:
     """One life of a node."""
 
     def __init__(self, stage: "Stage", machine: Machine, seams: Seams) -> None:
-        self.stage = stage
+        self.stage, self.name = stage, machine.name
         self.exports = Exports()
         self.exports.note_in_cluster(Elsewhere(None, "disk", "of the cluster", (), TlsMode.INHERIT))
         self.events: list[tuple[str, dict[str, object]]] = []
-        self.device = OwnedDevice(stage, machine.name, seams.clock.call_soon)
+        self.device: MemoryDevice = OwnedDevice(stage, machine.name, seams.clock.call_soon)
         self.server = Server(
             seams.network, seams.clock, self.exports, lambda *event: self.events.append(event), CLIENT_LIMIT
         )
@@ -166,6 +166,8 @@ class Hosts:
 class Stage:
     """Nodes node-1 to node-3 and a host `client`."""
 
+    node_type = Node
+
     def __init__(self, owner: str = "node-1", seed: int = 7) -> None:
         self.owner = owner
         self.answers: list[Answer] | None = None  # what control processes answer, one after the other
@@ -199,7 +201,7 @@ class Stage:
         self.node(to).serve()
 
     def _begin(self, machine: Machine, seams: Seams) -> "Node | Hosts":
-        return Node(self, machine, seams) if machine.name.startswith("node") else Hosts(seams)
+        return self.node_type(self, machine, seams) if machine.name.startswith("node") else Hosts(seams)
 
     def ask(self, node: str, seams: Seams) -> Ask:
         def asked(_export: str, failed: tuple[str, ...], _patiently: bool, done: Callable[[Answer], None]) -> None:

@@ -308,3 +308,26 @@ def test_a_node_that_stops_lets_its_clients_have_their_answers_and_does_not_wait
     assert len(client.received_bytes) == 16
     assert drained[0] - begun_s < 1.0
     stage.until(lambda: bool(client.lost_because and waiting.lost_because), 0.1)
+
+
+def entered(client: Client) -> bool:
+    return client.received_bytes.endswith(ACKNOWLEDGED)
+
+
+def test_a_host_that_comes_by_another_way_is_asked_about_once_whatever_is_said_meanwhile() -> None:
+    """The answer to an older question counts for what it was asked about, although a newer one is under way."""
+    stage = Stage()
+    stage.attach("node-2")
+    for _ in range(4):
+        begun = [stage.connect("node-3") for _ in range(3)]
+        for client in begun:
+            stage.cluster.run(0.00015)
+            client.go()
+        stage.until(lambda begun=begun: all(map(entered, begun)), BEAT_S)  # type: ignore[misc]
+        stage.cluster.run(0.3 * BEAT_S)
+        for client in begun:
+            client.hang_up()
+    asked = stage.node("node-1").forwarded._looks
+    stage.cluster.run(5.0)
+    assert asked < 50
+    assert stage.node("node-1").forwarded._looks == asked, "they are asked for ever"

@@ -294,3 +294,20 @@ def test_a_client_that_is_still_in_its_handshake_when_the_owner_dies_is_disconne
     stage.until(lambda: len(client.received_bytes) > 100)
     stage.cluster.machines["node-1"].end(power=False)
     stage.until(lambda: bool(client.lost_because), 1.0)
+
+
+def test_a_client_whose_end_was_lost_on_its_way_from_the_owner_is_told_of_by_the_next_beats() -> None:
+    stage = Stage()
+    stage.device.in_flight = True
+    client = stage.attach("node-2")
+    client.request(Command.WRITE, 0, data=b"asked before".ljust(512))
+    stage.cluster.run(0.01)
+    mend = stage.cluster.wires.block(["node-1"], ["node-2"])
+    node = stage.node("node-1")
+    node.exports.remove("disk")
+    stage.cluster.run(0.4)
+    mend()
+    stage.device.in_flight = False
+    node.serve()
+    stage.until(lambda: len(client.received_bytes) == 16, 8 * BEAT_S)
+    assert stage.node("node-2").gone() == []
