@@ -79,6 +79,8 @@ from protocol.peer import (
 )
 from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 
+_APPENDED_BYTES = PEER_HEADER_BYTES + APPENDED_BODY.size
+
 
 def frame_bytes(data: Buffer | bytearray, begin: int = 0, end: int | None = None) -> int:
     """How long the frame is that begins with the bytes from `begin` to `end`; 0 if there are too few of them.
@@ -109,6 +111,11 @@ def _frame_of(data: memoryview) -> Frame:
     head = bytes(data[:end])
     if crc32c(head[: PEER_HEADER_BYTES - 4] + head[PEER_HEADER_BYTES:]) != crc:
         raise PeerFrameError("its checksum is wrong: it was damaged on its way")
+    if kind == Kind.APPENDED:  # what an owner is told all the time
+        if not len(data) == end == _APPENDED_BYTES:
+            raise PeerFrameError("its length is wrong")
+        number, txid, durable_txid, room, epoch, durable_epoch = APPENDED_BODY.unpack_from(head, PEER_HEADER_BYTES)
+        return Appended(number, Position(epoch, txid), Position(durable_epoch, durable_txid), room)
     blocks = data[end:]
     reader = _Reader(head, blocks if kind == Kind.APPEND else memoryview(bytes(blocks)))
     try:
@@ -179,9 +186,6 @@ def _decode(kind: int, reader: _Reader) -> Frame:
         case Kind.APPEND:
             number, committed, durable, sync, epoch, count = reader.unpack(APPEND_BODY)
             return Append(epoch, number, committed, durable, sync, _modifications(reader, count))
-        case Kind.APPENDED:
-            number, txid, durable_txid, room, epoch, durable_epoch = reader.unpack(APPENDED_BODY)
-            return Appended(number, Position(epoch, txid), Position(durable_epoch, durable_txid), room)
         case Kind.FETCHED:
             is_gone, count = reader.unpack(FETCHED_BODY)
             return Fetched(_modifications(reader, count), bool(is_gone))

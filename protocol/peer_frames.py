@@ -71,8 +71,7 @@ from protocol.peer_clients import NODE_BYTES, Forward, Forwarded, Keep, Kept, Lo
 def encode(frame: Frame) -> list[Buffer]:
     """The frame as buffers to send one after the other; blocks are not copied."""
     kind, meta, data = _parts(frame)
-    data_bytes = sum(len(each) for each in data)
-    size_bytes = len(meta) + data_bytes
+    size_bytes = len(meta) + sum(map(len, data))
     invariant(size_bytes <= FRAME_LIMIT_BYTES, f"a frame of {size_bytes} bytes is too large")
     unsigned = PEER_HEADER.pack(MAGIC, KINDS_SINCE.get(kind, 1), kind, 0, size_bytes, len(meta), 0)[:-4]
     return [unsigned + crc32c(unsigned + meta).to_bytes(4, "little") + meta, *data]

@@ -8,7 +8,7 @@ Rules
 - The time at which it is sent is taken before it is packed: a grant counts from then (docs/replication.md, rule 2).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from protocol.peer import MODIFICATIONS_LIMIT, Append, Buffer, Modification
@@ -27,19 +27,32 @@ class AppendFrame(NamedTuple):
     buffers: Sequence[Buffer]
 
 
-def append_frames(append: Append, modifications: Sequence[Modification], at_s: float) -> Iterator[AppendFrame]:
-    """Frames like `append`, numbered from its number on, that have these modifications; one that has none if there are
-    none."""
+def append_frames(
+    epoch: int,
+    number: int,
+    committed_txid: int,
+    durable_txid: int,
+    sync_txid: int,
+    modifications: Sequence[Modification],
+    at_s: float,
+) -> list[AppendFrame]:
+    """Frames with these modifications, numbered from `number` on; one without if there are none."""
+    frames: list[AppendFrame] = []
+    for part, size_bytes in _parts(modifications):
+        append = Append(epoch, number + len(frames), committed_txid, durable_txid, sync_txid, part)
+        frames.append(AppendFrame(append, size_bytes, at_s, encode(append)))
+    return frames
+
+
+def _parts(modifications: Sequence[Modification]) -> list[tuple[Sequence[Modification], int]]:
+    """What goes into one frame each, and its size in bytes."""
+    parts: list[tuple[Sequence[Modification], int]] = []
     first = size_bytes = 0
     for index, each in enumerate(modifications):
-        if index > first and (size_bytes + each.size_bytes > FRAME_BYTES or index - first == MODIFICATIONS_LIMIT):
-            yield _packed(append, modifications[first:index], size_bytes, at_s)
-            append = append._replace(number=append.number + 1)
+        more_bytes = each.size_bytes
+        if index > first and (size_bytes + more_bytes > FRAME_BYTES or index - first == MODIFICATIONS_LIMIT):
+            parts.append((modifications[first:index], size_bytes))
             first, size_bytes = index, 0
-        size_bytes += each.size_bytes
-    yield _packed(append, modifications[first:] if first else modifications, size_bytes, at_s)
-
-
-def _packed(append: Append, modifications: Sequence[Modification], size_bytes: int, at_s: float) -> AppendFrame:
-    append = append._replace(modifications=modifications)
-    return AppendFrame(append, size_bytes, at_s, encode(append))
+        size_bytes += more_bytes
+    parts.append((modifications[first:] if first else modifications, size_bytes))
+    return parts

@@ -17,7 +17,7 @@ What has to be copied is the affair of copying.py.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Protocol
@@ -80,7 +80,7 @@ class LinkEvents(Protocol):
     sync_txid: int
     """Is to be made durable now."""
 
-    def frames(self, modifications: Sequence[Modification]) -> Iterable[AppendFrame]:
+    def frames(self, modifications: Sequence[Modification]) -> Sequence[AppendFrame]:
         """These, or a beat if there are none, to be sent now."""
 
     def send_ordered(self) -> None:

@@ -12,7 +12,7 @@ Rules (docs/replication.md has the reasons)
 
 import errno as errnos
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from nbdserver.replication.replica_log import ReplicaLog
 from nbdserver.replication.room import Room
 from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
 from protocol.invariant import invariant
-from protocol.peer import BEGINNING, Append, Cut, Modification, Refusal, Refused, Skip
+from protocol.peer import BEGINNING, Cut, Modification, Refusal, Refused, Skip
 
 
 class OwnerEvents(Protocol):
@@ -252,12 +252,19 @@ class Owner:
                 for link in list(self.links.values()):
                     link.send_frame(frame)
 
-    def frames(self, modifications: Sequence[Modification]) -> Iterator[AppendFrame]:
+    def frames(self, modifications: Sequence[Modification]) -> Sequence[AppendFrame]:
         """LinkEvents."""
-        append = Append(self.epoch, self._frame_number + 1, self._committed_txid, self.durable_txid, self.sync_txid)
-        for frame in append_frames(append, modifications, self._clock.now()):
-            self._frame_number = frame.append.number
-            yield frame
+        frames = append_frames(
+            self.epoch,
+            self._frame_number + 1,
+            self._committed_txid,
+            self.durable_txid,
+            self.sync_txid,
+            modifications,
+            self._clock.now(),
+        )
+        self._frame_number += len(frames)
+        return frames
 
     def _commit_alone(self) -> None:
         """No answer will say that what was ordered is committed."""
@@ -270,11 +277,9 @@ class Owner:
             return
         txid = self._ordered_txid
         for link in self._needed:
-            if not link.is_following:
-                return
             if link.appended.txid < txid:
                 txid = link.appended.txid
-        if txid > self._committed_txid:
+        if txid > self._committed_txid and all(link.is_following for link in self._needed):
             self._committed_txid = txid
             self._log.set_committed(txid)
         self._release()

@@ -14,7 +14,7 @@ Rules (docs/replication.md has the reasons)
 Known weakness: a log that the winner's does not go back to cannot be completed here; its holder has to take over.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -245,7 +245,7 @@ class Takeover:
 
     # --- LinkEvents ---
 
-    def frames(self, modifications: Sequence[Modification]) -> Iterable[AppendFrame]:
+    def frames(self, modifications: Sequence[Modification]) -> Sequence[AppendFrame]:
         """Nothing is sent yet."""
         return ()
 
