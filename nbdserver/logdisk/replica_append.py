@@ -13,6 +13,8 @@ Rules
 - Everything is done in the order of the calls: what has to wait for a map page, a checkpoint or room holds up what
   comes after it. What waits for nothing, and for nobody before it, is done at once.
 - The map pages come first, then the record, then the maps: a checkpoint never sees half of it.
+- Pages for what waits behind it come along with those for the first, as far as the cache has room for them: a replica
+  that catches up with scattered writes does not go to LevelDB for each of them.
 - It may use the reserve of segments but for the last: whoever orders stops before (Replica.room_bytes).
 
 Known weakness: blocks are looked at one by one where their MBAs are not those that the page has already.
@@ -25,6 +27,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from metadata.layers import Row, unpack_rows
@@ -50,6 +53,8 @@ from protocol.peer import Modification
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
+_AHEAD = 64  # modifications behind the one that waits for pages, for which pages are loaded too
+_PAGES_AHEAD = 256
 _TRIES = 3  # to have all pages of a record in memory together, before the cache may grow for it
 
 Step = Callable[[], int | None]
@@ -113,12 +118,14 @@ class ReplicaAppend:
         self._maps = disk.maps
         self._ordered = ordered
         self._tries = 0
+        self._left: deque[Modification] = deque()  # that are being appended, the first one and those behind it
 
     def submit(self, modifications: Sequence[Modification], done: Done) -> None:
         """Append them one after the other; none: `done` when all that came before is appended."""
         left = deque(modifications)
 
         def step() -> int | None:
+            self._left = left
             while left:
                 errno = self._try(left[0])
                 if errno is None:
@@ -277,9 +284,28 @@ class ReplicaAppend:
     def _load(self, need: Need, blocks: int) -> None:
         maps = self._maps
         self._tries += 1
-        if self._tries > _TRIES:
+        if self._tries < _TRIES:
+            need = list(dict.fromkeys(need + self._needed_soon()))
+        elif self._tries > _TRIES:
             maps.hold(self._tries * (len(need) + blocks))
         maps.load(need, self._ordered.go_on)
+
+    def _needed_soon(self) -> Need:
+        """By those that wait behind the first one."""
+        need: Need = []
+        most = min(_PAGES_AHEAD, self._maps.logical.limit_pages // 8)
+        for modification in islice(self._left, 1, 1 + _AHEAD):
+            layers, layer = self._maps.tree.layers, modification.layer
+            size_bytes = body_bytes(modification.kind, modification.extents, modification.blocks)
+            if modification.kind != WRITE or layer not in layers or len(modification.body) != size_bytes:
+                break
+            extents, mbas, _ = parse_write_body(modification.body, modification.extents, modification.blocks)
+            if not self._is_sound(modification, extents):
+                break
+            need += self._needed(layer, extents, mbas)
+            if len(need) > most:
+                return need[:most]
+        return need
 
     def _apply(
         self, modification: Modification, extents: array[int], mbas: array[int], checksums: array[int], offset: int

@@ -1,16 +1,19 @@
 """A replica that appends what an owner ordered has the owner's logical maps, contents, layers and regions."""
 
 import errno
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from metadata.pages import MIN_PAGES
+from metadata.pages import MIN_PAGES, PAGE_BLOCKS
+from nbdserver.logdisk.maps import Need
 from nbdserver.logdisk.ordering import Rule, disabled
 from protocol.peer import Modification
 from tests.unit.families import BLOCK_BYTES, block
-from tests.unit.replica_rig import STEPS, Pair, Step, taken
+from tests.unit.replica_rig import SIZE_BYTES, STEPS, Pair, Step, taken
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -128,3 +131,37 @@ def test_several_calls_keep_their_order_whatever_they_wait_for() -> None:
     pair.told.clear()
     pair.tell()
     pair.compare()
+
+
+def test_what_waits_behind_a_write_has_its_pages_brought_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    for lba in range(0, SIZE_BYTES // BLOCK_BYTES, PAGE_BLOCKS):
+        pair.owner.put(lba, lba + 1)
+        pair.owner.replica.set_committed(pair.owner.replica.last.txid)
+    pages = len(pair.told)
+    pair.replica.replica.set_committed(pages)
+    maps = pair.replica.disk.maps
+    loads: list[int] = []
+    load = maps.load
+
+    def counted(need: Need, done: Callable[[], None]) -> None:
+        loads.append(len(need))
+        load(need, done)
+
+    monkeypatch.setattr(maps, "load", counted)
+    assert pair.replica.append(taken(pair.told)) == 0
+    assert sum(loads) == pages, "none is read twice"
+    assert len(loads) <= pages // (maps.logical.limit_pages // 8) + 1
+    pair.compare()
+
+
+def test_what_waits_behind_a_write_and_is_not_sound_holds_up_nothing_before_it() -> None:
+    pair = Pair()
+    for lba in (0, PAGE_BLOCKS, 2 * PAGE_BLOCKS):
+        pair.owner.put(lba, lba + 1)
+    told = taken(pair.told)
+    for damaged in (replace(told[1], layer=9), replace(told[1], body=b""), replace(told[1], data=[])):
+        pair = Pair()
+        assert pair.replica.append([told[0], damaged, told[2]]) == errno.EBADMSG
+        assert pair.replica.number_at(0) == 1
+        assert pair.replica.append(told[1:]) == 0
