@@ -2,7 +2,6 @@
 
 import errno
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,7 +159,7 @@ def test_what_waits_behind_a_write_and_is_not_sound_holds_up_nothing_before_it()
     for lba in (0, PAGE_BLOCKS, 2 * PAGE_BLOCKS):
         pair.owner.put(lba, lba + 1)
     told = taken(pair.told)
-    for damaged in (replace(told[1], layer=9), replace(told[1], body=b""), replace(told[1], data=[])):
+    for damaged in (told[1]._replace(layer=9), told[1]._replace(body=b""), told[1]._replace(data=[])):
         pair = Pair()
         assert pair.replica.append([told[0], damaged, told[2]]) == errno.EBADMSG
         assert pair.replica.number_at(0) == 1

@@ -16,6 +16,7 @@ TCP; what owner and replica read from files, their CPU, and how much memory they
 Known weakness: what LevelDB reads by mmap is not counted as read.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from ..__main__ import refuse_a_slow_checksum, size_bytes_of
 from ..outcome import RESULTS, DirectoryOption, JsonOption, ResultsOption, chosen, run_of, show
 from ..processes import cpu_s, resident_bytes
 from ..targets import EXPORT
-from .absence import BLOCK_BYTES, REGION_BYTES, received_bytes
+from .absence import BLOCK_BYTES, COLOURS, REGION_BYTES, received_bytes
 from .data_processes import DataProcesses
 from .systems import wait_until
 
@@ -184,12 +185,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
             if taken["series"] == series:
                 lines.setdefault(taken["title"], []).append((taken[f"{series}_bytes"], taken["in_sync_after_s"]))
         for title, points in lines.items():
+            colour = COLOURS[next(at for at, way in enumerate(WAYS.values()) if title.startswith(way))]
             style = "-" if title.endswith("sequential") else "--"
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, linewidth=1, label=title)
+            axes.plot(*zip(*sorted(points), strict=True), style, color=colour, marker="o", markersize=3, label=title)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(label)
-        axes.legend(frameon=False, fontsize=7)
+        if lines:
+            axes.legend(frameon=False, fontsize=7)
     both[0].set_ylabel("seconds until in sync")
     save(canvas, path)
 
@@ -240,6 +243,9 @@ def resync(
     at_volume: Annotated[str, typer.Option(help="How much of each of them is changed.")] = "256M",
     ways: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(WAYS)}.")] = ",".join(WAYS),
     patterns: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PATTERNS)}.")] = ",".join(PATTERNS),
+    add_to: Annotated[
+        Path | None, typer.Option(exists=True, help="An earlier result, whose resyncs are told and drawn too.")
+    ] = None,
     limit: Annotated[float, typer.Option(min=1.0, help="Seconds until a replica must be in sync.")] = 600.0,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
@@ -253,7 +259,7 @@ def resync(
         at_volume_bytes = size_bytes_of(at_volume)
         cases = cases_of(sizes_of(changed), sizes_of(volumes), at_volume_bytes, ways.split(","), patterns.split(","))
         machine.check_room(bench.place, max(case.changed_bytes for case in cases) * ROOM_FACTOR)
-        taken = []
+        taken = json.loads(add_to.read_text())["resyncs"] if add_to else []
         say = Console(stderr=True)
         for case in cases:
             taken.append(measure(case, bench.place, limit))
