@@ -28,7 +28,6 @@ Known weakness: reading `extents` under a pending hole settles page by page.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 
 from metadata.family_state import PendingHole
@@ -41,6 +40,7 @@ from metadata.seams import Store
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.lookup import Lookup
 from nbdserver.logdisk.neighbours import Neighbours
+from nbdserver.logdisk.runs import rising, run_length
 from protocol.disk import DamagedValueError
 from protocol.invariant import InvariantError, invariant
 
@@ -228,7 +228,11 @@ class Maps:
             waiter()
 
     def _missing_middle(self, page: Page, index: int, blocks: int, first_mba: int) -> list[int]:
-        pages = {mba >> PAGE_SHIFT for mba in page[index : index + blocks] if mba >= first_mba}
+        mbas = page[index : index + blocks]
+        if mbas[0] >= first_mba and run_length(mbas, 0, 1) == blocks:
+            pages = {mbas[0] >> PAGE_SHIFT, mbas[-1] >> PAGE_SHIFT}  # a run is no longer than a page
+        else:
+            pages = {mba >> PAGE_SHIFT for mba in mbas if mba >= first_mba}
         return [number for number in pages if self.middle.get(number) is None]
 
     # -- changes
@@ -258,7 +262,7 @@ class Maps:
             page[index] = mba
         else:
             changed.extend(range(index, index + count))
-            page[index : index + count] = array("Q", range(mba, mba + count))
+            page[index : index + count] = rising("Q", mba, 1, count)
         self.logical_updates += count
 
     def set_middle(self, mba: int, segment: int, offset: int, checksum: int) -> None:
