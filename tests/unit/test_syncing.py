@@ -6,9 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from nbdserver.host import syncing
 from nbdserver.host.completions import Completions
 from nbdserver.host.syncing import ALONE_S, QUICK_S, QUICK_SYNCS, Syncer
 
@@ -24,8 +26,10 @@ class Rig:
         self.took_s = 0.0
         self.errno = 0
         self.synced: list[int] = []
+        self.begun: list[int] = []  # given to the device before the sync
         self.thread = threading.main_thread()
         monkeypatch.setattr(os, "fdatasync", self._fdatasync)
+        monkeypatch.setattr(syncing, "_sync_file_range", lambda handle, *_range: self.begun.append(handle))
 
     def _fdatasync(self, handle: int) -> None:
         self.thread = threading.current_thread()
@@ -70,6 +74,26 @@ def test_a_lone_client_of_a_quick_device_has_its_syncs_on_the_loop(rig: Rig) -> 
     rig.make_quick()
     rig.sync(3, 4)
     assert rig.synced[-2:] == [3, 4]
+
+
+def test_the_device_is_given_the_data_before_the_loop_does_anything_else(rig: Rig) -> None:
+    rig.make_quick()
+    rig.synced, rig.begun = [], []
+    answer = rig.loop.create_future()
+    rig.syncer.run([3, 4], answer.set_result)
+    assert rig.begun == [3, 4]
+    assert rig.synced == []
+    rig.loop.run_until_complete(answer)
+    assert rig.synced == [3, 4]
+
+
+def test_data_that_is_given_to_the_device_early_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb", buffering=0) as file:
+        file.write(b"durable")
+        assert syncing._sync_file_range(file.fileno(), 0, 0, syncing._SYNC_FILE_RANGE_WRITE) == 0
+        os.fdatasync(file.fileno())
+    assert path.read_bytes() == b"durable"
 
 
 def test_beside_another_client_they_are_made_in_a_thread(rig: Rig) -> None:
