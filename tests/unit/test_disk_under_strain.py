@@ -128,10 +128,10 @@ def test_client_data_full_of_record_headers_does_not_hold_up_recovery(blocks: in
     family.crash()
 
     def too_long(*_: Any) -> None:
-        pytest.fail("recovery takes longer than 5 s")
+        pytest.fail("recovery takes longer than 60 s")
 
     signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(5)
+    signal.alarm(60)
     try:
         family.open()
     finally:

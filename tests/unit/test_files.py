@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,27 @@ def test_a_created_file_is_allocated_zeros(files: HostFiles, tmp_path: Path) -> 
     assert files.size_bytes(handle) == 1 << 20
     assert (tmp_path / "a").stat().st_blocks * 512 >= 1 << 20
     assert files.read(handle, 4096, 4096) == bytes(4096)
+    files.close(handle)
+
+
+def opened(path: Path) -> int:
+    """How many descriptors of this process are of that file."""
+    found = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/self/fd/{descriptor}") == str(path)
+    return found
+
+
+def test_a_created_file_is_brought_into_the_page_cache(
+    files: HostFiles, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
+    handle = files.create("a", (2 << 20) + 5)
+    _, behind = finished(loop, lambda done: files.prepare_later("b", 4096, done))  # in the same thread, behind it
+    files.close(behind)
+    cached = files.read_cached(handle, 2 << 20, 5)
+    assert cached == bytes(2 << 20) or not files.answers_from_cache
+    assert opened(tmp_path / "a") == 1
     files.close(handle)
 
 
