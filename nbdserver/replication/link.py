@@ -23,11 +23,12 @@ from functools import partial
 from typing import Protocol
 
 from metadata.ranges import numbers_of
-from metadata.seams import Clock, Connection, Network, Timer
+from metadata.seams import Clock, Network
 from nbdserver.replication.append_frames import FRAME_BYTES, AppendFrame
 from nbdserver.replication.block_requests import Answered, BlockRequests, answer
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.copying import CopyCounts, Copying
+from nbdserver.replication.dialling import Dialling
 from nbdserver.replication.grants import BEAT_S, OWNER_COUNTS_S
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.replication.replica_log import ReplicaLog, common_position, history_up_to, position_of
@@ -56,8 +57,6 @@ from protocol.peer import (
 )
 
 BACKLOG_LIMIT_BYTES = 64 << 20
-RECONNECT_S = 0.2
-OPEN_TIMEOUT_S = 2.0
 SILENCE_S = 10.0  # after which a stream is given up that nobody has said is lost
 
 
@@ -136,14 +135,10 @@ class Link:
         """Why the stream was lost last; "" once it has been opened again."""
         self.events = events
         self._clock = clock
-        self._network = network
         self._log = log
         self._family = family
         self._us = us
-        self._address_of = address_of
-        self._stream: PeerStream | None = None
-        self._give_up: Callable[[], None] | None = None
-        self._timer: Timer | None = None
+        self._dialling = Dialling(clock, network, lambda: address_of(node), self)
         self._sent = BEGINNING  # position of the last modification sent
         self._cut_at: Position | None = None  # as it was told to on the stream that is there
         self._sent_s: deque[tuple[int, float, int]] = deque()  # (number, when, bytes) of frames not answered
@@ -154,54 +149,30 @@ class Link:
         self._fetched: Callable[[Fetched | None], None] | None = None
         self._requests = BlockRequests(clock)
         self._check: tuple[int, Callable[[RegionState | None], None]] | None = None
-        self._connect()
+        self._dialling.begin()
 
     # --- the stream ---
 
-    def _connect(self) -> None:
-        self._timer = None
-        self.state = State.CONNECTING
+    def connected(self, stream: PeerStream) -> None:
+        """StreamEvents."""
+        self.state = State.OPENING
+        self._sent_s.clear()
+        self.backlog_bytes = 0
+        self._cut_at = None
+        self.heard_s = self._clock.now()
+        stream.send(Open(self._family, self.events.epoch, self._us))
 
-        def connected(connection: Connection) -> PeerStream:
-            self._give_up = None
-            stream = self._stream = PeerStream(connection, self._received, self._lost)
-            self.state = State.OPENING
-            self._sent_s.clear()
-            self.backlog_bytes = 0
-            self._cut_at = None
-            self.heard_s = self._clock.now()
-            stream.send(Open(self._family, self.events.epoch, self._us))
-            self._timer = self._clock.call_later(OPEN_TIMEOUT_S, partial(self._open_timed_out, stream))
-            return stream
-
-        def failed(reason: str) -> None:
-            self._give_up = None
-            self.reason = reason
-            self._connect_later()
-
-        address = self._address_of(self.node)
-        if address:
-            self._give_up = self._network.connect(address, connected, failed, OPEN_TIMEOUT_S)
-        else:
-            self.reason = "it is not known where it listens"
-            self._connect_later()
-
-    def _connect_later(self) -> None:
-        if self.state is not State.CLOSED:
-            self.state = State.CONNECTING
-            self._cancel_timer()
-            self._timer = self._clock.call_later(RECONNECT_S, self._connect)
-
-    def _open_timed_out(self, stream: PeerStream) -> None:
-        self._timer = None
-        if stream is self._stream and self.state is State.OPENING:
-            self.reason = f"it has not answered for {OPEN_TIMEOUT_S:g} s"
-            self.reopen()
+    def lost(self, reason: str) -> None:
+        """StreamEvents."""
+        self.reason = reason
+        self.reopen()
 
     def reopen(self) -> None:
         """Begin again with a new stream."""
         self._forget_stream()
-        self._connect_later()
+        if self.state is not State.CLOSED:
+            self.state = State.CONNECTING
+            self._dialling.again()
 
     def close(self) -> None:
         """No more of it; idempotent."""
@@ -209,14 +180,8 @@ class Link:
         self._forget_stream()
 
     def _forget_stream(self) -> None:
-        self._cancel_timer()
-        stream, self._stream = self._stream, None
+        self._dialling.forget()
         self.opened = None
-        if self._give_up is not None:
-            self._give_up()
-            self._give_up = None
-        if stream is not None:
-            stream.close()
         self.copying.end()
         check, self._check = self._check, None
         if check is not None:
@@ -229,19 +194,8 @@ class Link:
         if fetched is not None:
             self._clock.call_soon(partial(fetched, None))
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _lost(self, stream: PeerStream, reason: str) -> None:
-        if stream is self._stream:
-            self.reason = reason
-            self.reopen()
-
-    def _received(self, stream: PeerStream, frame: Frame) -> None:
-        if stream is not self._stream:
-            return
+    def received(self, stream: PeerStream, frame: Frame) -> None:
+        """StreamEvents."""
         self.heard_s = self._clock.now()
         match frame:
             case Appended():
@@ -272,7 +226,7 @@ class Link:
     # --- opening: its log becomes the beginning of ours ---
 
     def _opened(self, frame: Opened) -> None:
-        self._cancel_timer()
+        self._dialling.is_open()
         self.opened = frame
         self.appended = self._sent = frame.last
         self._told_sync_txid = 0
@@ -284,7 +238,7 @@ class Link:
 
     def fetch(self, after: Position, limit_bytes: int, done: Callable[[Fetched | None], None]) -> None:
         """Read its log; None if the stream is lost. One at a time, of a link that is OPEN."""
-        stream = self._stream
+        stream = self._dialling.stream
         if stream is None or self.state is not State.OPEN:
             self._clock.call_soon(partial(done, None))
             return
@@ -293,7 +247,7 @@ class Link:
 
     def follow(self) -> None:
         """Bring it to where our log is, and keep it there."""
-        opened, stream = self.opened, self._stream
+        opened, stream = self.opened, self._dialling.stream
         if opened is None or stream is None or self.state is not State.OPEN:
             return
         common = common_position(self._log.epochs, opened.epochs)
@@ -309,7 +263,7 @@ class Link:
 
     def _catch_up(self) -> None:
         """Send what our log has after what was sent."""
-        stream = self._stream
+        stream = self._dialling.stream
         if stream is None or self.state is not State.CATCHING_UP or self._is_reading:
             return
         if self._sent == self._log.last:
@@ -323,7 +277,7 @@ class Link:
 
         def read(errno: int, modifications: Sequence[Modification] | None) -> None:
             self._is_reading = False
-            if stream is not self._stream:
+            if stream is not self._dialling.stream:
                 self._catch_up()
                 return
             if self.state is not State.CATCHING_UP or errno:
@@ -389,7 +343,7 @@ class Link:
             self._send_frame(frame)
 
     def _send_frame(self, frame: AppendFrame) -> None:
-        stream = self._stream
+        stream = self._dialling.stream
         assert stream is not None
         append, size_bytes, self._last_sent_s, buffers = frame
         self._sent_s.append((append.number, self._last_sent_s, size_bytes))
@@ -436,8 +390,8 @@ class Link:
             return
         self._requests.ask(mbas, answered)
         self.events.send_ordered()
-        if self._stream is not None and self.state is State.STREAMING:
-            self._requests.send(self._stream)
+        if self._dialling.stream is not None and self.state is State.STREAMING:
+            self._requests.send(self._dialling.stream)
 
     # --- whether it holds the same ---
 
@@ -480,8 +434,8 @@ class Link:
 
     def send(self, frame: Frame) -> None:
         """CopyStream."""
-        if self._stream is not None:
-            self._stream.send(frame)
+        if self._dialling.stream is not None:
+            self._dialling.stream.send(frame)
 
     def all_copied(self) -> None:
         """CopyStream."""
