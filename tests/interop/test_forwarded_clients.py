@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from nbdserver.node.errors import NodeError
 from protocol.nbd import Command
 from tests.certificates import make_certificates, make_member_files
 from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes, tool
+from tests.durability import Judge
 from tests.nbd_client import Client, RefusedError
 from tests.serving import resident_bytes
 
 BLOCK_BYTES = 4096
+JUDGED_BLOCKS = 256
 PATIENCE_S = 30.0
 SHARED = ExportSettings(shared=True)  # clients on loopback are of another host at each node
 
@@ -51,6 +54,14 @@ def is_gone(client: Client) -> bool:
 
 async def vias(node: DataNode) -> list[str]:
     return sorted(client["via"] for client in await node.call("clients"))
+
+
+class ElsewhereOnIt(Client):
+    """A client whose blocks lie behind those of the others."""
+
+    def pack(self, cookie: int, command: Command, offset: int, length: int, data: bytes, flags: int = 0) -> bytes:
+        offset += 0 if command == Command.FLUSH else JUDGED_BLOCKS * BLOCK_BYTES
+        return super().pack(cookie, command, offset, length, data, flags)
 
 
 def block_of(seed: object) -> bytes:
@@ -194,6 +205,55 @@ def test_an_owner_that_stands_still_is_left_and_what_it_was_asked_for_is_not_don
             await rig.until(lambda: _nobody(first), "the one that stood still has no clients")
             assert [await read(client, block) for block in (0, 1)] == [block_of("after"), block_of("before")]
             client.close()
+
+    asyncio.run(story())
+
+
+def test_clients_write_on_while_the_volume_moves_and_its_owners_die_over_tls_too(
+    tmp_path: Path, free_port: FreePort
+) -> None:
+    certificates = make_certificates(tmp_path)
+    tls = make_member_files(tmp_path / "cluster")
+    files = {name: str(path) for name, path in certificates.settings.items()}
+
+    async def story() -> None:
+        async with data_nodes(tmp_path, free_port, tls=tls, settings=SHARED) as rig:
+            first, second, third = rig.nodes
+            for node in rig.nodes:
+                await node.call("tls", mode="allowed", verify_clients=False, **files)
+            judges = [Judge(JUDGED_BLOCKS, random.Random(seed)) for seed in (1, 2)]
+            clients = [
+                await attach(third, tls=certificates.client_context("web1")),
+                await asyncio.to_thread(ElsewhereOnIt, ("127.0.0.1", third.port), VOLUME, PATIENCE_S),
+            ]
+            stop = asyncio.Event()
+
+            async def write_on(judge: Judge, client: Client) -> None:
+                while not stop.is_set():
+                    await asyncio.to_thread(judge.write_until, client, time.monotonic() + 0.2, True)
+
+            writing = [asyncio.create_task(write_on(*each)) for each in zip(judges, clients, strict=True)]
+            await asyncio.sleep(0.5)
+            await second.own()  # the volume moves
+            await asyncio.sleep(0.5)
+            await rig.until(lambda: _has(second, ["node-3", "node-3"]), "both are carried on")
+            await rig.until(rig.all_in_sync, "all are in sync")
+            await second.kill()
+            await first.own()
+            await asyncio.sleep(0.5)
+            await rig.until(lambda: _has(first, ["node-3", "node-3"]), "both are carried on")
+            await third.own()  # the node that they have come to
+            await rig.until(lambda: _has(third, ["", "", "node-3", "node-3"]), "both are carried on")
+            await asyncio.sleep(0.5)
+            stop.set()
+            await asyncio.gather(*writing)
+            for judge, client in zip(judges, clients, strict=True):
+                await asyncio.to_thread(judge.check, client, True)
+                assert judge.writes
+                client.close()
+            waits = [fields["waited_s"] for fields in third.heard("client-goes-on")]
+            assert len(waits) >= 2 * 3
+            assert {fields["node"] for fields in third.heard("client-goes-on")} == {"node-1", "node-2", "node-3"}
 
     asyncio.run(story())
 
