@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 _READ_BYTES = 1 << 20
+_MOST_READ_BYTES = 2 * _READ_BYTES
 
 Answer = Callable[[int, Sequence[Modification] | None], None]
 
@@ -54,6 +55,7 @@ class LogReading:
         self._disk = disk
         self._files = files
         self.place = (0, 0, 0, 0)  # (txid, segment, its sequence, offset behind the txid's record)
+        self.piece_bytes = _READ_BYTES  # that are read at a time; more where records turn out to be a little longer
 
     def read(self, after: Position, limit_bytes: int, done: Answer) -> None:
         """See ReplicaLog.modifications."""
@@ -106,7 +108,7 @@ class _Walk:
         self._sequence = table.sequence[self._segment]
         self._offset = SEGMENT_HEADER_BYTES
 
-    def _next_piece(self, length: int = _READ_BYTES) -> None:
+    def _next_piece(self, length: int = 0) -> None:
         disk, table = self._disk, self._disk.maps.segments
         if self._txid >= disk.log.txid or (self._found and self._left_bytes <= 0):
             self._answer()
@@ -114,7 +116,7 @@ class _Walk:
         if not self._segment or table.sequence[self._segment] != self._sequence:
             self._answer()  # freed meanwhile, or never there
             return
-        length = min(length, table.end[self._segment] - self._offset)
+        length = min(length or self._reading.piece_bytes, table.end[self._segment] - self._offset)
         if length <= 0:
             self._enter_oldest(each for each in table.in_use if table.sequence[each] > self._sequence)
             disk.call_soon(self._go_on)
@@ -147,6 +149,7 @@ class _Walk:
                 break
         if not at:
             if isinstance(record, int) and record > len(data[0]):
+                self._reading.piece_bytes = min(record, _MOST_READ_BYTES)
                 self._next_piece(record)
             else:
                 self._answer()  # its chain is broken there

@@ -1,7 +1,9 @@
 """The log read back: what follows a modification, or that it does not go back that far."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import pytest
 
 from protocol.peer import BEGINNING, Modification, Position
 from tests.unit.families import BLOCK_BYTES
@@ -109,3 +111,26 @@ def test_what_was_cut_away_is_not_read() -> None:
     found = read(family, BEGINNING, 1 << 30)
     assert found is not None
     assert plain(found) == plain(told[:10] + again)
+
+
+def test_records_that_are_longer_than_what_is_read_at_a_time_are_not_read_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family, told = owner()
+    for number in range(20):
+        family.put(8 * number, number + 1, count=8)
+    reading = family.replica._reading
+    reading.piece_bytes = 32_768  # a record is that and its header
+    read_bytes = 0
+    read_later = family.files.read_later
+
+    def counted(handle: int, extents: Sequence[tuple[int, int]], done: Callable[[int, list[bytes]], None]) -> None:
+        nonlocal read_bytes
+        read_bytes += sum(length for length, _ in extents)
+        read_later(handle, extents, done)
+
+    monkeypatch.setattr(family.files, "read_later", counted)
+    found = read(family, BEGINNING, 1 << 30)
+    assert found is not None
+    assert plain(found) == plain(told)
+    assert read_bytes < 1.5 * 20 * 8 * BLOCK_BYTES
