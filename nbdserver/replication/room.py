@@ -7,7 +7,8 @@ a moment, so that is waited for too, but not for long.
 
 Rules
 - Who waits is served in order, at most BURST_BYTES before the next answer of a replica.
-- What finds no room is told ENOSPC after NO_ROOM_S, and from then on at once until there is room again.
+- What finds no room is told ENOSPC after NO_ROOM_S, and from then on at once until there is room for as much again. A
+  little room that stays is no sign of that.
 - Nobody is told anything once the owner is deposed.
 """
 
@@ -36,6 +37,7 @@ class Room:
         self._waiting: deque[tuple[int, Done]] = deque()
         self._is_to_look = False
         self._lacking_since_s: float | None = None
+        self._lacking_bytes = 0  # the least that has found no room since
 
     @property
     def is_congested(self) -> bool:
@@ -68,21 +70,22 @@ class Room:
         if not self._waiting and self._lacking_since_s is None:
             return
         granted_bytes = 0
-        if self._lacking_since_s is not None and self._log_bytes():
+        if self._lacking_since_s is not None and self._log_bytes() >= self._lacking_bytes:
             self._lacking_since_s = None
         while self._waiting and granted_bytes < BURST_BYTES and not self.is_congested:
             size_bytes, done = self._waiting[0]
             has_room = granted_bytes + size_bytes <= self._log_bytes()
-            if not has_room and (granted_bytes or not self._has_lacked_long()):
+            if not has_room and (granted_bytes or not self._has_lacked_long(size_bytes)):
                 return
             self._waiting.popleft()
-            granted_bytes += size_bytes
+            granted_bytes += size_bytes if has_room else 0
             done(0 if has_room else errnos.ENOSPC)
 
-    def _has_lacked_long(self) -> bool:
+    def _has_lacked_long(self, size_bytes: int) -> bool:
         now_s = self._clock.now()
         if self._lacking_since_s is None:
-            self._lacking_since_s = now_s
+            self._lacking_since_s, self._lacking_bytes = now_s, size_bytes
+        self._lacking_bytes = min(self._lacking_bytes, size_bytes)
         return now_s - self._lacking_since_s >= NO_ROOM_S
 
     def close(self) -> None:

@@ -111,3 +111,18 @@ def test_nobody_is_told_when_it_is_over(rig: Rig) -> None:
     rig.link.is_congested = False
     rig.wait(NO_ROOM_S)
     assert rig.told == []
+
+
+def test_a_little_room_that_stays_is_none_for_what_needs_more(rig: Rig) -> None:
+    rig.link.room_bytes = RESERVE_BYTES + SIZE_BYTES // 2
+    rig.ask(2)
+    for _ in range(10):
+        assert rig.told == []
+        rig.wait(NO_ROOM_S / 10)
+    assert rig.told == [errno.ENOSPC] * 2
+    rig.room.ask(SIZE_BYTES // 4, rig.told.append)
+    rig.clock.run()
+    assert rig.told[2:] == [0], "for less there is some"
+    rig.told.clear()
+    rig.ask()
+    assert rig.told == [errno.ENOSPC]
