@@ -1,20 +1,24 @@
-"""Room for the registry on a full file system.
+"""Room for the node's own stores (its registry, its copy of the directory) on a full file system.
 
 Theory: the log disks leave room to their neighbours, but somebody else may fill the file system to the last block.
-LevelDB turns read-only when a write meets that end, and then not even deleting a volume, which gives room back,
-could be registered. So a file of allocated blocks lies in the data directory; it is unlinked before a write that
-might need its room, and made again when there is plenty.
+LevelDB turns read-only when a write meets that end. Then not even deleting a volume, which gives room back, could be
+registered, and the node would leave its cluster. So a file of allocated blocks lies in the data directory; it is
+unlinked before a write that might need its room, and made again when there is plenty.
 
-Known weakness: whoever filled the disk may take the room that was given back before the registry does.
+Known weakness: whoever filled the disk may take the room that was given back before a store does.
 """
 
 import os
 from pathlib import Path
 
+from metadata.leveldb import LevelSettings, LevelStore, Offload
+from metadata.seams import Batch, Done
+
 BALLAST_BYTES = 8 << 20
 """Several times what LevelDB needs to be opened and to register some thousand changes."""
 
 PLENTY_BYTES = 128 << 20
+SMALL = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=4 << 20)
 
 
 class Ballast:
@@ -46,3 +50,26 @@ class Ballast:
     def _free_bytes(self) -> int:
         statistics = os.statvfs(self._path.parent)
         return statistics.f_bavail * statistics.f_frsize
+
+
+class BallastedStore(LevelStore):
+    """A small LevelDB of the node's own, with ballast against a full file system."""
+
+    def __init__(self, path: Path, workers: Offload, ballast: Path) -> None:
+        """OSError if it cannot be opened."""
+        self._ballast = Ballast(ballast)
+        self._ballast.give_way()
+        super().__init__(str(path), workers, workers, SMALL)
+        self._ballast.keep()
+
+    def write(self, batch: Batch) -> None:
+        """See Store."""
+        self._ballast.give_way()
+        super().write(batch)
+        self._ballast.keep()
+
+    def write_later(self, batch: Batch, done: Done) -> None:
+        """See Store."""
+        self._ballast.give_way()
+        super().write_later(batch, done)
+        self._ballast.keep()

@@ -29,7 +29,7 @@ from metadata.directory.node import DirectoryNode
 from metadata.directory.registry_keys import MASTER_KEY, MEMBER_PREFIX, STATE_PREFIX
 from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
-from metadata.leveldb import LevelSettings, LevelStore
+from metadata.leveldb import LevelStore
 from metadata.seams import Registry
 from metadata.waiting import answer_of
 from nbdserver.host.clock import HostClock
@@ -37,6 +37,7 @@ from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.network import SocketNetwork
 from nbdserver.host.tls_network import TlsNetwork
 from nbdserver.node import cluster_view
+from nbdserver.node.ballast import BallastedStore
 from nbdserver.node.certificates import read_certificate
 from nbdserver.node.cluster_calls import CallServer
 from nbdserver.node.cluster_files import Keys, read_contexts, read_keys, write_keys
@@ -163,9 +164,8 @@ class Cluster:
         self._sockets.close()
 
     def _open_store(self, directory: DataDirectory) -> LevelStore:
-        small = LevelSettings(block_cache_bytes=1 << 20, write_buffer_bytes=4 << 20)
         try:
-            return LevelStore(str(directory.cluster_directory), self._workers, self._workers, small)
+            return BallastedStore(directory.cluster_directory, self._workers, directory.ballast)
         except OSError as error:
             raise NodeError(f"the copy in {directory.cluster_directory} cannot be opened: {error}") from None
 

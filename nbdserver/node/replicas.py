@@ -16,7 +16,7 @@ Rules
 - Nothing is deleted because the shared registry does not know it; only because it names the nodes without this one, or
   says that the family was deleted.
 - One whose disk has failed is closed and opened anew, as often as it fails: what it may have lost, the others have. If
-  it cannot be opened it waits for the next start.
+  it cannot be opened, on a full disk above all, that is tried again, less and less often.
 - A node owns nothing by itself, but for what the registry says that it owns already. What is held of the registry may
   be old, of a node that was cut off above all: the data process asks again before it goes on as the owner.
 - One change at a time (`lock`), which is that of the volumes.
@@ -38,7 +38,8 @@ from nbdserver.node.opening import Call, Opening
 
 LOOK_S = 5.0
 REOPEN_S = 30.0
-"""After which a replica whose disk has failed is opened anew."""
+"""After which a replica whose disk has failed, or that could not be opened, is opened anew."""
+REOPEN_LONGEST_S = 600.0
 OWN_AGAIN_S = 5.0
 """Between two tries to go on as the owner that the registry names."""
 
@@ -75,6 +76,7 @@ class Replicas:
         self._own_next_s: dict[str, float] = {}
         self._trying: set[asyncio.Task[None]] = set()
         self._reopen_at_s: dict[str, float] = {}  # those whose disk has failed
+        self._reopen_after_s: dict[str, float] = {}  # those that could not be opened, for how long they waited last
         self._changed = asyncio.Event()
         self._scraps_are_settled = False
 
@@ -163,8 +165,10 @@ class Replicas:
             await self._families.keep_replica(family)
         if time.monotonic() >= self._reopen_at_s.get(family.id, math.inf):
             del self._reopen_at_s[family.id]
-            await self._close(family.id)
-            self._event("replica-opened-anew", {"volume": family.name, "reason": "its disk had failed"})
+            self._opening.failed.pop(family.id, None)
+            if family.id in self._following:
+                await self._close(family.id)
+                self._event("replica-opened-anew", {"volume": family.name, "reason": "its disk had failed"})
         if family.id not in self._following and family.id not in self._opening.failed:
             await self._follow(family)
 
@@ -194,10 +198,14 @@ class Replicas:
         return answer
 
     async def _follow(self, family: Family) -> None:
-        """One that cannot be opened is reported, and tried again at the next start."""
+        """One that cannot be opened is reported, and tried again later."""
         try:
             await self.follow(family)
+            self._reopen_after_s.pop(family.id, None)
         except NodeError as error:
+            after_s = self._reopen_after_s.get(family.id, REOPEN_S / 2)
+            after_s = self._reopen_after_s[family.id] = min(2 * after_s, REOPEN_LONGEST_S)
+            self._reopen_at_s[family.id] = time.monotonic() + after_s
             self._opening.failed[family.id] = str(error)
             self._note(family.id, str(error))
 
@@ -208,7 +216,8 @@ class Replicas:
 
     async def _let_go(self, family_id: str) -> None:
         await self._close(family_id)
-        for known in (self._epochs, self._served, self._reopen_at_s, self.problems, self._opening.failed):
+        reopening = (self._reopen_at_s, self._reopen_after_s)
+        for known in (self._epochs, self._served, *reopening, self.problems, self._opening.failed):
             known.pop(family_id, None)
         if self._families.has_replica(family_id):
             await self._families.drop_replica(family_id)

@@ -121,6 +121,18 @@ def test_a_replica_whose_disk_has_failed_is_opened_anew_after_a_while(
     assert node.events[-1] == "replica-opened-anew"
 
 
+def test_a_replica_that_could_not_be_opened_is_tried_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "REOPEN_S", 0.0)
+    node.named("n1", "n2")
+    node.failing = {"follow"}
+    run(node.replicas.reconcile, node.replicas.reconcile, node.replicas.reconcile)
+    assert (node.calls, node.events.count("replica-not-opened")) == (["format", *["follow"] * 3], 1)
+    node.failing = set()
+    run(node.replicas.reconcile, node.replicas.reconcile)
+    assert node.calls[4:] == ["follow"]
+    assert (node.replicas.is_followed(ID), node.replicas.problems) == (True, {})
+
+
 def test_nothing_is_deleted_because_the_registry_does_not_have_it(node: Node) -> None:
     node.named("n1", "n2")
     run(node.replicas.reconcile)
@@ -161,7 +173,7 @@ def test_what_was_being_made_counts_if_the_shared_registry_says_so(
     assert (node.families.has_replica(ID), node.families.replica_scraps()) == (True, [])
 
 
-def test_a_replica_that_cannot_be_opened_is_told_once_and_tried_at_the_next_start(node: Node) -> None:
+def test_a_replica_that_cannot_be_opened_is_told_once_and_tried_at_the_next_start_at_the_latest(node: Node) -> None:
     node.named("n1", "n2")
     node.failing = {"follow"}
     run(node.replicas.reconcile, node.replicas.reconcile)
