@@ -36,6 +36,7 @@ from nbdserver.replication.link import Link
 from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.replication.peer_stream import PeerStream
+from nbdserver.replication.slow_disks import SLOW
 from protocol.peer import Open
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -232,7 +233,7 @@ def _link(owner: Owner, link: Link) -> dict[str, Any]:
         "resync_bytes_sent": link.copying.sent_bytes,
         "resync_bytes_saved": link.copying.saved_bytes,
         "reason": link.reason or link.copying.reason,
-        "disk": owner.in_sync.lost.get(link.node, ""),
+        "disk": owner.in_sync.lost.get(link.node, SLOW if owner.slow_disks.is_slow(link.node) else ""),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from metadata.replica_set import ReplicaSet
 from nbdserver.node.errors import listed
 from nbdserver.node.findings import NOTE, NOW, SOON, Finding
+from nbdserver.replication.slow_disks import SLOW
 
 IN_SYNC, RETURNING, SILENT = "in sync", "returning", "silent"
 """States of a replica: it has everything; its node is up and it is being made complete; its node is not heard."""
@@ -91,13 +92,17 @@ def waiting_findings(waits: Mapping[str, str]) -> list[Finding]:
 
 
 def disk_findings(resync: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Of replicas that are being made complete, and whose disk is known not to be what it was."""
+    """Of replicas that are not in sync, and whose disk is known to be slow, or not to be what it was."""
     same: dict[tuple[str, str], list[str]] = {}
     for row in resync:
         if row["disk"]:
             same.setdefault((row["node"], row["disk"]), []).append(row["volume"])
-    remedy = "nothing, if that was meant: it gets what it lacks from the others; else look at that machine's disk"
-    return [Finding(SOON, f"{node}: {listed(names)}", why, remedy) for (node, why), names in same.items()]
+    changed = "nothing, if that was meant: it gets what it lacks from the others; else look at that machine's disk"
+    slow = "look at that machine's disk; when it has kept up with the others' for some seconds it is in sync again"
+    return [
+        Finding(SOON, f"{node}: {listed(names)}", why, slow if why == SLOW else changed)
+        for (node, why), names in same.items()
+    ]
 
 
 def peers_finding(reason: str) -> Finding:

@@ -26,6 +26,7 @@ from nbdserver.replication.link import Link, LinkEvents
 from nbdserver.replication.placing import Placed
 from nbdserver.replication.replica_log import ReplicaLog
 from nbdserver.replication.room import Room
+from nbdserver.replication.slow_disks import SLOW, SlowDisks
 from protocol.disk import EXTENT_BYTES, TREE, extents_of_array
 from protocol.invariant import invariant
 from protocol.peer import BEGINNING, Cut, Modification, Refusal, Refused, Skip
@@ -83,6 +84,7 @@ class Owner:
         self._frame_number = 0
         self._is_sending_due = False
         self._habit = FlushHabit()
+        self.slow_disks = SlowDisks()
         self._is_syncing = False
         self.in_sync = InSyncSet(clock, registry, key, node, value, links, self, report)
         self.links = self.in_sync.links
@@ -403,6 +405,7 @@ class Owner:
             link.beat()
         if self._clock.now() - self._begun_s > GRANT_S:
             self.in_sync.look(self._needed)
+            self._look_at_disks()
         for link in list(self.links.values()):
             self.in_sync.add_if_ready(link)
         if self._log.durable < self._log.last:
@@ -410,6 +413,12 @@ class Owner:
         self._room.look()
         self._release()
         self.in_sync.place_if_due()
+
+    def _look_at_disks(self) -> None:
+        wanted_txid = min(self._log.durable.txid, self.sync_txid)
+        slow = self.slow_disks.look(self._clock.now(), wanted_txid, self.members, self.links)
+        if slow:
+            self.in_sync.remove(slow, SLOW)
 
     def place(self, nodes: Sequence[str], done: Placed) -> None:
         """Have replicas on these nodes alone, this one among them."""
@@ -422,7 +431,7 @@ class Owner:
             return False
         if link.appended.txid < self._committed_txid or link.granted_until_s <= self._clock.now():
             return False
-        return self._committed_txid >= self._begin_txid
+        return self._committed_txid >= self._begin_txid and not self.slow_disks.is_slow(link.node)
 
     def new_link(self, node: str) -> Link:
         """SetEvents."""

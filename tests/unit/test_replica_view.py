@@ -9,6 +9,7 @@ from metadata.replica_set import Member, ReplicaSet
 from nbdserver.node.findings import NOTE, NOW, SOON
 from nbdserver.node.replica_view import NO_REPLICAS, disk_findings, peers_finding, replica_findings, replicas
 from nbdserver.node.resync_view import row
+from nbdserver.replication.slow_disks import SLOW
 
 VALUE = ReplicaSet(3, "n1", (Member("n1", 1), Member("n2", 4)), ("n1", "n2", "n3"))
 MIB = 1 << 20
@@ -60,6 +61,8 @@ def test_a_disk_that_is_not_what_it_was_is_told_once_a_node() -> None:
     rows = [row(FAMILY, VALUE, "n3", True, LINK | {"disk": why}) for why in ("", "it was put back", "it was put back")]
     (finding,) = disk_findings(rows)
     assert (finding.subject, finding.problem) == ("n3: db, db", "it was put back")
+    (slow,) = disk_findings([row(FAMILY, VALUE, "n3", True, LINK | {"disk": SLOW})])
+    assert "kept up with the others'" in slow.remedy
 
 
 @pytest.mark.parametrize(
