@@ -378,7 +378,7 @@ class Link:
     @property
     def is_congested(self) -> bool:
         """So much is under way that no more should be ordered."""
-        return self.is_following and self.backlog_bytes > BACKLOG_LIMIT_BYTES // 2
+        return self.backlog_bytes > BACKLOG_LIMIT_BYTES // 2 and self.is_following
 
     # --- single blocks ---
 
