@@ -131,6 +131,8 @@ class Link:
         self.heard_s = clock.now()
         self.backlog_bytes = 0
         """Of modifications that were sent and not answered."""
+        self.unsent_bytes = 0
+        """At most, of those that it lacks besides: what was on its way when its stream was lost, or ordered since."""
         self.reason = ""
         """Why the stream was lost last; "" once it has been opened again."""
         self.events = events
@@ -157,6 +159,7 @@ class Link:
         """StreamEvents."""
         self.state = State.OPENING
         self._sent_s.clear()
+        self.unsent_bytes += self.backlog_bytes
         self.backlog_bytes = 0
         self._cut_at = None
         self.heard_s = self._clock.now()
@@ -268,6 +271,7 @@ class Link:
             return
         if self._sent == self._log.last:
             self.state = State.STREAMING
+            self.unsent_bytes = 0
             self._requests.send(stream)
             self.copying.more()
             return
@@ -311,6 +315,7 @@ class Link:
     def send_frame(self, frame: AppendFrame) -> None:
         """What was ordered just now, if it is streaming."""
         if self.state is not State.STREAMING:
+            self.unsent_bytes += frame.size_bytes
             return
         if frame.append.modifications[0].txid == self._sent.txid + 1:
             self._send_frame(frame)

@@ -1,9 +1,10 @@
 """Room for what is to be ordered: in the log of every replica that has to have it, and on the way there.
 
-Theory. Room is asked for before anything is ordered (rule 18). Where there is none, one of two things is the matter.
-The links are *congested*: more is under way than the others can take at once. Then whoever writes waits, and as the
-requests of a connection that wait are bounded, so is what is under way. Or a log has no room: cleaning may gain some in
-a moment, so that is waited for too, but not for long.
+Theory. Room is asked for before anything is ordered (rule 18). What counts is what a replica has room for when it has
+everything that is ordered, also what it could not be sent because its stream is lost. Where there is none, one of two
+things is the matter. The links are *congested*: more is under way than the others can take at once, or one has yet to
+be sent what it missed. Then whoever writes waits, and as the requests of a connection that wait are bounded, so is what
+is under way. Or a log has no room: cleaning may gain some in a moment, so that is waited for, but not for long.
 
 Rules
 - Who waits is served in order, at most BURST_BYTES before the next answer of a replica.
@@ -51,7 +52,7 @@ class Room:
     def _log_bytes(self) -> int:
         room_bytes = self._log.room_bytes
         for link in self.needed:
-            room_bytes = min(room_bytes, link.room_bytes - link.backlog_bytes)
+            room_bytes = min(room_bytes, link.room_bytes - link.backlog_bytes - link.unsent_bytes)
         return max(0, room_bytes - RESERVE_BYTES)
 
     def ask(self, size_bytes: int, done: Done) -> None:
@@ -75,11 +76,16 @@ class Room:
         while self._waiting and granted_bytes < BURST_BYTES and not self.is_congested:
             size_bytes, done = self._waiting[0]
             has_room = granted_bytes + size_bytes <= self._log_bytes()
-            if not has_room and (granted_bytes or not self._has_lacked_long(size_bytes)):
+            if not has_room and (granted_bytes or self._is_behind or not self._has_lacked_long(size_bytes)):
                 return
             self._waiting.popleft()
             granted_bytes += size_bytes if has_room else 0
             done(0 if has_room else errnos.ENOSPC)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether some replica has yet to say how much room is left when it has everything."""
+        return any(link.unsent_bytes for link in self.needed)
 
     def _has_lacked_long(self, size_bytes: int) -> bool:
         now_s = self._clock.now()

@@ -19,7 +19,7 @@ class Rig:
     def __init__(self) -> None:
         self.clock = HandClock()
         self.log = SimpleNamespace(room_bytes=PLENTY_BYTES)
-        self.link = SimpleNamespace(room_bytes=PLENTY_BYTES, backlog_bytes=0, is_congested=False)
+        self.link = SimpleNamespace(room_bytes=PLENTY_BYTES, backlog_bytes=0, unsent_bytes=0, is_congested=False)
         self.room = Room(self.clock, cast(ReplicaLog, self.log))
         self.room.needed = [cast(Link, self.link)]
         self.told: list[int] = []
@@ -63,6 +63,19 @@ def test_congestion_holds_back_however_long_it_lasts_and_is_no_lack_of_room(rig:
     rig.link.is_congested = False
     rig.room.look()
     assert rig.told == [0, 0]
+
+
+def test_what_a_replica_has_yet_to_be_sent_counts_and_is_no_lack_of_room(rig: Rig) -> None:
+    rig.link.room_bytes, rig.link.unsent_bytes = 3 * SIZE_BYTES + RESERVE_BYTES, 2 * SIZE_BYTES
+    assert rig.room.room_bytes() == SIZE_BYTES
+    rig.link.unsent_bytes = 3 * SIZE_BYTES
+    rig.ask()
+    for _ in range(10):
+        rig.wait(NO_ROOM_S)
+    assert rig.told == []
+    rig.link.unsent_bytes = 0
+    rig.room.look()
+    assert rig.told == [0]
 
 
 def test_who_waited_for_congestion_does_not_come_all_at_once(rig: Rig) -> None:
