@@ -27,14 +27,13 @@ from protocol.disk import SEGMENT_HEADER_BYTES
 from tests.simulation.clones import Clones
 from tests.simulation.faults import FaultMix, changed, draw_mix, without_faults
 from tests.simulation.registers import BLOCK_BYTES, Changes, Registers, ViolationError, pattern, right_length
-from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
+from tests.simulation.simulated_files import HELD_BACK_BYTES, SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.sizes import Bend, draw_hot_sizes, draw_sizes
 from tests.simulation.snapshots import Snapshots
 from tests.simulation.world import SimulatedClock, SimulatedCrash, World
 
 FAMILY = bytes(range(16))
-HELD_BACK_BYTES = 80 << 20  # the ballast, and what the pool leaves free of a file system
 ANSWER_LIMIT_S = 900.0  # of virtual time, after which an operation counts as forgotten
 FAILURES = {
     "family-failed",
@@ -78,7 +77,7 @@ class Run:
         self.label = 0
         self._story = story
         self._verify_power: bool | None = None  # how the last life ended, until someone has looked at every block
-        self._was_clean = True  # nothing since the last clean end needs a recovery
+        self._was_clean: bool | None = True  # nothing since the last clean end needs a recovery; None: that is not known
         self._generation_due = False
         self._plan_point: tuple[str, int] | None = None
         self._opened = False
@@ -127,7 +126,7 @@ class Run:
         self.clones.crashed(power)
         if power:
             self.boot += 1
-            self._generation_due |= self._opened and not self._was_clean
+            self._generation_due |= self._opened and self._was_clean is False
         self._opened = False
         self._verify_power = bool(self._verify_power) or power
         self.world.note("end of life", power)
@@ -220,6 +219,8 @@ class Run:
             self.registers.flushed(asked)
             self.clones.flushed(asked_of_clones)
             self._was_clean = True
+        elif "the clean end" in self.disk.failure:
+            self._was_clean = None  # everything was synced, and a batch whose writing failed may be there
 
     def _look_at_the_end(self) -> None:
         """Without any further fault, everything that was promised is there."""
