@@ -93,6 +93,37 @@ def a_replica_dies_when_it_has_skipped() -> None:
     stage.end()
 
 
+def a_replica_that_fetches_regions_is_left_behind_again() -> None:
+    stage = Stage()
+    away_for_long(stage)
+    stage.until(lambda: stage.node(3).log.resync_count > 1)
+    stage.kill(3)
+    stage.write(1, 0)
+    stage.until(lambda: not stage.node(1).open)
+    stage.forget_log(1)
+    stage.start(3)
+    stage.end()
+
+
+def a_replica_that_has_fetched_regions_is_what_another_one_follows() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    stage.kill(3)
+    stage.until(lambda: stage.in_sync() == {1, 2})
+    stage.write_everywhere(1)
+    stage.kill(2)
+    stage.until(lambda: stage.in_sync() == {1})
+    stage.write_everywhere(1)
+    stage.forget_log(1)
+    stage.start(3)
+    stage.until(lambda: stage.in_sync() == {1, 3}, 30.0)
+    stage.kill(1)
+    stage.attach(3)
+    stage.start(2)
+    stage.start(1)
+    stage.end()
+
+
 def a_replica_loses_its_power_when_it_has_fetched_a_region() -> None:
     stage = Stage()
     away_for_long(stage)

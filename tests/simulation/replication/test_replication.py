@@ -234,6 +234,21 @@ def regions_to_fetch_are_noted_later(patch: pytest.MonkeyPatch) -> None:  # rule
     patch.setattr(MemoryLog, "skip", skip)
 
 
+def what_was_to_be_fetched_is_forgotten(patch: pytest.MonkeyPatch) -> None:  # rule 12
+    honest = MemoryLog.skip
+
+    def skip(self: MemoryLog, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
+        self._later("log", lambda: self.disk.resync.clear() or 0, lambda errno: None)
+        honest(self, to, epochs, regions, tree, done)
+
+    patch.setattr(MemoryLog, "skip", skip)
+
+
+def a_copy_does_not_say_when_its_region_changed(patch: pytest.MonkeyPatch) -> None:  # rule 15
+    honest = Image._apply_copy
+    patch.setattr(Image, "_apply_copy", lambda self, copy: honest(self, replace(copy, region_txid=0)))
+
+
 def a_bit_is_cleared_when_its_copy_is_applied(patch: pytest.MonkeyPatch) -> None:  # rule 13
     honest = MemoryLog.apply_copy
 
@@ -386,6 +401,8 @@ CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
     nobody_starts_over: plays.all_lose_their_power_and_one_that_was_away_has_more_in_its_checkpoint,
     what_was_fetched_may_be_cut_away: plays.all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost,
     regions_to_fetch_are_noted_later: plays.a_replica_dies_when_it_has_skipped,
+    what_was_to_be_fetched_is_forgotten: plays.a_replica_that_fetches_regions_is_left_behind_again,
+    a_copy_does_not_say_when_its_region_changed: plays.a_replica_that_has_fetched_regions_is_what_another_one_follows,
     a_bit_is_cleared_when_its_copy_is_applied: plays.a_replica_loses_its_power_when_it_has_fetched_a_region,
     a_bit_is_cleared_before_what_it_holds_is_committed: plays.a_region_is_fetched_with_what_is_never_committed,
     what_is_not_acknowledged_is_read: plays.what_is_read_dies_with_the_owner,
