@@ -77,7 +77,7 @@ class Run:
         self.label = 0
         self._story = story
         self._verify_power: bool | None = None  # how the last life ended, until someone has looked at every block
-        self._was_clean: bool | None = True  # nothing since the last clean end needs a recovery; None: that is not known
+        self._was_clean: bool | None = True  # whether the last life ended cleanly; None: unknown
         self._generation_due = False
         self._plan_point: tuple[str, int] | None = None
         self._opened = False

@@ -25,6 +25,8 @@ from tests.simulation.world import SimulatedCrash, World
 Pieces = list[bytes]
 PAGE_BYTES = 4096
 SECTOR_BYTES = 512
+HELD_BACK_BYTES = 80 << 20
+"""Of a file system: the ballast of a family, and what its pool leaves free."""
 
 Pages = dict[int, bytes]
 
