@@ -45,7 +45,7 @@ class Rig:
         self.reads.append((region, known, done))
 
     # the link
-    def flush(self) -> None:
+    def send_ordered(self) -> None:
         pass
 
     def send(self, frame: Frame) -> None:
