@@ -57,6 +57,17 @@ class LogReading:
         self.place = (0, 0, 0, 0)  # (txid, segment, its sequence, offset behind the txid's record)
         self.piece_bytes = _READ_BYTES  # that are read at a time; more where records turn out to be a little longer
 
+    def bytes_after(self, txid: int) -> int:
+        """How long the log is behind a txid, about: in the segment that has it txids are taken to lie evenly."""
+        table = self._disk.maps.segments
+        later = [each for each in table.in_use if table.txid[each] > txid]
+        if not later:
+            return 0
+        first = min(later, key=table.sequence.__getitem__)
+        before = max((known for each in table.in_use if (known := table.txid[each]) <= txid), default=0)
+        passed = table.end[first] * (txid - before) // (table.txid[first] - before)
+        return sum(table.end[each] for each in later) - passed
+
     def read(self, after: Position, limit_bytes: int, done: Answer) -> None:
         """See ReplicaLog.modifications."""
         _Walk(self, self._disk, self._files, after, limit_bytes, done)

@@ -169,6 +169,10 @@ class Replica:
     ) -> None:
         self._reading.read(after, limit_bytes, done)
 
+    def log_bytes_after(self, txid: int) -> int:
+        """See LogReading.bytes_after."""
+        return self._reading.bytes_after(txid)
+
     def cut(self, at: Position, done: Done) -> None:
         disk = self.disk
         call_soon = disk.call_soon

@@ -23,6 +23,7 @@ from metadata.seams import Connection, Network, Receiver
 from metadata.waiting import answer_of
 from nbdserver.host.clock import HostClock
 from nbdserver.host.tls_network import DATA_PROTOCOL, PeerContexts, TlsNetwork, make_data_contexts
+from nbdserver.logdisk.replica import Replica
 from nbdserver.node.cluster_clients import ClusterClients
 from nbdserver.node.family_requests import FamilyRequests
 from nbdserver.node.open_family import NOT_OWNED, FamilyError, NotOwnedError
@@ -32,7 +33,7 @@ from nbdserver.node.placement import worker_of
 from nbdserver.node.refusals import Refusals
 from nbdserver.node.served_family import ServedFamily
 from nbdserver.replication.copy_budget import CopyBudget
-from nbdserver.replication.link import Link
+from nbdserver.replication.link import Link, State
 from nbdserver.replication.owner import Owner
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.replication.peer_stream import PeerStream
@@ -211,7 +212,12 @@ class ReplicaRequests:
         return {
             "role": "owner" if owner is not None else "candidate" if part.is_candidate else "following",
             "value": None if value is None else asdict(value),
-            "links": [] if owner is None else [_link(owner, link) for link in owner.links.values()],
+            "links": []
+            if owner is None
+            else [
+                _link(owner, link) | _from_the_log(link, replica.replica, self._clock.now())
+                for link in owner.links.values()
+            ],
             "resync_regions": replica.replica.resync_count,
             "differences": [asdict(each) for each in part.differences],
             "last_txid": replica.replica.last.txid,
@@ -235,6 +241,15 @@ def _link(owner: Owner, link: Link) -> dict[str, Any]:
         "reason": link.reason or link.copying.reason,
         "disk": owner.in_sync.lost.get(link.node, SLOW if owner.slow_disks.is_slow(link.node) else ""),
     }
+
+
+def _from_the_log(link: Link, log: Replica, now_s: float) -> dict[str, int]:
+    """What a replica still gets from the owner's log."""
+    left = total = 0
+    if link.state is State.CATCHING_UP and link.opened is not None:
+        left, total = (log.log_bytes_after(at.txid) for at in (link.appended, link.opened.last))
+    per_s = (total - left) / max(now_s - link.copying.began_s, 1.0)
+    return {"log_left_bytes": left, "log_total_bytes": total, "log_bytes_per_s": max(0, int(per_s))}
 
 
 def _no_call(stream: Connection) -> Receiver | None:

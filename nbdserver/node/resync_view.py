@@ -2,7 +2,8 @@
 waits.
 
 Theory: only the owner of a family knows what a replica lacks; every node can ask the owners. It is told in regions, and
-what these hold is an estimate, by those that have been read so far: before the first one, as much as a region can.
+what these hold is an estimate, by those that have been read so far: before the first one, as much as a region can. What
+comes from the owner's log is told by how long that is.
 
 Rules: pure, but for `ResyncView.rows`, which asks.
 """
@@ -25,39 +26,40 @@ ASK_S = 3.0
 Row = dict[str, Any]
 
 COPYING, CONNECTING, WAITING, SILENT, UNKNOWN = "copying", "connecting", "waiting", "silent", "unknown"
-"""What a replica does that is not in sync: it gets regions; its node is up and its replica is not reached yet; it
-waits, `reason` says for what; its node is not heard; nobody who knows can be asked."""
+"""What a replica does that is not in sync: it gets regions, or what was logged; its node is up and its replica is not
+reached yet; it waits, `reason` says for what; its node is not heard; nobody who knows can be asked."""
 
 
 def row(family: Family, value: ReplicaSet, node: str, is_up: bool, link: Mapping[str, Any] | None) -> Row:
     """Of a replica that is not in sync; `link` is what the owner says of it."""
-    left = int(link["regions_left"]) if link else 0
-    bytes_per_s = float(link["bytes_per_s"]) if link else 0.0
-    region_bytes = int(link.get("region_bytes", REGION_BYTES)) if link else 0  # owners of before do not say
-    left_bytes = left * region_bytes
-    state = _state(is_up, link, left, bytes_per_s)
+    told = link or {"regions_left": 0, "regions_total": 0, "bytes_per_s": 0}
+    region_bytes = int(told.get("region_bytes", REGION_BYTES))  # owners of before do not say, nor of the log
+    left_bytes = int(told["regions_left"]) * region_bytes + int(told.get("log_left_bytes", 0))
+    total_bytes = int(told["regions_total"]) * region_bytes + int(told.get("log_total_bytes", 0))
+    bytes_per_s = float(told["bytes_per_s"]) + float(told.get("log_bytes_per_s", 0))
+    state = _state(is_up, link, left_bytes, bytes_per_s)
     return {
         "volume": family.name,
         "node": node,
         "owner": value.owner,
         "state": state,
         "left_bytes": left_bytes if link else None,
-        "total_bytes": int(link["regions_total"]) * region_bytes if link else None,
+        "total_bytes": total_bytes if link else None,
         "bytes_per_s": round(bytes_per_s),
-        "left_s": round(left_bytes / bytes_per_s) if left and bytes_per_s else None,
+        "left_s": round(left_bytes / bytes_per_s) if left_bytes and bytes_per_s else None,
         "reason": str(link["reason"]) if link and state in (CONNECTING, WAITING) else "",
         "disk": str(link.get("disk", "")) if link else "",
     }
 
 
-def _state(is_up: bool, link: Mapping[str, Any] | None, left: int, bytes_per_s: float) -> str:
+def _state(is_up: bool, link: Mapping[str, Any] | None, left_bytes: int, bytes_per_s: float) -> str:
     if not is_up:
         return SILENT
     if link is None:
         return UNKNOWN
     if link["state"] in ("connecting", "opening"):
         return CONNECTING
-    return COPYING if left and (bytes_per_s or not link["reason"]) else WAITING
+    return COPYING if left_bytes and (bytes_per_s or not link["reason"]) else WAITING
 
 
 class ResyncView:

@@ -89,7 +89,8 @@ class Copying:
         self._done_s: deque[float] = deque()  # when regions were copied lately
         self._looked_at = 0  # regions that were read on this stream
         self._looked_at_bytes = 0
-        self._began_s = clock.now()
+        self.began_s = clock.now()
+        """When its stream was opened."""
 
     # --- how it stands ---
 
@@ -108,7 +109,7 @@ class Copying:
         """Of what regions hold, whatever of it had to travel, in the last RATE_S."""
         now_s = self._clock.now()
         self._forget_old(now_s)
-        over_s = min(RATE_S, max(now_s - self._began_s, 1.0))
+        over_s = min(RATE_S, max(now_s - self.began_s, 1.0))
         return int(len(self._done_s) * self.region_bytes / over_s)
 
     @property
@@ -132,7 +133,7 @@ class Copying:
         self._left = sorted(regions, reverse=True)
         self.regions_total = len(self._left)
         self._compares = version >= KINDS_SINCE[Kind.COMPARE]
-        self._began_s = self._clock.now()
+        self.began_s = self._clock.now()
         self._done_s.clear()
         self._looked_at = self._looked_at_bytes = 0
 

@@ -134,3 +134,15 @@ def test_records_that_are_longer_than_what_is_read_at_a_time_are_not_read_twice(
     assert found is not None
     assert plain(found) == plain(told)
     assert read_bytes < 1.5 * 20 * 8 * BLOCK_BYTES
+
+
+def test_it_is_told_about_how_long_the_log_is_behind_a_place() -> None:
+    family, told = owner()
+    for number in range(40):
+        family.put(number, number + 1, count=4)
+    replica = family.replica
+    whole = replica.log_bytes_after(0)
+    assert 40 * 4 * BLOCK_BYTES < whole < 1.2 * 40 * 4 * BLOCK_BYTES
+    assert replica.log_bytes_after(told[-1].txid) == 0
+    for at, modification in enumerate(told):
+        assert abs(replica.log_bytes_after(modification.txid) - whole * (1 - (at + 1) / len(told))) < 8 * BLOCK_BYTES

@@ -89,3 +89,15 @@ def test_what_a_replica_lacks_is_told_by_the_owners_word(
     if link is not None and link["regions_left"]:
         assert (told["left_bytes"], told["total_bytes"]) == (12 * MIB, 40 * MIB)
         assert row(FAMILY, VALUE, "n3", is_up, link | {"region_bytes": 1 * MIB})["left_bytes"] == 3 * MIB
+
+
+def test_what_a_replica_gets_from_the_log_is_told_too() -> None:
+    link = LINK | {"regions_left": 0, "regions_total": 0, "bytes_per_s": 0, "reason": ""}
+    told = row(
+        FAMILY,
+        VALUE,
+        "n3",
+        True,
+        link | {"log_left_bytes": 6 * MIB, "log_total_bytes": 9 * MIB, "log_bytes_per_s": MIB},
+    )
+    assert (told["state"], told["left_bytes"], told["total_bytes"], told["left_s"]) == ("copying", 6 * MIB, 9 * MIB, 6)
