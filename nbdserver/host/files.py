@@ -73,7 +73,11 @@ class HostFiles:
         """Make a file of allocated zeros and return its handle. OSError (ENOSPC...) leaves nothing behind."""
         handle = self._allocate(path, size_bytes)
         if size_bytes:
-            self._preparer.run(_ignore, _bring_in, os.dup(handle), size_bytes)
+            try:
+                own = os.dup(handle)  # the caller may close his any time
+            except OSError:
+                return handle  # no descriptor is left for what is not needed
+            self._preparer.run(_ignore, _bring_in, own, size_bytes)
         return handle
 
     def _allocate(self, path: str, size_bytes: int) -> int:

@@ -78,6 +78,16 @@ def test_a_created_file_is_brought_into_the_page_cache(
     files.close(handle)
 
 
+def test_a_file_is_created_with_the_last_descriptor(files: HostFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: int) -> int:
+        raise OSError(errno.EMFILE, "no descriptor is left")
+
+    monkeypatch.setattr(os, "dup", none_left)
+    handle = files.create("a", 4096)
+    assert files.read(handle, 4096, 0) == bytes(4096)
+    files.close(handle)
+
+
 def test_a_file_that_does_not_fit_leaves_nothing_behind(files: HostFiles) -> None:
     with pytest.raises(OSError) as caught:
         files.create("huge", 1 << 55)
