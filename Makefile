@@ -57,7 +57,7 @@ bench-cluster: $(VENV)/installed-for-tests  ## three replicas of ours beside thr
 simulate: $(VENV)/installed-for-tests  ## run fresh seeds for MINUTES on all cores, or one SEED again with its story; WORLD says of what
 	@exec $(BIN)/python -m tests.simulation --world $(WORLD) $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
 
-soak: $(VENV)/installed-for-tests  ## kill, stop and cut off the nodes of a real cluster for MINUTES, watching their memory; OF=directory: of their directories alone
+soak: $(VENV)/installed-for-tests  ## kill, stop and cut off the nodes of a real cluster for MINUTES, watching their memory; OF=directory: of their directories alone; OF=replicas: volumes on three nodes whose network is cut and whose disks hang and run full (as root), compared on disk in the end
 	@tests/provision.sh
 	exec $(BIN)/python -m tests.interop.soak --minutes $(MINUTES) --of $(OF) $(if $(SEED),--seed $(SEED))
 

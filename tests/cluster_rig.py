@@ -140,7 +140,7 @@ class ClusterRig:
     def make(self, name: str, *more: str, cluster: str = "test") -> Path:
         """The settings of one more node; those that were there before the cluster are kept."""
         config = self._directory / name / "node.yaml"
-        config.parent.mkdir()
+        config.parent.mkdir(exist_ok=True)  # a file system of its own may be mounted there
         config.write_text(f"# of {name}\ndata: {config.parent / 'data'}\n")
         words = ["join", self.token] if self.token else ["init", cluster]
         if not self.token:

@@ -36,6 +36,7 @@ class Request:
 
     blocks: range = range(0)
     versions: dict[int, int] = field(default_factory=dict)
+    sent_s: float = field(default_factory=time.monotonic)
     is_flush: bool = False
     is_fua: bool = False
 
@@ -52,6 +53,11 @@ class Judge:
         self.trimmed: set[tuple[int, int]] = set()  # (block, version): versions that show zeros
         self.dead: set[tuple[int, int]] = set()  # (block, version) that a crash undid: never to be seen again
         self.flushes = self.writes = 0
+        self.longest_s = 0.0
+        """From any request to its reply."""
+        self.may_refuse = 0
+        """An errno that a write may get; it has happened then, or not."""
+        self.refused = 0
         self._dirty: set[int] = set()  # blocks with acknowledged versions above their floor
 
     def write_until(self, client: Client, deadline: float, finish: bool = False) -> None:
@@ -64,11 +70,15 @@ class Judge:
                 cookie, request = self._send(client, busy)
                 in_flight[cookie] = request
             reply = client.receive()
-            if reply.error:
-                raise AssertionError(f"the server answered errno {reply.error}")
             request = in_flight.pop(reply.cookie)
             busy.difference_update(request.blocks)
-            self._answered(request)
+            self.longest_s = max(self.longest_s, time.monotonic() - request.sent_s)
+            if not reply.error:
+                self._answered(request)
+            elif reply.error == self.may_refuse and not request.is_flush:
+                self.refused += 1
+            else:
+                raise AssertionError(f"the server answered errno {reply.error}")
 
     def _send(self, client: Client, busy: set[int]) -> tuple[int, Request]:
         lot = self.random.random()

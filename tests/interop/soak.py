@@ -1,9 +1,10 @@
 """What can happen to a cluster of real nodes, at random, for a while: `make soak MINUTES=10`.
 
-    python -m tests.interop.soak [--minutes 10] [--seed N] [--of nodes|directory]
+    python -m tests.interop.soak [--minutes 10] [--seed N] [--of nodes|directory|replicas]
 
-Rounds of `whole_nodes`, or of `directory_cluster`, which has more of them and counts what is confirmed, one after the
-other, a line for each. In the end a line of JSON says what was done and how much memory the processes have: in no life
+Rounds of `whole_nodes`, of `directory_cluster`, which has more of them and counts what is confirmed, or of
+`replica_site`, whose replicas are compared on disk when all is over (as root), one after the other, a line for each. In
+the end a line of JSON says what was done and how much memory the processes have: in no life
 may one grow by more than GROWTH_MIB after the first SETTLED_S. A round that fails ends it all. The seed draws the
 rounds; their timing is the machine's own.
 """
@@ -11,15 +12,20 @@ rounds; their timing is the machine's own.
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import PORTS, Processes
+from tests.conftest import PORTS, SEARCH_PATH, Processes
 from tests.interop.directory_cluster import DirectoryCluster
+from tests.interop.disks import Disk
+from tests.interop.replica_site import DISK_BYTES, NODES, ReplicaSite
 from tests.interop.site import Site
 from tests.interop.whole_nodes import WholeNodes
 from tests.serving import resident_bytes
@@ -52,15 +58,23 @@ class Memory:
             assert growth_mib < GROWTH_MIB, f"a process of {name} has grown by {growth_mib:.1f} to {has_mib:.1f} MiB"
 
 
-Rounds = dict[str, Callable[[], None]]
-Lives = Callable[[], list[tuple[str, int]]]
+@dataclass(frozen=True)
+class Soaked:
+    """What rounds happen to."""
+
+    site: Site
+    rounds: dict[str, Callable[[], None]]
+    lives: Callable[[], list[tuple[str, int]]]
+    """(of which node, pid) of the processes whose memory is watched."""
+    end: Callable[[], None] = lambda: None
+    """Looks at what is left of it."""
 
 
-def of_directory(path: Path, processes: Processes, rng: random.Random) -> tuple[Site, Rounds, Lives]:
-    """Nodes that are a directory alone. The site, the rounds, and what says which processes there are."""
+def of_directory(path: Path, processes: Processes, rng: random.Random, undo: ExitStack) -> Soaked:
+    """Nodes that are a directory alone."""
     cluster = DirectoryCluster(processes, path, _ports(rng), LOSSES_PER_CENT[0], rng)
     joiners = [f"joiner-{number}" for number in range(JOINERS)]
-    rounds: Rounds = {
+    rounds = {
         "master and registry member killed": lambda: cluster.kill_master_and_registry_member(
             joiners.pop() if joiners else ""
         ),
@@ -72,14 +86,14 @@ def of_directory(path: Path, processes: Processes, rng: random.Random) -> tuple[
         "registry killed": cluster.kill_registry,
         "a node killed": cluster.kill_some_node,
     }
-    return cluster.site, rounds, lambda: [(node.name, node.process.pid) for node in cluster.nodes]
+    return Soaked(cluster.site, rounds, lambda: [(node.name, node.process.pid) for node in cluster.nodes])
 
 
-def of_nodes(path: Path, processes: Processes, rng: random.Random) -> tuple[Site, Rounds, Lives]:
+def of_nodes(path: Path, processes: Processes, rng: random.Random, undo: ExitStack) -> Soaked:
     """Whole nodes."""
     nodes = WholeNodes(Site(processes), processes, path, _ports(rng), rng)
     joiners = [f"joiner-{number}" for number in range(JOINERS)]
-    rounds: Rounds = {
+    rounds = {
         "master and registry member killed": lambda: nodes.kill_master_and_registry_member(
             joiners.pop() if joiners and nodes.can_let_in else ""
         ),
@@ -88,10 +102,37 @@ def of_nodes(path: Path, processes: Processes, rng: random.Random) -> tuple[Site
         "registry killed": nodes.kill_registry,
         "a node killed": nodes.kill_some_node,
     }
-    return nodes.site, rounds, lambda: list(nodes.lives())
+    return Soaked(nodes.site, rounds, lambda: list(nodes.lives()))
 
 
-SOAKED = {"nodes": of_nodes, "directory": of_directory}
+def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: ExitStack) -> Soaked:
+    """Whole nodes with a replicated volume, each on a file system of its own. Their memory is that of their caches."""
+    disks: dict[str, Disk] = {}
+    for name in NODES:
+        disks[name] = Disk(processes, path / "disks" / name, path / name, DISK_BYTES, _program)
+        undo.callback(disks[name].close)
+    nodes = ReplicaSite(Site(processes), processes, path, _ports(rng), rng)
+    rounds = {
+        "a replica cut off": nodes.cut_a_replica_off,
+        "owner and replica cut one way": nodes.cut_one_way,
+        "the owner cut off": nodes.cut_the_owner_off,
+        "the master cut off": nodes.cut_the_master_off,
+        "the registry cut off": nodes.cut_the_registry_off,
+        "a disk stands still": lambda: nodes.a_disk_stands_still(disks),
+        "a disk is slow": lambda: nodes.a_disk_is_slow(disks),
+        "a disk is full": lambda: nodes.a_disk_is_full(disks),
+        "a disk is taken whole": lambda: nodes.a_disk_is_taken_whole(disks),
+    }
+    return Soaked(nodes.site, rounds, list, nodes.stop_and_compare)
+
+
+SOAKED = {"nodes": of_nodes, "directory": of_directory, "replicas": of_replicas}
+
+
+def _program(program: str, package: str) -> str:
+    found = shutil.which(program, path=SEARCH_PATH)
+    assert found is not None, f"{program} is missing: apt-get install {package}"
+    return found
 
 
 def _ports(rng: random.Random) -> Callable[[], int]:
@@ -99,21 +140,25 @@ def _ports(rng: random.Random) -> Callable[[], int]:
     return lambda: next(ports)
 
 
-def soak(of: str, duration_s: float, seed: int, path: Path, processes: Processes) -> dict[str, object]:
-    """Run rounds for so long; the figures. AssertionError if something is wrong."""
+def soak(of: str, duration_s: float, seed: int, path: Path, processes: Processes, undo: ExitStack) -> dict[str, object]:
+    """Run rounds for so long; the figures. AssertionError if something is wrong. `undo` is done when the processes have
+    ended."""
     rng = random.Random(seed)
-    site, rounds, lives = SOAKED[of](path, processes, rng)
+    soaked = SOAKED[of](path, processes, rng, undo)
+    rounds = soaked.rounds
     begun_s, memory, done = time.monotonic(), Memory(), Counter[str]()
     longest_s = 0.0
     while (now_s := time.monotonic()) < begun_s + duration_s:
         name, loss = rng.choice(list(rounds)), rng.choice(LOSSES_PER_CENT)
-        site.lose(loss)
+        soaked.site.lose(loss)
         rounds[name]()
         took_s = time.monotonic() - now_s
         longest_s = max(longest_s, took_s)
         done[name] += 1
-        memory.look(lives())
+        memory.look(soaked.lives())
         print(f"{now_s - begun_s:5.0f} s  {name}, {loss} % lost: {took_s:.1f} s", flush=True)
+    soaked.site.lose(0)
+    soaked.end()
     return {
         "of": of,
         "seed": seed,
@@ -130,11 +175,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="a cluster of real nodes under random faults")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--of", choices=SOAKED, default="nodes", help="whole nodes, or their directories alone")
+    parser.add_argument(
+        "--of", choices=SOAKED, default="nodes", help="whole nodes, their directories alone, or replicas"
+    )
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="soak-") as path, Processes() as processes:
-        print(json.dumps(soak(arguments.of, arguments.minutes * 60, arguments.seed, Path(path), processes)))
+    with tempfile.TemporaryDirectory(prefix="soak-") as path, ExitStack() as undo, Processes() as processes:
+        print(json.dumps(soak(arguments.of, arguments.minutes * 60, arguments.seed, Path(path), processes, undo)))
     return 0
 
 
