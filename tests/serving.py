@@ -13,7 +13,7 @@ import httpx
 
 from tests.conftest import ROOT, Processes
 
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 120.0
 GONE_TIMEOUT_S = 10.0
 PATIENCE_S = 30.0
 PROGRAM = (sys.executable, "-m", "nbdserver")
