@@ -22,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help run cluster test lint fuzz bench bench-cluster simulate soak soak-replicas power-loss man clean
+.PHONY: help run cluster test lint fuzz bench bench-cluster simulate soak soak-replicas power-loss power-loss-replicas man clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -67,6 +67,10 @@ soak-replicas: $(VENV)/installed-for-tests  ## kill, stop and replace data proce
 power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS times under writes
 	@tests/provision.sh
 	POWER_LOSS_ROUNDS=$(ROUNDS) exec $(BIN)/python -m pytest -s tests/kernel/test_power_loss.py
+
+power-loss-replicas: $(VENV)/installed-for-tests  ## cut the power of three virtual machines with replicas ROUNDS times under writes, of one and of all
+	@tests/provision.sh
+	POWER_LOSS_ROUNDS=$(ROUNDS) exec $(BIN)/python -m pytest -s tests/kernel/replicas_power_loss.py
 
 man: $(VENV)/installed  ## write docs/nbdserver.1 from the program's own help
 	@$(BIN)/python -m nbdserver.cli.manual docs

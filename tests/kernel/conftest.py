@@ -3,6 +3,7 @@
 import pytest
 
 from tests.kernel.build import Images, MissingError, images
+from tests.kernel.frozen import FrozenNode, frozen_node
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +12,9 @@ def guest_images() -> Images:
         return images()
     except MissingError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def frozen(guest_images: Images) -> FrozenNode:
+    """What machines with a node in them go on from."""
+    return frozen_node(guest_images)

@@ -1,37 +1,38 @@
-"""A guest with the node in it, whose power is cut while a judge outside writes to it.
+"""Guests with a node in each, whose power is cut while a judge outside writes to them.
 
-The node runs without its HTTP API, whose libraries take ten seconds to load in an emulated processor.
+The node runs without its HTTP API, whose libraries take ten seconds to load in an emulated processor. A machine that is
+powered on does not boot: it goes on from a state in which no disk was mounted yet (frozen.py).
 
 Known weakness: the disk itself loses nothing. That a write reached the disk but not its medium is the simulation's to
 show.
 """
 
+import base64
 import contextlib
-import py_compile
+import json
 import re
+import secrets
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.conftest import ROOT
 from tests.durability import Judge, LostError
-from tests.kernel.build import Images
-from tests.kernel.guest import Guest
+from tests.kernel.frozen import DISK_BYTES, LOG, SHAPE, START, FrozenNode
+from tests.kernel.guest import Guest, Link
 from tests.nbd_client import Client
 
 PORT = 10809
+DESK_PORT = 10812
 VOLUME = "disk0"
 VOLUME_BYTES = 256 << 20
 JUDGED_BLOCKS = 4096  # 16 MiB, overwritten again and again: segments fill up with what is dead, and are recycled
-SEGMENT_BYTES = 4 << 20  # so that some seconds of an emulated machine fill, seal and recycle many
-DISK_BYTES = 2 << 30
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 600.0
 NEVER = 0
+ENTROPY_BYTES = 64
 
-UNCHECKED_HASH = py_compile.PycInvalidationMode.UNCHECKED_HASH
-NODE = Path(__file__).with_name("node_in_guest.py").read_text()
-WITHOUT_SYNC = b"import os\nos.fdatasync = lambda descriptor: None\n"
+# Segments so small that some seconds of an emulated machine fill, seal and recycle many.
+SETTINGS = f"data: /data/node\nlisten: 0.0.0.0:{PORT}\nsegment: 4M\ncache: 64M\nmax_connections: 16\n"
 
 
 class NotServedError(LostError):
@@ -39,42 +40,106 @@ class NotServedError(LostError):
 
 
 class Machine:
-    """A guest with the node in it; every `start` is a power-on with the same disk."""
+    """A machine with a disk and a node on it, which is powered on and off."""
 
-    def __init__(self, images: Images, folder: Path, port: int, without_sync: bool = False) -> None:
-        self._images = images
+    def __init__(
+        self,
+        frozen: FrozenNode,
+        folder: Path,
+        settings: str,
+        forward: Mapping[int, int],
+        *,
+        volume: Sequence[str | int] = (),
+        files: Mapping[str, bytes] | None = None,
+        links: Sequence[Link] = (),
+        network: str = "",
+        without_sync: bool = False,
+    ) -> None:
+        """`settings` are those of the node, which is told to make `volume` (name, bytes); `files` are what it
+        needs besides, by name below /code; `forward` and `links` are those of a guest; `network` is the commands that
+        make use of the links."""
+        self.generation = 0
+        """Of the volume, as of the last time it was powered on."""
+        self.disk = folder / "data.img"
+        self._frozen = frozen
         self._folder = folder
-        self._port = port
-        self._code = compiled(("protocol", "metadata", "nbdserver"), folder)
-        self._environment = f"PYTHONPATH={'/code/without_sync:' if without_sync else ''}/code:{images.python_path}"
-        self.generation = 0  # of the volume, as of the last start
-        self._disk = folder / "data.img"
-        with self._disk.open("wb") as image:
+        self._forward = dict(forward)
+        self._files = {"node.yaml": settings.encode(), **(files or {})}
+        self._links = links
+        self._network = network
+        self._told = {
+            "settings": "/code/node.yaml",
+            "volume": list(volume),
+            "desk_port": DESK_PORT,
+            "path": ["/code/without_sync"] if without_sync else [],
+        }
+        with self.disk.open("wb") as image:
             image.truncate(DISK_BYTES)
-        subprocess.run(["mke2fs", "-q", "-t", "ext4", self._disk], check=True)
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", self.disk], check=True)
 
-    @contextlib.contextmanager
-    def start(self, writeback_centisecs: int = NEVER) -> Iterator[Client]:
-        """Power on, start the node, connect; the power fails at the end. NotServedError if the node does not serve.
+    def power_on(self) -> Guest:
+        """A guest that goes on with this disk; `begin` must follow."""
+        return Guest(
+            self._frozen.images,
+            self._folder,
+            shape=SHAPE,
+            disks=[self._frozen.images.disk, self.disk],
+            forward=self._forward,
+            links=self._links,
+            state=self._frozen.state,
+        )
+
+    def begin(self, guest: Guest, writeback_centisecs: int = NEVER) -> None:
+        """Let it start its node, which `wait_until_ready` waits for.
 
         What is not synced is written back when it has been dirty for `writeback_centisecs`: never, so that a cut takes
         all of it, or soon, so that a cut finds any part of it on the disk.
         """
-        files = {**self._code, "code/node_in_guest.py": NODE.encode()}
-        files["code/without_sync/sitecustomize.py"] = WITHOUT_SYNC
-        disks = [self._images.disk, self._disk]
-        with Guest(self._images, self._folder, files=files, disks=disks, forward={self._port: PORT}) as guest:
-            guest.run(
-                f"echo {writeback_centisecs} | tee /proc/sys/vm/dirty_writeback_centisecs "
-                "/proc/sys/vm/dirty_expire_centisecs\n"
-                "mount -t ext4 -o ro /dev/vda /python; mount -t ext4 /dev/vdb /python/data\n"
-                "for folder in dev proc code; do mount --bind /$folder /python/$folder; done\n"
-                f"export {self._environment}\n"
-                f"(set +e; chroot /python {self._images.python} /code/node_in_guest.py "
-                f"/data/node 0.0.0.0:{PORT} {SEGMENT_BYTES} {VOLUME} {VOLUME_BYTES} >/tmp/node.log 2>&1; "
-                "echo node-ended with $? >>/tmp/node.log) &"
+        told = {**self._told, "entropy": secrets.token_hex(ENTROPY_BYTES)}
+        guest.wait_until_up(START_TIMEOUT_S)
+        guest.run(
+            f"date -s @{int(time.time())}\n"
+            f"echo {writeback_centisecs} | tee /proc/sys/vm/dirty_writeback_centisecs "
+            "/proc/sys/vm/dirty_expire_centisecs\n"
+            f"{self._network}\n"
+            "blockdev --flushbufs /dev/vdb; mount -t ext4 /dev/vdb /python/data\n"
+            + "".join(
+                f"echo {base64.b64encode(content).decode()} | base64 -d >/code/{name}\n"
+                for name, content in self._files.items()
             )
-            self._wait_until_ready(guest)
+            + f"echo '{json.dumps(told)}' >{START}",
+            START_TIMEOUT_S,
+        )
+
+    def wait_until_ready(self, guest: Guest) -> None:
+        """NotServedError if the node ends."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            log = guest.run(f"cat {LOG}", START_TIMEOUT_S)
+            if "node-ended" in log:
+                raise NotServedError(f"the node ended; it printed: {log}")
+            if re.search(r"^ready$", log, re.MULTILINE):
+                generation = re.search(r"^generation (\d+)$", log, re.MULTILINE)
+                self.generation = int(generation[1]) if generation else 0
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"the node was not ready in {START_TIMEOUT_S:.0f} s; it printed: {log}")
+
+
+class SingleNode(Machine):
+    """A machine whose node stands alone, with one volume."""
+
+    def __init__(self, frozen: FrozenNode, folder: Path, port: int, without_sync: bool = False) -> None:
+        volume = (VOLUME, VOLUME_BYTES)
+        super().__init__(frozen, folder, SETTINGS, {port: PORT}, volume=volume, without_sync=without_sync)
+        self._port = port
+
+    @contextlib.contextmanager
+    def start(self, writeback_centisecs: int = NEVER) -> Iterator[Client]:
+        """Power on and connect; the power fails at the end."""
+        with self.power_on() as guest:
+            self.begin(guest, writeback_centisecs)
+            self.wait_until_ready(guest)
             client = Client(("127.0.0.1", self._port), VOLUME, timeout_s=START_TIMEOUT_S)
             try:
                 yield client
@@ -82,34 +147,11 @@ class Machine:
                 guest.kill()  # before the connection is closed: the cut comes in the middle of writes
                 client.close()
 
-    def _wait_until_ready(self, guest: Guest) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            log = guest.run("cat /tmp/node.log 2>/dev/null || true")
-            ready = re.search(r"^generation (\d+)$", log, re.MULTILINE)
-            if ready:
-                self.generation = int(ready[1])
-                return
-            if "node-ended" in log:
-                raise NotServedError(f"the node ended; it printed: {log}")
-            time.sleep(0.2)
-        raise AssertionError(f"the node was not ready in {START_TIMEOUT_S:.0f} s; it printed: {log}")
-
-
-def compiled(packages: Sequence[str], scratch: Path) -> dict[str, bytes]:
-    """The product's modules as {path in the guest: compiled content}, because compiling them there takes seconds."""
-    files = {}
-    for source in (path for package in packages for path in (ROOT / package).rglob("*.py")):
-        target = scratch / "module.pyc"
-        py_compile.compile(str(source), str(target), doraise=True, invalidation_mode=UNCHECKED_HASH)
-        files[f"code/{source.relative_to(ROOT).with_suffix('.pyc')}"] = target.read_bytes()
-    return files
-
 
 def write_until_the_power_fails(
-    machine: Machine, judge: Judge, duration_s: float, writeback_centisecs: int = NEVER
+    node: SingleNode, judge: Judge, duration_s: float, writeback_centisecs: int = NEVER
 ) -> None:
     """Power on, check what is there, write; the power fails in the middle of it."""
-    with machine.start(writeback_centisecs) as client:
+    with node.start(writeback_centisecs) as client:
         judge.check(client, acknowledged_too=False)
         judge.write_until(client, time.monotonic() + duration_s)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.durability import Judge
-from tests.kernel.build import Images
-from tests.kernel.powered import JUDGED_BLOCKS, NEVER, Machine, write_until_the_power_fails
+from tests.kernel.frozen import FrozenNode
+from tests.kernel.powered import JUDGED_BLOCKS, NEVER, SingleNode, write_until_the_power_fails
 
 ROUNDS = int(os.environ.get("POWER_LOSS_ROUNDS", "3"))
 SEED = int(os.environ.get("POWER_LOSS_SEED", str(random.SystemRandom().randrange(1 << 32))))
@@ -20,11 +20,11 @@ SHORTEST_S, LONGEST_S = 0.5, 4.0
 
 
 def test_a_power_cut_loses_nothing_that_was_flushed(
-    guest_images: Images, tmp_path: Path, free_port: Callable[[], int]
+    frozen: FrozenNode, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     print(f"POWER_LOSS_SEED={SEED}")
     generator = random.Random(SEED)
-    machine = Machine(guest_images, tmp_path, free_port())
+    machine = SingleNode(frozen, tmp_path, free_port())
     judge = Judge(JUDGED_BLOCKS, generator)
     for number in range(ROUNDS):
         flushes, generation = judge.flushes, machine.generation

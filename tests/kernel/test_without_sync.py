@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.durability import Judge, LostError
-from tests.kernel.build import Images
-from tests.kernel.powered import JUDGED_BLOCKS, Machine, write_until_the_power_fails
+from tests.kernel.frozen import FrozenNode
+from tests.kernel.powered import JUDGED_BLOCKS, SingleNode, write_until_the_power_fails
 
 WRITING_S = 4.0
 
 
 def test_a_build_that_does_not_sync_is_found_out_by_a_power_cut(
-    guest_images: Images, tmp_path: Path, free_port: Callable[[], int]
+    frozen: FrozenNode, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    machine = Machine(guest_images, tmp_path, free_port(), without_sync=True)
+    machine = SingleNode(frozen, tmp_path, free_port(), without_sync=True)
     judge = Judge(JUDGED_BLOCKS, random.Random())
     write_until_the_power_fails(machine, judge, WRITING_S)
     assert judge.flushes
