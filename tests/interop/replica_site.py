@@ -272,7 +272,8 @@ class ReplicaSite:
 
     def a_disk_is_full(self, disks: Mapping[str, Disk]) -> None:
         """Somebody takes most room of a replica's file system, and clients write until theirs is used up: writes are
-        refused, reads and trims go on, all replicas stay in sync. When the room is given back all goes on by itself."""
+        refused (unless that node has been too slow to stay in sync), reads and trims go on. When the room is given back
+        all goes on by itself."""
         owner = self.owner()
         full = self.one_of(*self.others(owner))
         self.judge.may_refuse = errno.ENOSPC
@@ -280,15 +281,14 @@ class ReplicaSite:
             client = self.attach(owner)
             disks[full].fill(LEFT_BYTES)
             more = range(BULK_FROM, client.size_bytes, PIECE_BYTES)
-            refused = next((at for at in more if client.request(Command.WRITE, at, data=PIECE).error), None)
-            assert refused is not None, "a replica without room has taken everything"
+            is_refused = any(client.request(Command.WRITE, at, data=PIECE).error for at in more)
+            assert is_refused or full not in self.in_sync(owner), "a replica without room has taken everything"
             assert client.read(BULK_FROM, PIECE_BYTES) == PIECE
             wait(lambda: f"{full} is " in self.nodes[owner].findings(), f"that {full} is full is told")
-            assert set(self.in_sync(owner)) == set(NODES)
             assert client.request(Command.TRIM, BULK_FROM, client.size_bytes - BULK_FROM).error == 0
             disks[full].give_back()
-            wait(lambda: client.request(Command.WRITE, refused, data=PIECE).error == 0, "there is room again")
-            assert client.request(Command.TRIM, refused, PIECE_BYTES).error == 0
+            wait(lambda: client.request(Command.WRITE, BULK_FROM, data=PIECE).error == 0, "there is room again")
+            assert client.request(Command.TRIM, BULK_FROM, PIECE_BYTES).error == 0
             client.close()
             writing.goes_on()
         self.judge.may_refuse = 0
