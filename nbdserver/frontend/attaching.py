@@ -9,6 +9,7 @@ Rules
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from metadata.seams import Clock, Connection, Network
 from nbdserver.frontend.away_client import Answer, AwayClient
@@ -39,6 +40,7 @@ class Attaching:
         self._ask = ask
         self._asked: dict[tuple[str, tuple[str, ...], bool], list[Callable[[Answer], None]]] = {}
         self._keeping: dict[str, Keeping] = {}
+        self._return_s: dict[str, float] = {}  # until when those processes may take to be there again
         self._last = 0
         server.attach = self.attach
 
@@ -64,6 +66,17 @@ class Attaching:
         for done in self._asked.pop(question):
             done(answer)
 
+    def returns(self, address: str) -> bool:
+        """Whether the process there has said that the next one will serve what it did, and has time left for that."""
+        return self.clock.now() < self._return_s.get(address, 0.0)
+
+    def has_returned(self, address: str) -> None:
+        """It serves clients."""
+        self._return_s.pop(address, None)
+
+    def _returns(self, address: str, within_s: float) -> None:
+        self._return_s[address] = self.clock.now() + within_s
+
     def keep(self, client: AwayClient, address: str, network: Network) -> tuple[int, Keeping]:
         """A number for a client that goes to this address, and who looks whether that lives."""
         self._last += 1
@@ -76,6 +89,7 @@ class Attaching:
                 self.forwarder,
                 lambda: self._last,
                 lambda: self._keeping.pop(address),
+                partial(self._returns, address),
             )
         keeping.add(self._last, client)
         return self._last, keeping

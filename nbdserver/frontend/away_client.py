@@ -47,7 +47,7 @@ ATTACH_S = 15.0  # a takeover waits for a grant to run out, and for members that
 AGAIN_S = 120.0
 """So long may a client be without a node that serves it: time for a machine to start again, and as long as Linux leaves
 a task that waits for a disk without a word. Initiators of iSCSI wait as long."""
-PATIENT_S = 1.5  # with an owner that has given its volume up and answers: another one takes it over meanwhile
+PATIENT_S = 1.5  # with an owner that is not silent: it moves its volume, or is started again
 RETRY_S = 0.25
 TRIES = 8
 FINISH_S = 0.3
@@ -108,6 +108,7 @@ class AwayClient:
         self._lineage = 0  # of what it has entered; 0 until then
         self._offered = 0  # the lineage of what it is about to enter
         self._waits_since_s: float | None = None  # for another node
+        self._lost_at = ""  # the address of the owner that was lost
         self._entered_s = 0.0
         self._tries = 0
         self._answered_before = 0
@@ -194,9 +195,13 @@ class AwayClient:
         self._retry = None
         self.drop_if_gone()
         if self._ended is not None:
-            waits_s = self._clock.now() - (self._waits_since_s or 0.0)
-            patiently = self._waits_since_s is not None and not self._failed and waits_s < PATIENT_S
-            self._attaching.ask(self.export, self._failed, patiently, self._answered)
+            self._attaching.ask(self.export, self._failed, self._is_patient(), self._answered)
+
+    def _is_patient(self) -> bool:
+        """Whether the owner that was lost has time left to be one again, or to give the volume to another."""
+        if self._waits_since_s is None or self._failed:
+            return False
+        return self._clock.now() - self._waits_since_s < PATIENT_S or self._attaching.returns(self._lost_at)
 
     def _answered(self, answer: Answer) -> None:
         if self._ended is None:
@@ -302,6 +307,7 @@ class AwayClient:
         assert self._there is not None
         self._entered_s = self._clock.now()
         self._lineage = self._offered
+        self._attaching.has_returned(self._there.address)
         if self._waits_since_s is not None:
             waited_s = self._entered_s - self._waits_since_s
             self._waits_since_s = None
@@ -312,7 +318,7 @@ class AwayClient:
         if self._waits_since_s is not None:
             self._not_there(reason)
             return
-        node = self._there.node
+        node, self._lost_at = self._there.node, self._there.address
         self._leave_there()
         if not self._lineage:
             self.disconnect(f"{node} has dropped it, and its program does not let clients go on elsewhere: {reason}")

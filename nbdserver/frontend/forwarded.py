@@ -11,6 +11,8 @@ Rules
   of them are still there (LOOK); those that it does not name are dropped. So is a client that comes here directly.
 - A number that the forwarder has given up is not served, whenever it comes.
 - A forwarder that names clients which are not here is told which are: that one was ended it may never have heard.
+- When the program is replaced its clients are dropped, and their forwarders told that it returns: a KEEP of beat 0, and
+  its `last` is how many seconds that may take.
 - One that the operator has disconnected here does not go on when it is brought again.
 - The clients of a forwarder that has not been heard of for FORWARD_S are dropped: it has dropped them too.
 
@@ -36,6 +38,9 @@ from protocol.peer_clients import Forward, Forwarded, Keep, Kept, Look
 from protocol.peer_frames import encode
 
 DISMISSED_LIMIT = 1024
+RETURN_S = 20.0
+"""So long may the next program take until it serves what this one has; a takeover may wait for members that do not
+answer."""
 
 
 class ForwardedClients:
@@ -48,7 +53,7 @@ class ForwardedClients:
         self._forwarders: dict[bytes, _Forwarder] = {}
         self._waiting: list[_Waiting] = []
         self._looks = 0
-        server.unsettled = self.unsettled
+        server.unsettled, server.leaving = self.unsettled, self._say_that_it_returns
 
     def accept(self, stream: PeerStream, frame: Forward | Keep) -> None:
         """A stream begins with this frame."""
@@ -103,6 +108,12 @@ class ForwardedClients:
         connection.send(encode(Forwarded(lineage=export.lineage)))
         connection.redirect(session)
         session.go_on()
+
+    def _say_that_it_returns(self) -> None:
+        """The next program will serve them: nobody needs to take over what is served here."""
+        for key, forwarder in self._forwarders.items():
+            if forwarder.stream is not None:
+                forwarder.stream.send(Keep(key, 0, int(RETURN_S), ()))
 
     # --- connections of one host by several ways ---
 

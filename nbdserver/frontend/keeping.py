@@ -51,8 +51,10 @@ class Keeping:
         forwarder: bytes,
         last: Callable[[], int],
         ended: Callable[[], object],
+        returns: Callable[[float], None],
     ) -> None:
-        """`last()` is the highest number of a client that was given. `ended()` is called when there are none here."""
+        """`last()` is the highest number of a client that was given. `ended()` is called when there are none here.
+        `returns(seconds)`: the other process is replaced, and its clients are served again within that time."""
         self.clients: dict[int, KeptClient] = {}
         self._clock = clock
         self._network = network
@@ -60,6 +62,7 @@ class Keeping:
         self._forwarder = forwarder
         self._last = last
         self._ended = ended
+        self._returns = returns
         self._heard_s = clock.now()
         self._beat = 0
         self._sent_s: dict[int, float] = {}  # of beats without an answer
@@ -138,6 +141,8 @@ class Keeping:
         if isinstance(frame, Look):
             self.drop_gone()
             stream.send(self._keep(frame.number))
+        elif isinstance(frame, Keep) and not frame.beat:
+            self._returns(float(frame.last))
         elif isinstance(frame, Keep) and frame.beat in self._sent_s:
             for number, client in list(self.clients.items()):
                 if number not in frame.numbers:

@@ -75,6 +75,8 @@ class Server:
         self.pass_on: PassOn | None = None
         self._forwardings: set[Forwarding] = set()
         self.attach: Attach | None = None
+        self.leaving: Callable[[], None] | None = None
+        """Called before clients are handed over, or dropped because they cannot be."""
         self.unsettled: Unsettled | None = None
         self._away: dict[int, Away] = {}  # by the client's number
         self._stop_listening: dict[str, Callable[[], None]] = {}
@@ -131,6 +133,8 @@ class Server:
 
     def hand_over(self, limit: int, fit: Callable[[Export], bool]) -> list[tuple[int, ClientState]]:
         """Give away the frozen sessions, at most `limit`, whose export is `fit`; the others are dropped."""
+        if self.leaving is not None:
+            self.leaving()
         given: list[tuple[int, ClientState]] = []
         for session in list(self._sessions.values()):
             export = session.export

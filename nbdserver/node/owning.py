@@ -52,7 +52,7 @@ class Owning:
 
     async def attach(self, export: str, failed: Collection[str], patiently: bool) -> dict[str, Any]:
         """Where a client shall go that wants an export: {own: true, address}: it is served here now; {node, address};
-        or {error} with one line. `patiently`: an owner that answers and does not serve it is not replaced as yet."""
+        or {error} with one line. `patiently`: an owner that does not serve it at this moment is not replaced as yet."""
         try:
             found = self._families.find(export.partition("@")[0])
             if found is None or not found[0].replicas:
@@ -78,7 +78,7 @@ class Owning:
         idle = ""
         if value.owner not in (me, *failed) and self._is_up(value.owner):
             told = await self._look_at(value.owner, family)
-            if patiently and told and not told.get("owns"):
+            if patiently and not told.get("owns"):
                 raise ConflictError(f"{value.owner} does not serve {family.name} at this moment")
             if told.get("owns") and (told.get("clients") or not replicas.may_own(value, family.id)):
                 return value.owner

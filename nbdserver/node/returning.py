@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from metadata.seams import Clock
+from nbdserver.frontend.forwarded import RETURN_S
 from nbdserver.frontend.server import Server
 from nbdserver.host.listening import descriptor_cookie
 from nbdserver.host.network import SocketNetwork
@@ -19,8 +20,6 @@ from nbdserver.node.descriptors import close_all
 from nbdserver.volume.export import Exports
 from protocol.handover import ClientState, Handover
 
-RETURN_S = 20.0
-"""A takeover may wait for members that do not answer."""
 LOOK_S = 0.05
 
 Client = tuple[ClientState, int]

@@ -311,3 +311,19 @@ def test_a_client_whose_end_was_lost_on_its_way_from_the_owner_is_told_of_by_the
     node.serve()
     stage.until(lambda: len(client.received_bytes) == 16, 8 * BEAT_S)
     assert stage.node("node-2").gone() == []
+
+
+def test_an_owner_whose_program_is_replaced_is_waited_for_and_not_for_longer_once_it_serves_again() -> None:
+    stage = Stage()
+    client = stage.attach("node-2")
+    stage.cluster.run(1.0)
+    node = stage.node("node-1")
+    node.exports.remove("disk")
+    node.server.leaving()  # type: ignore[misc]
+    attaching, address = stage.node("node-2").attaching, stage.peer_address("node-1")
+    stage.cluster.run(3.0)
+    assert attaching.returns(address)
+    assert not client.lost_because
+    node.serve()
+    assert stage.read(client, 0, 512)
+    assert not attaching.returns(address)
