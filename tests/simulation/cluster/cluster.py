@@ -164,7 +164,7 @@ class Cluster:
         self.registry.set_mix(Mix())
         for name, machine in self.machines.items():
             if name in core:
-                machine.mix = replace(machine.mix, slow=0.0, store_write_error=0.0)
+                machine.mend()
                 self.start(name)
             else:
                 machine.end(power=True)

@@ -12,7 +12,7 @@ Rules of this file
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from metadata.seams import Clock, Files, Network, Registry, Store
@@ -99,7 +99,8 @@ class Machine(World):
         self.rate = 1.0
         self._stopped_rate = 0.0
         self.mix = FaultMix(cold_read=0.0, power=1.0)
-        self.drive = SimulatedDrive(self, DRIVE_BYTES)
+        self.drive_bytes = DRIVE_BYTES
+        self.drive = SimulatedDrive(self, self.drive_bytes)
         self.table = SimulatedTable(self)
         self.life: Life | None = None
         self.node: Node | None = None
@@ -196,13 +197,20 @@ class Machine(World):
 
     def lose_disk(self) -> None:
         """The disk is replaced by an empty one; no process is running."""
-        self.drive = SimulatedDrive(self, DRIVE_BYTES)
+        self.drive = SimulatedDrive(self, self.drive_bytes)
         self.table = SimulatedTable(self)
 
     def crash_in_a_call(self, calls: int) -> None:
         """The process ends inside the call of its disk that comes after so many."""
         if self._files is not None:
             self._files.operations_left = calls
+
+    def mend(self) -> None:
+        """Its disk is fast from now on, and no call of it fails or ends the process."""
+        self.mix = replace(self.mix, slow=0.0, store_write_error=0.0)
+        if self._files is not None and self._store is not None:
+            self._files.mix = self._store.mix = self.mix
+            self._files.operations_left = None
 
     def pause(self) -> None:
         if self.life is not None:

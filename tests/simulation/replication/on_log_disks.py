@@ -13,6 +13,7 @@ Rules of this file
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from errno import ENOSPC
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ from tests.simulation.replication.replicated import (
     FamilyScenario,
     draw_replication_mix,
 )
+from tests.simulation.replication.small_disks import SmallDisks
 from tests.simulation.replication.tree_steps import TreeSteps
 from tests.simulation.replication.volumes import Volume, Volumes, judge_snapshot, lbas_of
 
@@ -59,6 +61,7 @@ class Bend:
     trouble: float | None = None  # chance of a conspiracy, an act
     of_the_tree: float | None = None  # chance of a change of the tree, instead of an operation
     rots: float | None = None  # chance that something on a disk changes, an act
+    room_segments: int = 0  # of some nodes' disks; 0: all have plenty
 
 
 class LogNode(FamilyNode):
@@ -136,6 +139,7 @@ class LogScenario(FamilyScenario):
         )
         self.rots = 0.0  # chance that something on the bad disk changes, an act
         self.tree = TreeSteps(self, rng)
+        self.small = SmallDisks(self, rng, bend.room_segments)
         self._operations = rng.choice([2, 6, 20])
         self._home = rng.choice([0, -1])  # where everybody attaches while a disk rots: not there, or there
         self._near = rng.choice([8, 44])  # blocks at the beginning of each region that are used
@@ -143,7 +147,7 @@ class LogScenario(FamilyScenario):
         drawn = rng.choice([0.0, 0.02, 0.1])
         self._of_the_tree = drawn if bend.of_the_tree is None else bend.of_the_tree
         self._left = OPERATIONS
-        self._flood = 0  # large writes that are still to come
+        self._flood = self.small.flood  # large writes that are still to come
         self._label = 0
 
     def _conspire(self) -> None:
@@ -163,12 +167,16 @@ class LogScenario(FamilyScenario):
         if owner is None or owner.is_deposed or node.disk.failure or 1 not in node.disk.maps.tree.heads:
             return
         self.knows_generation(owner)
-        offset = self._random.randrange(REGIONS) * REGION_BLOCKS * BLOCK_BYTES
+        lba = self._random.randrange(REGIONS) * REGION_BLOCKS
+        if self.small.flooded_blocks > 1:
+            lba += self._random.randrange(self.small.flooded_blocks)
+        offset = lba * BLOCK_BYTES
         length = min(FLOOD_BLOCKS * BLOCK_BYTES, node.disk.head(1).size_bytes - offset)
         if length > 0 and not self.tree.holds(node):
             self.change(node, owner, 1, self.volumes.sure[1], offset, length, discards=False)
 
     def begin_family(self, names: Sequence[str]) -> None:
+        self.small.begin(names, SEGMENT_BYTES)
         if self.rots:  # some appends land elsewhere too
             bad = self.cluster.machines[names[-1]]
             bad.mix = replace(bad.mix, misdirected_write=0.01)
@@ -187,6 +195,10 @@ class LogScenario(FamilyScenario):
 
     def went_back(self) -> None:
         self.volumes.went_back()
+
+    def report(self, kind: str, fields: dict[str, object]) -> None:
+        super().report(kind, fields)
+        self.small.judge(kind, fields)
 
     # --- clients ---
 
@@ -262,15 +274,19 @@ class LogScenario(FamilyScenario):
                 return
             self.answers["no room" if errno else "discard" if discards else "write"] += 1
             if errno:
-                self._must_be_broken(node, errno, what)
+                if not self.small.may_refuse(errno):
+                    self._must_be_broken(node, errno, what)
                 registers.doubt(changes)
             else:
                 registers.answer(changes)
 
         if device.discard(offset, length) if data is None else device.write(offset, memoryview(data)):
             registers.order(changes)
-            if device.commit() == IN_FLIGHT:
+            errno = device.commit()
+            if errno == IN_FLIGHT:
                 device.acknowledged(told)
+            elif errno == ENOSPC:
+                told(errno)
             return
         self.answers["later"] += 1
         operation = Operation.DISCARD if data is None else Operation.WRITE
@@ -346,8 +362,13 @@ class LogScenario(FamilyScenario):
 
     # --- in the end ---
 
+    def core(self, rng: random.Random) -> set[str]:
+        self.small.heal()
+        return super().core(rng)
+
     def missing(self) -> str:
-        return super().missing() or self.tree.is_under_way * "a change of the tree is not answered"
+        waiting = [node.machine.name for node in self.nodes() if node.open]
+        return super().missing() or (f"{waiting} have not answered what they were asked" if waiting else "")
 
     def compare(self, owner: FamilyNode) -> None:
         assert isinstance(owner, LogNode)

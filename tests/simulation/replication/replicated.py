@@ -142,6 +142,9 @@ class FamilyScenario(ABC):
 
     def _ended(self, machine: Machine, power: bool) -> None:
         """A machine's process is over."""
+        down = [each.life is None for each in self.cluster.machines.values()]
+        if sum(down) > 1:
+            self.answers["all are down" if all(down) else "two are down"] += 1
         self.lost(machine, power)
         self._bury()
 
@@ -159,6 +162,11 @@ class FamilyScenario(ABC):
     def nodes(self) -> list[FamilyNode]:
         """Those that run, paused ones too."""
         return [each.node for each in self.cluster.machines.values() if isinstance(each.node, FamilyNode)]
+
+    @property
+    def is_resyncing(self) -> bool:
+        """Whether some replica has regions to fetch."""
+        return any(node.log.resync_count for node in self.nodes())
 
     def value(self) -> ReplicaSet:
         """What the registry has."""
@@ -203,6 +211,8 @@ class FamilyScenario(ABC):
 
         def taken(reason: str) -> None:
             self.answers["taken over" if not reason else "not taken over"] += 1
+            if not reason and self.is_resyncing:
+                self.answers["taken over during a resync"] += 1
 
         node.family.take_over(taken)
 
@@ -321,8 +331,8 @@ class FamilyScenario(ABC):
 
     def act_to_heal(self) -> None:
         """Somebody wants to use the volume."""
-        if not any(node.family.owner is not None for node in self.nodes()):
-            self.attach_at(self._random.choice(self.placed()))
+        if not any(node.family.owner is not None for node in self.nodes()) and (placed := self.placed()):
+            self.attach_at(self._random.choice(placed))
 
     def placed(self) -> list[FamilyNode]:
         """Those with a replica that counts."""

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from metadata.seams import Done
+from nbdserver.logdisk import cold_read, reader
 from nbdserver.logdisk.disk import DiskError, LogDisk
 from nbdserver.logdisk.region_copies import Views
 from nbdserver.logdisk.region_reading import RegionReading
 from nbdserver.logdisk.repair import Repairs
 from nbdserver.logdisk.replica_append import ReplicaAppend
+from nbdserver.logdisk.store_writes import StoreWrites
 from nbdserver.replication.device import ReplicatedDevice
+from nbdserver.replication.owner import Owner
 from nbdserver.replication.takeover import Takeover
+from protocol.checksum import crc32c
 from protocol.invariant import InvariantError
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication.on_log_disks import Bend, replicas_run
@@ -49,6 +53,7 @@ def test_the_first_seeds_meet_everything_that_can_happen() -> None:
         "write", "discard", "read at once", "read later", "flush", "snapshot", "deletion", "rollback", "clone",
         "resize", "look", "generation", "conspiracy", "left behind", "owner-deposed", "replica-removed",
         "replica-added", "replica-cut", "replica-skipped", "placed", "rot", "block-repaired",
+        "two are down", "all are down",
     }  # fmt: skip
     for seed in range(TRIES):
         scenario, run = replicas_run(seed, Bend(trouble=0.1))
@@ -110,17 +115,46 @@ def the_generation_stays(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Takeover, "_settle_set", settle_set)
 
 
+def checksums_are_not_compared(patch: pytest.MonkeyPatch) -> None:
+    class Anything(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    for module in (cold_read, reader):
+        patch.setattr(module, "crc32c", lambda data: Anything(crc32c(data)))
+
+
+def a_store_that_could_not_write_goes_on(patch: pytest.MonkeyPatch) -> None:
+    honest = StoreWrites._written
+    patch.setattr(StoreWrites, "_written", lambda self, errno: honest(self, 0))
+
+
+def room_is_not_asked_for(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Owner, "room_bytes", lambda self: 1 << 40)
+
+
 DEATHS = {"kill": 600.0, "isolation": 600.0}
 POWER = {"power of all": 600.0, "isolation": 300.0}
 SILENCE = {"one-way split": 1200.0, "registry outage": 600.0, "clog": 1200.0}
-CAUGHT: dict[Patch, Bend] = {
-    a_sync_does_nothing: Bend(POWER, trouble=0.1),
-    copies_leave_snapshots_out: Bend(DEATHS, trouble=0.3, of_the_tree=0.1),
-    the_tree_changes_on_the_owner_alone: Bend(DEATHS, trouble=0.1, of_the_tree=0.3),
-    nobody_repairs: Bend(rots=0.5),
-    an_owner_shows_what_it_may_not: Bend(SILENCE, trouble=0.1, of_the_tree=0.0),
-    the_generation_stays: Bend({"power of all": 600.0, "slow disk": 0.3}, trouble=0.05),
-}
+MISDIRECTED = 1e-9  # nothing rots, but some appends of that disk land elsewhere
+CAUGHT: Sequence[tuple[str, Patch, Bend]] = (
+    ("power", a_sync_does_nothing, Bend(POWER, trouble=0.1)),
+    ("power", the_generation_stays, Bend({"power of all": 600.0, "slow disk": 0.3}, trouble=0.05)),
+    ("kill", copies_leave_snapshots_out, Bend(DEATHS, trouble=0.3, of_the_tree=0.1)),
+    ("kill", the_tree_changes_on_the_owner_alone, Bend(DEATHS, trouble=0.1, of_the_tree=0.3)),
+    ("silence", an_owner_shows_what_it_may_not, Bend(SILENCE, trouble=0.1, of_the_tree=0.0)),
+    ("rot", nobody_repairs, Bend(rots=0.5)),
+    ("rot", checksums_are_not_compared, Bend(rots=0.5)),
+    ("misdirected", nobody_repairs, Bend(rots=MISDIRECTED)),
+    ("misdirected", checksums_are_not_compared, Bend(rots=MISDIRECTED)),
+    ("disk-error", a_store_that_could_not_write_goes_on, Bend({"disk error": 0.1, "kill": 600.0}, trouble=0.1)),
+    ("disk-full", room_is_not_asked_for, Bend({}, trouble=0.0, of_the_tree=0.1, room_segments=12)),
+)
 
 
 def noticed(bend: Bend) -> str:
@@ -133,7 +167,11 @@ def noticed(bend: Bend) -> str:
     return ""
 
 
-@pytest.mark.parametrize("canary", CAUGHT, ids=lambda canary: canary.__name__)
-def test_what_is_taken_away_is_missed(canary: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("canary", "bend"),
+    [(canary, bend) for _, canary, bend in CAUGHT],
+    ids=[f"{fault}-{canary.__name__}" for fault, canary, _ in CAUGHT],
+)
+def test_what_is_taken_away_is_missed(canary: Patch, bend: Bend, monkeypatch: pytest.MonkeyPatch) -> None:
     canary(monkeypatch)
-    assert noticed(CAUGHT[canary]), f"nobody noticed in {TRIES} runs"
+    assert noticed(bend), f"nobody noticed in {TRIES} runs"

@@ -93,6 +93,9 @@ class TreeSteps:
                 owner.when_committed(owner.ordered_txid, committed)
             elif node.disk.failure or owner.is_deposed:
                 pass  # its node ends, and it is in doubt
+            elif scenario.small.may_refuse(errno):
+                if waits():
+                    doubt()
             else:
                 raise ViolationError(f"{what} was refused at {node.machine.name}: errno {errno}")
 
@@ -104,6 +107,8 @@ class TreeSteps:
             if not errno and waits():
                 self._node = None
                 scenario.answers[what.split()[0]] += 1
+                if scenario.is_resyncing:
+                    scenario.answers["change during a resync"] += 1
                 flushed()
                 happened()
 
@@ -191,9 +196,12 @@ class TreeSteps:
         def seen(lba: int, errno: int, data: Any) -> None:
             if errno and not node.disk.failure and not view.gone:
                 raise ViolationError(f"snapshot {name} cannot be read at {node.machine.name}: errno {errno}")
-            if not errno:
-                judge_snapshot(f"snapshot {name} of volume {number}", snapshot.content, lba, b"".join(data))
-                look()
+            if errno:
+                if waits():
+                    view.close()
+                return
+            judge_snapshot(f"snapshot {name} of volume {number}", snapshot.content, lba, b"".join(data))
+            look()
 
         look()
 

@@ -1,0 +1,64 @@
+"""Disks with little room in the world `replicas`: some nodes have a file system of a few segments.
+
+Theory. Room is asked for before ordering (docs/replication.md, rule 18), so a full member costs nobody anything but
+ENOSPC: writes, snapshots and clones may be refused, everything else goes on. A member that is removed because it
+cannot append was given what it had no room for.
+
+Known weakness: only runs that a test bends have small disks, and room is added before all must come to be in sync.
+"""
+
+import errno as errnos
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tests.simulation.cluster.machine import DRIVE_BYTES
+from tests.simulation.registers import ViolationError
+from tests.simulation.simulated_files import HELD_BACK_BYTES
+
+if TYPE_CHECKING:
+    from tests.simulation.replication.on_log_disks import LogScenario
+
+REFUSED_FOR_ROOM = "no room"  # in the reason of a removal
+FLOOD = 200
+
+
+class SmallDisks:
+    """Of one run; none, mostly."""
+
+    def __init__(self, scenario: "LogScenario", rng: random.Random, segments: int) -> None:
+        """`segments`: so many have room on each of the small ones, 0: there are none."""
+        self._scenario = scenario
+        self._segments = segments
+        self._share = rng.choice([0.3, 1.0]) if segments else 0.0  # of the nodes
+        self._random = rng
+        self._names: list[str] = []
+        self.flood = FLOOD if segments else 0
+        """Large writes at the beginning."""
+        self.flooded_blocks = rng.choice([1, 150, 600]) if segments else 1
+        """Of each region, where large writes begin."""
+
+    def begin(self, names: Sequence[str], segment_bytes: int) -> None:
+        """Before they start: make some of their disks small."""
+        if self._segments:
+            self._names = [name for name in names if self._random.random() < self._share] or [names[0]]
+            self._set_room(self._segments * segment_bytes + HELD_BACK_BYTES)
+
+    def _set_room(self, size_bytes: int) -> None:
+        for name in self._names:
+            machine = self._scenario.cluster.machines[name]
+            machine.drive_bytes = machine.drive.capacity_bytes = size_bytes
+            self._scenario.cluster.tell(f"the disk of {name} has room for {size_bytes - HELD_BACK_BYTES} bytes")
+
+    def may_refuse(self, errno: int) -> bool:
+        """Whether lack of room can be the cause."""
+        return errno == errnos.ENOSPC and bool(self._names)
+
+    def judge(self, kind: str, fields: dict[str, object]) -> None:
+        """What a node reports."""
+        if kind == "replica-removed" and REFUSED_FOR_ROOM in str(fields["reason"]):
+            raise ViolationError(f"{fields['node']} was sent what it has no room for")
+
+    def heal(self) -> None:
+        """Somebody adds room."""
+        self._set_room(DRIVE_BYTES)
