@@ -16,7 +16,8 @@ Rules
 - Every request asks for a leader (`hasleader`): without one, streams end instead of staying silent.
 - One channel is one endpoint: TLS checks its name, and what is in use can be told.
 - A token that is refused is asked for anew, once for all calls that it was refused to.
-- Another etcd cluster behind one of the endpoints is refused: its revisions mean something else.
+- Another etcd cluster behind one of the endpoints is refused: its revisions mean something else. With a guard
+  (registry_guard.py) so is one that is not as far as this node has seen it, also before a restart of ours.
 
 Known weakness: deadlines of calls count CLOCK_MONOTONIC, so a call that waits during a suspend is answered late by that
 long. Leases are not concerned: they count by the Clock.
@@ -30,7 +31,8 @@ from typing import Any
 
 from metadata.etcd_grpc import Channel, EtcdError, explain, grpc, make_channel, rpc, translated
 from metadata.etcd_settings import EtcdSettings
-from metadata.registry_calls import READABLE_VERSIONS, REGISTRY_VERSION, VERSION_KEY, Health
+from metadata.registry_calls import LIFE_KEY, READABLE_VERSIONS, REGISTRY_VERSION, VERSION_KEY, Health
+from metadata.registry_guard import RegistryGuard, RegistryPast
 from metadata.seams import Clock
 
 _LEADER = ("hasleader", "true")
@@ -56,9 +58,17 @@ class EtcdConnection:
     """Keeps a link to an etcd cluster, for calls to use."""
 
     def __init__(
-        self, settings: EtcdSettings, clock: Clock, rng: random.Random, loop: asyncio.AbstractEventLoop
+        self,
+        settings: EtcdSettings,
+        clock: Clock,
+        rng: random.Random,
+        loop: asyncio.AbstractEventLoop,
+        guard: RegistryGuard | None = None,
     ) -> None:
         self.settings = settings
+        self.life = 0
+        """Of the registry in use, if it is guarded: in another one revisions mean something else."""
+        self._guard = guard
         self._clock = clock
         self._rng = rng
         self._loop = loop
@@ -69,6 +79,7 @@ class EtcdConnection:
         self._last_error = ""
         self._cluster_id = 0
         self.version_key = (settings.namespace + VERSION_KEY).encode()
+        self._life_key = (settings.namespace + LIFE_KEY).encode()
         self._task = loop.create_task(self._keep_link())
 
     def health(self, pending_calls: int) -> Health:
@@ -217,7 +228,9 @@ class EtcdConnection:
         with translated():
             response = await link.kv.Range(request, timeout=timeout_s, metadata=link.metadata)
         cluster_id = response.header.cluster_id
-        if self._cluster_id not in (0, cluster_id):
+        if self._guard is not None:
+            await self._ask_guard(link, self._guard)
+        elif self._cluster_id not in (0, cluster_id):
             raise EtcdError(f"it is of another etcd cluster ({cluster_id:x}, not {self._cluster_id:x})", False)
         version = response.kvs[0].value if response.kvs else None
         if version not in (None, *READABLE_VERSIONS):
@@ -237,6 +250,17 @@ class EtcdConnection:
                 raise EtcdError("the registry's version is being changed by another", False)
         self._cluster_id = cluster_id
 
+    async def _ask_guard(self, link: Link, guard: RegistryGuard) -> None:
+        """EtcdError for a registry that was put back to an earlier state, or has lost what it had."""
+        request = rpc.RangeRequest(key=self._life_key)
+        with translated():
+            response = await link.kv.Range(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
+        life = int(response.kvs[0].value) if response.kvs else 0
+        reason = guard.admit(RegistryPast(life, response.header.cluster_id, response.header.revision))
+        if reason:
+            raise EtcdError(reason, False)
+        self.life = life
+
     async def _probe(self, link: Link) -> None:
         """Ask again and again; EtcdError when there is no answer."""
         request = rpc.RangeRequest(key=self.version_key, count_only=True)
@@ -249,7 +273,11 @@ class EtcdConnection:
                 metadata = link.metadata
                 try:
                     with translated():
-                        await link.kv.Range(request, timeout=self.settings.probe_timeout_s, metadata=metadata)
+                        response = await link.kv.Range(
+                            request, timeout=self.settings.probe_timeout_s, metadata=metadata
+                        )
+                    if self._guard is not None:
+                        self._guard.saw(response.header.revision)
                 except EtcdError as error:
                     if not error.is_token_refused:
                         raise

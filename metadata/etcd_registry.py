@@ -45,6 +45,7 @@ from metadata.registry_calls import (
     check_ttl,
     end_of_prefix,
 )
+from metadata.registry_guard import RegistryGuard
 from metadata.seams import Clock, Lease
 
 _PAGE_ITEMS = 512
@@ -57,10 +58,16 @@ class EtcdRegistry:
     """A registry that other nodes share."""
 
     def __init__(
-        self, settings: EtcdSettings, clock: Clock, rng: random.Random, loop: asyncio.AbstractEventLoop
+        self,
+        settings: EtcdSettings,
+        clock: Clock,
+        rng: random.Random,
+        loop: asyncio.AbstractEventLoop,
+        guard: RegistryGuard | None = None,
     ) -> None:
-        """Begin to connect, on `loop`; `rng` spreads the endpoints and pauses of many nodes."""
-        self._connection = EtcdConnection(settings, clock, rng, loop)
+        """Begin to connect, on `loop`; `rng` spreads the endpoints and pauses of many nodes. `guard` refuses a registry
+        that has gone back."""
+        self._connection = EtcdConnection(settings, clock, rng, loop, guard)
         self._clock = clock
         self._namespace = settings.namespace
         self._loop = loop

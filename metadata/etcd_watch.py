@@ -48,6 +48,7 @@ class EtcdWatch:
         self._prefix = prefix
         self._changed: Callable[[Event], None] | None = changed
         self._last = after
+        self._life = connection.life
         self._failures = 0
         self.task = loop.create_task(self._run())
 
@@ -58,10 +59,13 @@ class EtcdWatch:
     async def _run(self) -> None:
         while True:
             try:
+                link = await self._connection.link(None)
+                if self._life != self._connection.life:  # what was known is of a registry that is no more
+                    self._life, self._last = self._connection.life, None
                 if self._last is None or await self._is_ahead(self._last):
                     reading = await self._read_range(self._prefix)
                     self._tell(Event(reading.revision, True, reading.items))
-                await self._follow(await self._connection.link(None))
+                await self._follow(link)
             except _CompactedError:
                 self._last = None
             except EtcdError as error:

@@ -13,6 +13,8 @@ Rules
   moment may be the same: then the own one is found. Names of the cluster's are unique.)
 - Every change of a shared family raises its `number`: bytes that were replaced do not come back, so that a swap whose
   answer was lost can be settled.
+- What this node knows of a replica set is kept here (`set/ID`) before the data process hears of it: who owns a family
+  has written down what it acts on, so that nodes can tell it if the shared registry is lost.
 - A shared family that is deleted leaves `removed/ID`, which names the nodes that have a replica of it until they have
   deleted that. No replica is deleted because a key is missing.
 """
@@ -31,6 +33,7 @@ from metadata.registry import (
     VolumeState,
 )
 from metadata.registry_calls import MAX_CHANGES
+from metadata.registry_guard import RegistryPast
 from metadata.replica_set import ReplicaSet, ReplicaSetError, replica_set_key
 from metadata.seams import HeldRegistry
 
@@ -38,6 +41,8 @@ OF_REPLICA = b"replica"
 """What stands at `scrap/ID` if the directory is a replica of a family of the cluster."""
 
 REMOVE_TRIES = 5
+
+MOST_DELETED = 1000
 
 MOST_SHARED = MAX_CHANGES - 2
 """Volumes of a family that becomes the cluster's: all of its names are taken at once. It may have more later."""
@@ -163,8 +168,8 @@ class Families:
 
     async def scrapped(self, family_id: str) -> None:
         """The directory is gone: forget it."""
-        key = f"scrap/{family_id}"
-        await self._own.compare_and_swap([(key, self._own.get(key), None)])
+        keys = (f"scrap/{family_id}", _kept(family_id))
+        await self._own.compare_and_swap([(key, self._own.get(key), None) for key in keys])
 
     async def keep_replica(self, family: Family) -> None:
         """The directory of a replica is made, or the family's value has changed: keep the copy that says so."""
@@ -173,11 +178,55 @@ class Families:
         if before != value or self._own.get(scrap) is not None:
             await self._own.compare_and_swap([(key, before, value), (scrap, self._own.get(scrap), None)])
 
-    async def drop_replica(self, family_id: str) -> None:
-        """The directory of a replica is about to be deleted."""
-        key = f"replica/{family_id}"
-        if not await self._own.compare_and_swap([(key, self._own.get(key), None), (f"scrap/{family_id}", None, b"")]):
+    async def drop_replica(self, family_id: str, was_deleted: bool = False) -> None:
+        """The directory of a replica is about to be deleted; `was_deleted`: the family was, which is remembered."""
+        changes: list[Change] = [(key, self._own.get(key), None) for key in (f"replica/{family_id}", _kept(family_id))]
+        if was_deleted:
+            changes += self._note_deleted(family_id)
+        if not await self._own.compare_and_swap([*changes, (f"scrap/{family_id}", None, b"")]):
             raise RegistryError(f"the replica of family {family_id} is being made")
+
+    def _note_deleted(self, family_id: str) -> list[Change]:
+        known = sorted(self._own.range("deleted/"), key=lambda item: int(item[1]))
+        number = int(known[-1][1]) + 1 if known else 1
+        oldest = known[: max(0, len(known) + 1 - MOST_DELETED)][:1]
+        key = f"deleted/{family_id}"
+        return [(key, self._own.get(key), str(number).encode()), *((old, value, None) for old, value in oldest)]
+
+    def deleted(self) -> list[str]:
+        """Ids of families of the cluster that were deleted while this node had a replica: the newest MOST_DELETED."""
+        return [key.removeprefix("deleted/") for key, _ in self._own.range("deleted/")]
+
+    # --- what this node has seen of the shared registry ---
+
+    def registry_past(self) -> RegistryPast | None:
+        """How far it was; None if nothing was seen."""
+        value = self._own.get("registry-seen")
+        return None if value is None else RegistryPast.decode(value)
+
+    async def remember(self, past: RegistryPast) -> None:
+        """It is so far."""
+        before, value = self._own.get("registry-seen"), past.encode()
+        if before != value:
+            await self._own.compare_and_swap([("registry-seen", before, value)])
+
+    def kept_set(self, family_id: str) -> ReplicaSet | None:
+        """The newest replica set of a family that this node has heard of and keeps; None if there is none that can be
+        read."""
+        value = self._own.get(_kept(family_id))
+        try:
+            return None if value is None else ReplicaSet.decode(value)
+        except ReplicaSetError:
+            return None
+
+    async def keep_set(self, family_id: str, value: bytes) -> bool:
+        """The registry has this replica set, of a family of which there is a replica here or is about to be. False if a
+        newer one is kept: nothing is changed. ReplicaSetError for what cannot be read."""
+        before, number = self._own.get(_kept(family_id)), ReplicaSet.decode(value).number
+        kept = self.kept_set(family_id)
+        if kept is None or number > kept.number:
+            await self._own.compare_and_swap([(_kept(family_id), before, value)])
+        return kept is None or number >= kept.number
 
     def removed(self) -> dict[str, list[str]]:
         """By id of a deleted family of the cluster: the nodes that still have a replica."""
@@ -350,6 +399,10 @@ def _changed_by_another(family: Family) -> RegistryError:
 
 def _family_key(family: Family) -> str:
     return f"family/{family.id}"
+
+
+def _kept(family_id: str) -> str:
+    return f"set/{family_id}"
 
 
 def _set_key(family_id: str) -> str:

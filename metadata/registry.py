@@ -12,6 +12,9 @@ there are three nodes.
 of a node's own registry also
 
     replica/<32 hex digits>     a copy of the Family of the cluster of which this node has a replica
+    set/<32 hex digits>         the newest ReplicaSet of it that this node has heard of
+    deleted/<32 hex digits>     a family that was deleted while this node had a replica: a number that rises
+    registry-seen               how far the shared registry was (registry_guard.py)
 
 and of the one that a cluster shares
 
@@ -175,6 +178,11 @@ class Family:
     def name(self) -> str:
         """What people know it by: its oldest volume."""
         return self.volumes[0].name
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its volumes: what they promise."""
+        return sum(volume.size_bytes for volume in self.volumes)
 
     def volume(self, number: int) -> Volume:
         """Return one of its volumes. LookupError."""

@@ -41,6 +41,8 @@ NO_LEASE = 0
 VERSION_KEY = "registry-version"
 REGISTRY_VERSION = b"2"
 """The registry's own key, made with it and checked whenever it is opened: a newer one is refused."""
+LIFE_KEY = "registry-life"
+"""How often the registry was made whole from what the nodes know (registry_guard.py), in decimal; absent: never."""
 READABLE_VERSIONS = (b"1", REGISTRY_VERSION)
 """An older one is marked with the present version: what is written from then on, an older program could not read."""
 

@@ -35,6 +35,23 @@ FreePort = Callable[[], int]
 Tls = dict[str, str]
 
 
+class KeptInMemory:
+    """What a node keeps of the replica sets that it has heard of."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, ReplicaSet] = {}
+
+    def has_replica(self, family_id: str) -> bool:
+        return True
+
+    async def keep_set(self, family_id: str, value: bytes) -> bool:
+        new = ReplicaSet.decode(value)
+        kept = self.sets.setdefault(family_id, new)
+        if new.number > kept.number:
+            self.sets[family_id] = new
+        return new.number >= kept.number
+
+
 class DataNode:
     """A node of a test, with one data process; it may be killed and started again."""
 
@@ -183,7 +200,7 @@ class DataRig:
             RegistryTable(LevelStore(str(directory / "registry"), NO_THREADS, NO_THREADS)),
             HostClock(asyncio.get_running_loop()),
         )
-        self.desk = RegistryDesk(self.registry)
+        self.desk = RegistryDesk(self.registry, KeptInMemory())
         self.nodes = [DataNode(self, name, free_port(), tls) for name in names]
 
     def addresses(self) -> dict[str, list[str]]:

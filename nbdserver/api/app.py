@@ -195,7 +195,7 @@ def _add_volumes(app: APIRouter, node: Node) -> None:
 async def _create_replicated(node: Node, request: VolumeRequest) -> Volume | Response:
     """At the first of the nodes that it shall be on."""
     part = _part(node)
-    nodes = part.changes.choose(request.replicas or len(request.on), request.on)
+    nodes = part.changes.choose(request.replicas or len(request.on), request.on, request.size_bytes)
     if nodes[0] == part.settings.node:
         return Volume(**await part.changes.create(request.name, request.size_bytes, nodes))
     body = request.model_copy(update={"on": list(nodes)}).model_dump_json()

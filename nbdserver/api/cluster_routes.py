@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import FastAPI, Query
 from fastapi.responses import StreamingResponse
 
-from nbdserver.api.models import ClusterNode, ClusterStatus, DirectoryEntry, DrainRequest, Resync
+from nbdserver.api.models import (
+    ClusterNode,
+    ClusterStatus,
+    DirectoryEntry,
+    DrainRequest,
+    Recovered,
+    RecoverRequest,
+    Resync,
+)
 from nbdserver.node.control import Node
 from nbdserver.node.errors import NotFoundError, NotJoinedError
 
@@ -53,6 +61,10 @@ def add_to(app: FastAPI, node: Node) -> None:
     @app.post("/v1/cluster/rotate-key", status_code=204, summary="Give the cluster another key")
     async def rotate_key() -> None:
         await _cluster(node).membership.rotate_key()
+
+    @app.post("/v1/cluster/recover", summary="Make the registry whole from what the nodes know")
+    async def recover(request: RecoverRequest) -> Recovered:
+        return Recovered(**await _part(node).recovery.recover(request.without, request.is_trial))
 
     @app.get("/v1/directory", summary="What this node's copy of the directory has")
     async def directory(

@@ -235,6 +235,37 @@ class Resync(BaseModel):
     disk: str = Field(description="why it is known that its disk is not what it was: replaced, or put back; else empty")
 
 
+class RecoverRequest(RequestBody):
+    """What POST /v1/cluster/recover takes."""
+
+    without: list[str] = Field([], description="nodes whose word is not waited for; what they alone have is lost")
+    is_trial: bool = Field(False, description="only say what would be done")
+
+
+class RecoveredVolume(BaseModel):
+    """A family that the registry has again."""
+
+    name: str
+    in_sync: list[str] = Field(description="nodes whose replicas are in sync")
+    loss: str = Field(description="what is lost, where nodes were not waited for; else empty")
+
+
+class LeftOutVolume(BaseModel):
+    """A family that the registry does not have again."""
+
+    name: str
+    problem: str
+
+
+class Recovered(BaseModel):
+    """What the registry was made from, and what it holds."""
+
+    nodes: list[str] = Field(description="nodes that have told what they know")
+    silent: list[str]
+    volumes: list[RecoveredVolume]
+    left_out: list[LeftOutVolume]
+
+
 class ClusterNode(BaseModel):
     """A member. What it has not reported lately is null."""
 
@@ -263,6 +294,7 @@ class ClusterNode(BaseModel):
     used_bytes: int | None = Field(description="of its file system")
     size_bytes: int | None
     fill_percent: float | None
+    promisable_bytes: int | None = Field(description="that its volumes may grow by together; null: without limit")
 
 
 class ClusterStatus(BaseModel):

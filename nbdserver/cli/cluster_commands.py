@@ -222,6 +222,56 @@ def rotate_key(context: typer.Context, data: DataOption = None, json_output: Jso
         print("every node has the new key, and only that")
 
 
+@app.command()
+def recover(
+    context: typer.Context,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            metavar="NODE",
+            help="Do not wait for the word of this node: what it alone has acknowledged is lost. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    data: DataOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Make the cluster's registry whole after etcd was restored from a backup, or has lost what it had.
+
+    What is in etcd must not go back: an old value may name replicas that lack what was acknowledged since. So the nodes
+    take nothing from an etcd that is not as far as they have seen it; volumes are served as while etcd is away. This
+    asks every node what its disk says of its replicas, and writes that into etcd: who owns each volume, who is in sync,
+    names and settings. All nodes should be up. A volume of which a node was in sync that does not answer is refused,
+    unless that node is given up with --without.
+
+    Examples:
+
+      nbdserver cluster recover --dry-run
+
+      nbdserver cluster recover
+
+      nbdserver cluster recover --without n2     (n2 is lost for good, with its disk)
+    """
+    asked = {"without": without or [], "is_trial": dry_run}
+    told = NodeClient(data_path(context, data)).post("/v1/cluster/recover", asked)
+    if wants_json(context, json_output):
+        print_json(told)
+        return
+    print(f"{', '.join(told['nodes'])} say what they have" + _of_silent(told["silent"]))
+    for volume in told["volumes"]:
+        loss = f"; {volume['loss']}" if volume["loss"] else ""
+        print(f"  {volume['name']}: in sync on {', '.join(volume['in_sync'])}{loss}")
+    for volume in told["left_out"]:
+        print(f"  {volume['name']}: left out, {volume['problem']}")
+    print("nothing was changed" if dry_run else "the registry is whole; the nodes take it within some seconds")
+
+
+def _of_silent(silent: list[str]) -> str:
+    return f"; {', '.join(silent)} {'says' if len(silent) == 1 else 'say'} nothing" if silent else ""
+
+
 def _wishes(config: Path | None, node: str | None, address: str | None, more: dict[str, Any]) -> "Wishes":
     from nbdserver.node.cluster_making import Wishes, default_config
 

@@ -116,6 +116,11 @@ class Capacity:
                 f"choose a smaller size, delete something, or raise overcommit in node.yaml"
             )
 
+    def promisable_bytes(self) -> int | None:
+        """So much larger the volumes may be together, as of the last look; None: without limit."""
+        ratio = self._settings().overcommit
+        return max(0, int(ratio * self._room_bytes()) - self._provisioned_bytes()) if ratio else None
+
     def _fills(self) -> list[Fill]:
         fills = [self.file_system()]
         max_data_bytes = self._settings().max_data
@@ -142,7 +147,7 @@ class Capacity:
         return min(room_bytes, self._settings().max_data or room_bytes)
 
     def _provisioned_bytes(self) -> int:
-        return sum(volume.size_bytes for family in self._families() for volume in family.volumes)
+        return sum(family.size_bytes for family in self._families())
 
     def volume_gauges(self, family: Family) -> dict[str, float]:
         """Of a family, for the metrics of its oldest volume."""

@@ -8,21 +8,33 @@ Rules
 - Values are bytes to the registry and hexadecimal in JSON.
 - A swap whose answer got lost is UNKNOWN, whatever the reason; a read is Unavailable.
 - When a data process ends, its watches go (`RegistryVisit.close`).
+- A replica set that was swapped or read is kept by this node before the data process hears of it: what it acts on is
+  written down. One that is older than what is kept is not passed on as the truth.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
-from metadata.replica_set import REPLICA_SETS
+from metadata.replica_set import REPLICA_SETS, ReplicaSetError
 from metadata.seams import Registry, Watch
 from metadata.waiting import answer_of
 from nbdserver.node.channel import ChannelError, RemoteError
 
 Call = Callable[..., Awaitable[Any]]
 """`Channel.call`."""
+
+
+class KeptSets(Protocol):
+    """`Families`, as far as it is needed here."""
+
+    def has_replica(self, family_id: str) -> bool: ...
+
+    async def keep_set(self, family_id: str, value: bytes) -> bool: ...
+
+
 Notify = Callable[[str, dict[str, Any]], None]
 """`Channel.notify`."""
 
@@ -125,8 +137,10 @@ class ChannelRegistry:
 class RegistryDesk:
     """The control process's end, for all data processes."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, kept: KeptSets) -> None:
+        self.kept = kept
         self._registry = registry
+        self._keeping: set[asyncio.Task[bool]] = set()
         self._values: dict[str, bytes] = {}  # of the replica sets, as they were heard of
         self._revision = 0
         self._visits: set[RegistryVisit] = set()
@@ -166,10 +180,29 @@ class RegistryDesk:
                 self._values.pop(key, None)
             else:
                 self._values[key] = value
+            if value is not None and self.kept.has_replica(_family(key)):
+                self._keep_soon(key, value)
         self._revision = event.revision
         self._is_known = True
         for visit in list(self._visits):
             visit.heard(event)
+
+    def _keep_soon(self, key: str, value: bytes) -> None:
+        task = asyncio.get_running_loop().create_task(self.keep(key, value))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    async def keep(self, key: str, value: bytes) -> bool:
+        """Have a replica set in this node's own registry; False if a newer one is there. What cannot be read is kept by
+        nobody."""
+        try:
+            return await self.kept.keep_set(_family(key), value)
+        except ReplicaSetError:
+            return True
+
+
+def _family(key: str) -> str:
+    return key.removeprefix(REPLICA_SETS)
 
 
 class RegistryVisit:
@@ -202,11 +235,20 @@ class RegistryVisit:
         answer: Reading | Unavailable = await answer_of(lambda done: self._registry.get_later(key, done))
         if isinstance(answer, Unavailable):
             return {"reason": answer.reason}
+        for each, value in answer.items:
+            if not await self._desk.keep(each, value):
+                return {
+                    "reason": "the registry shows an earlier state than this node has seen; nbdserver cluster recover"
+                }
         return {"revision": answer.revision, "items": [(each, value.hex()) for each, value in answer.items]}
 
     async def _swap(self, changes: Sequence[tuple[str, str | None, str | None]]) -> dict[str, Any]:
         wanted = [Change(key, _bytes(expected), _bytes(new)) for key, expected, new in changes]
         answer: Swap = await answer_of(lambda done: self._registry.swap_later(wanted, done))
+        if answer.outcome is Outcome.SWAPPED:
+            for change in wanted:
+                if change.new is not None:
+                    await self._desk.keep(change.key, change.new)
         return {"outcome": answer.outcome.value, "revision": answer.revision, "reason": answer.reason}
 
     def _watch(self, watch: int, prefix: str) -> None:

@@ -28,6 +28,7 @@ from nbdserver.node.directory import DataDirectory
 from nbdserver.node.errors import NodeError, NotJoinedError
 from nbdserver.node.findings import Finding
 from nbdserver.node.owning import Owning
+from nbdserver.node.recovery import Recovery
 from nbdserver.node.replica_changes import ReplicaChanges
 from nbdserver.node.replicas import Replicas
 from nbdserver.node.resync_view import ResyncView
@@ -83,6 +84,7 @@ class ClusterPart:
         )
         self.resync = ResyncView(families, self.replicas, self.owning, self._is_up, data.ask)
         self._shared = SharedRegistry(settings, families, self._registry_changed)
+        self.recovery = Recovery(families, self._shared, lambda: self.cluster, data.ask)
         volumes.replicas, volumes.is_up, volumes.share = self.replicas, self._is_up, self.changes.share
         data.answer, data.ended = self._answer, self._data_process_ended
 
@@ -205,10 +207,13 @@ class ClusterPart:
                 "owns": self.owning.answer_owns,
                 "api": self.at_owner.answer,
                 "resync": self.resync.answer,
+                "known": self.recovery.answer,
             }
         )
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(each.watch()) for each in (self.cluster, self.replicas, self.changes)]
+        self._tasks = [
+            loop.create_task(each.watch()) for each in (self.cluster, self.replicas, self.changes, self._shared)
+        ]
         self._tell_peer_addresses()
 
     async def remove(self, name: str) -> None:

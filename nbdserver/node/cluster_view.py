@@ -97,6 +97,7 @@ def _node(picture: Picture, member: Member) -> dict[str, Any]:
         "used_bytes": _number(load, "used_bytes"),
         "size_bytes": _number(load, "size_bytes"),
         "fill_percent": _number(load, "fill_percent"),
+        "promisable_bytes": _number(load, "promisable_bytes"),
     }
 
 

@@ -230,6 +230,7 @@ class Node:
             "used_bytes": file_system.used_bytes,
             "size_bytes": file_system.size_bytes,
             "fill_percent": file_system.percent,
+            "promisable_bytes": self.capacity.promisable_bytes(),
         }
 
     def _volumes_elsewhere(self) -> tuple[list[Row], int]:

@@ -24,7 +24,7 @@ from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, NotJo
 from nbdserver.node.owning import Owning
 from nbdserver.node.placing import next_step
 from nbdserver.node.replicas import Replicas
-from nbdserver.node.spread import FULL_PERCENT, Place, choose
+from nbdserver.node.spread import FULL_PERCENT, Place, choose, for_family
 from nbdserver.node.volume_settings import MOST_REPLICAS
 from nbdserver.node.volumes import Volumes
 
@@ -74,12 +74,12 @@ class ReplicaChanges:
             raise NotJoinedError
         return [_place(row) for row in cluster.describe()["nodes"]]
 
-    def choose(self, replicas: int, on: Sequence[str]) -> tuple[str, ...]:
-        """The nodes for a new volume with so many replicas: those of `on`, and the best of the others; this one first
-        if it is among them. WrongInputError, NotFoundError, ConflictError."""
+    def choose(self, replicas: int, on: Sequence[str], size_bytes: int) -> tuple[str, ...]:
+        """The nodes for a new volume of this size with so many replicas: those of `on`, and the best of the others;
+        this one first if it is among them. WrongInputError, NotFoundError, ConflictError."""
         if not 1 <= replicas <= MOST_REPLICAS:
             raise WrongInputError(f"replicas: {replicas} is not 1 to {MOST_REPLICAS}; write for example --replicas 3")
-        places = self.places()
+        places = for_family(self.places(), size_bytes)
         for node in on:
             self._demand_place(node, places)
         if len(set(on)) != len(on) or len(on) > replicas:
@@ -147,7 +147,7 @@ class ReplicaChanges:
             there = value.placement if value is not None else ()
             if source not in there:
                 raise NotFoundError(f"{name} has no replica on {source!r:.60}; it is on {', '.join(there)}")
-            places = self.places()
+            places = for_family(self.places(), family.size_bytes, there)
             if target:
                 if target in there:
                     raise ConflictError(f"{name} has a replica on {target} already")
@@ -171,7 +171,7 @@ class ReplicaChanges:
     async def share(self, family: Family, replicas: int) -> None:
         """Make a family of this node's own the cluster's; the other replicas follow. Under the volumes' lock. Its
         clients have to be gone. ConflictError, NodeError, RegistryError."""
-        choose(self.places(), replicas, [self._replicas.me])
+        choose(for_family(self.places(), family.size_bytes), replicas, [self._replicas.me])
         if len(family.volumes) > MOST_SHARED:
             raise ConflictError(
                 f"{family.name} and what was cloned from it are {len(family.volumes)} volumes, of which at most "
@@ -235,6 +235,7 @@ class ReplicaChanges:
         leave = {*family.leave, *(place.node for place in places if place.is_draining)}
         known = {place.node for place in places}
         leave |= {node for node in value.staying if node not in known or self._is_lost(node, cluster)}
+        places = for_family(places, family.size_bytes, value.placement)
         step = next_step(family.replicas, leave, value, self._replicas.me, places)
         is_made = True
         if step.placement:
@@ -291,4 +292,4 @@ def _place(row: dict[str, Any]) -> Place:
         obstacle = "has not said where its data processes are"
     elif (row["fill_percent"] or 0.0) >= FULL_PERCENT:
         obstacle = f"is {row['fill_percent']:.0f} % full"
-    return Place(row["name"], row["fault_domain"], free_bytes, obstacle, row["draining"])
+    return Place(row["name"], row["fault_domain"], free_bytes, obstacle, row["draining"], row["promisable_bytes"])

@@ -221,6 +221,11 @@ class ReplicaRequests:
             "resync_regions": replica.replica.resync_count,
             "differences": [asdict(each) for each in part.differences],
             "last_txid": replica.replica.last.txid,
+            "log": {
+                "incarnation": replica.replica.incarnation,
+                "last": replica.replica.last,
+                "promised_epoch": replica.replica.promised_epoch,
+            },
             "waiting_for": "" if owner is None else owner.waits_for,
         }
 

@@ -148,6 +148,9 @@ class Replicas:
         value = self._families.replica_set(family.id)
         if value is None:
             return
+        kept = self._families.kept_set(family.id)
+        if kept is not None and kept.number > value.number:
+            return  # what is held of the registry is behind, or the registry has gone back
         is_here, is_member = self._families.has_replica(family.id), value.member(self.me) is not None
         if self.me not in value.placement:
             self.problems.pop(family.id, None)
@@ -211,16 +214,16 @@ class Replicas:
 
     async def forget(self, family_id: str) -> None:
         """The family was deleted: delete its replica here, and say so."""
-        await self._let_go(family_id)
+        await self._let_go(family_id, was_deleted=True)
         await self._families.has_removed(family_id, self.me)
 
-    async def _let_go(self, family_id: str) -> None:
+    async def _let_go(self, family_id: str, was_deleted: bool = False) -> None:
         await self._close(family_id)
         reopening = (self._reopen_at_s, self._reopen_after_s)
         for known in (self._epochs, self._served, *reopening, self.problems, self._opening.failed):
             known.pop(family_id, None)
         if self._families.has_replica(family_id):
-            await self._families.drop_replica(family_id)
+            await self._families.drop_replica(family_id, was_deleted)
             await self._opening.scrap(family_id)
 
     async def give_back(self, family: Family) -> None:

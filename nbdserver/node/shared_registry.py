@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 from metadata.etcd_registry import EtcdRegistry
 from metadata.families import Families
+from metadata.registry_guard import RegistryGuard
 from metadata.registry_mirror import RegistryMirror
 from nbdserver.host.clock import HostClock
 from nbdserver.node.channel_registry import RegistryDesk
 from nbdserver.node.cluster_files import read_etcd_settings
 from nbdserver.node.cluster_settings import ClusterSettings
 
+REMEMBER_S = 5.0
 SETTLE_S = 0.5  # for the lease of a master that leaves to be given back: the others need not wait for its end
 
 
@@ -29,9 +31,20 @@ class SharedRegistry:
         clock = HostClock(loop)
         self._families = families
         self._changed = changed
-        self.registry = EtcdRegistry(read_etcd_settings(settings), clock, random.SystemRandom(), loop)
-        self.desk = RegistryDesk(self.registry)
+        self.guard = RegistryGuard(families.registry_past())
+        self.registry = EtcdRegistry(read_etcd_settings(settings), clock, random.SystemRandom(), loop, self.guard)
+        self.desk = RegistryDesk(self.registry, families)
         self._mirror = RegistryMirror(self.registry, clock, self._heard)
+
+    async def watch(self) -> None:
+        """Remember how far the registry is, for ever."""
+        while True:
+            await self._remember()
+            await asyncio.sleep(REMEMBER_S)
+
+    async def _remember(self) -> None:
+        if self.guard.past is not None:
+            await self._families.remember(self.guard.past)
 
     def _heard(self, keys: object) -> None:
         self._families.shared = self._mirror
@@ -40,6 +53,7 @@ class SharedRegistry:
     async def close(self) -> None:
         """Give everything back. What was known of the families is known no more."""
         self._families.shared = None
+        await self._remember()
         self._mirror.close()
         self.desk.close()
         await self.registry.settle(SETTLE_S)

@@ -5,15 +5,16 @@ leaves, the node that has promised the least of its room comes first. A pure fun
 same picture gives the same answer, whichever node is asked.
 
 Rules
-- A node that is silent, draining, full or across a WAN gets nothing new.
+- A node that is silent, draining, full, across a WAN, or at its `overcommit`, gets nothing new.
 - Fewer fault domains than replicas is allowed; fewer nodes than replicas is refused.
 """
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdserver.node.errors import ConflictError, counted, listed
+from nbdserver.node.sizes import round_size
 
 FULL_PERCENT = 95.0
 """Of the file system: such a node gets nothing new."""
@@ -30,6 +31,23 @@ class Place:
     """Why it gets no new replica, in a few words; "" if it may."""
     is_draining: bool = False
     """Whether it shall lose those that it has."""
+    promisable_bytes: int | None = None
+    """What it may promise beside what it has; None: without limit."""
+
+
+def for_family(places: Sequence[Place], size_bytes: int, kept: Collection[str] = ()) -> list[Place]:
+    """The same, where a replica of volumes of this size may not be put on nodes that cannot promise it; those of `kept`
+    have one."""
+
+    def for_one(place: Place) -> Place:
+        if place.obstacle or place.node in kept or place.promisable_bytes is None:
+            return place
+        if place.promisable_bytes >= size_bytes:
+            return place
+        may = round_size(place.promisable_bytes)
+        return replace(place, obstacle=f"may promise {may} more, not {round_size(size_bytes)} (overcommit)")
+
+    return [for_one(place) for place in places]
 
 
 def choose(places: Sequence[Place], replicas: int, kept: Collection[str] = (), first: str = "") -> tuple[str, ...]:

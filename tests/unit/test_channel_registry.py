@@ -12,9 +12,11 @@ from metadata.embedded_registry import EmbeddedRegistry
 from metadata.leveldb import NO_THREADS, LevelStore
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.registry_table import RegistryTable
+from metadata.replica_set import Member, ReplicaSet
 from nbdserver.host.clock import HostClock
 from nbdserver.node.channel import Channel
 from nbdserver.node.channel_registry import EVENT, ChannelRegistry, RegistryDesk, RegistryVisit
+from tests.data_rig import KeptInMemory
 
 KEY, OTHER = "replicas/aa", "replicas/bb"
 
@@ -69,7 +71,8 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         store = LevelStore(str(directory / "registry"), NO_THREADS, NO_THREADS)
         self.registry = EmbeddedRegistry(RegistryTable(store), HostClock(asyncio.get_running_loop()))
-        self.desk = RegistryDesk(self.registry)
+        self.kept = KeptInMemory()
+        self.desk = RegistryDesk(self.registry, self.kept)
         self.ends: list[End] = []
 
     async def end(self) -> End:
@@ -117,6 +120,24 @@ def test_what_is_swapped_is_read_whatever_bytes_it_has(run: Run) -> None:
         reading = await end.get(KEY)
         assert isinstance(reading, Reading)
         assert reading.items == ()
+
+    run(story)
+
+
+def test_what_a_data_process_acts_on_is_kept_first_and_what_is_older_than_that_is_no_answer(run: Run) -> None:
+    async def story(rig: Rig) -> None:
+        end = await rig.end()
+        old = ReplicaSet(1, "n1", (Member("n1", 1),), ("n1", "n2"), number=7)
+        new = old.changed(epoch=2)
+        await end.swap(Change(KEY, None, old.encode()))
+        await end.swap(Change(KEY, old.encode(), new.encode()))
+        assert rig.kept.sets == {"aa": new}
+        assert isinstance(await end.get(KEY), Reading)
+        rig.registry.swap_later([Change(KEY, new.encode(), old.encode())], lambda swap: None)  # it was put back
+        answer = await end.get(KEY)
+        assert isinstance(answer, Unavailable)
+        assert "earlier state" in answer.reason
+        assert rig.kept.sets == {"aa": new}
 
     run(story)
 

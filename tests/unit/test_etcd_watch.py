@@ -48,6 +48,7 @@ class Script:
         self.has_ended = asyncio.Event()
         self.settings = SimpleNamespace(namespace=NAMESPACE, user=None, backoff_max_s=1.0)
         self.version_key = b"test/registry-version"
+        self.life = 0
 
     async def link(self, deadline: float | None) -> Any:
         return SimpleNamespace(watch=SimpleNamespace(Watch=lambda metadata: Stream(self)), metadata=())
@@ -110,6 +111,19 @@ def test_a_stream_that_ended_goes_on_one_revision_later(loop: asyncio.AbstractEv
         assert [(event.revision, event.is_reset) for event in heard] == [(1, True), (2, False), (3, False), (4, False)]
         assert heard[3].changes == (("w/a", None),)
         assert (script.asked_from, script.readings) == ([2, 4], 1)
+
+    loop.run_until_complete(check())
+
+
+def test_a_registry_that_was_made_anew_is_read_anew_however_far_it_is(loop: asyncio.AbstractEventLoop) -> None:
+    class Recovered(Script):
+        async def pause(self, failures: int) -> None:
+            self.life = 1
+
+    async def check() -> None:
+        script = Recovered([CREATED, response(put(2, "w/a"))], [CREATED])
+        assert [event.is_reset for event in await script.run()] == [True, False, True]
+        assert script.readings == 2
 
     loop.run_until_complete(check())
 

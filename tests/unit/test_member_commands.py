@@ -34,6 +34,7 @@ UP: dict[str, Any] = {
     "used_bytes": 1 << 30,
     "size_bytes": 4 << 30,
     "fill_percent": 25.0,
+    "promisable_bytes": None,
 }
 NOT_SAID = ("volumes", "clients", "requests_per_s", "read_bytes_per_s", "used_bytes", "size_bytes", "fill_percent")
 SILENT = UP | dict.fromkeys(NOT_SAID) | {

@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,12 @@ def test_every_rule_says_how_bad_it_is_and_what_to_do(rule: dict[str, Any]) -> N
     assert "$labels.instance" in rule["annotations"]["summary"]
     for variable in re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values())):
         assert variable in ("instance", "volume")
+
+
+def test_the_guide_says_what_every_alarm_means_and_of_no_other() -> None:
+    guide = Path(__file__).parents[2].joinpath("docs/operations.md").read_text()
+    rows = [line.split(" | ")[0] for line in guide.splitlines() if line.startswith("| `Nbdserver")]
+    assert sorted(re.findall(r"`(Nbdserver\w+)`", " ".join(rows))) == sorted(rule["alert"] for rule in ALERTS)
 
 
 def test_no_alert_has_the_name_of_another() -> None:

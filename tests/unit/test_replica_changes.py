@@ -27,6 +27,7 @@ def row(name: str, **more: Any) -> dict[str, Any]:
         "data_addresses": ["192.0.2.1:7"],
         "fault_domain": name,
         "fill_percent": 10.0,
+        "promisable_bytes": None,
         "size_bytes": 100 * MIB,
         "used_bytes": 10 * MIB,
     } | more
@@ -135,12 +136,12 @@ def test_nodes_that_cannot_be_meant_are_refused(
     }
     rig.rows += [row(name, **special[name]) for name in on if name in special]
     with pytest.raises(error, match=message):
-        rig.changes.choose(replicas, on)
+        rig.changes.choose(replicas, on, 1 << 30)
 
 
 def test_the_node_that_is_asked_comes_first_where_it_is_as_good(rig: Rig) -> None:
-    assert rig.changes.choose(3, []) == ("n2", "n1", "n3")
-    assert rig.changes.choose(2, ["n4", "n3"]) == ("n4", "n3")
+    assert rig.changes.choose(3, [], 1 << 30) == ("n2", "n1", "n3")
+    assert rig.changes.choose(2, ["n4", "n3"], 1 << 30) == ("n4", "n3")
 
 
 def test_a_volume_is_made_known_to_all_with_its_first_replica(rig: Rig) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserver.node.errors import ConflictError
-from nbdserver.node.spread import Place, choose
+from nbdserver.node.spread import Place, choose, for_family
 
 GIB = 1 << 30
 
@@ -34,6 +34,16 @@ def test_too_few_nodes_are_refused_with_what_is_in_the_way() -> None:
     places = [Place("n1", "a", GIB), Place("n2", "b", GIB, "is silent"), Place("n3", "c", GIB, "is being drained")]
     with pytest.raises(ConflictError, match=r"need as many nodes, and there are 1 .*n2 is silent, n3 is being"):
         choose(places, 2)
+
+
+def test_a_node_that_cannot_promise_the_size_gets_no_new_replica_and_keeps_the_one_that_it_has() -> None:
+    places = [Place("n1", "a", 9 * GIB, promisable_bytes=2 * GIB), Place("n2", "b", GIB, promisable_bytes=5 * GIB)]
+    places.append(Place("n3", "c", GIB))
+    assert choose(for_family(places, 2 * GIB), 2) == ("n1", "n2")
+    assert choose(for_family(places, 3 * GIB), 2) == ("n2", "n3")
+    assert choose(for_family(places, 3 * GIB, kept=["n1"]), 3, kept=["n1"]) == ("n1", "n2", "n3")
+    with pytest.raises(ConflictError, match=r"n1 may promise 2.0 GiB more, not 6.0 GiB \(overcommit\)"):
+        choose(for_family(places, 6 * GIB), 2)
 
 
 @given(
