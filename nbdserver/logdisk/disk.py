@@ -359,6 +359,7 @@ class LogDisk:
             device.stop()
         for done in self.log.fail():
             self.clock.call_soon(partial(done, errnos.EIO))
+        self.maps.abandon()
         self.checkpointer.abandon()
         self.slow_path.wake()
         self._remember_failure()

@@ -22,6 +22,8 @@ Rules
 - `live` of a segment counts the middle entries that point into it, always.
 - At most MAX_PENDING_HOLES are pending; the caller makes others wait.
 - Only what the layer owns is freed with a discard; a shared block is taken out of the logical map alone.
+- Every load ends. In a family that failed it ends with what was read: what is torn stays so when the batch that moves
+  entries was refused, and a page that is damaged is never there. Who waited sees the failure.
 
 Known weakness: reading `extents` under a pending hole settles page by page.
 """
@@ -76,6 +78,7 @@ class Maps:
         self._stale_since: dict[int, int] = {}  # page → lowest hole number that may not be applied
         self._store = store
         self._failed = failed
+        self._abandoned = False
         self._loading: dict[tuple[bytes, int], list[Callable[[], None]]] = {}
 
     # -- residence
@@ -145,6 +148,10 @@ class Maps:
         if to_load:
             self._read(to_load)
 
+    def abandon(self) -> None:
+        """The family failed: nothing is read again for a page that is being loaded."""
+        self._abandoned = True
+
     def _read(self, need: Need) -> None:
         """Read what LevelDB has of the pages; never answered from inside this call."""
         plain = [each for each in need if each[0] is not self.logical]
@@ -201,7 +208,7 @@ class Maps:
     def _looked_up(self, lookup: Lookup) -> None:
         if not lookup.is_torn:
             self.admit(lookup)
-        elif lookup.number not in self.stale and self.logical.get(lookup.number) is None:
+        elif not self._abandoned and lookup.number not in self.stale and self.logical.get(lookup.number) is None:
             self._look_on(Lookup(self, lookup.number))
             return
         if lookup.number in self.stale:
@@ -424,7 +431,7 @@ class Maps:
         return self._clear_in_page(number, page, start, stop)
 
     def _settle_then_tell(self, number: int) -> None:
-        if number in self.stale:
+        if number in self.stale and not self._abandoned:
             need = self.settle(number)
             if need:
                 self.load(need, lambda: self._settle_then_tell(number))
