@@ -65,7 +65,9 @@ class Appending:
         log = self.log
         if not log.begin_if_needed():
             return False
-        return log.has_room_for_bytes(size_bytes) or (self.next_segment(keep) and log.has_room_for_bytes(size_bytes))
+        if log.has_room_for_bytes(size_bytes + self.pool.kept_of_open_bytes(keep)):
+            return True
+        return self.next_segment(keep) and log.has_room_for_bytes(size_bytes)
 
     def next_segment(self, keep: int) -> bool:
         """Go on in another segment, if one is to be had."""

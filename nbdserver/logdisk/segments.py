@@ -5,9 +5,10 @@ one to a new file. So a freed segment goes on a stack and the next life takes th
 max(8, 2 % of the live data) stay spare; what was not needed for a while is unlinked, so that `df` tells the truth.
 
 Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner, discards and deletions append
-with them, in this order, and they are how a full disk gets room again. A ballast file stands in for LevelDB's needs: it
-is unlinked when the file system runs full, because LevelDB turns read-only when it meets the end itself. A limit set by
-people (budget.py) is kept in the same way: `full` says which of the ends was met.
+with them, in this order, and they are how a full disk gets room again. When all are in use, the end of the open one
+(`LAST_ROOM_BYTES`) is for whoever may have the last one, and for the cleaner. A ballast file stands in for LevelDB's
+needs: it is unlinked when the file system runs full, because LevelDB turns read-only when it meets the end itself. A
+limit set by people (budget.py) is kept in the same way: `full` says which of the ends was met.
 
 Rules
 - A file is given out only after `freed`, that is when the checkpoint batch that no longer names it is synced, and only
@@ -29,6 +30,7 @@ WRITTEN_AHEAD = 2  # beyond those, for clients
 CLEANER_KEEPS = 2  # one is for discards
 DISCARDS_KEEP = 1
 DELETIONS_KEEP = 0  # the last one is for deletions and for discards of a segment's length: a full disk can be emptied
+LAST_ROOM_BYTES = 16 << 10
 SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
 SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do
@@ -153,6 +155,14 @@ class SegmentPool:
     def can_take(self, keep: int = CLIENTS_KEEP) -> bool:
         """Whether another segment could be had now."""
         return self._has_spare(keep) or self._has_room(keep)
+
+    def kept_of_open_bytes(self, keep: int) -> int:
+        """What who leaves `keep` spare files alone leaves alone of the open segment too."""
+        return 0 if self.spare or keep in (DELETIONS_KEEP, CLEANER_KEEPS) else LAST_ROOM_BYTES
+
+    def keep_of_discard(self, length_bytes: int) -> int:
+        """Of the spare files, by one who gives that much away: the last one is for what can bring another one."""
+        return DISCARDS_KEEP if length_bytes < self.segment_bytes else DELETIONS_KEEP
 
     def segments_to_be_had(self, keep: int, most: int = 8) -> int:
         """How many segments could be had now one after the other, counted up to `most`."""

@@ -114,24 +114,25 @@ class TreeChanges:
         elif not 0 < size_bytes <= MOST_BYTES:
             self._refuse(errnos.EINVAL, done)
         elif size_bytes >= self._tree.layers[layer].row.size_bytes:
-            self._set_size(volume, size_bytes, done)
+            self._set_size(volume, size_bytes, CLIENTS_KEEP, done)
         else:
             old_bytes = self._tree.layers[layer].row.size_bytes
+            keep = self._disk.pool.keep_of_discard(old_bytes - size_bytes)
             # To the end of the last block, so that nothing of it is seen when the volume grows again.
             self._disk.head(volume).later(
                 Operation.DISCARD,
                 size_bytes,
                 (old_bytes + 4095 & ~4095) - size_bytes,
                 None,
-                lambda errno, _: done(errno) if errno else self._set_size(volume, size_bytes, done),
+                lambda errno, _: done(errno) if errno else self._set_size(volume, size_bytes, keep, done),
             )
 
-    def _set_size(self, volume: int, size_bytes: int, done: Done) -> None:
+    def _set_size(self, volume: int, size_bytes: int, keep: int, done: Done) -> None:
         layer = self._tree.heads.get(volume)
         if layer is None:
             self._refuse(errnos.ENOENT, done)
         else:
-            self._change([self._tree.layers[layer].row._replace(size_bytes=size_bytes)], DELETIONS_KEEP, done)
+            self._change([self._tree.layers[layer].row._replace(size_bytes=size_bytes)], keep, done)
 
     def _snapshot_row(self, layer: int) -> Row | None:
         found = self._tree.layers.get(layer)

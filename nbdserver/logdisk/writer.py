@@ -24,7 +24,7 @@ from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import rising, run_length
-from nbdserver.logdisk.segments import CLIENTS_KEEP, DELETIONS_KEEP, DISCARDS_KEEP
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, LAST_ROOM_BYTES
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
 
@@ -125,6 +125,8 @@ class Writer:
         room = log.room_blocks_of_single_blocks
         if pool.can_take():
             room += pool.segment_bytes // MAX_BYTES_A_BLOCK - 1
+        elif not pool.spare:
+            room -= LAST_ROOM_BYTES // BLOCK_BYTES
         self._room_blocks = max(0, room - len(self._checksums))
         return count <= self._room_blocks
 
@@ -164,7 +166,8 @@ class Writer:
             tail and self._read(stop << 12, BLOCK_BYTES) is None
         ):
             return False
-        if self._log.room_blocks(WRITE, 3) < 2 and not self._pool.can_take(DISCARDS_KEEP):
+        pool = self._pool
+        if (self._log.room_blocks(WRITE, 3) < 2 or not pool.spare) and not pool.can_take(DISCARDS_KEEP):
             return False
         if not self._zero_partial(offset, head) or not self._zero_partial(stop << 12, tail):
             return False
@@ -192,8 +195,7 @@ class Writer:
         for first in range(lba, lba + count, _MOST_EXTENT_BLOCKS):
             extents.extend((first, min(_MOST_EXTENT_BLOCKS, lba + count - first) | EXTENT_HOLE << 32))
         try:
-            keep = DISCARDS_KEEP if count << 12 < self._pool.segment_bytes else DELETIONS_KEEP
-            if not self._appending.make_room(len(extents) >> 1, keep):
+            if not self._appending.make_room(len(extents) >> 1, self._pool.keep_of_discard(count << 12)):
                 return errnos.ENOSPC
             log.append_write(self._layer, extents, array("Q"), array("I"), ())
             maps.regions.mark(lba, count, log.txid)
@@ -417,7 +419,8 @@ class Writer:
     def write_now(self, lba: int, data: memoryview) -> int:
         """Append whole blocks whose pages are resident, without touching the reserve; 0 or an errno."""
         count = len(data) >> 12
-        if self._log.room_blocks(WRITE, 1) < count and not self._pool.can_take():
+        kept_bytes = self._pool.kept_of_open_bytes(CLIENTS_KEEP)
+        if self._log.room_blocks(WRITE, 1) < count + kept_bytes // BLOCK_BYTES and not self._pool.can_take():
             return errnos.ENOSPC
         self._accept(lba, data, count)
         return self.commit()

@@ -187,6 +187,7 @@ def member(number: int, **more: Any) -> dict[str, Any]:
         "used_bytes": 85,
         "size_bytes": 100,
         "fill_percent": 85.0,
+        "promisable_bytes": None,
     } | more
 
 
@@ -269,6 +270,7 @@ def large() -> dict[str, Any]:
                 "total_bytes": 4 << 30,
                 "bytes_per_s": 1 << 20,
                 "left_s": 1024,
+                "disk": "",
             }
         ],
         "resync_count": 2,

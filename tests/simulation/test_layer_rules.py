@@ -249,7 +249,10 @@ def keep_no_cut(patch: Patch) -> None:
 
 
 def shrink_by_the_size_alone(patch: Patch) -> None:
-    patch.setattr(TreeChanges, "resize", TreeChanges._set_size)
+    def resize(changes: TreeChanges, volume: int, size_bytes: int, done: Done) -> None:
+        changes._set_size(volume, size_bytes, 0, done)
+
+    patch.setattr(TreeChanges, "resize", resize)
 
 
 def roll_back_onto_the_snapshot_itself(patch: Patch) -> None:

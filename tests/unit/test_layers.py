@@ -14,6 +14,7 @@ from nbdserver.block import Operation
 from nbdserver.logdisk.check import check_family
 from nbdserver.logdisk.devices import Device
 from nbdserver.logdisk.disk import DiskSettings
+from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import PENDING_HOLE, pack_value, unpack_value
 from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, SimulatedFamily, block
@@ -512,6 +513,26 @@ def test_a_full_disk_refuses_a_snapshot_and_lets_one_be_deleted() -> None:
     assert numbers(family, family.disk.head(1), 0, 3) == [1, 1, 2]
     ends(family, "kill")
     assert numbers(family, family.disk.head(1), 0, 3) == [1, 1, 2]
+
+
+def test_the_last_segment_keeps_room_for_deletions_from_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = SimulatedFamily(size_bytes=1 << 30, segment_bytes=64 << 10)
+    put(family, 1, 0, 1)
+    layer = snapshot(family, "early")
+    monkeypatch.setattr(SegmentPool, "take", lambda pool, keep: 0)
+    monkeypatch.setattr(SegmentPool, "can_take", lambda pool, keep=0: False)
+    family.disk.pool.spare.clear()
+    lba = 1
+    while family.write(lba * BLOCK_BYTES, block(lba)) == 0:
+        lba += 1
+    assert lba > 8
+    while family.discard(0, BLOCK_BYTES) == 0:
+        pass
+    assert change(family, "resize", 1, 2 << 30) == errno.ENOSPC
+    assert change(family, "snapshot", 1, "late", 0) == errno.ENOSPC
+    assert change(family, "delete_snapshot", layer) == 0
+    assert change(family, "resize", 1, 1 << 29) == 0
+    assert family.discard(0, 1 << 29) == 0
 
 
 @pytest.mark.parametrize("seed", range(12))

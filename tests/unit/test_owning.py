@@ -137,12 +137,12 @@ def test_who_serves_a_client(
 ) -> None:
     there = There(up, told, takes)
     owning = owning_at(Here(f"node-{asked_at}", can, False), in_sync, there)
-    answer = asyncio.run(owning.attach("disk", names(failed)))
+    answer = asyncio.run(owning.attach("disk", names(failed), patiently=False))
+    address = f"192.0.2.{expected}:{worker_of(FAMILY_ID, WORKERS)}"
     if expected == asked_at:
-        assert answer == {"own": True}
+        assert answer == {"own": True, "address": address}
     elif expected.isdigit():
-        port = worker_of(FAMILY_ID, WORKERS)
-        assert answer == {"node": f"node-{expected}", "address": f"192.0.2.{expected}:{port}"}
+        assert answer == {"node": f"node-{expected}", "address": address}
     else:
         assert answer == {"error": f"no node can serve disk now: {expected}; nbdserver status says what to do"}
     assert not set(names(failed)) & {node for _, node in there.asked}
@@ -151,16 +151,32 @@ def test_who_serves_a_client(
 def test_what_this_node_owns_is_served_here_and_nobody_is_asked() -> None:
     there = There("123", BUSY, "123")
     owning = owning_at(Here("node-2", False, True), "12", there)
-    assert asyncio.run(owning.attach("disk@monday", ())) == {"own": True}
+    answer = asyncio.run(owning.attach("disk@monday", (), patiently=True))
+    assert answer == {"own": True, "address": f"192.0.2.2:{worker_of(FAMILY_ID, WORKERS)}"}
     assert there.asked == []
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (NOT, {"error": "node-1 does not serve disk at this moment"}),  # it is moving it
+        (None, {"error": "node-1 does not serve disk at this moment"}),  # its program is replaced
+        (BUSY, {"node": "node-1", "address": f"192.0.2.1:{worker_of(FAMILY_ID, WORKERS)}"}),
+    ],
+)
+def test_who_is_patient_does_not_replace_an_owner_that_is_up(
+    told: dict[str, Any] | None, expected: dict[str, Any]
+) -> None:
+    owning = owning_at(Here("node-2", True, False), "123", There("123", told, ""))
+    assert asyncio.run(owning.attach("disk", (), patiently=True)) == expected
 
 
 def test_a_node_that_has_not_joined_yet_takes_over_what_it_can_or_says_so() -> None:
     owning = owning_at(Here("node-2", True, False), "12", None)
-    assert asyncio.run(owning.attach("disk", ())) == {"own": True}
+    assert asyncio.run(owning.attach("disk", (), patiently=False)) == {"own": True, "address": ""}
     owning = owning_at(Here("node-3", True, False), "12", None)
-    assert "no node can serve disk now" in asyncio.run(owning.attach("disk", ()))["error"]
-    assert asyncio.run(owning.attach("other", ())) == {"error": "the cluster has no volume 'other'"}
+    assert "no node can serve disk now" in asyncio.run(owning.attach("disk", (), patiently=False))["error"]
+    assert asyncio.run(owning.attach("other", (), patiently=False)) == {"error": "the cluster has no volume 'other'"}
 
 
 @pytest.mark.parametrize(
