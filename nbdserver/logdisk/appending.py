@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdserver.logdisk.log import Log
-from nbdserver.logdisk.segments import SegmentPool
+from nbdserver.logdisk.segments import LAST_ROOM_BYTES, SegmentPool
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, WRITE, body_bytes
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class Appending:
         log = self.log
         if not log.begin_if_needed():
             return False
-        if log.has_room_for_bytes(size_bytes + self.pool.kept_of_open_bytes(keep)):
+        if log.has_room_for_bytes(size_bytes + LAST_ROOM_BYTES) or (
+            log.has_room_for_bytes(size_bytes) and not self.pool.kept_of_open_bytes(keep)
+        ):
             return True
         return self.next_segment(keep) and log.has_room_for_bytes(size_bytes)
 

@@ -158,7 +158,8 @@ class SegmentPool:
 
     def kept_of_open_bytes(self, keep: int) -> int:
         """What who leaves `keep` spare files alone leaves alone of the open segment too."""
-        return 0 if self.spare or keep in (DELETIONS_KEEP, CLEANER_KEEPS) else LAST_ROOM_BYTES
+        brings_room = keep in (DELETIONS_KEEP, CLEANER_KEEPS)
+        return 0 if brings_room or self.can_take(DELETIONS_KEEP) else LAST_ROOM_BYTES
 
     def keep_of_discard(self, length_bytes: int) -> int:
         """Of the spare files, by one who gives that much away: the last one is for what can bring another one."""

@@ -24,7 +24,7 @@ from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.reader import Reader
 from nbdserver.logdisk.runs import rising, run_length
-from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP, LAST_ROOM_BYTES
+from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
 
@@ -125,8 +125,8 @@ class Writer:
         room = log.room_blocks_of_single_blocks
         if pool.can_take():
             room += pool.segment_bytes // MAX_BYTES_A_BLOCK - 1
-        elif not pool.spare:
-            room -= LAST_ROOM_BYTES // BLOCK_BYTES
+        else:
+            room -= pool.kept_of_open_bytes(CLIENTS_KEEP) // BLOCK_BYTES
         self._room_blocks = max(0, room - len(self._checksums))
         return count <= self._room_blocks
 
