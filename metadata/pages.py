@@ -243,12 +243,13 @@ class PageMap:
         self._frozen, self.changed = self.changed, {}
 
     def encode(
-        self, batch: Batch, stamps: Mapping[int, int], taken_out: dict[int, Page], unstamped: frozenset[int]
+        self, batch: Batch, stamps: Mapping[int, int], taken_out: dict[int, Page], lower: Mapping[int, int]
     ) -> Iterator[int]:
         """Put the frozen pages into `batch`, one page a step, yielding the number of values put.
 
         `stamps` says for some `group_of` pages what is written beside each (logical map: the last hole applied to
-        it), but for those in `unstamped`; `taken_out` holds pages that are resident but not in `pages`.
+        it), but for those in `lower`, which have the one there; `taken_out` holds pages that are resident but not in
+        `pages`.
         """
         for number, changes in list(self._frozen.items()):
             page = self._copies.pop(number, None)
@@ -257,7 +258,7 @@ class PageMap:
             invariant(page is not None, "a frozen page is resident")
             assert page is not None
             group = self.group_of(number)  # for each page: it notes that LevelDB has it
-            stamp = 0 if number in unstamped else stamps.get(group, 0)
+            stamp = lower[number] if number in lower else stamps.get(group, 0)
             yield self._encode_page(batch, number, page, sorted(set(changes)), stamp)
             # Written: later changes of it need no copy.
             self._frozen[number] = _WRITTEN

@@ -42,7 +42,7 @@ class _Frozen:
     holes: list[PendingHole]
     holes_gone: list[int]
     stamps: dict[int, int]
-    stale: frozenset[int]
+    stale_stamps: dict[int, int]
     moved: list[bytes]
     number: int
     epochs: list[tuple[int, int]]
@@ -192,7 +192,7 @@ class Checkpointer:
             [replace(hole) for hole in maps.holes],
             sorted(self._written_holes - pending),
             maps.stamps(),
-            frozenset(maps.stale),
+            maps.stale_stamps(),
             maps.moved_keys,
             maps.tree.next_checkpoint - 1,
             log.history.up_to(log.txid),
@@ -213,8 +213,8 @@ class Checkpointer:
             maps.tree.encode(batch),
             _delete(batch, frozen.moved),
             maps.segments.encode(batch, frozen.rows),
-            maps.logical.encode(batch, frozen.stamps, maps.stale, frozen.stale),
-            maps.middle.encode(batch, {}, {}, frozenset()),
+            maps.logical.encode(batch, frozen.stamps, maps.stale, frozen.stale_stamps),
+            maps.middle.encode(batch, {}, {}, {}),
             maps.regions.encode(batch),
         ):
             for values in steps:

@@ -371,6 +371,11 @@ class Maps:
         """What a page that is written now is stamped with, for the layers that have pending holes."""
         return {hole.first_lba >> ADDRESS_SHIFT: self.next_hole - 1 for hole in self.holes}
 
+    def stale_stamps(self) -> dict[int, int]:
+        """The same of each page that is set aside: the holes before the first that it may lack are applied, and what
+        was written since stays."""
+        return {number: since - 1 for number, since in self._stale_since.items()}
+
     def holes_over(self, number: int) -> list[tuple[int, int, int]]:
         """(number, first index, stop index) of the pending holes over a page, for one that is only looked at."""
         since = self._stale_since.get(number, 1)

@@ -165,7 +165,7 @@ def keys_written() -> set[bytes]:
                 (page_map.changed.get(number) or page_map.first_change(number)).append(index)
                 page[index] = 1
         page_map.freeze()
-        list(page_map.encode(batch, stamps, {}, frozenset()))
+        list(page_map.encode(batch, stamps, {}, {}))
     return keys
 
 

@@ -131,5 +131,5 @@ def test_a_page_that_is_set_aside_when_a_checkpoint_writes_it_is_noted_as_stored
     page[7] = 9
     maps.logical.freeze()
     batch = store.batch()
-    list(maps.logical.encode(batch, {2: 4}, {}, frozenset({number})))
+    list(maps.logical.encode(batch, {2: 4}, {}, {number: 0}))
     assert maps.tree.layers[2].stored == {5}, "otherwise nobody looks for it once it is evicted"

@@ -81,7 +81,7 @@ class PageMapMachine(RuleBasedStateMachine):
             self.map.freeze()
             self.frozen = dict(self.model)
             self.batch = SimulatedBatch()
-            self.steps = self.map.encode(self.batch, {}, {}, frozenset())
+            self.steps = self.map.encode(self.batch, {}, {}, {})
 
     @rule(most=st.integers(1, 50))
     def encode(self, most: int) -> None:
@@ -125,7 +125,7 @@ def set_entry(pages: PageMap, number: int, value: int) -> None:
 def checkpoint(pages: PageMap, stamp: int = 0) -> list[tuple[bytes, bytes | None]]:
     pages.freeze()
     batch = SimulatedBatch()
-    for _ in pages.encode(batch, {0: stamp} if stamp else {}, {}, frozenset()):
+    for _ in pages.encode(batch, {0: stamp} if stamp else {}, {}, {}):
         pass
     pages.thaw()
     return batch.changes
@@ -165,7 +165,7 @@ def test_a_changed_page_is_not_evicted_before_its_checkpoint_is_synced() -> None
     for number in range(4 * MIN_PAGES, 8 * MIN_PAGES):
         pages.install(number, [])
     assert pages.get(0) is not None
-    for _ in pages.encode(SimulatedBatch(), {}, {}, frozenset()):
+    for _ in pages.encode(SimulatedBatch(), {}, {}, {}):
         pass
     pages.thaw()
     for number in range(8 * MIN_PAGES, 12 * MIN_PAGES):
@@ -221,7 +221,7 @@ def test_pages_that_are_taken_out_are_written_from_where_they_are() -> None:
     taken = dict(pages.take_out(0, 1))
     assert pages.get(0) is None
     batch = SimulatedBatch()
-    for _ in pages.encode(batch, {}, taken, frozenset()):
+    for _ in pages.encode(batch, {}, taken, {}):
         pass
     pages.thaw()
     table.apply(batch.changes)

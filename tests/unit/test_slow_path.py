@@ -2,12 +2,13 @@
 
 import errno
 import random
+from dataclasses import replace
 
 import pytest
 
 from nbdserver.block import Operation
 from nbdserver.logdisk.disk import DiskSettings
-from nbdserver.logdisk.maps import MAX_PENDING_HOLES
+from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS
 from tests.simulation.faults import FaultMix
 from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily, block
 
@@ -146,6 +147,27 @@ def test_more_holes_than_may_be_pending_wait_and_all_are_worked_in() -> None:
     family.run(60.0)
     assert answers == [0] * (MAX_PENDING_HOLES + 20)
     assert family.disk.maps.holes == []
+
+
+def test_what_is_written_between_two_long_discards_outlives_a_checkpoint_that_lacks_the_second() -> None:
+    family = SimulatedFamily(settings=SMALL_CACHE)
+    for page in range(50):
+        family.put(page * 256, 1)
+    family.close()
+    family.open()
+    last = 49 * 256
+    family.store.mix = replace(CALM, latency_s=1.0)
+    assert family.discard(0, 50 * 256 * BLOCK_BYTES) == 0
+    family.put(last, 2)
+    assert family.discard((last + 1) * BLOCK_BYTES, (SMALL_HOLE_BLOCKS + 1) * BLOCK_BYTES) == 0
+    family.disk.checkpointer.start()
+    assert family.disk.maps.stale
+    assert family.clock.run_until(lambda: family.disk.checkpointer.count == 2)
+    family.crash()
+    family.store.mix = CALM
+    family.open()
+    assert family.disk.maps.holes
+    assert family.number_at(last) == 2
 
 
 def test_every_operation_ends_when_the_family_fails(cold: SimulatedFamily) -> None:
