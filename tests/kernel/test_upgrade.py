@@ -14,6 +14,7 @@ from tests.serving import Server
 
 UPGRADES = 3
 CONNECTIONS = 4
+PATIENCE_S = 120  # of the guest's kernel, which gives a connection up after 30 s else: an emulated one may stand that long
 FILES_BETWEEN = 3
 
 
@@ -28,10 +29,11 @@ def test_a_mounted_ext4_lives_through_upgrades_of_its_server(
     guest: Guest, processes: Processes, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     server = Server(processes, tmp_path / "node", free_port(), {"disk0": "512M"})
-    mounted = MountedVolume(guest, f"nbd-client -N disk0 -b 4096 -C {CONNECTIONS} {HOST} {server.port} {DEVICE}")
+    attach = f"nbd-client -N disk0 -b 4096 -C {CONNECTIONS} -t {PATIENCE_S} {HOST} {server.port} {DEVICE}"
+    mounted = MountedVolume(guest, attach)
     mounted.write(FILES_BETWEEN)
     for _ in range(UPGRADES):
         done = json.loads(server.command("upgrade-in-place", "--json"))
-        assert (done["clients"], done["dropped"]) == (CONNECTIONS, 0)
+        assert (done["clients"], done["dropped"]) == (CONNECTIONS, 0), guest.run("dmesg | tail -20")
         mounted.write(FILES_BETWEEN)
     mounted.must_have_noticed_nothing()
