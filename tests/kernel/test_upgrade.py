@@ -14,7 +14,7 @@ from tests.serving import Server
 
 UPGRADES = 3
 CONNECTIONS = 4
-PATIENCE_S = 120  # of the guest's kernel, which gives a connection up after 30 s else: an emulated one may stand that long
+PATIENCE_S = 120  # of the kernel with a connection; it has 30 s else, and an emulated one may stand that long
 FILES_BETWEEN = 3
 
 
