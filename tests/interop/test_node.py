@@ -227,7 +227,7 @@ def test_sigterm_is_obeyed_after_the_replies_to_what_was_asked(start_server: Sta
 def test_a_client_that_is_slow_gets_all_its_replies_before_a_stop_ends(start_server: StartServer) -> None:
     server = start_server()
     client = attach(server)
-    cookies = [client.send(Command.READ, 0, 1 << 20) for _ in range(24)]
+    cookies = client.send_reads(24, 1 << 20)
     eventually(partial(replies_wait, server), "replies wait", PATIENCE_S)
     assert server.process is not None
     server.process.send_signal(signal.SIGTERM)
@@ -247,8 +247,7 @@ def test_a_client_that_takes_no_replies_holds_up_a_stop_for_a_bounded_time_and_a
     for signals in (1, 2):
         server = start_server()
         client = attach(server)
-        for _ in range(24):
-            client.send(Command.READ, 0, 1 << 20)
+        client.send_reads(24, 1 << 20)
         eventually(partial(replies_wait, server), "replies wait", PATIENCE_S)
         assert server.process is not None
         for _ in range(signals):
