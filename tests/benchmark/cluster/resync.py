@@ -34,7 +34,7 @@ from nbdserver.images.client import PIECE_BYTES, Client
 from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
 from ..outcome import RESULTS, DirectoryOption, JsonOption, ResultsOption, chosen, run_of, show
-from ..processes import cpu_s, resident_bytes
+from ..processes import BenchmarkError, cpu_s, resident_bytes
 from ..targets import EXPORT
 from .absence import BLOCK_BYTES, COLOURS, REGION_BYTES, received_bytes
 from .data_processes import DataProcesses
@@ -147,7 +147,7 @@ def measure(case: Case, place: Path, limit_s: float) -> dict[str, Any]:
             for each in most:
                 most[each] = max(most[each], resident_bytes(each).get("RssAnon", 0))
             if time.monotonic() - began_s > limit_s:
-                wait_until(system.is_whole, f"{case.title}: not in sync", 0.0)
+                raise BenchmarkError(f"{case.title}: not in sync after {limit_s:.0f} s")
             time.sleep(LOOK_S)
         ended_s = time.monotonic()
         after, replica = Used.by(system.owner_pid), Used.by(pid)
