@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nbdserver.images.client import PIECE_BYTES, Client
+from nbdserver.node.sizes import round_size
 
 from .. import machine
 from ..__main__ import refuse_a_slow_checksum, size_bytes_of
@@ -197,15 +198,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     save(canvas, path)
 
 
-def size_text(size_bytes: int) -> str:
-    """In the unit that makes a number below 1,024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes = size_bytes / 1024  # type: ignore[assignment]
-    return f"{size_bytes:.3g} TiB"
-
-
 def table_of(result: dict[str, Any]) -> Table:
     table = Table(title="What a resync costs; CPU and read: owner, replica; memory: how much it grew")
     for head in ("way", "volume", "changed", "regions", "in sync, s", "MB/s", "sent", "read", "CPU s", "memory"):
@@ -219,15 +211,15 @@ def cells_of(taken: dict[str, Any]) -> list[str]:
     ends = (taken["owner"], taken["replica"])
     return [
         taken["title"],
-        size_text(taken["volume_bytes"]),
-        size_text(taken["changed_bytes"]),
+        round_size(taken["volume_bytes"]),
+        round_size(taken["changed_bytes"]),
         f"{taken['copied']['regions']:,}",
         f"{taken['in_sync_after_s']:.2f}",
         f"{taken['changed_bytes'] / taken['copying_s'] / 1e6:,.1f}",
-        size_text(taken["received_bytes"]),
-        ", ".join(size_text(end["read_bytes"]) for end in ends),
+        round_size(taken["received_bytes"]),
+        ", ".join(round_size(end["read_bytes"]) for end in ends),
         ", ".join(f"{end['cpu_s']:.2f}" for end in ends),
-        ", ".join(size_text(end["most_resident_bytes"] - end["resident_bytes"]) for end in ends),
+        ", ".join(round_size(end["most_resident_bytes"] - end["resident_bytes"]) for end in ends),
     ]
 
 
