@@ -42,7 +42,8 @@ from .data_processes import DataProcesses
 from .systems import wait_until
 
 WAYS = {"log": "from the log", "regions": "by regions", "new": "a new replica"}
-PATTERNS = {"sequential": "whole regions, one after the other", "scattered": "single blocks"}
+PATTERNS = {"sequential": "-", "scattered": "--"}
+"""With the line of each in the plot."""
 SCATTERED_REGIONS = 256
 """In which the same changes lie, however large the volume is: those of the smallest one, all of it."""
 CHANGED = "10M,100M,1G"
@@ -180,14 +181,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     canvas, both = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     labels = {"changed": "bytes changed, of 16 TiB", "volume": "bytes of the volume"}
+    colours = dict(zip(WAYS, COLOURS, strict=True))
     for axes, (series, label) in zip(both, labels.items(), strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
+        lines: dict[str, tuple[dict[str, Any], list[tuple[int, float]]]] = {}
         for taken in result["resyncs"]:
             if taken["series"] == series:
-                lines.setdefault(taken["title"], []).append((taken[f"{series}_bytes"], taken["in_sync_after_s"]))
-        for title, points in lines.items():
-            colour = COLOURS[next(at for at, way in enumerate(WAYS.values()) if title.startswith(way))]
-            style = "-" if title.endswith("sequential") else "--"
+                _, points = lines.setdefault(taken["title"], (taken, []))
+                points.append((taken[f"{series}_bytes"], taken["in_sync_after_s"]))
+        for title, (first, points) in lines.items():
+            style, colour = PATTERNS[first["pattern"]], colours[first["way"]]
             axes.plot(*zip(*sorted(points), strict=True), style, color=colour, marker="o", markersize=3, label=title)
         axes.set_xscale("log")
         axes.set_yscale("log")
