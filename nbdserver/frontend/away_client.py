@@ -105,8 +105,7 @@ class AwayClient:
         self._give_up: Callable[[], None] | None = None  # connecting
         self._stream: PeerStream | None = None
         self._begun_s: float | None = None  # when it began to be carried there
-        self._lineage = 0  # of what it has entered; 0 until then
-        self._offered = 0  # the lineage of what it is about to enter
+        self._lineage = 0  # of what it enters, or has entered
         self._waits_since_s: float | None = None  # for another node
         self._lost_at = ""  # the address of the owner that was lost
         self._entered_s = 0.0
@@ -297,7 +296,7 @@ class AwayClient:
             self.disconnect(f"{self.export} is not what it was: acknowledged writes may be gone, or it was made anew")
         else:
             self._stream = None
-            self._offered, self._begun_s = frame.lineage, self._clock.now()
+            self._lineage, self._begun_s = frame.lineage, self._clock.now()
             self._carried.begin(*stream.give_away())
 
     # --- CarriedEvents ---
@@ -306,7 +305,6 @@ class AwayClient:
         self._timer.cancel()
         assert self._there is not None
         self._entered_s = self._clock.now()
-        self._lineage = self._offered
         self._attaching.has_returned(self._there.address)
         if self._waits_since_s is not None:
             waited_s = self._entered_s - self._waits_since_s
