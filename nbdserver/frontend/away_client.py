@@ -222,7 +222,6 @@ class AwayClient:
         if self._waits_since_s is not None:
             self.disconnect(f"no node has served {self.export} for {AGAIN_S:.0f} s: {self._reason}")
             return
-        self._leave_there()
         self._come_back(f"{self.export} cannot be served now: {self._reason} in {ATTACH_S:.0f} s")
 
     def _come_back(self, refusal: str) -> None:
