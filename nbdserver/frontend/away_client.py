@@ -58,7 +58,7 @@ FINISH_S = 0.3
 class Here:
     """It is served by this node now, by the process at this address."""
 
-    address: str = ""
+    address: str
 
 
 @dataclass(frozen=True)
