@@ -190,7 +190,7 @@ class Carried:
             elif self._again is not None:
                 self._hear_again(server, self._again)
             if self.has_server and self.outstanding is not None:
-                self._pass_replies(server.replies, self.outstanding)
+                self._pass_replies(server, self.outstanding)
         except (OverheardError, OutOfStepError) as error:
             self._lose(f"what it says cannot be followed: {error}")
 
@@ -230,14 +230,14 @@ class Carried:
             self._events.entered()
         self._go_on()
 
-    def _pass_replies(self, replies: ReceiveBuffer, outstanding: Outstanding) -> None:
-        start = replies.start
+    def _pass_replies(self, server: "_ServerEnd", outstanding: Outstanding) -> None:
+        replies, start = server.replies, server.replies.start
         position = outstanding.answer(replies)
         if position != start:
             self._client.send([replies.view[start:position]])
             replies.used(position)
-            if self._client.unsent_bytes > UNSENT_LIMIT_BYTES and self._server is not None:
-                self._server.connection.pause_reading()
+            if self._client.unsent_bytes > UNSENT_LIMIT_BYTES:
+                server.connection.pause_reading()
         self._make_room(replies, outstanding.missing_bytes)
         if self._is_paused:
             self._go_on()

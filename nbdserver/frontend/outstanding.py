@@ -52,7 +52,6 @@ class Outstanding:
         self._kept_bytes = 0
         self._starts: list[int] = []  # of the ranges that are being changed, in their order; none overlap
         self._ends: list[int] = []
-        self._style = style
         self._extended = style is ReplyStyle.EXTENDED
         self._request = nbd.EXTENDED_REQUEST if self._extended else nbd.REQUEST
         self._chunk = (
