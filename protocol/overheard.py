@@ -80,7 +80,7 @@ class Overheard:
         self._option = 0
         self._left_bytes = 0  # of its data
         self._unanswered: deque[int] = deque()
-        self._waits = False
+        self._waits = False  # for the answer to one that may end the handshake
         self._replies = bytearray()  # the beginning of one
 
     @property

@@ -1,5 +1,4 @@
-"""Forwarding a client's bytes: for a connection that cannot be handed over, because its TLS lives in this process, or
-its session on another node.
+"""Forwarding a client's bytes: for a connection that cannot be handed over, because its TLS lives in this process.
 
 Theory: the session of such a client is in another process, at the other end of a socket, where it finds requests in
 clear text. Here two connections stand back to back, and each is the other's receiver: what arrives on one is sent

@@ -23,7 +23,7 @@ from nbdserver.volume.export import Export, Exports
 from protocol.handover import ClientState, HandshakingClient
 from protocol.handshake import GoElsewhere, OptionRefusedError
 
-CLIENT_LIMIT = 1024  # 256 KiB of receive buffer each, once they have entered an export
+CLIENT_LIMIT = 1024  # half a MiB of receive buffer each, once they have entered an export
 
 
 ForwardingOver = Callable[[Forwarding], None]

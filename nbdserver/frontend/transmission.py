@@ -11,9 +11,9 @@ Rules
 - Nothing that changes data is acknowledged before `commit` returned 0; if it fails, all changes of the batch get its
   error.
 - Payloads are used in the receive buffer; they stay where they are until the commit, because only `buffer.used` and
-  `buffer.reserve` move them, in `_end_batch`, and nothing is received before it.
+  `buffer.reserve` move them, in `_end_batch` or `_hold`, and nothing is received before these.
 - A connection whose batch is IN_FLIGHT stands still until that is acknowledged; what comes meanwhile is its next batch.
-  Its payloads are needed no more.
+  The payloads of the one that is in flight are needed no more.
 - Replies to inline reads leave before another connection has its turn: their memory is everybody's.
 - The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
 - Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing
