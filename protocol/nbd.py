@@ -75,23 +75,27 @@ class Option(IntEnum):
     EXTENDED_HEADERS = 11
 
 
+OPTION_REPLY_IS_ERROR = 1 << 31
+"""Set in the types of option replies that are errors."""
+
+
 class OptionReply(IntEnum):
-    """Types of option replies; errors have bit 31 set."""
+    """Types of option replies."""
 
     ACK = 1
     SERVER = 2
     INFO = 3
     META_CONTEXT = 4
-    ERR_UNSUP = (1 << 31) + 1
-    ERR_POLICY = (1 << 31) + 2
-    ERR_INVALID = (1 << 31) + 3
-    ERR_PLATFORM = (1 << 31) + 4
-    ERR_TLS_REQD = (1 << 31) + 5
-    ERR_UNKNOWN = (1 << 31) + 6
-    ERR_SHUTDOWN = (1 << 31) + 7
-    ERR_BLOCK_SIZE_REQD = (1 << 31) + 8
-    ERR_TOO_BIG = (1 << 31) + 9
-    ERR_EXT_HEADER_REQD = (1 << 31) + 10
+    ERR_UNSUP = OPTION_REPLY_IS_ERROR + 1
+    ERR_POLICY = OPTION_REPLY_IS_ERROR + 2
+    ERR_INVALID = OPTION_REPLY_IS_ERROR + 3
+    ERR_PLATFORM = OPTION_REPLY_IS_ERROR + 4
+    ERR_TLS_REQD = OPTION_REPLY_IS_ERROR + 5
+    ERR_UNKNOWN = OPTION_REPLY_IS_ERROR + 6
+    ERR_SHUTDOWN = OPTION_REPLY_IS_ERROR + 7
+    ERR_BLOCK_SIZE_REQD = OPTION_REPLY_IS_ERROR + 8
+    ERR_TOO_BIG = OPTION_REPLY_IS_ERROR + 9
+    ERR_EXT_HEADER_REQD = OPTION_REPLY_IS_ERROR + 10
 
 
 class Info(IntEnum):

@@ -25,7 +25,6 @@ OPTIONS_LIMIT_BYTES = 1 << 20
 _EXPORT_NAME_REPLY = derive(nbd.ExportNameReply)
 _INFO_EXPORT = derive(nbd.InfoExport)
 _ENDING = (Option.EXPORT_NAME, Option.GO)
-_IS_ERROR = 1 << 31
 _SAID_WITH_EACH_WRITE = int(
     TransmissionFlag.READ_ONLY
     | TransmissionFlag.SEND_TRIM
@@ -169,7 +168,7 @@ class Overheard:
                 self._selected += ((context_id, name),)
         elif kind == OptionReply.ACK:
             self._acknowledged(option)
-        elif kind & _IS_ERROR:
+        elif kind & nbd.OPTION_REPLY_IS_ERROR:
             self._refused(option, kind, body)
 
     def _acknowledged(self, option: int) -> None:

@@ -204,7 +204,7 @@ class Client:
             payload = self._take(length)
             if kind == OptionReply.ACK:
                 return payloads
-            if kind & 1 << 31:
+            if kind & nbd.OPTION_REPLY_IS_ERROR:
                 raise ImageError(f"{self.export}: {payload.decode(errors='replace') or OptionReply(kind).name}")
             payloads.append(payload)
 
