@@ -18,6 +18,8 @@ from nbdserver.frontend.server import Server
 from nbdserver.volume.peer import Peer
 from protocol.handover import HandshakingClient
 
+Question = tuple[str, tuple[str, ...], bool]
+"""The first arguments of `Ask`."""
 Settle = Callable[[Peer, str, float, Callable[[], None]], None]
 """`settle` of forwarded.py."""
 Ask = Callable[[str, tuple[str, ...], bool, Callable[[Answer], None]], None]
@@ -38,7 +40,7 @@ class Attaching:
         self.network: Network | None = None
         self.settle = settle
         self._ask = ask
-        self._asked: dict[tuple[str, tuple[str, ...], bool], list[Callable[[Answer], None]]] = {}
+        self._asked: dict[Question, list[Callable[[Answer], None]]] = {}
         self._keeping: dict[str, Keeping] = {}
         self._return_s: dict[str, float] = {}  # until when those processes may take to be there again
         self._last = 0
@@ -62,7 +64,7 @@ class Attaching:
         if len(waiting) == 1:
             self._ask(*question, lambda answer: self._answered(question, answer))
 
-    def _answered(self, question: tuple[str, tuple[str, ...], bool], answer: Answer) -> None:
+    def _answered(self, question: Question, answer: Answer) -> None:
         for done in self._asked.pop(question):
             done(answer)
 
