@@ -24,6 +24,7 @@ SIZE_BYTES = 1 << 20
 NBD_PORT, PEER_PORT = 10809, 10810
 CLIENT_LIMIT = 8
 GREETING_BYTES = 18
+ACKNOWLEDGED = nbd.OPTION_REPLY_HEADER.pack(nbd.OPTION_REPLY_MAGIC, Option.GO, nbd.OptionReply.ACK, 0)
 
 
 class OwnedDevice(MemoryDevice):
@@ -96,8 +97,12 @@ class Node:
     def serve(self) -> None:
         self.exports.add(Export("disk", self.device, lineage=self.stage.lineage))
 
+    def heard(self, kind: str) -> list[dict[str, object]]:
+        """What it reported."""
+        return [fields for each, fields in self.events if each == kind]
+
     def gone(self) -> list[object]:
-        return [fields["reason"] for kind, fields in self.events if kind == "client-gone"]
+        return [fields["reason"] for fields in self.heard("client-gone")]
 
     def close(self) -> None:
         pass
@@ -127,6 +132,10 @@ class Client:
 
     def go(self, name: str = "disk") -> None:
         self.send(HELLO + named(Option.GO, name))
+
+    @property
+    def has_entered(self) -> bool:
+        return self.received_bytes.endswith(ACKNOWLEDGED)
 
     def request(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
         self._sent += 1
@@ -237,7 +246,7 @@ class Stage:
         """A client that has entered the volume."""
         client = self.connect(name, host)
         client.go()
-        self.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+        self.until(lambda: client.has_entered)
         client.received_bytes.clear()
         return client
 
@@ -252,6 +261,3 @@ class Stage:
 
     def sessions(self, name: str) -> int:
         return len(self.node(name).server.clients())
-
-
-ACKNOWLEDGED = nbd.OPTION_REPLY_HEADER.pack(nbd.OPTION_REPLY_MAGIC, Option.GO, nbd.OptionReply.ACK, 0)

@@ -10,7 +10,7 @@ from nbdserver.frontend.forwarding import UNSENT_LIMIT_BYTES
 from nbdserver.replication.grants import BEAT_S, FORWARD_S
 from nbdserver.volume.export import Export
 from protocol.nbd import Command, Option
-from tests.simulation.forwarding_stage import ACKNOWLEDGED, CLIENT_LIMIT, SIZE_BYTES, Client, Stage
+from tests.simulation.forwarding_stage import CLIENT_LIMIT, SIZE_BYTES, Client, Stage
 from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HELLO, named, option
 
@@ -44,7 +44,7 @@ def test_it_is_told_the_same_by_every_node() -> None:
     for name in ("node-1", "node-2"):
         client = stage.connect(name)
         client.send(conversation)
-        stage.until(lambda client=client: client.received_bytes.endswith(ACKNOWLEDGED))  # type: ignore[misc]
+        stage.until(lambda client=client: client.has_entered)  # type: ignore[misc]
         answers.append(bytes(client.received_bytes))
     assert answers[0] == answers[1]
 
@@ -55,7 +55,7 @@ def test_a_node_that_is_asked_to_serve_it_itself_does() -> None:
     client = stage.connect("node-2")
     client.go()
     stage.node("node-2").serve()
-    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+    stage.until(lambda: client.has_entered)
     assert stage.sessions("node-2") == 1
 
 
@@ -67,7 +67,7 @@ def test_a_client_hears_why_its_volume_cannot_be_served_and_may_ask_for_another(
     client.go()
     stage.until(lambda: "disk cannot be served now: all of node-1, node-3 are away" in told(client))
     client.send(named(Option.GO, "near"))
-    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+    stage.until(lambda: client.has_entered)
 
 
 def test_a_node_that_does_not_take_it_is_named_when_it_is_asked_again_until_the_time_is_over() -> None:
@@ -89,7 +89,7 @@ def test_a_client_waits_while_its_volume_moves() -> None:
     stage.cluster.run(2.0)
     stage.owner = "node-3"
     stage.node("node-3").serve()
-    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED), 6.0)
+    stage.until(lambda: client.has_entered, 6.0)
     assert not client.lost_because
 
 
@@ -98,7 +98,7 @@ def test_who_asks_at_the_same_time_asks_once() -> None:
     clients = [stage.connect("node-2") for _ in range(3)]
     for client in clients:
         client.go()
-    stage.until(lambda: all(client.received_bytes.endswith(ACKNOWLEDGED) for client in clients))
+    stage.until(lambda: all(client.has_entered for client in clients))
     assert stage.asked == [("node-2", ())]
 
 
@@ -191,8 +191,8 @@ def test_a_write_that_is_held_up_between_two_nodes_is_not_done_after_its_retry_b
     second = stage.connect(way)
     second.go()
     stage.cluster.run(0.3)
-    assert not second.received_bytes.endswith(ACKNOWLEDGED), "it is served although the first one may still be there"
-    stage.until(lambda: second.received_bytes.endswith(ACKNOWLEDGED), FORWARD_S + 2 * BEAT_S)
+    assert not second.has_entered, "it is served although the first one may still be there"
+    stage.until(lambda: second.has_entered, FORWARD_S + 2 * BEAT_S)
     second.received_bytes.clear()
     second.request(Command.WRITE, 0, data=b"new".ljust(512))
     stage.until(lambda: len(second.received_bytes) == 16)
@@ -217,7 +217,7 @@ def test_a_snapshot_is_entered_directly_by_a_host_whose_volume_is_forwarded() ->
     stage.attach("node-2")
     client = stage.connect("node-1")
     client.go("disk@monday")
-    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED), 0.5 * BEAT_S)
+    stage.until(lambda: client.has_entered, 0.5 * BEAT_S)
     assert stage.asked == [("node-2", ()), ("node-1", ())]
 
 
@@ -228,7 +228,7 @@ def test_a_client_that_comes_directly_while_the_other_way_is_dead_waits_until_th
     begun_s = stage.cluster.now_s
     second = stage.connect("node-1")
     second.go()
-    stage.until(lambda: second.received_bytes.endswith(ACKNOWLEDGED), FORWARD_S + 2 * BEAT_S)
+    stage.until(lambda: second.has_entered, FORWARD_S + 2 * BEAT_S)
     assert stage.cluster.now_s - begun_s > 0.5 * FORWARD_S
     assert stage.node("node-1").gone() == ["the node that it had come to is silent"]
     assert not first.lost_because, "a machine without power says nothing"
@@ -311,10 +311,6 @@ def test_a_node_that_stops_lets_its_clients_have_their_answers_and_does_not_wait
     stage.until(lambda: bool(client.lost_because and waiting.lost_because), 0.1)
 
 
-def entered(client: Client) -> bool:
-    return client.received_bytes.endswith(ACKNOWLEDGED)
-
-
 def test_a_host_that_comes_by_another_way_is_asked_about_once_whatever_is_said_meanwhile() -> None:
     """The answer to an older question counts for what it was asked about, although a newer one is under way."""
     stage = Stage()
@@ -324,7 +320,7 @@ def test_a_host_that_comes_by_another_way_is_asked_about_once_whatever_is_said_m
         for client in begun:
             stage.cluster.run(0.00015)
             client.go()
-        stage.until(lambda begun=begun: all(map(entered, begun)), BEAT_S)  # type: ignore[misc]
+        stage.until(lambda begun=begun: all(client.has_entered for client in begun), BEAT_S)  # type: ignore[misc]
         stage.cluster.run(0.3 * BEAT_S)
         for client in begun:
             client.hang_up()

@@ -8,7 +8,7 @@ from nbdserver.replication.grants import BEAT_S, FORWARD_S
 from nbdserver.volume.export import Export
 from protocol import nbd
 from protocol.nbd import Command, CommandFlag, Option
-from tests.simulation.forwarding_stage import ACKNOWLEDGED, SIZE_BYTES, Stage
+from tests.simulation.forwarding_stage import SIZE_BYTES, Stage
 from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HELLO, named, option
 
@@ -18,10 +18,6 @@ def lose_owner(stage: Stage, to: str) -> None:
     stage.cluster.machines[stage.owner].end(power=True)
     stage.cluster.run(1.5)
     stage.move(to)
-
-
-def told(stage: Stage, node: str, kind: str) -> list[dict[str, object]]:
-    return [fields for each, fields in stage.node(node).events if each == kind]
 
 
 @pytest.mark.parametrize("to", ["node-2", "node-3"])
@@ -37,7 +33,7 @@ def test_a_client_lives_through_the_death_of_the_node_that_serves_it(to: str) ->
     stage.until(lambda: len(client.received_bytes) == 32)
     assert stage.read(client, 512, 1024).replace(b" ", b"") == b"underwayaskedmeanwhile"
     assert not client.lost_because
-    assert [each["node"] for each in told(stage, "node-2", "client-goes-on")] == [to]
+    assert [each["node"] for each in stage.node("node-2").heard("client-goes-on")] == [to]
     assert stage.sessions(to) == 1
     (away,) = stage.node("node-2").server.away()
     assert away.forwarded_to == to
@@ -62,7 +58,7 @@ def test_an_owner_that_hangs_is_left_in_time_and_what_it_was_asked_for_is_not_do
     stage.cluster.machines["node-1"].pause()
     client.request(Command.WRITE, 0, data=b"old".ljust(512))
     paused_s = stage.cluster.now_s
-    stage.until(lambda: bool(told(stage, "node-2", "client-waits")))
+    stage.until(lambda: bool(stage.node("node-2").heard("client-waits")))
     assert FORWARD_S - BEAT_S < stage.cluster.now_s - paused_s <= FORWARD_S + 2 * BEAT_S
     stage.cluster.run(0.01)
     assert stage.asked[-1] == ("node-2", ("node-1",)), "it is not offered again"
@@ -124,7 +120,7 @@ def test_a_reply_that_was_half_there_is_given_whole_by_the_next_owner(style: Opt
     stage.device.written[:] = b"\1" * len(stage.device.written)
     client = stage.connect("node-2")
     client.send(HELLO + (option(style) if style else b"") + named(Option.GO, "disk"))
-    stage.until(lambda: client.received_bytes.endswith(ACKNOWLEDGED))
+    stage.until(lambda: client.has_entered)
     client.received_bytes.clear()
     header = {"flags": 0, "command": Command.READ, "offset": 0, "length": len(content)}
     declaration = nbd.ExtendedRequest if style == Option.EXTENDED_HEADERS else nbd.Request

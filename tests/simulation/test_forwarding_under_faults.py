@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from protocol.nbd import Command
-from tests.simulation.forwarding_stage import ACKNOWLEDGED, GREETING_BYTES, NBD_PORT, Client, Hosts, Stage
+from tests.simulation.forwarding_stage import GREETING_BYTES, NBD_PORT, Client, Hosts, Stage
 
 BLOCK_BYTES = 512
 WRITERS = 3
@@ -60,7 +60,7 @@ class Writer:
         if len(client.received_bytes) == GREETING_BYTES and not self._has_named:
             self._has_named = True
             client.go()
-        return client.received_bytes.endswith(ACKNOWLEDGED)
+        return client.has_entered
 
     def _come_again(self) -> None:
         if self._client is not None and self._client.connection is not None:
