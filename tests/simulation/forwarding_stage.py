@@ -21,6 +21,7 @@ from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HELLO, named
 
 SIZE_BYTES = 1 << 20
+BLOCK_BYTES = 512
 NBD_PORT, PEER_PORT = 10809, 10810
 CLIENT_LIMIT = 8
 GREETING_BYTES = 18
@@ -144,6 +145,10 @@ class Client:
         }  # fmt: skip
         self.send(nbd.Request.build(fields) + data)
 
+    def write(self, offset: int, text: bytes) -> None:
+        """Ask to write a block that begins with this."""
+        self.request(Command.WRITE, offset, data=text.ljust(BLOCK_BYTES))
+
     def hang_up(self) -> None:
         assert self.connection is not None
         self.connection.close()
@@ -200,7 +205,7 @@ class Stage:
         return let_go
 
     def move(self, to: str) -> None:
-        """Another node has the volume from now on; the one before is not heard of it, whatever it does."""
+        """Another node has the volume from now on; the one before serves it no more, whatever has become of it."""
         before = self.cluster.machines[self.owner]
         self.owner = to
         if before.life is not None:
@@ -249,6 +254,21 @@ class Stage:
         self.until(lambda: client.has_entered)
         client.received_bytes.clear()
         return client
+
+    def attach_with_a_write_that_waits(self, name: str) -> Client:
+        """A client that has written "first" into the first block, which is in flight until `acknowledge`, and then
+        "old" into the next one, which waits at the owner until then."""
+        self.device.in_flight = True
+        client = self.attach(name)
+        for offset, text in ((0, b"first"), (BLOCK_BYTES, b"old")):
+            client.write(offset, text)
+            self.cluster.run(0.01)
+        return client
+
+    def acknowledge(self) -> None:
+        """What is in flight is acknowledged, and from now on everything is at once."""
+        self.device.in_flight = False
+        self.device.acknowledge(0)
 
     def until(self, holds: Callable[[], bool], limit_s: float = 5.0) -> None:
         assert self.cluster.run_until(holds, limit_s), f"not within {limit_s} s"

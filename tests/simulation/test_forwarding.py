@@ -22,7 +22,7 @@ def told(client: Client) -> str:
 def test_whichever_node_a_client_comes_to_it_reads_what_others_have_written() -> None:
     stage = Stage()
     clients = [stage.attach(name) for name in ("node-1", "node-2", "node-3")]
-    clients[1].request(Command.WRITE, 4096, data=b"written by way of node-2".ljust(512, b"."))
+    clients[1].write(4096, b"written by way of node-2")
     stage.until(lambda: len(clients[1].received_bytes) == 16)
     for client in clients:
         assert stage.read(client, 4096, 512).startswith(b"written by way of node-2")
@@ -87,8 +87,7 @@ def test_a_client_waits_while_its_volume_moves() -> None:
     client = stage.connect("node-2")
     client.go()
     stage.cluster.run(2.0)
-    stage.owner = "node-3"
-    stage.node("node-3").serve()
+    stage.move("node-3")
     stage.until(lambda: client.has_entered, 6.0)
     assert not client.lost_because
 
@@ -117,7 +116,7 @@ def test_clients_that_are_forwarded_count_at_both_nodes() -> None:
 def test_what_a_client_sends_before_it_hangs_up_is_done() -> None:
     stage = Stage()
     client = stage.attach("node-2")
-    client.request(Command.WRITE, 0, data=b"last words".ljust(512))
+    client.write(0, b"last words")
     client.hang_up()
     stage.until(lambda: not stage.sessions("node-1"))
     assert stage.device.data.startswith(b"last words")
@@ -139,18 +138,12 @@ def test_an_owner_that_hears_nothing_from_a_forwarder_drops_its_clients_and_no_o
 
 def test_what_a_client_has_left_behind_is_not_done_after_what_it_asks_for_when_it_comes_again() -> None:
     stage = Stage()
-    stage.device.in_flight = True
-    first = stage.attach("node-2")
-    first.request(Command.WRITE, 0, data=b"first".ljust(512))
-    stage.cluster.run(0.01)
-    first.request(Command.WRITE, 512, data=b"old".ljust(512))  # waits until the one before it is acknowledged
-    stage.cluster.run(0.01)
+    first = stage.attach_with_a_write_that_waits("node-2")
     first.hang_up()
     second = stage.attach("node-2")
-    second.request(Command.WRITE, 512, data=b"new".ljust(512))
+    second.write(512, b"new")
     stage.cluster.run(0.01)
-    stage.device.in_flight = False
-    stage.device.acknowledge(0)
+    stage.acknowledge()
     stage.until(lambda: len(second.received_bytes) == 16, 0.05)
     stage.cluster.run(5.0)
     assert stage.device.data[512:].startswith(b"new")
@@ -160,18 +153,13 @@ def test_what_a_client_has_left_behind_is_not_done_after_what_it_asks_for_when_i
 
 def test_what_it_has_left_behind_at_one_node_is_not_done_after_it_has_come_to_another() -> None:
     stage = Stage()
-    stage.device.in_flight = True
-    first = stage.attach("node-2")
-    for offset, data in ((0, b"first"), (512, b"old")):  # the second waits until the first is acknowledged
-        first.request(Command.WRITE, offset, data=data.ljust(512))
-        stage.cluster.run(0.01)
+    first = stage.attach_with_a_write_that_waits("node-2")
     first.hang_up()
     stage.cluster.run(0.01)
     second = stage.attach("node-3")
-    second.request(Command.WRITE, 512, data=b"new".ljust(512))
+    second.write(512, b"new")
     stage.cluster.run(0.01)
-    stage.device.in_flight = False
-    stage.device.acknowledge(0)
+    stage.acknowledge()
     stage.until(lambda: len(second.received_bytes) == 16, 0.05)
     stage.cluster.run(5.0)
     assert stage.device.data[512:].startswith(b"new")
@@ -184,7 +172,7 @@ def test_a_write_that_is_held_up_between_two_nodes_is_not_done_after_its_retry_b
     first = stage.attach("node-2")
     stage.cluster.run(1.0)
     mend = stage.cluster.wires.block(["node-2"], ["node-1"], both=True)
-    first.request(Command.WRITE, 0, data=b"old".ljust(512))
+    first.write(0, b"old")
     stage.cluster.run(0.05)
     first.hang_up()
     stage.cluster.run(0.05)
@@ -194,7 +182,7 @@ def test_a_write_that_is_held_up_between_two_nodes_is_not_done_after_its_retry_b
     assert not second.has_entered, "it is served although the first one may still be there"
     stage.until(lambda: second.has_entered, FORWARD_S + 2 * BEAT_S)
     second.received_bytes.clear()
-    second.request(Command.WRITE, 0, data=b"new".ljust(512))
+    second.write(0, b"new")
     stage.until(lambda: len(second.received_bytes) == 16)
     mend()
     stage.cluster.run(5.0)

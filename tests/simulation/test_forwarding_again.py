@@ -25,11 +25,11 @@ def test_a_client_lives_through_the_death_of_the_node_that_serves_it(to: str) ->
     stage = Stage()
     stage.device.in_flight = True
     client = stage.attach("node-2")
-    client.request(Command.WRITE, 512, data=b"under way".ljust(512))
+    client.write(512, b"under way")
     stage.cluster.run(0.05)
     lose_owner(stage, to)
     stage.device.in_flight = False
-    client.request(Command.WRITE, 1024, data=b"asked meanwhile".ljust(512))
+    client.write(1024, b"asked meanwhile")
     stage.until(lambda: len(client.received_bytes) == 32)
     assert stage.read(client, 512, 1024).replace(b" ", b"") == b"underwayaskedmeanwhile"
     assert not client.lost_because
@@ -44,7 +44,7 @@ def test_it_lives_through_one_owner_after_the_other() -> None:
     client = stage.attach("node-2")
     for turn, to in enumerate(("node-3", "node-2", "node-1", "node-3", "node-1")):
         client.received_bytes.clear()
-        client.request(Command.WRITE, 0, data=f"turn {turn}".encode().ljust(512))
+        client.write(0, f"turn {turn}".encode())
         stage.move(to)
         stage.until(lambda: len(client.received_bytes) == 16)
         assert stage.read(client, 0, 512).startswith(f"turn {turn}".encode())
@@ -56,7 +56,7 @@ def test_an_owner_that_hangs_is_left_in_time_and_what_it_was_asked_for_is_not_do
     client = stage.attach("node-2")
     stage.cluster.run(1.0)
     stage.cluster.machines["node-1"].pause()
-    client.request(Command.WRITE, 0, data=b"old".ljust(512))
+    client.write(0, b"old")
     paused_s = stage.cluster.now_s
     stage.until(lambda: bool(stage.node("node-2").heard("client-waits")))
     assert FORWARD_S - BEAT_S < stage.cluster.now_s - paused_s <= FORWARD_S + 2 * BEAT_S
@@ -65,7 +65,7 @@ def test_an_owner_that_hangs_is_left_in_time_and_what_it_was_asked_for_is_not_do
     stage.owner = "node-3"
     stage.node("node-3").serve()
     stage.until(lambda: len(client.received_bytes) == 16)
-    client.request(Command.WRITE, 0, data=b"new".ljust(512))
+    client.write(0, b"new")
     stage.until(lambda: len(client.received_bytes) == 32)
     stage.cluster.machines["node-1"].resume()
     stage.cluster.run(5.0)
@@ -80,7 +80,7 @@ def test_a_stream_between_the_nodes_that_breaks_costs_nobody_anything() -> None:
     for stream in [each for each in stage.cluster.wires.connections if each.peer_name == stage.peer_address("node-1")]:
         for number, client in enumerate(clients):
             client.received_bytes.clear()
-            client.request(Command.WRITE, 512 * number, data=b"x".ljust(512))
+            client.write(512 * number, b"x")
         stream.lose("reset")
         stage.until(lambda: all(len(client.received_bytes) == 16 for client in clients))
         stage.cluster.run(1.0)
@@ -90,12 +90,7 @@ def test_a_stream_between_the_nodes_that_breaks_costs_nobody_anything() -> None:
 
 def test_what_waits_at_an_owner_in_a_stream_that_broke_is_not_done_after_what_is_asked_for_again() -> None:
     stage = Stage()
-    stage.device.in_flight = True
-    client = stage.attach("node-2")
-    client.request(Command.WRITE, 0, data=b"first".ljust(512))
-    stage.cluster.run(0.01)
-    client.request(Command.WRITE, 512, data=b"old".ljust(512))  # waits there until the first is acknowledged
-    stage.cluster.run(0.01)
+    client = stage.attach_with_a_write_that_waits("node-2")
     wires = stage.cluster.wires.connections
     ends = [each for each in wires if each.peer_name == stage.peer_address("node-1")]
     mend = stage.cluster.wires.block(["node-2"], ["node-1"], both=True)
@@ -103,10 +98,9 @@ def test_what_waits_at_an_owner_in_a_stream_that_broke_is_not_done_after_what_is
         end.lose("reset")  # the owner does not hear of it
     mend()
     stage.cluster.run(0.5)
-    stage.device.in_flight = False
-    stage.device.acknowledge(0)
+    stage.acknowledge()
     stage.until(lambda: len(client.received_bytes) == 32)
-    client.request(Command.WRITE, 512, data=b"new".ljust(512))
+    client.write(512, b"new")
     stage.until(lambda: len(client.received_bytes) == 48)
     stage.cluster.run(5.0)
     assert stage.device.data[512:].startswith(b"new")
@@ -159,11 +153,11 @@ def test_a_client_that_goes_while_there_is_no_owner_has_nothing_done_later() -> 
     stage = Stage()
     stage.device.in_flight = True
     client = stage.attach("node-2")
-    client.request(Command.WRITE, 0, data=b"old".ljust(512))
+    client.write(0, b"old")
     stage.cluster.run(0.01)
     stage.cluster.machines["node-1"].end(power=True)
     stage.device.data[:3] = bytes(3)  # the others did not have it
-    client.request(Command.WRITE, 0, data=b"and".ljust(512))
+    client.write(0, b"and")
     stage.cluster.run(0.5)
     client.hang_up()
     stage.cluster.run(0.5)
@@ -193,7 +187,7 @@ def test_it_is_disconnected_when_another_host_has_used_the_volume_meanwhile() ->
     stage.move("node-3")
     stage.cluster.run(FORWARD_S + 1.0)
     other = stage.attach("node-3", host="other")
-    other.request(Command.WRITE, 0, data=b"of the other".ljust(512))
+    other.write(0, b"of the other")
     stage.cluster.run(0.1)
     other.hang_up()
     stage.cluster.run(0.5)
@@ -253,7 +247,7 @@ def test_a_request_that_ends_every_node_that_does_it_does_not_go_round_for_ever(
     client = stage.attach("node-2")
     lost = 0
     stage.device.in_flight = True
-    client.request(Command.WRITE, 0, data=b"poison".ljust(512))
+    client.write(0, b"poison")
     for _ in range(10 * TRIES):
         stage.cluster.run(0.5)
         if client.lost_because:
@@ -273,8 +267,7 @@ def test_what_is_kept_for_a_client_without_an_owner_is_bounded_and_all_of_it_is_
     stage.cluster.machines["node-1"].end(power=True)
     wanted = 2 * KEPT_LIMIT_BYTES // SIZE_BYTES
     for number in range(wanted):
-        fields = {"flags": 0, "command": Command.WRITE, "cookie": number, "offset": 0, "length": SIZE_BYTES}
-        client.send(nbd.Request.build(fields) + bytes([number]) * SIZE_BYTES)
+        client.request(Command.WRITE, data=bytes([number]) * SIZE_BYTES)
     stage.cluster.run(2.0)
     (away,) = stage.node("node-2").server.away()
     assert away.in_flight == 1, "they overlap"
@@ -296,7 +289,7 @@ def test_a_client_whose_end_was_lost_on_its_way_from_the_owner_is_told_of_by_the
     stage = Stage()
     stage.device.in_flight = True
     client = stage.attach("node-2")
-    client.request(Command.WRITE, 0, data=b"asked before".ljust(512))
+    client.write(0, b"asked before")
     stage.cluster.run(0.01)
     mend = stage.cluster.wires.block(["node-1"], ["node-2"])
     node = stage.node("node-1")

@@ -18,10 +18,9 @@ from nbdserver.volume.export import Export
 from protocol import nbd
 from protocol.nbd import Command, CommandFlag
 from tests.simulation.cluster.machine import Machine, Seams
-from tests.simulation.forwarding_stage import Client, Node, OwnedDevice, Stage
+from tests.simulation.forwarding_stage import BLOCK_BYTES, Client, Node, OwnedDevice, Stage
 from tests.simulation.registers import ViolationError
 
-BLOCK_BYTES = 512
 BLOCKS = 8
 DEPTH = 4
 CLIENTS = ("node-2", "node-2", "node-3")

@@ -10,10 +10,8 @@ from functools import partial
 
 import pytest
 
-from protocol.nbd import Command
-from tests.simulation.forwarding_stage import GREETING_BYTES, NBD_PORT, Client, Hosts, Stage
+from tests.simulation.forwarding_stage import BLOCK_BYTES, GREETING_BYTES, NBD_PORT, Client, Hosts, Stage
 
-BLOCK_BYTES = 512
 WRITERS = 3
 FOR_S = 30.0
 SLOW = 0.002  # chance that the device takes its time
@@ -76,7 +74,7 @@ class Writer:
     def _ask(self, client: Client) -> None:
         self.version = max(self.version, 1)
         self._has_asked, self._asked_s = True, self._stage.cluster.now_s
-        client.request(Command.WRITE, self._offset, data=self.version.to_bytes(8, "big").ljust(BLOCK_BYTES))
+        client.write(self._offset, self.version.to_bytes(8, "big"))
 
     def check(self) -> None:
         """It shows what was answered, or what was asked for after it, and never goes back."""
