@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from protocol.peer import Position
 from tests.simulation.registers import ViolationError
+from tests.simulation.replication.memory_log import MemoryDisk
 from tests.simulation.replication.stage import Stage
 
 
@@ -74,11 +75,16 @@ def a_replica_is_added_and_the_owner_does_not_hear_of_it() -> None:
     stage.end()
 
 
-def away_for_long(stage: Stage) -> None:
-    """Node 3 was away, and the logs of the others do not go back any more."""
+def one_goes_away(stage: Stage) -> None:
+    """Node 3 dies when all is written, and is no member any more."""
     stage.write_everywhere(1)
     stage.kill(3)
     stage.until(lambda: stage.in_sync() == {1, 2})
+
+
+def away_for_long(stage: Stage) -> None:
+    """Node 3 was away, and the logs of the others do not go back any more."""
+    one_goes_away(stage)
     stage.write_everywhere(1)
     stage.forget_log(1)
     stage.start(3)
@@ -107,9 +113,7 @@ def a_replica_that_fetches_regions_is_left_behind_again() -> None:
 
 def a_replica_that_has_fetched_regions_is_what_another_one_follows() -> None:
     stage = Stage()
-    stage.write_everywhere(1)
-    stage.kill(3)
-    stage.until(lambda: stage.in_sync() == {1, 2})
+    one_goes_away(stage)
     stage.write_everywhere(1)
     stage.kill(2)
     stage.until(lambda: stage.in_sync() == {1})
@@ -170,11 +174,9 @@ def a_flush_is_all_that_is_left() -> None:
     stage.until(lambda: stage.scenario.answers["flush"] == 1)
     for number in (2, 3):
         stage.node(number).log.disk.forget_unsynced()
-    for number in (1, 2, 3):
-        stage.kill(number, power=True)
+    stage.kill_all(power=True)
     stage.cluster.machines["node-1"].lose_disk()
-    for number in (1, 2, 3):
-        stage.start(number)
+    stage.start_all()
     stage.attach(2)
     stage.end()
 
@@ -190,10 +192,8 @@ def the_longest_log_is_not_the_candidates() -> None:
     stage.node(3).log.disk.sync_all()
     for number in (1, 2):
         stage.node(number).log.disk.forget_unsynced()
-    for number in (1, 2, 3):
-        stage.kill(number, power=True)
-    for number in (1, 2, 3):
-        stage.start(number)
+    stage.kill_all(power=True)
+    stage.start_all()
     stage.attach(2)
     stage.end()
     assert before != after
@@ -252,10 +252,8 @@ def all_lose_their_power_and_the_longest_log_does_not_go_back_to_the_others() ->
     stage.node(1).log.disk.sync_all()
     for number in (2, 3):
         stage.node(number).log.disk.forget_unsynced()
-    for number in (1, 2, 3):
-        stage.kill(number, power=True)
-    for number in (1, 2, 3):
-        stage.start(number)
+    stage.kill_all(power=True)
+    stage.start_all()
     stage.attach(1)
     stage.end()
     if stage.scenario.value().generation != 2:
@@ -266,20 +264,16 @@ def lost_by_all_members(stage: Stage) -> None:
     """Nodes 1 and 2 lose with their power what node 3, which is no member, has on its disk."""
     for number in (1, 2):
         stage.node(number).log.disk.forget_unsynced()
-    for number in (1, 2, 3):
-        stage.kill(number, power=True)
+    stage.kill_all(power=True)
     stage.cluster.registry.come_back()
-    for number in (1, 2, 3):
-        stage.start(number)
+    stage.start_all()
     stage.attach(1)
     stage.end()
 
 
 def all_lose_their_power_and_one_that_was_away_has_more_in_its_checkpoint() -> None:
     stage = Stage()
-    stage.write_everywhere(1)
-    stage.kill(3)
-    stage.until(lambda: stage.in_sync() == {1, 2})
+    one_goes_away(stage)
     stage.cluster.registry.go_down()
     stage.start(3)
     stage.until(lambda: stage.node(3).log.last == stage.node(1).log.last)
@@ -298,9 +292,7 @@ def all_lose_their_power_and_one_that_was_away_has_more_in_its_checkpoint() -> N
 
 def all_lose_their_power_and_one_has_fetched_regions_behind_what_is_lost() -> None:
     stage = Stage()
-    stage.write_everywhere(1)
-    stage.kill(3)
-    stage.until(lambda: stage.in_sync() == {1, 2})
+    one_goes_away(stage)
     stage.write_everywhere(1)
     stage.forget_log(1)
     stage.cluster.registry.go_down()
@@ -380,24 +372,19 @@ def a_new_owner_cannot_read_what_it_alone_has() -> None:
         raise ViolationError("nobody has fetched regions")
 
 
-def put_back(stage: Stage) -> None:
-    """Node 3 has its disk as it was before it was started last, and nobody else is up."""
-    stage.write_everywhere(1)
+def started_anew(stage: Stage) -> MemoryDisk:
+    """Node 3 is started anew; returns its disk as it was before."""
     stage.kill(3)
     disk = stage.copy_disk(3)
     stage.start(3)
-    stage.until(lambda: stage.in_sync() == {1, 2, 3})
-    stage.write_everywhere(1)
-    stage.run(1.0)
-    for number in (1, 2, 3):
-        stage.kill(number)
+    return disk
+
+
+def it_alone_with_an_old_disk_is_no_owner(stage: Stage, disk: MemoryDisk) -> None:
+    """All end, and node 3 comes back with its disk as it was; the others later."""
+    stage.kill_all()
     stage.put_disk_back(3, disk)
     stage.start(3)
-
-
-def a_disk_is_put_back_as_it_was_and_nobody_else_is_up() -> None:
-    stage = Stage()
-    put_back(stage)
     stage.scenario.attach_at(stage.node(3))
     stage.run(15.0)
     if stage.node(3).family.owner is not None:
@@ -405,41 +392,35 @@ def a_disk_is_put_back_as_it_was_and_nobody_else_is_up() -> None:
     stage.start(1)
     stage.start(2)
     stage.end()
+
+
+def a_disk_is_put_back_as_it_was_and_nobody_else_is_up() -> None:
+    stage = Stage()
+    stage.write_everywhere(1)
+    disk = started_anew(stage)
+    stage.until(lambda: stage.in_sync() == {1, 2, 3})
+    stage.write_everywhere(1)
+    stage.run(1.0)
+    it_alone_with_an_old_disk_is_no_owner(stage, disk)
 
 
 def a_disk_is_put_back_as_it_was_while_the_registry_knows_an_older_incarnation() -> None:
     """The node was started anew so quickly that nobody has missed it."""
     stage = Stage()
-    stage.kill(3)
-    disk = stage.copy_disk(3)
-    stage.start(3)
+    disk = started_anew(stage)
     stage.run(1.0)
     if stage.scenario.reports["replica-removed"]:
         raise ViolationError("it was away for too long")
     stage.write_everywhere(1)
-    for number in (1, 2, 3):
-        stage.kill(number)
-    stage.put_disk_back(3, disk)
-    stage.start(3)
-    stage.scenario.attach_at(stage.node(3))
-    stage.run(15.0)
-    if stage.node(3).family.owner is not None:
-        raise ViolationError("what was acknowledged is not on the disk of who owns the family")
-    stage.start(1)
-    stage.start(2)
-    stage.end()
+    it_alone_with_an_old_disk_is_no_owner(stage, disk)
 
 
 def a_disk_is_put_back_as_it_was_and_the_owner_says_so() -> None:
     stage = Stage()
     stage.write_everywhere(1)
-    stage.kill(3)
-    disk = stage.copy_disk(3)
-    stage.start(3)
+    disk = started_anew(stage)
     stage.until(lambda: stage.in_sync() == {1, 2, 3})
-    stage.write_everywhere(1)
-    stage.kill(3)
-    stage.until(lambda: stage.in_sync() == {1, 2})
+    one_goes_away(stage)
     stage.put_disk_back(3, disk)
     stage.start(3)
     stage.until(lambda: stage.in_sync() == {1, 2, 3}, 30.0)

@@ -98,6 +98,14 @@ class Stage:
     def start(self, number: int) -> None:
         self.cluster.start(f"node-{number}")
 
+    def kill_all(self, power: bool = False) -> None:
+        for machine in self.cluster.machines.values():
+            machine.end(power)
+
+    def start_all(self) -> None:
+        for name in self.cluster.machines:
+            self.cluster.start(name)
+
     def copy_disk(self, number: int) -> MemoryDisk:
         """Of a node that is stopped."""
         return self.scenario.disk_of(self.cluster.machines[f"node-{number}"]).copied()
