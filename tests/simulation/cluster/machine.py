@@ -99,8 +99,7 @@ class Machine(World):
         self.rate = 1.0
         self._stopped_rate = 0.0
         self.mix = FaultMix(cold_read=0.0, power=1.0)
-        self.drive_bytes = DRIVE_BYTES
-        self.drive = SimulatedDrive(self, self.drive_bytes)
+        self.drive = SimulatedDrive(self, DRIVE_BYTES)
         self.table = SimulatedTable(self)
         self.life: Life | None = None
         self.node: Node | None = None
@@ -196,8 +195,8 @@ class Machine(World):
         self.ended(power)
 
     def lose_disk(self) -> None:
-        """The disk is replaced by an empty one; no process is running."""
-        self.drive = SimulatedDrive(self, self.drive_bytes)
+        """The disk is replaced by an empty one of the same size; no process is running."""
+        self.drive = SimulatedDrive(self, self.drive.capacity_bytes)
         self.table = SimulatedTable(self)
 
     def crash_in_a_call(self, calls: int) -> None:

@@ -46,8 +46,7 @@ class SmallDisks:
 
     def _set_room(self, size_bytes: int) -> None:
         for name in self._names:
-            machine = self._scenario.cluster.machines[name]
-            machine.drive_bytes = machine.drive.capacity_bytes = size_bytes
+            self._scenario.cluster.machines[name].drive.capacity_bytes = size_bytes
             self._scenario.cluster.tell(f"the disk of {name} has room for {size_bytes - HELD_BACK_BYTES} bytes")
 
     def may_refuse(self, errno: int) -> bool:
