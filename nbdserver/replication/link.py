@@ -76,8 +76,6 @@ class LinkEvents(Protocol):
     """Whose link it is."""
 
     epoch: int
-    sync_txid: int
-    """Is to be made durable now."""
 
     def frames(self, modifications: Sequence[Modification]) -> Sequence[AppendFrame]:
         """These, or a beat if there are none, to be sent now."""
@@ -338,9 +336,9 @@ class Link:
         if self.state is not State.ALIGNING and now_s - self._last_sent_s >= BEAT_S / 2:
             self._send(())
 
-    def tell(self) -> None:
-        """A beat now, if it has not been said what is to be made durable."""
-        if self.state in (State.STREAMING, State.CATCHING_UP) and self._told_sync_txid < self.events.sync_txid:
+    def tell(self, sync_txid: int) -> None:
+        """A beat now, unless it has been said that everything up to there is to be made durable."""
+        if self.is_following and self._told_sync_txid < sync_txid:
             self._send(())
 
     def _send(self, modifications: Sequence[Modification]) -> None:

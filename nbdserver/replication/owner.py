@@ -62,8 +62,6 @@ class Owner:
     ) -> None:
         """Begin with the value that names this node, and links under its epoch that have not followed yet."""
         self.epoch = value.epoch
-        self.sync_txid = 0
-        self.durable_txid = 0
         self.is_deposed = False
         self._clock = clock
         self._node = node
@@ -73,6 +71,8 @@ class Owner:
         self._begun_s = clock.now()
         self._begin_txid = log.last.txid
         self._committed_txid = log.committed_txid
+        self._durable_txid = 0  # on every member
+        self._sync_txid = 0  # what is to be made durable
         self._needed: Sequence[Link] = ()
         self._has_link_to_all = False
         self._room = Room(clock, log)
@@ -175,7 +175,7 @@ class Owner:
         if self.is_deposed:
             return errno
         if self._habit.expects_flush(self._ordered_txid):
-            self.sync_txid = self._ordered_txid
+            self._sync_txid = self._ordered_txid
         self.send_ordered()
         if not self._needed:
             self._clock.call_soon(self._commit_alone)
@@ -198,10 +198,10 @@ class Owner:
             return
         self._flushes.append((self._committed_txid, done))
         self._habit.flushed(self._ordered_txid)
-        self.sync_txid = max(self.sync_txid, self._committed_txid)
+        self._sync_txid = max(self._sync_txid, self._committed_txid)
         self._sync()
         for link in self._needed:
-            link.tell()
+            link.tell(self._sync_txid)
         self._clock.call_soon(self._release)
 
     @property
@@ -258,8 +258,8 @@ class Owner:
             self.epoch,
             self._frame_number + 1,
             self._committed_txid,
-            self.durable_txid,
-            self.sync_txid,
+            self._durable_txid,
+            self._sync_txid,
             modifications,
             self._clock.now(),
         )
@@ -291,7 +291,7 @@ class Owner:
         if not (
             (unacknowledged and unacknowledged[0].txid <= committed_txid)
             or (self._waiting and self._waiting[0][0] <= committed_txid)
-            or (flushes and flushes[0][0] <= self.durable_txid)
+            or (flushes and flushes[0][0] <= self._durable_txid)
         ):
             return
         if not self.has_authority:
@@ -302,7 +302,7 @@ class Owner:
         ready: list[Done] = []
         while waiting and waiting[0][0] <= committed_txid:
             ready.append(waiting.popleft()[1])
-        while flushes and flushes[0][0] <= self.durable_txid:
+        while flushes and flushes[0][0] <= self._durable_txid:
             ready.append(flushes.popleft()[1])
         for done in ready:
             done(0)
@@ -331,12 +331,12 @@ class Owner:
             return
         txid = self._ordered_txid
         for link in self._needed:
-            if not link.is_following or link.durable_txid <= self.durable_txid:
+            if not link.is_following or link.durable_txid <= self._durable_txid:
                 return
             txid = min(txid, link.durable_txid)
         txid = min(txid, self._log.durable.txid)
-        if txid > self.durable_txid:
-            self.durable_txid = txid
+        if txid > self._durable_txid:
+            self._durable_txid = txid
             self._release()
 
     # --- what links say ---
@@ -353,7 +353,7 @@ class Owner:
         if link not in self._needed:
             self.in_sync.add_if_ready(link)
             return
-        if link.durable_txid > self.durable_txid:
+        if link.durable_txid > self._durable_txid:
             self._durable()
         self._commit()
         self._room.look()
@@ -413,7 +413,7 @@ class Owner:
         self.in_sync.place_if_due()
 
     def _look_at_disks(self) -> None:
-        wanted_txid = min(self._log.durable.txid, self.sync_txid)
+        wanted_txid = min(self._log.durable.txid, self._sync_txid)
         slow = self.slow_disks.look(self._clock.now(), wanted_txid, self.members, self.links)
         if slow:
             self.in_sync.remove(slow, SLOW)

@@ -60,7 +60,6 @@ class Takeover:
         events: TakeoverEvents,
     ) -> None:
         self.epoch = value.epoch
-        self.sync_txid = 0
         self._clock = clock
         self._registry = registry
         self._key = key

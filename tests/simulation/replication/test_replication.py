@@ -369,7 +369,7 @@ def a_lost_change_counts_as_made(patch: pytest.MonkeyPatch) -> None:
 
 def a_flush_is_the_owners_alone(patch: pytest.MonkeyPatch) -> None:
     def durable(self: Owner) -> None:
-        self.durable_txid = self._log.durable.txid
+        self._durable_txid = self._log.durable.txid
         self._release()
 
     patch.setattr(Owner, "_durable", durable)
