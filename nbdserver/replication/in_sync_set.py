@@ -52,6 +52,12 @@ def is_whole(member: Member, incarnations: Sequence[int]) -> bool:
     return member.incarnation in incarnations
 
 
+def opened_at(node: str, links: Mapping[str, Link]) -> Opened | None:
+    """What the replica on that node has said of itself on the stream that is there."""
+    link = links.get(node)
+    return link.opened if link is not None else None
+
+
 WENT_DOWN = "its machine went down: what was not synced may be gone"
 REPLACED = "its disk is empty: it was replaced"
 PUT_BACK = "its disk was put back as it was at an earlier time"
@@ -164,16 +170,12 @@ class InSyncSet:
         if self._change is not None or self._is_closed:
             return
         for member in self.value.in_sync:
-            opened = self._opened(member.node)
+            opened = opened_at(member.node, self.links)
             if opened is None or opened.incarnation == member.incarnation or member.node in self._unfit:
                 continue
             if is_whole(member, opened.incarnations):
                 self._make(self.value.with_member(Member(member.node, opened.incarnation)))
                 return
-
-    def _opened(self, node: str) -> Opened | None:
-        link = self.links.get(node)
-        return link.opened if link is not None else None
 
     def remove(self, node: str, reason: str) -> None:
         """Have one member less, but for the last one."""
@@ -251,6 +253,6 @@ class InSyncSet:
     def _check_members(self) -> None:
         """A member that was asked for may be another one by now."""
         for member in self.value.in_sync:
-            opened = self._opened(member.node)
+            opened = opened_at(member.node, self.links)
             if opened is not None and not is_whole(member, opened.incarnations):
                 self.remove(member.node, what_was_lost(member.incarnation, opened, 0))

@@ -21,7 +21,7 @@ from typing import Protocol
 from metadata.replica_set import Change, Member, ReplicaSet, ReplicaSets
 from metadata.seams import Clock, Timer
 from nbdserver.replication.append_frames import AppendFrame
-from nbdserver.replication.in_sync_set import is_whole
+from nbdserver.replication.in_sync_set import is_whole, opened_at
 from nbdserver.replication.link import Link
 from nbdserver.replication.replica import FETCH_LIMIT_BYTES, Replica
 from nbdserver.replication.replica_log import common_position
@@ -145,7 +145,7 @@ class Takeover:
         if not self._is_looking:
             return
         others = [member for member in self._value.in_sync if member.node != self._node]
-        found = [(member, self._opened(member.node)) for member in others]
+        found = [(member, opened_at(member.node, self._links)) for member in others]
         opened = [(member, each) for member, each in found if each is not None]
         complete = {member.node: each for member, each in opened if self._is_complete(member, each)}
         us = self._value.member(self._node)
@@ -159,10 +159,6 @@ class Takeover:
             self._fail("no whole member can be opened")
         else:
             self._timer = self._clock.call_later(0.1, self._look)
-
-    def _opened(self, node: str) -> Opened | None:
-        link = self._links.get(node)
-        return link.opened if link is not None else None
 
     def _is_complete(self, member: Member, opened: Opened) -> bool:
         return is_whole(member, opened.incarnations) and not opened.resync
@@ -232,7 +228,7 @@ class Takeover:
         members = [Member(self._node, self._log.incarnation)]
         none_was_whole = generation > self._value.generation
         for node in nodes:
-            opened = self._opened(node)
+            opened = opened_at(node, self._links)
             if opened is not None and not (none_was_whole and opened.last != self._log.last):
                 members.append(Member(node, opened.incarnation))
         members.sort(key=lambda member: member.node)
