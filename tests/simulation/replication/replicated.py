@@ -60,6 +60,11 @@ class FamilyNode:
         owner = self.family.owner
         return owner is not None and owner.has_authority
 
+    def is_in_sync(self, value: ReplicaSet) -> bool:
+        """Whether its replica is, as it stands, one of those that the registry has in sync."""
+        member = value.member(self.machine.name)
+        return member is not None and is_whole(member, self.log.incarnations)
+
     def asked(self, doubt: Callable[[], None]) -> Callable[[], bool]:
         """Something is asked of it; `doubt` if its answer will never be known. Returns what to call with its answer:
         whether anybody waits for that yet."""
@@ -180,12 +185,8 @@ class FamilyScenario(ABC):
     def _may_lose_disk(self, name: str) -> bool:
         value = self.value()
         others = [node for node in self.nodes() if node.machine.name != name and node.machine.is_running]
-        whole = [
-            node
-            for node in others
-            if (member := value.member(node.machine.name)) is not None and is_whole(member, node.log.incarnations)
-        ]
-        return len(whole) >= 2 and self.cluster.mix["power of all"] == 0 and not self._trouble
+        whole = sum(node.is_in_sync(value) for node in others)
+        return whole >= 2 and self.cluster.mix["power of all"] == 0 and not self._trouble
 
     # --- clients ---
 
@@ -305,8 +306,7 @@ class FamilyScenario(ABC):
             raise ViolationError(f"{with_authority} answer at the same time")
         value = self.value()
         for node in self.nodes():
-            member, log = value.member(node.machine.name), node.log
-            if member is not None and is_whole(member, log.incarnations) and log.resync_count:
+            if node.is_in_sync(value) and node.log.resync_count:
                 raise ViolationError(f"{node.machine.name} is in sync and has regions to fetch")
 
     def core(self, rng: random.Random) -> set[str]:

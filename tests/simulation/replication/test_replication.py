@@ -12,7 +12,7 @@ import pytest
 
 from metadata.ranges import numbers_of
 from metadata.registry_calls import Outcome, Swap
-from metadata.replica_set import Change, ReplicaSet
+from metadata.replica_set import Change, Member, ReplicaSet
 from metadata.seams import Buffer, Done
 from nbdserver.replication import in_sync_set as set_module
 from nbdserver.replication import takeover as takeover_module
@@ -296,21 +296,18 @@ def a_copy_only_adds(patch: pytest.MonkeyPatch) -> None:  # rule 15
     patch.setattr(Image, "_apply_copy", apply_copy)
 
 
-def whoever_comes_back_is_whole(patch: pytest.MonkeyPatch) -> None:  # rule 16
+def is_whole_if(patch: pytest.MonkeyPatch, holds: Callable[[Member, Sequence[int]], bool]) -> None:
     for module in (set_module, takeover_module):
-        patch.setattr(module, "is_whole", lambda member, incarnations: True)
+        patch.setattr(module, "is_whole", holds)
+
+
+def whoever_comes_back_is_whole(patch: pytest.MonkeyPatch) -> None:  # rule 16
+    is_whole_if(patch, lambda member, incarnations: True)
 
 
 def incarnations_are_counted(patch: pytest.MonkeyPatch) -> None:  # rule 20
     patch.setattr(MemoryDisk, "incarnation_step", lambda self, rng: 1)
-    whoever_opened_as_often_is_whole(patch)
-
-
-def whoever_opened_as_often_is_whole(patch: pytest.MonkeyPatch) -> None:
-    for module in (set_module, takeover_module):
-        patch.setattr(
-            module, "is_whole", lambda member, incarnations: incarnations[0] <= member.incarnation <= incarnations[-1]
-        )
+    is_whole_if(patch, lambda member, incarnations: incarnations[0] <= member.incarnation <= incarnations[-1])
 
 
 def the_registry_keeps_the_incarnation_of_who_was_added(patch: pytest.MonkeyPatch) -> None:  # rule 20
