@@ -14,8 +14,10 @@ flushes wait.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from nbdserver.replication.link import Link
+if TYPE_CHECKING:  # people are told SLOW by the control process, which has no links
+    from nbdserver.replication.link import Link
 
 SLOW_S = 1.5
 LATE_S = 0.5
@@ -35,7 +37,7 @@ class SlowDisks:
         """Whether its disk has not kept up, and not been calm since."""
         return node in self._slow
 
-    def look(self, now_s: float, own_txid: int, members: Sequence[Link], links: Mapping[str, Link]) -> str:
+    def look(self, now_s: float, own_txid: int, members: "Sequence[Link]", links: "Mapping[str, Link]") -> str:
         """Time has gone by: the node of a member to be removed, or "". `own_txid`: up to there flushes wait for it, and
         it is durable here."""
         for node in list(self._slow):
@@ -55,7 +57,7 @@ class SlowDisks:
             self._slow[slow] = now_s
         return slow
 
-    def _lag_s(self, now_s: float, link: Link, txid: int) -> float:
+    def _lag_s(self, now_s: float, link: "Link", txid: int) -> float:
         """For how long it has not had durable what was so elsewhere; 0.0 if it is not known to lack anything."""
         behind = self._behind.get(link.node)
         if behind is not None and link.durable_txid < behind[0]:
