@@ -251,11 +251,7 @@ class Families:
 
     async def add_shared(self, family: Family, replica_set: ReplicaSet) -> bool:
         """Take a family, of at most MOST_SHARED volumes, into the shared registry. False if a name is taken."""
-        changes: list[Change] = [
-            (_family_key(family), None, family.encode()),
-            (_set_key(family.id), None, replica_set.encode()),
-        ]
-        changes += [_take_name(family, volume) for volume in family.volumes]
+        changes: list[Change] = [(key, None, value) for key, value in shared_entries(family, replica_set).items()]
         return await self._demand_shared().compare_and_swap(changes)
 
     async def begin_sharing(self, family: Family, replicas: int) -> Family:
@@ -387,6 +383,12 @@ class Families:
             return family
         self._decoded[key] = (new, changed)
         return changed
+
+
+def shared_entries(family: Family, replica_set: ReplicaSet) -> dict[str, bytes]:
+    """What the shared registry has of a family, by key."""
+    names = {f"volume/{volume.name}": _whose(family, volume) for volume in family.volumes}
+    return {_family_key(family): family.encode(), _set_key(family.id): replica_set.encode(), **names}
 
 
 def _by_name(families: Sequence[Family]) -> list[Family]:

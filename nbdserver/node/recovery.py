@@ -21,7 +21,7 @@ from typing import Any
 
 from metadata.directory.registry_keys import LEASE_KEY, STATE_KEY, MasterState, StateError
 from metadata.etcd_registry import EtcdRegistry
-from metadata.families import Families
+from metadata.families import Families, shared_entries
 from metadata.registry import Family, RegistryError
 from metadata.registry_calls import LIFE_KEY, Change, Outcome, Reading, Swap, Unavailable
 from metadata.replica_set import REPLICA_SETS, ReplicaSet, ReplicaSetError
@@ -45,6 +45,8 @@ OURS = ("family/", REPLICA_SETS, "volume/", "removed/")
 
 Told = dict[str, dict[str, Any]]
 """By node: what it says of itself and of its families."""
+Words = dict[str, dict[str, Word]]
+"""By family and node."""
 
 
 class Recovery:
@@ -158,8 +160,10 @@ class Recovery:
     async def _recover(
         self, registry: EtcdRegistry, told: Told, silent: list[str], without: set[str], is_trial: bool
     ) -> dict[str, Any]:
-        present = await self._read(registry, "")
-        verdicts = _verdicts(told, present, without, silent)
+        present = await self._read(registry)
+        words = _words_of(told)
+        deleted = {family_id for answer in told.values() for family_id in answer["deleted"]}
+        verdicts = _verdicts(words, deleted, present, without, silent)
         left_out = [each for each in verdicts if each.value is None]
         kept = [each for each in verdicts if each.value is not None]
         report = {
@@ -183,7 +187,7 @@ class Recovery:
                 f"{listed(waiting, 10)}; start {listed(silent) or 'the nodes that are away'}, or give them up with "
                 "--without, and with them what they alone have acknowledged"
             )
-        target = _target(kept, told)
+        target = _target(kept, words, deleted)
         ours = {key: value for key, value in present.items() if key.startswith(OURS)}
         keys = sorted(key for key in ours.keys() | target.keys() if ours.get(key) != target.get(key))
         for changes in _in_swaps([Change(key, ours.get(key), target.get(key)) for key in keys]):
@@ -214,8 +218,8 @@ class Recovery:
         epoch = max(newest.epoch, *(int(answer["epoch"]) for answer in told.values())) + 1
         return newest.changed(epoch=epoch, incarnation=0, voters=newest.voters or voters)
 
-    async def _read(self, registry: EtcdRegistry, prefix: str) -> dict[str, bytes]:
-        answer: Reading | Unavailable = await answer_of(lambda done: registry.range_later(prefix, done))
+    async def _read(self, registry: EtcdRegistry) -> dict[str, bytes]:
+        answer: Reading | Unavailable = await answer_of(lambda done: registry.range_later("", done))
         if isinstance(answer, Unavailable):
             raise NodeError(f"etcd cannot be read: {answer.reason}")
         return {key: value for key, value in answer.items if key != LEASE_KEY}
@@ -244,13 +248,10 @@ def _in_swaps(changes: Sequence[Change]) -> Iterator[list[Change]]:
         yield some
 
 
-def _verdicts(told: Told, present: Mapping[str, bytes], without: set[str], silent: list[str]) -> list[Verdict]:
-    """Of every family that anybody knows."""
-    words: dict[str, dict[str, Word]] = {}
-    for node, answer in told.items():
-        for each in answer["families"]:
-            word = _word_of(each)
-            words.setdefault(word.family.id, {})[node] = word
+def _verdicts(
+    words: Words, deleted: set[str], present: Mapping[str, bytes], without: set[str], silent: list[str]
+) -> list[Verdict]:
+    """Of every family that anybody knows, and nobody knows to be deleted."""
     registered: dict[str, Family] = {}
     for key, value in present.items():
         if key.startswith("family/"):
@@ -258,7 +259,6 @@ def _verdicts(told: Told, present: Mapping[str, bytes], without: set[str], silen
                 registered[key.removeprefix("family/")] = Family.decode(value)
             except (RegistryError, ValueError, KeyError, TypeError) as error:
                 raise NodeError(f"{key} in the registry cannot be read: {error}") from None
-    deleted = {family_id for answer in told.values() for family_id in answer["deleted"]}
     found = []
     for family_id in sorted((words.keys() | registered.keys()) - deleted):
         families = [word.family for word in words.get(family_id, {}).values()]
@@ -268,6 +268,15 @@ def _verdicts(told: Told, present: Mapping[str, bytes], without: set[str], silen
             continue  # all of its nodes tell, and none has it: it is on no disk any more
         found.append(verdict(max(families, key=lambda each: each.number), words.get(family_id, {}), there, without))
     return found
+
+
+def _words_of(told: Told) -> Words:
+    words: Words = {}
+    for node, answer in told.items():
+        for each in answer["families"]:
+            word = _word_of(each)
+            words.setdefault(word.family.id, {})[node] = word
+    return words
 
 
 def _word_of(told: Mapping[str, Any]) -> Word:
@@ -288,24 +297,14 @@ def _set_of(value: bytes | None) -> ReplicaSet | None:
         return None
 
 
-def _target(verdicts: list[Verdict], told: Told) -> dict[str, bytes]:
+def _target(verdicts: list[Verdict], words: Words, deleted: set[str]) -> dict[str, bytes]:
     """What the registry is to hold of families."""
     target: dict[str, bytes] = {}
     families = with_free_names([each.family for each in verdicts])
     for family, each in zip(families, verdicts, strict=True):
         assert each.value is not None
         # One more than anybody has seen of it: a swap that is still under way somewhere loses.
-        target[f"family/{family.id}"] = replace(family, number=family.number + 1).encode()
-        target[REPLICA_SETS + family.id] = each.value.encode()
-        for volume in family.volumes:
-            target[f"volume/{volume.name}"] = f"{family.id}/{volume.number}".encode()
-    deleted = {family_id for answer in told.values() for family_id in answer["deleted"]}
-    for family_id in deleted:
-        nodes = [
-            node
-            for node, answer in told.items()
-            if any(f'"{family_id}"' in each["family"] for each in answer["families"])
-        ]
-        if nodes:
-            target[f"removed/{family_id}"] = json.dumps(nodes).encode()
+        target |= shared_entries(replace(family, number=family.number + 1), each.value)
+    for family_id in deleted & words.keys():
+        target[f"removed/{family_id}"] = json.dumps(list(words[family_id])).encode()
     return target
