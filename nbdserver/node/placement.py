@@ -72,7 +72,7 @@ def worker_of(family_id: str, workers: int) -> int:
 
 
 def _load(family: Family) -> Load:
-    return len(family.volumes), sum(volume.size_bytes for volume in family.volumes)
+    return len(family.volumes), family.size_bytes
 
 
 def _sum(one: Load, other: Load) -> Load:
