@@ -26,15 +26,6 @@ from nbdserver.node.channel import ChannelError, RemoteError
 Call = Callable[..., Awaitable[Any]]
 """`Channel.call`."""
 
-
-class KeptSets(Protocol):
-    """`Families`, as far as it is needed here."""
-
-    def has_replica(self, family_id: str) -> bool: ...
-
-    async def keep_set(self, family_id: str, value: bytes) -> bool: ...
-
-
 Notify = Callable[[str, dict[str, Any]], None]
 """`Channel.notify`."""
 
@@ -134,12 +125,20 @@ class ChannelRegistry:
         task.add_done_callback(self._tasks.discard)
 
 
+class KeptSets(Protocol):
+    """`Families`, as far as the desk needs it."""
+
+    def has_replica(self, family_id: str) -> bool: ...
+
+    async def keep_set(self, family_id: str, value: bytes) -> bool: ...
+
+
 class RegistryDesk:
     """The control process's end, for all data processes."""
 
     def __init__(self, registry: Registry, kept: KeptSets) -> None:
-        self.kept = kept
         self._registry = registry
+        self._kept = kept
         self._keeping: set[asyncio.Task[bool]] = set()
         self._values: dict[str, bytes] = {}  # of the replica sets, as they were heard of
         self._revision = 0
@@ -180,7 +179,7 @@ class RegistryDesk:
                 self._values.pop(key, None)
             else:
                 self._values[key] = value
-            if value is not None and self.kept.has_replica(_family(key)):
+            if value is not None and self._kept.has_replica(_family(key)):
                 self._keep_soon(key, value)
         self._revision = event.revision
         self._is_known = True
@@ -196,7 +195,7 @@ class RegistryDesk:
         """Have a replica set in this node's own registry; False if a newer one is there. What cannot be read is kept by
         nobody."""
         try:
-            return await self.kept.keep_set(_family(key), value)
+            return await self._kept.keep_set(_family(key), value)
         except ReplicaSetError:
             return True
 

@@ -75,7 +75,7 @@ class Replicas:
         self._taking: dict[str, asyncio.Task[None]] = {}
         self._own_next_s: dict[str, float] = {}
         self._trying: set[asyncio.Task[None]] = set()
-        self._reopen_at_s: dict[str, float] = {}  # those whose disk has failed
+        self._reopen_at_s: dict[str, float] = {}  # those whose disk has failed, or that could not be opened
         self._reopen_after_s: dict[str, float] = {}  # those that could not be opened, for how long they waited last
         self._changed = asyncio.Event()
         self._scraps_are_settled = False

@@ -5,7 +5,7 @@ Theory: only the owner of a family knows what a replica lacks; every node can as
 what these hold is an estimate, by those that have been read so far: before the first one, as much as a region can. What
 comes from the owner's log is told by how long that is.
 
-Rules: pure, but for `ResyncView.rows`, which asks.
+Rules: `row` is pure; `ResyncView` asks.
 """
 
 import asyncio
