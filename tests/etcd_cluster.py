@@ -20,11 +20,22 @@ QUICK = ("--heartbeat-interval=50", "--election-timeout=500", "--bcrypt-cost=4")
 class EtcdMember:
     """One etcd process; it can be started again with what it has on its disk."""
 
-    def __init__(self, processes: Processes, command: Sequence[str], log: Path, endpoint: str) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        command: Sequence[str],
+        log: Path,
+        endpoint: str,
+        data: Path,
+        identity: Sequence[str],
+    ) -> None:
         self._processes = processes
         self._command = command
         self._log = log
         self.endpoint = endpoint
+        self.data = data
+        self.identity = identity
+        """The arguments that say which member it is: who restores a backup says the same."""
         self.process: subprocess.Popen[bytes]
 
     def start(self, more: Sequence[str] = ()) -> None:
@@ -72,21 +83,25 @@ class EtcdCluster:
                 tls.append(f"--trusted-ca-file={authority.ca_certificate}")
             self._control_tls = [f"--cacert={authority.ca_certificate}", *_as_client(authority, "root")]
         for number, peer in enumerate(peers):
-            endpoint = f"{host}:{free_port()}"
+            endpoint, data = f"{host}:{free_port()}", directory / f"m{number}"
+            identity = [
+                f"--name=m{number}",
+                f"--initial-advertise-peer-urls={peer}",
+                f"--initial-cluster={','.join(f'm{other}={url}' for other, url in enumerate(peers))}",
+            ]
             command = [
                 *within,
                 "etcd",
-                f"--name=m{number}",
-                f"--data-dir={directory / f'm{number}'}",
+                *identity,
+                f"--data-dir={data}",
                 f"--listen-client-urls={scheme}://{endpoint}",
                 f"--advertise-client-urls={scheme}://{endpoint}",
                 f"--listen-peer-urls={peer}",
-                f"--initial-advertise-peer-urls={peer}",
-                f"--initial-cluster={','.join(f'm{other}={url}' for other, url in enumerate(peers))}",
                 *tls,
                 *arguments,
             ]
-            self.members.append(EtcdMember(processes, command, directory / f"m{number}.log", endpoint))
+            log = directory / f"m{number}.log"
+            self.members.append(EtcdMember(processes, command, log, endpoint, data, identity))
         directory.mkdir(parents=True, exist_ok=True)
         for member in self.members:
             member.start()

@@ -23,15 +23,18 @@ def refuses(node: ClusterNode) -> bool:
     return "put back to an earlier state" in node.findings()
 
 
-def of_etcd(etcd: EtcdCluster) -> Path:
-    """Where its one member has its data."""
-    (argument,) = [word for word in etcd.members[0]._command if word.startswith("--data-dir=")]
-    return Path(argument.removeprefix("--data-dir="))
-
-
 def lose(etcd: EtcdCluster) -> None:
+    """Its one member, with all that it had."""
     etcd.members[0].kill()
-    shutil.rmtree(of_etcd(etcd))
+    shutil.rmtree(etcd.members[0].data)
+
+
+def restore(etcd: EtcdCluster, backup: Path) -> None:
+    """As another etcd cluster under the same addresses."""
+    (member,) = etcd.members
+    as_member = [f"--data-dir={member.data}", *member.identity, "--initial-cluster-token=restored"]
+    etcd.control("snapshot", "restore", str(backup), *as_member)
+    member.start()
 
 
 def test_an_etcd_that_was_put_back_is_refused_and_makes_no_old_replica_the_owner(
@@ -50,8 +53,7 @@ def test_an_etcd_that_was_put_back_is_refused_and_makes_no_old_replica_the_owner
     write(client, b"b")
     n1.server.command("volume", "rename", "db", "web")
     lose(etcd)
-    etcd.control("snapshot", "restore", str(tmp_path / "backup"), "--data-dir", str(of_etcd(etcd)), *as_member(etcd))
-    etcd.members[0].start()
+    restore(etcd, tmp_path / "backup")
     wait(lambda: refuses(n1) and refuses(n2), "nobody takes it")
     write(client, b"c")
     client.close()
@@ -69,13 +71,6 @@ def test_an_etcd_that_was_put_back_is_refused_and_makes_no_old_replica_the_owner
     assert tried["volumes"] == [{"name": "web", "in_sync": ["n1", "n2"], "loss": ""}]
     recovered = json.loads(n2.server.command("cluster", "recover", "--json"))
     assert (recovered["nodes"], recovered["silent"], recovered["left_out"]) == (["n1", "n2", "n3"], [], [])
-
-
-def as_member(etcd: EtcdCluster) -> list[str]:
-    """How a backup is restored as another etcd cluster under the same addresses."""
-    taken = ("--name=", "--initial-advertise-peer-urls=", "--initial-cluster=")
-    words = [word for word in etcd.members[0]._command if word.startswith(taken)]
-    return [*words, "--initial-cluster-token=restored"]
 
 
 def test_an_etcd_that_is_lost_for_good_is_made_anew_from_what_the_nodes_know(
