@@ -220,7 +220,6 @@ class ReplicaRequests:
             ],
             "resync_regions": replica.replica.resync_count,
             "differences": [asdict(each) for each in part.differences],
-            "last_txid": replica.replica.last.txid,
             "log": {
                 "incarnation": replica.replica.incarnation,
                 "last": replica.replica.last,

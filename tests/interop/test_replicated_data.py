@@ -153,7 +153,7 @@ def test_a_volume_that_is_given_up_is_flushed_and_its_clients_go(tmp_path: Path,
             first = rig.nodes[0]
             writer = Writer(first)
             await writer.write(20)
-            last_txid = (await first.replicas())["last_txid"]
+            last_txid = (await first.replicas())["log"]["last"][1]
             await first.call("disown", family=rig.family)
             await first.call("disown", family=rig.family)
             assert await asyncio.to_thread(writer.is_gone)
