@@ -18,7 +18,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -88,6 +88,15 @@ class Writing:
             raise self._error
 
 
+def node_disks(processes: Processes, path: Path, needs: Callable[[str, str], str], undo: ExitStack) -> dict[str, Disk]:
+    """A file system of its own for each node, until `undo`. NoDiskError."""
+    disks: dict[str, Disk] = {}
+    for name in NODES:
+        disks[name] = Disk(processes, path / "disks" / name, path / name, DISK_BYTES, needs)
+        undo.callback(disks[name].close)
+    return disks
+
+
 class ReplicaSite:
     """The nodes n1, n2 and n3, of which n1 made the cluster."""
 
@@ -98,10 +107,11 @@ class ReplicaSite:
         path: Path,
         free_port: Callable[[], int],
         rng: random.Random,
-        settings: str = SETTINGS,
+        disks: Mapping[str, Disk],
     ) -> None:
-        """Below `path` each node has a directory of its name, which may be there."""
+        """Below `path` each node has a directory of its name, where its disk is mounted (`node_disks`)."""
         self.site = site
+        self._disks = disks
         self.rng = rng
         self.judge = Judge(BLOCKS, rng)
         self.etcd = EtcdCluster(
@@ -111,7 +121,7 @@ class ReplicaSite:
         self.nodes: dict[str, ClusterNode] = {}
         for name in NODES:
             config = rig.make(name)
-            config.write_text(f"{config.read_text()}socket: {path / name / 'nbd.sock'}\n{settings}")
+            config.write_text(f"{config.read_text()}socket: {path / name / 'nbd.sock'}\n{SETTINGS}")
             self.nodes[name] = rig.serve(config)
         meet(list(self.nodes.values()))
         self.nodes["n1"].server.command("volume", "create", VOLUME, "--size", SIZE, "--replicas", "3")
@@ -167,28 +177,31 @@ class ReplicaSite:
             yield writing
         assert self.judge.longest_s < LONGEST_S, f"a write took {self.judge.longest_s:.1f} s"
 
-    def cut_a_replica_off(self) -> None:
+    def _isolate(self, name: str) -> None:
         """It reaches nobody, etcd neither, and nobody reaches it."""
-        owner = self.owner()
-        gone = self.one_of(*self.others(owner))
+        self.site.part([name], [*self.others(name), HUB])
+
+    def _go_on_without(self, owner: str, gone: str, cut: Callable[[], None]) -> None:
+        """After that cut the replica on `gone` is let go, until the cut is mended."""
         with self._writing(owner) as writing:
-            self.site.part([gone], [*self.others(gone), HUB])
+            cut()
             wait(lambda: gone not in self.in_sync(owner), f"{gone} is not in sync any more")
             writing.goes_on()
             self.site.mend()
             self.settle()
+
+    def cut_a_replica_off(self) -> None:
+        """It reaches nobody, etcd neither, and nobody reaches it."""
+        owner = self.owner()
+        gone = self.one_of(*self.others(owner))
+        self._go_on_without(owner, gone, lambda: self._isolate(gone))
 
     def cut_one_way(self) -> None:
         """Between the owner and a replica frames get through in one direction alone."""
         owner = self.owner()
         gone = self.one_of(*self.others(owner))
         source, target = self.rng.sample([owner, gone], 2)
-        with self._writing(owner) as writing:
-            self.site.cut([source], [target])
-            wait(lambda: gone not in self.in_sync(owner), f"{gone} is not in sync any more")
-            writing.goes_on()
-            self.site.mend()
-            self.settle()
+        self._go_on_without(owner, gone, lambda: self.site.cut([source], [target]))
 
     def cut_the_owner_off(self) -> None:
         """It reaches nobody and nobody reaches it: its clients get no answer, and another one takes over."""
@@ -196,7 +209,7 @@ class ReplicaSite:
         heir = self.one_of(*self.others(owner))
         old = self.look(owner)
         self.judge.write_until(old, time.monotonic() + WRITTEN_S)  # leaves requests under way
-        self.site.part([owner], [*self.others(owner), HUB])
+        self._isolate(owner)
         time.sleep(GRANT_OVER_S)
         drain(old)
         block = self.rng.randrange(BLOCKS)
@@ -221,7 +234,7 @@ class ReplicaSite:
             return
         owner = self.owner()
         with self._writing(owner) as writing:
-            self.site.part([master], [*self.others(master), HUB])
+            self._isolate(master)
             wait(lambda: self.nodes[owner].cluster()["master"] not in ("", master), "another one is the master")
             writing.goes_on()
             self.site.mend()
@@ -249,12 +262,12 @@ class ReplicaSite:
 
     # --- what happens to disks ---
 
-    def a_disk_stands_still(self, disks: Mapping[str, Disk]) -> None:
+    def a_disk_stands_still(self) -> None:
         """The device of a replica hangs for a while: flushes wait for it, not long, and it is in sync again after."""
         owner = self.owner()
         slow = self.one_of(*self.others(owner))
         with self._writing(owner) as writing:
-            standing = threading.Thread(target=disks[slow].stand_still, args=(STILL_S,))
+            standing = threading.Thread(target=self._disks[slow].stand_still, args=(STILL_S,))
             standing.start()
             wait(lambda: slow not in self.in_sync(owner), f"{slow} is not in sync any more")
             wait(lambda: "its disk is slow" in self.nodes[owner].findings(), "that its disk is slow is told")
@@ -262,15 +275,15 @@ class ReplicaSite:
             standing.join()
             self.settle()
 
-    def a_disk_is_slow(self, disks: Mapping[str, Disk]) -> None:
+    def a_disk_is_slow(self) -> None:
         """The device of a replica hangs again and again, each time for less long than would cost it its place."""
         owner = self.owner()
         with self._writing(owner) as writing:
-            disks[self.one_of(*self.others(owner))].stand_still(0.3, times=8, between_s=0.1)
+            self._disks[self.one_of(*self.others(owner))].stand_still(0.3, times=8, between_s=0.1)
             writing.goes_on()
             self.settle()
 
-    def a_disk_is_full(self, disks: Mapping[str, Disk]) -> None:
+    def a_disk_is_full(self) -> None:
         """Somebody takes most room of a replica's file system, and clients write until theirs is used up: writes are
         refused (unless that node has been too slow to stay in sync), reads and trims go on. When the room is given back
         all goes on by itself."""
@@ -279,14 +292,14 @@ class ReplicaSite:
         self.judge.may_refuse = errno.ENOSPC
         with Writing(self.judge, self.look(owner)) as writing:
             client = self.attach(owner)
-            disks[full].fill(LEFT_BYTES)
+            self._disks[full].fill(LEFT_BYTES)
             more = range(BULK_FROM, client.size_bytes, PIECE_BYTES)
             is_refused = any(client.request(Command.WRITE, at, data=PIECE).error for at in more)
             assert is_refused or full not in self.in_sync(owner), "a replica without room has taken everything"
             assert client.read(BULK_FROM, PIECE_BYTES) == PIECE
             wait(lambda: f"{full} is " in self.nodes[owner].findings(), f"that {full} is full is told")
             assert client.request(Command.TRIM, BULK_FROM, client.size_bytes - BULK_FROM).error == 0
-            disks[full].give_back()
+            self._disks[full].give_back()
             wait(lambda: client.request(Command.WRITE, BULK_FROM, data=PIECE).error == 0, "there is room again")
             assert client.request(Command.TRIM, BULK_FROM, PIECE_BYTES).error == 0
             client.close()
@@ -294,7 +307,7 @@ class ReplicaSite:
         self.judge.may_refuse = 0
         self.settle()
 
-    def a_disk_is_taken_whole(self, disks: Mapping[str, Disk]) -> None:
+    def a_disk_is_taken_whole(self) -> None:
         """Somebody takes a replica's file system to the last block: the volume goes on without it, as without one that
         has died, and it comes back by itself when the room is given back."""
         owner = self.owner()
@@ -302,12 +315,12 @@ class ReplicaSite:
         self.judge.may_refuse = errno.ENOSPC  # while it reports that it has no room, and is not done without yet
         with Writing(self.judge, self.look(owner)) as writing:
             client = self.attach(owner)
-            disks[full].fill()
+            self._disks[full].fill()
             for at in range(BULK_FROM, client.size_bytes, PIECE_BYTES):
                 client.request(Command.WRITE, at, data=PIECE)
             assert client.request(Command.TRIM, BULK_FROM, client.size_bytes - BULK_FROM).error == 0
             client.close()
-            disks[full].give_back()
+            self._disks[full].give_back()
             writing.goes_on()
         self.judge.may_refuse = 0
         self.settle()

@@ -24,8 +24,7 @@ from pathlib import Path
 
 from tests.conftest import PORTS, SEARCH_PATH, Processes
 from tests.interop.directory_cluster import DirectoryCluster
-from tests.interop.disks import Disk
-from tests.interop.replica_site import DISK_BYTES, NODES, ReplicaSite
+from tests.interop.replica_site import ReplicaSite, node_disks
 from tests.interop.site import Site
 from tests.interop.whole_nodes import WholeNodes
 from tests.serving import resident_bytes
@@ -107,21 +106,18 @@ def of_nodes(path: Path, processes: Processes, rng: random.Random, undo: ExitSta
 
 def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: ExitStack) -> Soaked:
     """Whole nodes with a replicated volume, each on a file system of its own. Their memory is that of their caches."""
-    disks: dict[str, Disk] = {}
-    for name in NODES:
-        disks[name] = Disk(processes, path / "disks" / name, path / name, DISK_BYTES, _program)
-        undo.callback(disks[name].close)
-    nodes = ReplicaSite(Site(processes), processes, path, _ports(rng), rng)
+    disks = node_disks(processes, path, _program, undo)
+    nodes = ReplicaSite(Site(processes), processes, path, _ports(rng), rng, disks)
     rounds = {
         "a replica cut off": nodes.cut_a_replica_off,
         "owner and replica cut one way": nodes.cut_one_way,
         "the owner cut off": nodes.cut_the_owner_off,
         "the master cut off": nodes.cut_the_master_off,
         "the registry cut off": nodes.cut_the_registry_off,
-        "a disk stands still": lambda: nodes.a_disk_stands_still(disks),
-        "a disk is slow": lambda: nodes.a_disk_is_slow(disks),
-        "a disk is full": lambda: nodes.a_disk_is_full(disks),
-        "a disk is taken whole": lambda: nodes.a_disk_is_taken_whole(disks),
+        "a disk stands still": nodes.a_disk_stands_still,
+        "a disk is slow": nodes.a_disk_is_slow,
+        "a disk is full": nodes.a_disk_is_full,
+        "a disk is taken whole": nodes.a_disk_is_taken_whole,
     }
     return Soaked(nodes.site, rounds, list, nodes.stop_and_compare)
 

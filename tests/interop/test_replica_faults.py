@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Processes
-from tests.interop.disks import Disk, NoDiskError
-from tests.interop.replica_site import DISK_BYTES, NODES, ReplicaSite
+from tests.interop.disks import NoDiskError
+from tests.interop.replica_site import ReplicaSite, node_disks
 from tests.interop.site import NoNamespacesError, Site
 
 
@@ -19,18 +19,15 @@ def test_nothing_is_lost_nor_differs_whoever_is_cut_off_and_whatever_a_disk_does
 ) -> None:
     for program, package in (("etcd", "etcd-server"), ("nft", "nftables"), ("ip", "iproute2")):
         needs(program, package)
-    disks: dict[str, Disk] = {}
     with ExitStack() as undo, Processes() as processes:  # they end before their file systems are unmounted
         try:
-            for name in NODES:
-                disks[name] = Disk(processes, tmp_path / "disks" / name, tmp_path / name, DISK_BYTES, needs)
-                undo.callback(disks[name].close)
+            disks = node_disks(processes, tmp_path, needs, undo)
             site = Site(processes)
         except (NoDiskError, NoNamespacesError) as error:
             pytest.skip(f"no loop mounts or network namespaces here: {error}")
-        nodes = ReplicaSite(site, processes, tmp_path, free_port, random.Random(1))
+        nodes = ReplicaSite(site, processes, tmp_path, free_port, random.Random(1), disks)
         nodes.cut_one_way()
         nodes.cut_the_owner_off()
-        nodes.a_disk_stands_still(disks)
-        nodes.a_disk_is_full(disks)
+        nodes.a_disk_stands_still()
+        nodes.a_disk_is_full()
         nodes.stop_and_compare()
