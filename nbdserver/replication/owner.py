@@ -166,7 +166,7 @@ class Owner:
             self._room.ask(size_bytes, done)
 
     def commit(self, commit: Callable[[], int]) -> int:
-        """What `commit` orders leaves for the replicas before this returns, in one frame each."""
+        """What `commit` orders leaves for the replicas before this returns, in one frame for all."""
         self._is_sending_due = True
         try:
             errno = commit()

@@ -3,6 +3,7 @@
 What the log in memory proves of the rules is not proved again here; this shows that the two fit together.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 import nbdserver.replication.comparison as comparison_module
 from metadata.region_table import RegionTable
 from metadata.replica_state import ReplicaState
+from metadata.seams import Buffer
 from nbdserver.block import Operation
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.logdisk.segments import segment_path
 from nbdserver.replication.comparison import Difference
 from nbdserver.replication.link import Link
 from nbdserver.replication.peer_stream import PeerStream
-from protocol.peer import Frame, Opened
-from protocol.peer_frames import encode
+from protocol.peer import Opened
 from tests.simulation.registers import BLOCK_BYTES
 from tests.simulation.replication.log_stage import VOLUME, LogStage
 from tests.simulation.replication.on_log_disks import REGION_BLOCKS
@@ -130,16 +131,16 @@ def test_a_replica_that_has_nearly_everything_is_sent_the_rest(stage: LogStage) 
 def test_a_replica_of_the_version_before_gets_whole_copies(stage: LogStage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows neither what asks it for blocks nor parts: whatever it is sent is of version 1."""
     versions: list[int] = []
-    honest_send, honest_opened = PeerStream.send, Link._opened
+    honest_send, honest_opened = PeerStream.send_packed, Link._opened
 
-    def send(self: PeerStream, frame: Frame) -> None:
-        versions.append(encode(frame)[0][4])
-        honest_send(self, frame)
+    def send_packed(self: PeerStream, buffers: Sequence[Buffer]) -> None:
+        versions.append(buffers[0][4])
+        honest_send(self, buffers)
 
     def opened(self: Link, frame: Opened) -> None:
         honest_opened(self, replace(frame, version=1))
 
-    monkeypatch.setattr(PeerStream, "send", send)
+    monkeypatch.setattr(PeerStream, "send_packed", send_packed)
     monkeypatch.setattr(Link, "_opened", opened)
     away_for_long(stage)
     stage.end()
