@@ -15,8 +15,8 @@ import pytest
 from metadata.registry import ExportSettings
 from nbdserver.node.errors import NodeError
 from protocol.nbd import Command
-from tests.certificates import make_certificates, make_member_files
-from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, FreePort, data_nodes, tool
+from tests.certificates import Certificates, make_certificates, make_member_files
+from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, DataRig, FreePort, data_nodes, tool
 from tests.durability import Judge
 from tests.nbd_client import Client, RefusedError
 from tests.serving import resident_bytes
@@ -41,6 +41,13 @@ async def write(client: Client, block: int, data: bytes) -> None:
 
 async def read(client: Client, block: int) -> bytes:
     return await asyncio.to_thread(client.read, block * BLOCK_BYTES, BLOCK_BYTES)
+
+
+async def allow_tls(rig: DataRig, certificates: Certificates) -> None:
+    """Let clients come to every node over TLS."""
+    files = {name: str(path) for name, path in certificates.settings.items()}
+    for node in rig.nodes:
+        await node.call("tls", mode="allowed", verify_clients=False, **files)
 
 
 def is_gone(client: Client) -> bool:
@@ -112,13 +119,11 @@ async def _nobody(node: DataNode) -> bool:
 def test_over_tls_between_client_and_node_and_between_the_nodes(tmp_path: Path, free_port: FreePort) -> None:
     certificates = make_certificates(tmp_path)
     tls = make_member_files(tmp_path / "cluster")
-    files = {name: str(path) for name, path in certificates.settings.items()}
 
     async def story() -> None:
         async with data_nodes(tmp_path, free_port, ("node-1", "node-2"), tls) as rig:
             first, second = rig.nodes
-            for node in rig.nodes:
-                await node.call("tls", mode="allowed", verify_clients=False, **files)
+            await allow_tls(rig, certificates)
             secure = await attach(second, tls=certificates.client_context("web1"))
             plain = await attach(second)
             (shown,) = [client for client in await first.call("clients") if client["tls"]]
@@ -214,13 +219,11 @@ def test_clients_write_on_while_the_volume_moves_and_its_owners_die_over_tls_too
 ) -> None:
     certificates = make_certificates(tmp_path)
     tls = make_member_files(tmp_path / "cluster")
-    files = {name: str(path) for name, path in certificates.settings.items()}
 
     async def story() -> None:
         async with data_nodes(tmp_path, free_port, tls=tls, settings=SHARED) as rig:
             first, second, third = rig.nodes
-            for node in rig.nodes:
-                await node.call("tls", mode="allowed", verify_clients=False, **files)
+            await allow_tls(rig, certificates)
             judges = [Judge(JUDGED_BLOCKS, random.Random(seed)) for seed in (1, 2)]
             clients = [
                 await attach(third, tls=certificates.client_context("web1")),
