@@ -73,10 +73,9 @@ def test_any_node_takes_the_client_and_clients_go_on_when_the_owner_dies(
     assert [client["forwarded_to"] for client in n3.ask("client", "list") if client["forwarded_to"]] == ["n3"]
     n2.server.start()
     wait(lambda: n3.replicas("db")["in_sync"] == 3, "n2 is in sync again")
-
     other.close()
 
-    # A client that comes again by itself goes on, at the node that it knows.
+    # Somebody else's client goes on too, in the middle of a copy.
     held = attach(n1)
     image, copy = tmp_path / "image", tmp_path / "copy"
     image.write_bytes(random.Random(5).randbytes(SIZE_BYTES))
