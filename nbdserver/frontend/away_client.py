@@ -161,7 +161,7 @@ class AwayClient:
         assert self._there is not None
         node = self._there.node
         if self._begun_s is None and self._carried.outstanding is None:
-            self._not_there("it does not answer")
+            self._not_taken("it does not answer")
             return
         self._leave_server("it does not answer")
         self._failed = (node,)
@@ -243,7 +243,7 @@ class AwayClient:
         self._there = there
         network = self._attaching.network
         if network is None:
-            self._not_there("this node does not speak to others yet")
+            self._not_taken("this node does not speak to others yet")
             return
         before = self._number if self._waits_since_s is not None else 0
         self._number, keeping = self._attaching.keep(self, there.address, network)
@@ -251,14 +251,14 @@ class AwayClient:
 
         def connected(connection: Connection) -> PeerStream:
             self._give_up = None
-            stream = self._stream = PeerStream(connection, self._received_frame, lambda _, why: self._not_there(why))
+            stream = self._stream = PeerStream(connection, self._received_frame, lambda _, why: self._not_taken(why))
             others = keeping.others(self)
             client = encode_handshaking(replace(self._client, handshake=self._carried.state(), continues=before))
             forwarder, node = self._attaching.forwarder, self._attaching.node
             stream.send(Forward(forwarder, self._number, node, self.export, others, client))
             return stream
 
-        self._give_up = network.connect(there.address, connected, self._not_there)
+        self._give_up = network.connect(there.address, connected, self._not_taken)
 
     def _leave_there(self) -> None:
         """Drop what there is between here and the other node, but for what is carried."""
@@ -270,7 +270,7 @@ class AwayClient:
             self._keeping.remove(self._number)
         self._give_up = self._stream = self._keeping = self._there = self._begun_s = None
 
-    def _not_there(self, reason: str) -> None:
+    def _not_taken(self, reason: str) -> None:
         """That node does not take it: ask again, soon."""
         assert self._there is not None
         self._reason = f"{self._there.node}: {reason}"
@@ -286,11 +286,11 @@ class AwayClient:
         if self._ended is None:
             return
         if not isinstance(frame, Forwarded):
-            self._not_there("it answers in a way that this program does not know")
+            self._not_taken("it answers in a way that this program does not know")
         elif frame.refusal and frame.is_final and self._waits_since_s is not None:
             self.disconnect(frame.refusal)
         elif frame.refusal:
-            self._not_there(frame.refusal)
+            self._not_taken(frame.refusal)
         elif self._waits_since_s is not None and frame.lineage != self._lineage:
             self.disconnect(f"{self.export} is not what it was: acknowledged writes may be gone, or it was made anew")
         else:
@@ -313,7 +313,7 @@ class AwayClient:
     def server_lost(self, reason: str) -> None:
         assert self._there is not None
         if self._waits_since_s is not None:
-            self._not_there(reason)
+            self._not_taken(reason)
             return
         node, self._lost_at = self._there.node, self._there.address
         self._leave_there()
