@@ -133,7 +133,7 @@ def test_a_replica_of_the_version_before_gets_whole_copies(stage: LogStage, monk
     versions: list[int] = []
     honest_send, honest_opened = PeerStream.send_packed, Link._opened
 
-    def send_packed(self: PeerStream, buffers: Sequence[Buffer]) -> None:
+    def send_packed(self: PeerStream, buffers: Sequence[Buffer]) -> None:  # modifications leave by it alone
         versions.append(buffers[0][4])
         honest_send(self, buffers)
 
