@@ -75,17 +75,13 @@ class SegmentPool:
     def adopt(self, in_use: set[int]) -> None:
         """Open the files of the segments in use and take every other one as spare, until replay knows better and
         `drop_short` unlinks those that are not whole. OSError if one in use is missing."""
-        present: dict[str, int] = {}
-        for name in self._files.list(DIRECTORY):
-            stem, _, suffix = name.partition(".")
-            if suffix == "seg" and stem.isdigit():
-                present[name] = int(stem)
+        present = self._present()
         for segment in sorted(in_use):
             self._set_handle(segment, self._files.open(segment_path(segment)))
-        for name, segment in sorted(present.items()):
+        for path, segment in present:
             if segment in in_use or (segment < len(self.handles) and self.handles[segment] >= 0):
                 continue
-            self._set_handle(segment, self._files.open(f"{DIRECTORY}/{name}"))
+            self._set_handle(segment, self._files.open(path))
             self.spare.append(segment)
         for segment in (*in_use, *self.spare):
             if self._files.size_bytes(self.handles[segment]) != self.segment_bytes:
@@ -98,10 +94,17 @@ class SegmentPool:
 
     def open_all(self) -> None:
         """Open every file that is there, for who only reads. OSError."""
-        for name in self._files.list(DIRECTORY):
-            stem, _, suffix = name.partition(".")
-            if suffix == "seg" and stem.isdigit():
-                self.open_if_present(int(stem))
+        for _, segment in self._present():
+            self.open_if_present(segment)
+
+    def _present(self) -> list[tuple[str, int]]:
+        """(path, segment) of every file that is there, by path. OSError."""
+        names = (name.partition(".") for name in sorted(self._files.list(DIRECTORY)))
+        return [
+            (f"{DIRECTORY}/{stem}.{suffix}", int(stem))
+            for stem, _, suffix in names
+            if suffix == "seg" and stem.isdigit()
+        ]
 
     def open_if_present(self, segment: int) -> bool:
         """Open a segment that replay met and the checkpoint does not know."""
