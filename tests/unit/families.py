@@ -23,14 +23,13 @@ from nbdserver.logdisk.devices import Head
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from tests.simulation.faults import FaultMix
-from tests.simulation.simulated_files import SimulatedDrive, SimulatedFiles
+from tests.simulation.simulated_files import HELD_BACK_BYTES, SimulatedDrive, SimulatedFiles
 from tests.simulation.simulated_store import SimulatedStore, SimulatedTable
 from tests.simulation.world import SimulatedClock, World
 
 BLOCK_BYTES = 4096
 FAMILY = bytes(range(16))
 CALM = FaultMix(cold_read=0.0, latency_s=0.0001, tear=0.0)
-HELD_BACK_BYTES = 80 << 20  # what the pool leaves free of a file system, and the ballast
 SETTINGS = DiskSettings(cache_bytes=64 << 20, checkpoint_bytes=1 << 30, checkpoint_interval_s=3600.0)
 
 
