@@ -189,7 +189,7 @@ class Families:
     def _note_deleted(self, family_id: str) -> list[Change]:
         known = sorted(self._own.range("deleted/"), key=lambda item: int(item[1]))
         number = int(known[-1][1]) + 1 if known else 1
-        oldest = known[: max(0, len(known) + 1 - MOST_DELETED)][:1]
+        oldest = known[:1] if len(known) >= MOST_DELETED else []
         key = f"deleted/{family_id}"
         return [(key, self._own.get(key), str(number).encode()), *((old, value, None) for old, value in oldest)]
 

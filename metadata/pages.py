@@ -258,7 +258,7 @@ class PageMap:
             invariant(page is not None, "a frozen page is resident")
             assert page is not None
             group = self.group_of(number)  # for each page: it notes that LevelDB has it
-            stamp = lower[number] if number in lower else stamps.get(group, 0)
+            stamp = lower.get(number, stamps.get(group, 0))
             yield self._encode_page(batch, number, page, sorted(set(changes)), stamp)
             # Written: later changes of it need no copy.
             self._frozen[number] = _WRITTEN
