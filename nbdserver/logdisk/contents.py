@@ -26,20 +26,20 @@ from metadata.epochs import read_epochs
 from metadata.family_state import Family, read_checkpoint, read_family
 from metadata.layers import Row
 from metadata.logical_map import ADDRESS_SHIFT, PAGE_OF_LAYER
-from metadata.pages import PAGE_BLOCKS, PAGE_MASK, PAGE_SHIFT, Page
+from metadata.pages import PAGE_BLOCKS, PAGE_SHIFT, Page
 from metadata.replica_state import read_splices
 from metadata.resync_table import ResyncTable
 from metadata.seams import Files, Store
-from nbdserver.logdisk.maps import CHECKSUM, OFFSET, Maps
+from nbdserver.logdisk.cold_read import place_of
+from nbdserver.logdisk.maps import Maps
 from nbdserver.logdisk.opening import load_maps
 from nbdserver.logdisk.recovery import RecoveryError, Replay
 from nbdserver.logdisk.segments import SegmentPool
 from protocol.disk import BLOCK_BYTES, HEAD, SNAPSHOT, wrong_blocks
 from protocol.invariant import InvariantError
 
-DIGEST_BYTES = 32
+_DIGEST_BYTES = 32
 _CACHE_BYTES = 64 << 20
-_BLOCK_SHIFT = 12
 _PART_BYTES = PAGE_BLOCKS * BLOCK_BYTES
 _ZEROS = bytes(_PART_BYTES)
 _PARTS_A_PROGRESS = 64
@@ -95,7 +95,7 @@ class _Export:
     def __init__(self, row: Row) -> None:
         self.row = row
         self.problem = ""
-        self.digest = blake2b(row.size_bytes.to_bytes(8, "little"), digest_size=DIGEST_BYTES)
+        self.digest = blake2b(row.size_bytes.to_bytes(8, "little"), digest_size=_DIGEST_BYTES)
 
     def content(self, volume: str) -> Content:
         """What came out of it."""
@@ -149,7 +149,7 @@ class _Reading(Replay):
         """The same part of all exports; what shows the same blocks is read once."""
         read: dict[bytes, bytes | OSError] = {}
         for export in exports:
-            blocks = min(PAGE_BLOCKS, (export.row.size_bytes >> _BLOCK_SHIFT) - (number << PAGE_SHIFT))
+            blocks = min(PAGE_BLOCKS, export.row.size_bytes // BLOCK_BYTES - (number << PAGE_SHIFT))
             if blocks <= 0 or export.problem:
                 continue
             mbas = self._logical((export.row.layer << ADDRESS_SHIFT) + (number << PAGE_SHIFT))[:blocks]
@@ -168,7 +168,7 @@ class _Reading(Replay):
     def _data(self, mbas: Page) -> bytearray:
         """What these blocks hold, 0 being zeros. OSError if any is damaged."""
         data = bytearray(len(mbas) * BLOCK_BYTES)
-        places = sorted((*self._place(mba), index) for index, mba in enumerate(mbas) if mba)
+        places = sorted((*place_of(mba, self._middle(mba))[1:], index) for index, mba in enumerate(mbas) if mba)
         first = 0
         while first < len(places):
             segment, offset, _, _ = places[first]
@@ -184,11 +184,6 @@ class _Reading(Replay):
             first = stop
         return data
 
-    def _place(self, mba: int) -> tuple[int, int, int]:
-        """(segment, offset, checksum)."""
-        page, index = self._middle(mba), mba & PAGE_MASK
-        return page[index], page[OFFSET + index], page[CHECKSUM + index]
-
     def _read(self, segment: int, offset: int, blocks: int) -> bytes:
         handles = self._pool.handles
         if not 0 < segment < len(handles) or handles[segment] < 0:
@@ -199,4 +194,4 @@ class _Reading(Replay):
 def _digest(data: bytearray) -> bytes:
     """Of one part; b"" if it is all zeros."""
     whole = data.ljust(_PART_BYTES, b"\0")
-    return b"" if whole == _ZEROS else blake2b(whole, digest_size=DIGEST_BYTES).digest()
+    return b"" if whole == _ZEROS else blake2b(whole, digest_size=_DIGEST_BYTES).digest()
