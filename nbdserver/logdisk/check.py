@@ -58,8 +58,8 @@ Progress = Callable[[str, int, int], None]
 class Finding:
     """Something that is wrong: `kind` for programs, the sentence for people."""
 
-    kind: str  # registry, store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log, or
-    # contents
+    kind: str
+    """registry, store, value, family, layers, segment-table, logical-map, middle-map, chain, data, log or contents"""
     sentence: str
     where: str
 
