@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
 
 DIGESTS_A_STEP = 64  # some 0.25 ms
-PAGES_AT_ONCE = 16
+_PAGES_AT_ONCE = 16
 _NO_PAGE: array[int] = array("Q")
 
 
@@ -41,13 +41,16 @@ class RegionDigests:
         self._pages = [number for layer in sorted(disk.maps.tree.layers) for number in pages_of_region(layer, region)]
         self._mbas: set[int] = set()
         self._digests: dict[int, bytes] = {}
-        disk.call_soon(guarded(disk.fail, self._look))
+        disk.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        guarded(self._disk.fail, self._look)()
 
     def _look(self) -> None:
         """Gather what the layers show, as far as the pages are there; those that are not are loaded together."""
         maps = self._disk.maps
         need: Need = []
-        for number in self._pages[-PAGES_AT_ONCE:]:
+        for number in self._pages[-_PAGES_AT_ONCE:]:
             page = maps.page(number) if number >> LAYER_SHIFT in maps.tree.layers else _NO_PAGE
             if page is None:
                 need.append((maps.logical, number))
@@ -56,9 +59,9 @@ class RegionDigests:
                 self._pages.remove(number)
         if len(self._mbas) < COMPARED_LIMIT and self._pages:
             if need:
-                maps.load(need, guarded(self._disk.fail, self._look))
+                maps.load(need, self._go_on)
             else:
-                self._disk.call_soon(guarded(self._disk.fail, self._look))
+                self._disk.call_soon(self._go_on)
             return
         self._mbas.discard(0)
         self._read(sorted(self._mbas)[:COMPARED_LIMIT])
