@@ -30,7 +30,7 @@ WRITTEN_AHEAD = 2  # beyond those, for clients
 CLEANER_KEEPS = 2  # one is for discards
 DISCARDS_KEEP = 1
 DELETIONS_KEEP = 0  # the last one is for deletions and for discards of a segment's length: a full disk can be emptied
-LAST_ROOM_BYTES = 16 << 10
+LAST_ROOM_BYTES = 16 << 10  # at the end of the open segment when no other one can be had, for what brings one
 SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
 SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do
@@ -160,12 +160,12 @@ class SegmentPool:
         return self._has_spare(keep) or self._has_room(keep)
 
     def kept_of_open_bytes(self, keep: int) -> int:
-        """What who leaves `keep` spare files alone leaves alone of the open segment too."""
+        """Bytes at the end of the open segment that are not for those who leave `keep` spare files alone; mostly 0."""
         brings_room = keep in (DELETIONS_KEEP, CLEANER_KEEPS)
         return 0 if brings_room or self.can_take(DELETIONS_KEEP) else LAST_ROOM_BYTES
 
     def keep_of_discard(self, length_bytes: int) -> int:
-        """Of the spare files, by one who gives that much away: the last one is for what can bring another one."""
+        """How many spare files a discard of that length leaves alone: the last one is for what can bring another."""
         return DISCARDS_KEEP if length_bytes < self.segment_bytes else DELETIONS_KEEP
 
     def segments_to_be_had(self, keep: int, most: int = 8) -> int:

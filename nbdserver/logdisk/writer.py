@@ -167,6 +167,7 @@ class Writer:
         ):
             return False
         pool = self._pool
+        # Without a spare file the end of the open segment may be kept: the slow path looks.
         if (self._log.room_blocks(WRITE, 3) < 2 or not pool.spare) and not pool.can_take(DISCARDS_KEEP):
             return False
         if not self._zero_partial(offset, head) or not self._zero_partial(stop << 12, tail):
