@@ -16,8 +16,8 @@ Rules
 - Every request asks for a leader (`hasleader`): without one, streams end instead of staying silent.
 - One channel is one endpoint: TLS checks its name, and what is in use can be told.
 - A token that is refused is asked for anew, once for all calls that it was refused to.
-- Another etcd cluster behind one of the endpoints is refused: its revisions mean something else. With a guard
-  (registry_guard.py) so is one that is not as far as this node has seen it, also before a restart of ours.
+- Another etcd cluster behind one of the endpoints is refused: its revisions mean something else. So is one that is not
+  as far as this node has seen it; its guard (registry_guard.py) also knows what was seen before a restart of ours.
 
 Known weakness: deadlines of calls count CLOCK_MONOTONIC, so a call that waits during a suspend is answered late by that
 long. Leases are not concerned: they count by the Clock.
@@ -63,11 +63,11 @@ class EtcdConnection:
         clock: Clock,
         rng: random.Random,
         loop: asyncio.AbstractEventLoop,
-        guard: RegistryGuard | None = None,
+        guard: RegistryGuard,
     ) -> None:
         self.settings = settings
         self.life = 0
-        """Of the registry in use, if it is guarded: in another one revisions mean something else."""
+        """Of the registry in use: in another one revisions mean something else."""
         self._guard = guard
         self._clock = clock
         self._rng = rng
@@ -77,7 +77,6 @@ class EtcdConnection:
         self._since_s = clock.now()
         self._endpoint = ""
         self._last_error = ""
-        self._cluster_id = 0
         self.version_key = (settings.namespace + VERSION_KEY).encode()
         self._life_key = (settings.namespace + LIFE_KEY).encode()
         self._task = loop.create_task(self._keep_link())
@@ -222,16 +221,12 @@ class EtcdConnection:
         link.metadata = (_LEADER, ("token", response.token))
 
     async def _check_version(self, link: Link) -> None:
-        """Make the registry if there is none, mark an older one. EtcdError for a newer one, or in another cluster."""
+        """Make the registry if there is none, mark an older one. EtcdError for a newer one, or one that is refused."""
         timeout_s = self.settings.connect_timeout_s
         request = rpc.RangeRequest(key=self.version_key)
         with translated():
             response = await link.kv.Range(request, timeout=timeout_s, metadata=link.metadata)
-        cluster_id = response.header.cluster_id
-        if self._guard is not None:
-            await self._ask_guard(link, self._guard)
-        elif self._cluster_id not in (0, cluster_id):
-            raise EtcdError(f"it is of another etcd cluster ({cluster_id:x}, not {self._cluster_id:x})", False)
+        await self._ask_guard(link)
         version = response.kvs[0].value if response.kvs else None
         if version not in (None, *READABLE_VERSIONS):
             raise EtcdError(
@@ -248,15 +243,14 @@ class EtcdConnection:
                 response = await link.kv.Txn(mark, timeout=timeout_s, metadata=link.metadata)
             if not response.succeeded:
                 raise EtcdError("the registry's version is being changed by another", False)
-        self._cluster_id = cluster_id
 
-    async def _ask_guard(self, link: Link, guard: RegistryGuard) -> None:
-        """EtcdError for a registry that was put back to an earlier state, or has lost what it had."""
+    async def _ask_guard(self, link: Link) -> None:
+        """EtcdError for a registry that was put back to an earlier state, has lost what it had, or is another one."""
         request = rpc.RangeRequest(key=self._life_key)
         with translated():
             response = await link.kv.Range(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
         life = int(response.kvs[0].value) if response.kvs else 0
-        reason = guard.admit(RegistryPast(life, response.header.cluster_id, response.header.revision))
+        reason = self._guard.admit(RegistryPast(life, response.header.cluster_id, response.header.revision))
         if reason:
             raise EtcdError(reason, False)
         self.life = life
@@ -276,8 +270,7 @@ class EtcdConnection:
                         response = await link.kv.Range(
                             request, timeout=self.settings.probe_timeout_s, metadata=metadata
                         )
-                    if self._guard is not None:
-                        self._guard.saw(response.header.revision)
+                    self._guard.saw(response.header.revision)
                 except EtcdError as error:
                     if not error.is_token_refused:
                         raise

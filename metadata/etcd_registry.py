@@ -66,8 +66,8 @@ class EtcdRegistry:
         guard: RegistryGuard | None = None,
     ) -> None:
         """Begin to connect, on `loop`; `rng` spreads the endpoints and pauses of many nodes. `guard` refuses a registry
-        that has gone back."""
-        self._connection = EtcdConnection(settings, clock, rng, loop, guard)
+        that has gone back; None: nothing was seen of it before."""
+        self._connection = EtcdConnection(settings, clock, rng, loop, guard or RegistryGuard(None))
         self._clock = clock
         self._namespace = settings.namespace
         self._loop = loop
