@@ -295,6 +295,8 @@ class AwayClient:
             self.disconnect(f"{self.export} is not what it was: acknowledged writes may be gone, or it was made anew")
         else:
             self._stream = None
+            if self._waits_since_s is None:
+                self._timer.cancel()  # its handshake has the time that it has there
             self._lineage, self._begun_s = frame.lineage, self._clock.now()
             self._carried.begin(*stream.give_away())
 

@@ -92,6 +92,19 @@ def test_a_client_waits_while_its_volume_moves() -> None:
     assert not client.lost_because
 
 
+def test_a_client_that_has_waited_has_the_time_of_every_handshake_once_its_volume_is_there() -> None:
+    stage = Stage()
+    stage.node("node-1").exports.remove("disk")
+    client = stage.connect("node-2")
+    client.send(HELLO + named(Option.INFO, "disk"))
+    stage.cluster.run(ATTACH_S - 5.0)
+    stage.node("node-1").serve()
+    stage.cluster.run(6.0)
+    assert "cannot be served" not in told(client)
+    client.send(named(Option.GO, "disk"))
+    stage.until(lambda: client.has_entered)
+
+
 def test_who_asks_at_the_same_time_asks_once() -> None:
     stage = Stage()
     clients = [stage.connect("node-2") for _ in range(3)]
