@@ -101,6 +101,7 @@ class AwayClient:
         self._failed: tuple[str, ...] = ()
         self._there: There | None = None
         self._number = 0  # of it, for that node
+        self._served_as = 0  # the number that it had where it was served last
         self._keeping: Keeping | None = None
         self._give_up: Callable[[], None] | None = None  # connecting
         self._stream: PeerStream | None = None
@@ -245,7 +246,6 @@ class AwayClient:
         if network is None:
             self._not_taken("this node does not speak to others yet")
             return
-        before = self._number if self._waits_since_s is not None else 0
         self._number, keeping = self._attaching.keep(self, there.address, network)
         self._keeping = keeping
 
@@ -253,9 +253,9 @@ class AwayClient:
             self._give_up = None
             stream = self._stream = PeerStream(connection, self._received_frame, lambda _, why: self._not_taken(why))
             others = keeping.others(self)
-            client = encode_handshaking(replace(self._client, handshake=self._carried.state(), continues=before))
+            client = replace(self._client, handshake=self._carried.state(), continues=self._served_as)
             forwarder, node = self._attaching.forwarder, self._attaching.node
-            stream.send(Forward(forwarder, self._number, node, self.export, others, client))
+            stream.send(Forward(forwarder, self._number, node, self.export, others, encode_handshaking(client)))
             return stream
 
         self._give_up = network.connect(there.address, connected, self._not_taken)
@@ -305,7 +305,7 @@ class AwayClient:
     def entered(self) -> None:
         self._timer.cancel()
         assert self._there is not None
-        self._entered_s = self._clock.now()
+        self._entered_s, self._served_as = self._clock.now(), self._number
         self._attaching.has_returned(self._there.address)
         if self._waits_since_s is not None:
             waited_s = self._entered_s - self._waits_since_s

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nbdserver.frontend.away_client import AGAIN_S, TRIES
+from nbdserver.frontend.away_client import AGAIN_S, TRIES, There
 from nbdserver.frontend.outstanding import KEPT_LIMIT_BYTES
 from nbdserver.replication.grants import BEAT_S, FORWARD_S
 from nbdserver.volume.export import Export
@@ -211,9 +211,11 @@ def test_a_volume_that_has_grown_meanwhile_is_gone_on_with_and_one_that_has_shru
             assert stage.node("node-2").gone() == ["what it was told of the volume does not hold any more"]
 
 
-def test_the_operator_disconnects_it_for_good_at_the_owner() -> None:
+@pytest.mark.parametrize("before", [[], ["node-3"]])
+def test_the_operator_disconnects_it_for_good_at_the_owner(before: list[str]) -> None:
     stage = Stage()
     client = stage.attach("node-2")
+    stage.answers = [There(name, stage.peer_address(name)) for name in (*before, "node-1")]  # node-3 does not serve it
     (session,) = stage.node("node-1").server.clients()
     assert stage.node("node-1").server.disconnect(session.id)
     stage.until(lambda: bool(client.lost_because))
