@@ -74,7 +74,8 @@ class Overheard:
         self._contexts = tuple((context.id, context.name) for context in state.contexts)
         self._selected: tuple[tuple[int, str], ...] = ()  # by the SET_META_CONTEXT that is being answered
         self._export = (0, 0)  # size and flags, as the last reply has them
-        self._options = bytearray()  # all that were passed on
+        self._options = bytearray()  # that were passed on
+        self._option_at = 0  # where in them the last one begins
         self._header = bytearray()  # of the option that is passed on
         self._option = 0
         self._left_bytes = 0  # of its data
@@ -84,7 +85,7 @@ class Overheard:
 
     @property
     def options(self) -> bytes:
-        """Everything that was passed on of the client's."""
+        """What was passed on of the client's, but for each GO that was refused: the next server might not refuse it."""
         return bytes(self._options)
 
     def ask(self, data: memoryview) -> int:
@@ -112,6 +113,7 @@ class Overheard:
             if magic != nbd.OPTION_MAGIC:
                 raise OverheardError(f"an option starts with {magic:#018x}")
             self._unanswered.append(self._option)
+            self._option_at = len(self._options) - len(self._header)
             self._header.clear()
 
     def answer(self, data: bytes) -> bytes:
@@ -188,7 +190,9 @@ class Overheard:
         if option == Option.GO:
             self.is_refused_for_good = kind in (OptionReply.ERR_POLICY, OptionReply.ERR_TLS_REQD)
             self.refusal = reason.decode(errors="replace")
-            self._waits = False
+            if self._waits:
+                self._waits = False
+                del self._options[self._option_at :]
         elif option == Option.SET_META_CONTEXT:
             self._contexts, self._selected = (), ()
 

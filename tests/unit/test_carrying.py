@@ -32,11 +32,11 @@ def reply(cookie: int) -> bytes:
 class Rig:
     """A client in its handshake, and servers one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: bytes = named(Option.GO, "disk") + read(1)) -> None:
         self.clock = HandClock()
         self.client = ListConnection("192.0.2.1:1000")
         self.events: list[str] = []
-        state = HandshakeState(True, 0, ReplyStyle.SIMPLE, (), "", named(Option.GO, "disk") + read(1))
+        state = HandshakeState(True, 0, ReplyStyle.SIMPLE, (), "", said)
         self.carried = Carried(self.clock, self.client, state, self)
         self.state = self.carried.state()
 
@@ -115,6 +115,20 @@ def test_a_server_that_refuses_it_is_left_or_ends_it(refusal: OptionReply, event
     rig.carried.leave()
     rig.hear(rig.begin(), said(refusal, b"not here"))
     assert rig.events == ["entered", event]
+
+
+def test_a_client_that_was_refused_first_is_not_asked_for_that_again() -> None:
+    rig = Rig(named(Option.GO, "other"))
+    server = rig.begin()
+    rig.hear(server, said(OptionReply.ERR_UNKNOWN, b"not here"))
+    feed(rig.carried, named(Option.GO, "disk") + read(1))
+    rig.hear(server, told())
+    rig.carried.leave()
+    assert rig.carried.state().received == named(Option.GO, "disk")
+    again = rig.begin()
+    rig.hear(again, told())
+    assert bytes(again.sent) == read(1)
+    assert rig.events == ["entered", "entered"]
 
 
 def test_what_the_next_server_says_with_its_first_word_is_heard() -> None:
