@@ -7,7 +7,7 @@ same, so that it lacks nothing when its disk has kept up with the owner's for CA
 
 Rules
 - One that is as slow as any other is not slow; nor is one that is behind with what nobody waits for.
-- Of who is only coming back nothing is said: it has much to write.
+- Of who is only coming back nothing is said: it has much to write. What it lacked when it went is forgotten.
 
 Known weakness: an owner whose own disk is the slow one is not known by this, nor are two slow members of three: then
 flushes wait.
@@ -48,6 +48,8 @@ class SlowDisks:
                 self._slow[node] = now_s
             elif now_s - self._slow[node] >= CALM_S:
                 del self._slow[node]
+        for node in self._behind.keys() - self._slow.keys() - {link.node for link in members}:
+            del self._behind[node]
         slow = ""
         for link in members:
             others = (other.durable_txid for other in members if other is not link)

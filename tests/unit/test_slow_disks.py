@@ -93,6 +93,17 @@ def test_it_is_slow_until_it_has_kept_up_for_a_while(rig: Rig) -> None:
     assert not rig.disks.is_slow("n3")
 
 
+def test_what_one_lacked_when_it_went_is_not_held_against_it_when_it_is_back(rig: Rig) -> None:
+    rig.ticks(SLOW_S - TICK_S, "n2")
+    rig.members.remove("n3")  # it is silent
+    rig.ticks(10.0, "n2")
+    rig.members.append("n3")
+    rig.ticks(SLOW_S, "n2")  # its first sync takes a while
+    assert rig.removed == []
+    rig.ticks(2 * TICK_S, "n2")
+    assert rig.removed == ["n3"]
+
+
 def test_one_that_has_no_replica_any_more_is_forgotten(rig: Rig) -> None:
     rig.ticks(10.0, "n2")
     del rig.links["n3"]
