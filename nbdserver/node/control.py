@@ -52,6 +52,7 @@ from nbdserver.node.snapshots import Snapshots
 from nbdserver.node.succession import Succession
 from nbdserver.node.volumes import Volumes
 from nbdserver.node.volumes_told import Row
+from nbdserver.volume.export import volume_of
 
 if TYPE_CHECKING:
     from nbdserver.node.cluster import Cluster
@@ -416,7 +417,7 @@ class Node:
 
     def _process_of(self, export: str) -> DataProcess | None:
         """The one that has a volume, or that of a snapshot."""
-        found = self._families.find(export.partition("@")[0])
+        found = self._families.find(volume_of(export))
         return self._data.of(found[0].id) if found else None
 
     # --- the data processes ---

@@ -21,6 +21,7 @@ from nbdserver.node.errors import ConflictError, NodeError, NotJoinedError, list
 from nbdserver.node.opening import Call
 from nbdserver.node.placement import worker_of
 from nbdserver.node.replicas import Replicas
+from nbdserver.volume.export import volume_of
 
 LOOK_S = 3.0
 TAKE_S = 12.0
@@ -54,7 +55,7 @@ class Owning:
         """Where a client shall go that wants an export: {own: true, address}: it is served here now; {node, address};
         or {error} with one line. `patiently`: an owner that does not serve it at this moment is not replaced as yet."""
         try:
-            found = self._families.find(export.partition("@")[0])
+            found = self._families.find(volume_of(export))
             if found is None or not found[0].replicas:
                 raise NodeError(f"the cluster has no volume {export!r:.60}")
             family = found[0]
@@ -138,7 +139,7 @@ class Owning:
         """How many connections there are to the volumes of a family that is served here."""
         names = {volume.name for volume in family.volumes}
         clients = await self._call("clients")
-        return sum(str(client["volume"]).partition("@")[0] in names for client in clients)
+        return sum(volume_of(str(client["volume"])) in names for client in clients)
 
     # --- how ---
 
