@@ -25,6 +25,24 @@ class NoDiskError(Exception):
     """This machine does not let us mount one; the text says what it answered."""
 
 
+def mount_image(image: Path, point: Path, size_bytes: int, needs: Callable[[str, str], str]) -> None:
+    """Mount at `point` an empty ext4 of that size, which is made in the file `image`. NoDiskError."""
+    if os.geteuid() != 0:
+        raise NoDiskError("only root may mount a file system of its own")
+    with image.open("wb") as file:
+        file.truncate(size_bytes)
+    # No reserved blocks: full is full, for root too.
+    subprocess.run([needs("mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-m", "0", image], check=True)
+    answer = subprocess.run(["mount", "-o", "loop", image, point], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise NoDiskError(f"no loop mounts here: {answer.stderr.strip()}")
+
+
+def unmount(point: Path) -> None:
+    """Who uses it has ended."""
+    subprocess.run(["umount", "--lazy", point], check=True)
+
+
 class Disk:
     """One file system, mounted at `point` until `close`."""
 
@@ -36,32 +54,21 @@ class Disk:
         self._processes = processes
         self._below = images / "below"
         self._mounted: list[Path] = []
-        mke2fs = needs("mke2fs", "e2fsprogs")
-        if os.geteuid() != 0:
-            raise NoDiskError("only root may mount a file system of its own")
         self._below.mkdir(parents=True)
         point.mkdir(exist_ok=True)
         try:
-            self._mount(mke2fs, images / "image", self._below, size_bytes + BELOW_BYTES)
-            self._mount(mke2fs, self._below / "image", point, size_bytes)
+            mount_image(images / "image", self._below, size_bytes + BELOW_BYTES, needs)
+            self._mounted.append(self._below)
+            mount_image(self._below / "image", point, size_bytes, needs)
+            self._mounted.append(point)
         except NoDiskError:
             self.close()
             raise
 
-    def _mount(self, mke2fs: str, image: Path, point: Path, size_bytes: int) -> None:
-        with image.open("wb") as file:
-            file.truncate(size_bytes)
-        # No reserved blocks: full is full, for root too.
-        subprocess.run([mke2fs, "-q", "-t", "ext4", "-m", "0", image], check=True)
-        answer = subprocess.run(["mount", "-o", "loop", image, point], capture_output=True, text=True, check=False)
-        if answer.returncode:
-            raise NoDiskError(answer.stderr.strip())
-        self._mounted.append(point)
-
     def close(self) -> None:
         """Unmount it; who uses it has ended."""
         while self._mounted:
-            subprocess.run(["umount", "--lazy", self._mounted.pop()], check=True)
+            unmount(self._mounted.pop())
 
     def stand_still(self, still_s: float, times: int = 1, between_s: float = 0.0) -> None:
         """The device stands still for so long, and again; returns when it goes on."""

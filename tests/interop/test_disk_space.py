@@ -1,9 +1,7 @@
 """What `df` shows, and what happens when it shows 100 %: on a file system of its own, which nobody else changes."""
 
 import errno
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from protocol.nbd import Command, ReplyError
 from tests.conftest import Processes
+from tests.interop.disks import NoDiskError, mount_image, unmount
 from tests.nbd_client import Client
 from tests.serving import Server
 
@@ -31,23 +30,18 @@ def file_system(tmp_path: Path, needs: Callable[[str, str], str]) -> Iterator[Fi
     mounted: list[Path] = []
 
     def mount(size_bytes: int) -> Path:
-        if os.geteuid() != 0:
-            pytest.skip("only root may mount a file system of its own")
-        image, point = tmp_path / "image", tmp_path / "mounted"
-        with image.open("wb") as file:
-            file.truncate(size_bytes)
+        point = tmp_path / "mounted"
         point.mkdir()
-        # No reserved blocks: full is full, for root too.
-        subprocess.run([needs("mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-m", "0", image], check=True)
-        answer = subprocess.run(["mount", "-o", "loop", image, point], capture_output=True, text=True, check=False)
-        if answer.returncode:
-            pytest.skip(f"no loop mounts here: {answer.stderr.strip()}")
+        try:
+            mount_image(tmp_path / "image", point, size_bytes, needs)
+        except NoDiskError as error:
+            pytest.skip(str(error))
         mounted.append(point)
         return point
 
     yield mount
     for point in mounted:
-        subprocess.run(["umount", "--lazy", point], check=True)
+        unmount(point)
 
 
 @pytest.fixture
