@@ -81,15 +81,27 @@ def pytest_make_collect_report() -> Iterator[None]:
     return report
 
 
+class MissingProgramError(Exception):
+    """Its text says which Debian package has the program."""
+
+
+def program_path(program: str, package: str) -> str:
+    """Its path. MissingProgramError."""
+    path = shutil.which(program, path=SEARCH_PATH)
+    if path is None:
+        raise MissingProgramError(f"{program} is missing: apt-get install {package}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def needs() -> Callable[[str, str], str]:
     """`needs(program, package)`: the program's path, or a skip that names the Debian package."""
 
     def find(program: str, package: str) -> str:
-        path = shutil.which(program, path=SEARCH_PATH)
-        if path is None:
-            pytest.skip(f"{program} is missing: apt-get install {package}")
-        return path
+        try:
+            return program_path(program, package)
+        except MissingProgramError as error:
+            pytest.skip(str(error))
 
     return find
 

@@ -12,7 +12,6 @@ rounds; their timing is the machine's own.
 import argparse
 import json
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import PORTS, SEARCH_PATH, Processes
+from tests.conftest import PORTS, Processes, program_path
 from tests.interop.directory_cluster import DirectoryCluster
 from tests.interop.replica_site import ReplicaSite, node_disks
 from tests.interop.site import Site
@@ -106,7 +105,7 @@ def of_nodes(path: Path, processes: Processes, rng: random.Random, undo: ExitSta
 
 def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: ExitStack) -> Soaked:
     """Whole nodes with a replicated volume, each on a file system of its own. Their memory is that of their caches."""
-    disks = node_disks(processes, path, _program, undo)
+    disks = node_disks(processes, path, program_path, undo)
     nodes = ReplicaSite(Site(processes), processes, path, _ports(rng), rng, disks)
     rounds = {
         "a replica cut off": nodes.cut_a_replica_off,
@@ -123,12 +122,6 @@ def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: Exit
 
 
 SOAKED = {"nodes": of_nodes, "directory": of_directory, "replicas": of_replicas}
-
-
-def _program(program: str, package: str) -> str:
-    found = shutil.which(program, path=SEARCH_PATH)
-    assert found is not None, f"{program} is missing: apt-get install {package}"
-    return found
 
 
 def _ports(rng: random.Random) -> Callable[[], int]:
