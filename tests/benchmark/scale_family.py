@@ -104,8 +104,8 @@ def _checkpoint(store: LevelStore, maps: Maps, segment: int, is_last: bool) -> N
     rows = maps.segments.freeze(segment, segment, segment)
     for steps in (
         maps.segments.encode(batch, rows),
-        maps.logical.encode(batch, {}, {}, frozenset()),
-        maps.middle.encode(batch, {}, {}, frozenset()),
+        maps.logical.encode(batch, {}, {}, {}),
+        maps.middle.encode(batch, {}, {}, {}),
         maps.regions.encode(batch),
     ):
         for _ in steps:

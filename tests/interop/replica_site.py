@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from protocol.nbd import Command
 from tests.cluster_rig import ClusterNode, ClusterRig, meet, run, wait
@@ -342,12 +343,12 @@ class ReplicaSite:
         assert export["digest"]
 
     @staticmethod
-    def _check(node: ClusterNode) -> dict[str, list[dict[str, object]]]:
+    def _check(node: ClusterNode) -> dict[str, Any]:
         done = run("check", VOLUME, "--data", str(node.server.data), "--digest", "--json")
         assert done.returncode == 0, done.stdout + done.stderr
-        found: dict[str, list[dict[str, object]]] = json.loads(done.stdout)["volumes"][VOLUME]["contents"]
+        found = json.loads(done.stdout)["volumes"][VOLUME]["contents"]
         assert found["regions_to_fetch"] == 0
-        return found
+        return dict(found)
 
 
 def is_answered(client: Client) -> bool:
