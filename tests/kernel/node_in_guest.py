@@ -48,7 +48,7 @@ async def answer(node: Node, ask: str, arguments: dict[str, Any]) -> Any:
     """What the API would answer. NodeError."""
     assert node.part is not None
     if ask == "create":
-        nodes = node.part.changes.choose(arguments.pop("replicas"), ())
+        nodes = node.part.changes.choose(arguments.pop("replicas"), (), arguments["size_bytes"])
         return await node.part.changes.create(nodes=nodes, **arguments)
     if ask == "volume":
         return await node.volumes.show(arguments["name"])
