@@ -36,7 +36,6 @@ class PowerRounds:
             self.the_one_that_is_written_to,
             self.one_of_the_others_then_all,
         ]
-        self._longest_pause_s = 0.0
         self._cuts_of_all = self._cuts_of_some = 0
         self._longest_return_s = 0.0
 
@@ -68,6 +67,14 @@ class PowerRounds:
             f"in sync {return_s:.1f} s after the start; {time.monotonic() - began_s:.0f} s"
         )
 
+    def result(self) -> str:
+        judge = self._cluster.judge
+        return (
+            f"all lost their power {self._cuts_of_all} times, one or two of them {self._cuts_of_some} times, under "
+            f"{judge.writes} writes and {judge.flushes} flushes: nothing was lost, all replicas are alike. A request "
+            f"took {judge.longest_s:.1f} s at most; in sync {self._longest_return_s:.1f} s after a start"
+        )
+
     def _write_through(self, cuts: Cuts, client: Client, attached: str) -> bool:
         """Write, and cut; whether what was acknowledged must be there though it was not flushed."""
         cluster = self._cluster
@@ -86,7 +93,6 @@ class PowerRounds:
                     assert not writing.is_cut, f"the client of {attached} was dropped when {each} lost their power"
                 else:
                     writing.wait_until_cut()
-            self._longest_pause_s = max(self._longest_pause_s, writing.longest_pause_s)
         client.close()
         return bool(cluster.in_sync() & set(cluster.powered))
 
@@ -116,11 +122,3 @@ class PowerRounds:
     def one_of_the_others_then_all(self, attached: str) -> Cuts:
         (first,) = self.one_of_the_others(attached)
         return [first, [name for name in NODES if name not in first]]
-
-    def result(self) -> str:
-        judge = self._cluster.judge
-        return (
-            f"all lost their power {self._cuts_of_all} times, one or two of them {self._cuts_of_some} times, under "
-            f"{judge.writes} writes and {judge.flushes} flushes: nothing was lost, all replicas are alike. Clients "
-            f"paused for {self._longest_pause_s:.1f} s at most; in sync {self._longest_return_s:.1f} s after a start"
-        )

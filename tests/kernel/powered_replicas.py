@@ -244,7 +244,6 @@ class Writing:
     def __init__(self, judge: Judge, client: Client) -> None:
         self.is_cut = False
         self.failure: Exception | None = None
-        self.longest_pause_s = 0.0
         self._judge = judge
         self._client = client
         self._until_s = float("inf")
@@ -264,15 +263,12 @@ class Writing:
         return self._judge.writes + self._judge.flushes
 
     def go_on(self, for_s: float, more: int) -> None:
-        """Wait until time has passed and that many more requests are answered, and note the longest pause."""
-        done, since_s = self.done, time.monotonic()
-        wanted, until_s, give_up_s = done + more, since_s + for_s, since_s + PATIENCE_S
+        """Wait until time has passed and that many more requests are answered."""
+        began_s = time.monotonic()
+        wanted, until_s, give_up_s = self.done + more, began_s + for_s, began_s + PATIENCE_S
         while self.thread.is_alive() and (self.done < wanted or time.monotonic() < until_s):
             assert time.monotonic() < give_up_s, f"{self.done - wanted + more} of {more} requests are answered"
             time.sleep(0.01)
-            if self.done != done:
-                done, since_s = self.done, time.monotonic()
-            self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - since_s)
         assert self.failure is None, self.failure
 
     def wait_until_cut(self) -> None:
