@@ -11,6 +11,7 @@ Rule: a block has at most one write in flight, so that its versions arrive in or
 written. A trim is a version like any other, which shows zeros.
 """
 
+import errno
 import random
 import struct
 import time
@@ -125,7 +126,13 @@ class Judge:
         faults = []
         for first in range(0, self.blocks, READ_BYTES // BLOCK_BYTES):
             count = min(READ_BYTES // BLOCK_BYTES, self.blocks - first)
-            data = client.read(first * BLOCK_BYTES, count * BLOCK_BYTES)
+            try:
+                data = client.read(first * BLOCK_BYTES, count * BLOCK_BYTES)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                faults.append(f"one of the {count} blocks from {first} on cannot be read")
+                continue
             for number in range(count):
                 block = first + number
                 floor = self.acknowledged[block] if acknowledged_too else self.floor[block]
@@ -138,7 +145,7 @@ class Judge:
                     self.dead.update((block, undone) for undone in range(version + 1, self.newest[block] + 1))
         self._dirty.clear()
         if faults:
-            raise LostError(f"{len(faults)} of {self.blocks} blocks are wrong; the first: {'; '.join(faults[:5])}")
+            raise LostError(f"{len(faults)} faults in {self.blocks} blocks; the first: {'; '.join(faults[:5])}")
 
     def _version_shown(self, block: int, floor: int, shown: bytes) -> int | None:
         for version in range(self.newest[block], floor - 1, -1):
