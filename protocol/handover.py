@@ -23,9 +23,10 @@ from typing import Any
 
 from construct import Bytes, ConstructError, Int32ub, Struct
 
+from protocol.agreement import Agreement, Offer, ReplyStyle
 from protocol.checksum import crc32c
 from protocol.contexts import BASE_ALLOCATION, Context
-from protocol.handshake import Agreement, HandshakeState, Offer, ReplyStyle
+from protocol.handshake import HandshakeState
 
 MAGIC = b"nbdHAND\x00"
 HANDSHAKING_MAGIC = b"nbdSHAK\x00"

@@ -16,7 +16,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from protocol import nbd
-from protocol.handshake import HandshakeState, ReplyStyle
+from protocol.agreement import ReplyStyle
+from protocol.handshake import HandshakeState
 from protocol.layout import derive
 from protocol.nbd import Info, Option, OptionReply, TransmissionFlag
 

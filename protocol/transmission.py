@@ -21,7 +21,7 @@ from typing import Protocol
 from construct import ConstructError
 
 from protocol import nbd
-from protocol.handshake import Agreement, ReplyStyle
+from protocol.agreement import Agreement, ReplyStyle
 from protocol.invariant import InvariantError
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyError, ReplyFlag
 

@@ -9,7 +9,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import (
     CLIENT_FLAGS,
     EXTENDED_REPLY,

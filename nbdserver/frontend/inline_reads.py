@@ -30,7 +30,7 @@ from metadata.seams import Buffer
 from nbdserver.block import BLOCK_BYTES, SPARSE_READ_BYTES, BlockDevice, BlockRoom, RunRoom
 from nbdserver.frontend.cold_reads import MissedRead
 from protocol import nbd
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.layout import derive
 
 SLOTS = 64

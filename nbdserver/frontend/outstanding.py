@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right
 
 from nbdserver.frontend.receive_buffer import ReceiveBuffer
 from protocol import nbd
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command, ReplyFlag
 from protocol.transmission import payload_bytes
 

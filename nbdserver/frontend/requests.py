@@ -18,8 +18,8 @@ from nbdserver.frontend.cold_reads import ColdReads
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import RUN_LIMIT_BYTES
 from nbdserver.volume.counters import Counters
+from protocol.agreement import Agreement, ReplyStyle
 from protocol.contexts import Context
-from protocol.handshake import Agreement, ReplyStyle
 from protocol.nbd import Command, CommandFlag
 from protocol.transmission import parse_status_payload, replies_of, shortened
 

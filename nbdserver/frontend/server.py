@@ -20,8 +20,9 @@ from nbdserver.frontend.census import Census
 from nbdserver.frontend.forwarding import Forwarding
 from nbdserver.frontend.session import ClientInfo, Secure, Session, Unsettled
 from nbdserver.volume.export import Export, Exports
+from protocol.agreement import OptionRefusedError
 from protocol.handover import ClientState, HandshakingClient
-from protocol.handshake import GoElsewhere, OptionRefusedError
+from protocol.handshake import GoElsewhere
 
 CLIENT_LIMIT = 1024  # half a MiB of receive buffer each, once they have entered an export
 

@@ -26,19 +26,9 @@ from nbdserver.volume.admission import Admission, TlsMode
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports, volume_of
 from nbdserver.volume.peer import Peer
+from protocol.agreement import Agreement, ElsewhereError, Offer, OptionRefusedError
 from protocol.handover import ClientState, HandshakingClient
-from protocol.handshake import (
-    Agreement,
-    Close,
-    ElsewhereError,
-    Enter,
-    GoElsewhere,
-    Handshake,
-    Offer,
-    OptionRefusedError,
-    Reply,
-    StartTls,
-)
+from protocol.handshake import Close, Enter, GoElsewhere, Handshake, Reply, StartTls
 from protocol.nbd import OptionReply
 
 HANDSHAKE_TIMEOUT_S = 10.0  # anew in each process that it goes on in

@@ -36,7 +36,7 @@ from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
 from nbdserver.volume.limits import Throttle
 from protocol import nbd
-from protocol.handshake import Agreement, ReplyStyle
+from protocol.agreement import Agreement, ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyFlag
 from protocol.transmission import payload_bytes, refuse, replies_of
 

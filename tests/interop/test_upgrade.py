@@ -22,7 +22,7 @@ import pytest
 
 from nbdserver.cli.client import NodeClient
 from nbdserver.node.errors import NodeError
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command
 from tests.conftest import Processes
 from tests.durability import Judge

@@ -20,7 +20,7 @@ import pytest
 
 from nbdserver.cli.client import NodeClient
 from nbdserver.node.errors import WrongInputError
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command
 from tests.certificates import Certificates, make_certificates
 from tests.conftest import Processes

@@ -13,8 +13,8 @@ from metadata.seams import Buffer, Receiver
 from nbdserver.frontend.session import Session
 from nbdserver.volume.export import Export, Exports
 from protocol import nbd
+from protocol.agreement import ReplyStyle
 from protocol.handover import Handover, decode, encode
-from protocol.handshake import ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, HandshakeFlag, Option, ReplyFlag
 from tests.unit.memory_device import MemoryDevice
 

@@ -4,7 +4,8 @@ import pytest
 
 from nbdserver.frontend.carrying import Carried
 from protocol import nbd
-from protocol.handshake import HandshakeState, ReplyStyle
+from protocol.agreement import ReplyStyle
+from protocol.handshake import HandshakeState
 from protocol.nbd import Command, Info, Option, OptionReply
 from tests.unit.session_rig import HandClock, ListConnection, feed, named
 

@@ -8,7 +8,7 @@ import pytest
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES
 from nbdserver.volume.export import Exports
 from nbdserver.volume.limits import Limits
-from protocol.handshake import OptionRefusedError, ReplyStyle
+from protocol.agreement import OptionRefusedError, ReplyStyle
 from protocol.nbd import Command, CommandFlag
 from tests.unit.session_rig import SIZE_BYTES, Answer, Rig, Wire, make_rig
 

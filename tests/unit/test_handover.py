@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.agreement import Agreement, Offer, ReplyStyle
 from protocol.checksum import crc32c
 from protocol.contexts import Context
 from protocol.handover import (
@@ -20,7 +21,6 @@ from protocol.handover import (
     decode,
     encode,
 )
-from protocol.handshake import Agreement, Offer, ReplyStyle
 
 NUMBERS = st.integers(0, (1 << 64) - 1)
 TEXTS = st.text(max_size=40)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import nbd
+from protocol.agreement import Offer, OptionRefusedError, ReplyStyle
 from protocol.contexts import LISTED_LIMIT, Context
 from protocol.handshake import (
     OPTION_LIMIT,
@@ -19,10 +20,7 @@ from protocol.handshake import (
     Event,
     Handshake,
     Move,
-    Offer,
-    OptionRefusedError,
     Reply,
-    ReplyStyle,
     StartTls,
     State,
     state_diagram,

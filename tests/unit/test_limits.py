@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserver.volume.limits import Limits, Throttle, TokenBucket
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command
 from tests.unit.session_rig import HandClock, Rig, Wire, make_rig
 

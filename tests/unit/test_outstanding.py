@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nbdserver.frontend.outstanding import KEPT_LIMIT, KEPT_LIMIT_BYTES, OutOfStepError, Outstanding
 from nbdserver.frontend.receive_buffer import ReceiveBuffer
 from protocol import nbd
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command, CommandFlag
 from protocol.transmission import replies_of
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import nbd
+from protocol.agreement import Agreement, Offer, OptionRefusedError, ReplyStyle
 from protocol.contexts import Context
-from protocol.handshake import Agreement, Close, Enter, Handshake, HandshakeState, Offer, OptionRefusedError, ReplyStyle
+from protocol.handshake import Close, Enter, Handshake, HandshakeState
 from protocol.nbd import Option, OptionReply
 from protocol.overheard import OPTIONS_LIMIT_BYTES, Overheard, OverheardError, Told
 from tests.unit.session_rig import named, option

@@ -12,6 +12,7 @@ from nbdserver.frontend.session import Session
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, Exports
 from protocol import nbd
+from protocol.agreement import ReplyStyle
 from protocol.contexts import Context
 from protocol.handover import (
     HandoverError,
@@ -20,7 +21,7 @@ from protocol.handover import (
     decode_handshaking,
     encode_handshaking,
 )
-from protocol.handshake import OPTION_LIMIT, GoElsewhere, HandshakeState, ReplyStyle
+from protocol.handshake import OPTION_LIMIT, GoElsewhere, HandshakeState
 from protocol.nbd import Option
 from tests.unit.memory_device import MemoryDevice
 from tests.unit.session_rig import HELLO, HandClock, ListConnection, feed, named, option

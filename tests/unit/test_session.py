@@ -19,7 +19,7 @@ from nbdserver.frontend.session import HANDSHAKE_TIMEOUT_S
 from nbdserver.frontend.transmission import BATCH_REQUESTS, SHRINK_DELAY_S
 from nbdserver.volume.export import Export, ExportError
 from protocol import nbd
-from protocol.handshake import ReplyStyle
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command, CommandFlag
 from tests.unit.session_rig import SIZE_BYTES, Rig, Wire, make_rig
 

@@ -15,8 +15,8 @@ from nbdserver.node.data_process import DataProcessError
 from nbdserver.node.inherited import Inherited
 from nbdserver.node.listeners import Listeners
 from nbdserver.node.succession import Succession, joined
+from protocol.agreement import Agreement, Offer, ReplyStyle
 from protocol.handover import ClientState, Handover, Listening
-from protocol.handshake import Agreement, Offer, ReplyStyle
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import nbd
+from protocol.agreement import Agreement, Offer, ReplyStyle
 from protocol.contexts import Context
-from protocol.handshake import Agreement, Offer, ReplyStyle
 from protocol.nbd import Chunk, Command, CommandFlag, ReplyError
 from protocol.transmission import parse_status_payload, payload_bytes, refuse, replies_of, reply_error, shortened
 
