@@ -112,7 +112,7 @@ class ReplicaSite:
     ) -> None:
         """Below `path` each node has a directory of its name, where its disk is mounted (`node_disks`)."""
         self.site = site
-        self._disks = disks
+        self.disks = disks
         self.rng = rng
         self.judge = Judge(BLOCKS, rng)
         self.etcd = EtcdCluster(
@@ -178,7 +178,7 @@ class ReplicaSite:
             yield writing
         assert self.judge.longest_s < LONGEST_S, f"a write took {self.judge.longest_s:.1f} s"
 
-    def _isolate(self, name: str) -> None:
+    def isolate(self, name: str) -> None:
         """It reaches nobody, etcd neither, and nobody reaches it."""
         self.site.part([name], [*self.others(name), HUB])
 
@@ -195,7 +195,7 @@ class ReplicaSite:
         """It reaches nobody, etcd neither, and nobody reaches it."""
         owner = self.owner()
         gone = self.one_of(*self.others(owner))
-        self._go_on_without(owner, gone, lambda: self._isolate(gone))
+        self._go_on_without(owner, gone, lambda: self.isolate(gone))
 
     def cut_one_way(self) -> None:
         """Between the owner and a replica frames get through in one direction alone."""
@@ -210,7 +210,7 @@ class ReplicaSite:
         heir = self.one_of(*self.others(owner))
         old = self.look(owner)
         self.judge.write_until(old, time.monotonic() + WRITTEN_S)  # leaves requests under way
-        self._isolate(owner)
+        self.isolate(owner)
         time.sleep(GRANT_OVER_S)
         drain(old)
         block = self.rng.randrange(BLOCKS)
@@ -235,7 +235,7 @@ class ReplicaSite:
             return
         owner = self.owner()
         with self._writing(owner) as writing:
-            self._isolate(master)
+            self.isolate(master)
             wait(lambda: self.nodes[owner].cluster()["master"] not in ("", master), "another one is the master")
             writing.goes_on()
             self.site.mend()
@@ -268,7 +268,7 @@ class ReplicaSite:
         owner = self.owner()
         slow = self.one_of(*self.others(owner))
         with self._writing(owner) as writing:
-            standing = threading.Thread(target=self._disks[slow].stand_still, args=(STILL_S,))
+            standing = threading.Thread(target=self.disks[slow].stand_still, args=(STILL_S,))
             standing.start()
             wait(lambda: slow not in self.in_sync(owner), f"{slow} is not in sync any more")
             wait(lambda: "its disk is slow" in self.nodes[owner].findings(), "that its disk is slow is told")
@@ -280,7 +280,7 @@ class ReplicaSite:
         """The device of a replica hangs again and again, each time for less long than would cost it its place."""
         owner = self.owner()
         with self._writing(owner) as writing:
-            self._disks[self.one_of(*self.others(owner))].stand_still(0.3, times=8, between_s=0.1)
+            self.disks[self.one_of(*self.others(owner))].stand_still(0.3, times=8, between_s=0.1)
             writing.goes_on()
             self.settle()
 
@@ -293,14 +293,14 @@ class ReplicaSite:
         self.judge.may_refuse = errno.ENOSPC
         with Writing(self.judge, self.look(owner)) as writing:
             client = self.attach(owner)
-            self._disks[full].fill(LEFT_BYTES)
+            self.disks[full].fill(LEFT_BYTES)
             more = range(BULK_FROM, client.size_bytes, PIECE_BYTES)
             is_refused = any(client.request(Command.WRITE, at, data=PIECE).error for at in more)
             assert is_refused or full not in self.in_sync(owner), "a replica without room has taken everything"
             assert client.read(BULK_FROM, PIECE_BYTES) == PIECE
             wait(lambda: f"{full} is " in self.nodes[owner].findings(), f"that {full} is full is told")
             assert client.request(Command.TRIM, BULK_FROM, client.size_bytes - BULK_FROM).error == 0
-            self._disks[full].give_back()
+            self.disks[full].give_back()
             wait(lambda: client.request(Command.WRITE, BULK_FROM, data=PIECE).error == 0, "there is room again")
             assert client.request(Command.TRIM, BULK_FROM, PIECE_BYTES).error == 0
             client.close()
@@ -316,12 +316,12 @@ class ReplicaSite:
         self.judge.may_refuse = errno.ENOSPC  # while it reports that it has no room, and is not done without yet
         with Writing(self.judge, self.look(owner)) as writing:
             client = self.attach(owner)
-            self._disks[full].fill()
+            self.disks[full].fill()
             for at in range(BULK_FROM, client.size_bytes, PIECE_BYTES):
                 client.request(Command.WRITE, at, data=PIECE)
             assert client.request(Command.TRIM, BULK_FROM, client.size_bytes - BULK_FROM).error == 0
             client.close()
-            self._disks[full].give_back()
+            self.disks[full].give_back()
             writing.goes_on()
         self.judge.may_refuse = 0
         self.settle()

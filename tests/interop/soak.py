@@ -3,10 +3,11 @@
     python -m tests.interop.soak [--minutes 10] [--seed N] [--of nodes|directory|replicas]
 
 Rounds of `whole_nodes`, of `directory_cluster`, which has more of them and counts what is confirmed, or of
-`replica_site`, whose replicas are compared on disk when all is over (as root), one after the other, a line for each. In
-the end a line of JSON says what was done and how much memory the processes have: in no life
-may one grow by more than GROWTH_MIB after the first SETTLED_S. A round that fails ends it all. The seed draws the
-rounds; their timing is the machine's own.
+`replica_site` and `fio_rounds`, whose replicas are compared on disk when all is over (as root), one after the other, a
+line for each. In the end a line of JSON says what was done, how long fio waited for an answer at most, by what had
+happened, and how much memory the processes have: in no life may one grow by more than GROWTH_MIB after the first
+SETTLED_S. A round that fails ends it all. Each is done once before any is done again; the seed draws their order, and
+their timing is the machine's own.
 """
 
 import argparse
@@ -16,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.conftest import PORTS, Processes, program_path
 from tests.interop.directory_cluster import DirectoryCluster
+from tests.interop.fio_rounds import FioRounds
 from tests.interop.replica_site import ReplicaSite, node_disks
 from tests.interop.site import Site
 from tests.interop.whole_nodes import WholeNodes
@@ -66,6 +68,8 @@ class Soaked:
     """(of which node, pid) of the processes whose memory is watched."""
     end: Callable[[], None] = lambda: None
     """Looks at what is left of it."""
+    longest_s: Mapping[str, float] = field(default_factory=dict)
+    """How long a request of a client took, by what had happened."""
 
 
 def of_directory(path: Path, processes: Processes, rng: random.Random, undo: ExitStack) -> Soaked:
@@ -107,6 +111,7 @@ def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: Exit
     """Whole nodes with a replicated volume, each on a file system of its own. Their memory is that of their caches."""
     disks = node_disks(processes, path, program_path, undo)
     nodes = ReplicaSite(Site(processes), processes, path, _ports(rng), rng, disks)
+    fio = FioRounds(nodes, processes, path / "fio", program_path("fio", "fio"))
     rounds = {
         "a replica cut off": nodes.cut_a_replica_off,
         "owner and replica cut one way": nodes.cut_one_way,
@@ -117,8 +122,16 @@ def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: Exit
         "a disk is slow": nodes.a_disk_is_slow,
         "a disk is full": nodes.a_disk_is_full,
         "a disk is taken whole": nodes.a_disk_is_taken_whole,
+        "fio: a replica is killed": fio.a_replica_is_killed,
+        "fio: a replica is stopped": fio.a_replica_is_stopped,
+        "fio: a replica is cut off": fio.a_replica_is_cut_off,
+        "fio: a disk stands still": fio.a_disk_stands_still,
+        "fio: a disk is slow": fio.a_disk_is_slow,
+        "fio: a disk is full": fio.a_disk_is_full,
+        "fio: the owner is killed": fio.the_owner_is_killed,
+        "fio: the owner is stopped": fio.the_owner_is_stopped,
     }
-    return Soaked(nodes.site, rounds, list, nodes.stop_and_compare)
+    return Soaked(nodes.site, rounds, list, nodes.stop_and_compare, fio.longest_s)
 
 
 SOAKED = {"nodes": of_nodes, "directory": of_directory, "replicas": of_replicas}
@@ -136,9 +149,10 @@ def soak(of: str, duration_s: float, seed: int, path: Path, processes: Processes
     soaked = SOAKED[of](path, processes, rng, undo)
     rounds = soaked.rounds
     begun_s, memory, done = time.monotonic(), Memory(), Counter[str]()
-    longest_s = 0.0
+    longest_s, turns = 0.0, list[str]()
     while (now_s := time.monotonic()) < begun_s + duration_s:
-        name, loss = rng.choice(list(rounds)), rng.choice(LOSSES_PER_CENT)
+        turns = turns or rng.sample(list(rounds), len(rounds))
+        name, loss = turns.pop(), rng.choice(LOSSES_PER_CENT)
         soaked.site.lose(loss)
         rounds[name]()
         took_s = time.monotonic() - now_s
@@ -154,6 +168,7 @@ def soak(of: str, duration_s: float, seed: int, path: Path, processes: Processes
         "minutes": round((time.monotonic() - begun_s) / 60, 1),
         "rounds": dict(done),
         "longest_round_s": round(longest_s, 1),
+        "longest_request_s": {what: round(took_s, 2) for what, took_s in soaked.longest_s.items()},
         "peak_mib": round(memory.peak_mib, 1),
         "growth_mib": round(memory.growth_mib, 1),
     }

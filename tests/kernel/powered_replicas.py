@@ -263,10 +263,12 @@ class Writing:
         return self._judge.writes + self._judge.flushes
 
     def go_on(self, for_s: float, more: int) -> None:
-        """Wait until time has passed and that many more requests are answered."""
-        began_s = time.monotonic()
+        """Wait until time has passed and that many more requests are answered, a flush among them."""
+        began_s, flushes = time.monotonic(), self._judge.flushes
         wanted, until_s, give_up_s = self.done + more, began_s + for_s, began_s + PATIENCE_S
-        while self.thread.is_alive() and (self.done < wanted or time.monotonic() < until_s):
+        while self.thread.is_alive() and (
+            self.done < wanted or self._judge.flushes == flushes or time.monotonic() < until_s
+        ):
             assert time.monotonic() < give_up_s, f"{self.done - wanted + more} of {more} requests are answered"
             time.sleep(0.01)
         assert self.failure is None, self.failure
