@@ -37,7 +37,17 @@ def restore(etcd: EtcdCluster, backup: Path) -> None:
     member.start()
 
 
-def test_an_etcd_that_was_put_back_is_refused_and_makes_no_old_replica_the_owner(
+def digest(node: ClusterNode, volume: str) -> str:
+    """Of what is on the disk of a node that was stopped."""
+    done = run("check", volume, "--data", str(node.server.data), "--digest", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    contents = json.loads(done.stdout)["volumes"][volume]["contents"]
+    assert contents["regions_to_fetch"] == 0
+    (export,) = contents["exports"]
+    return str(export["digest"])
+
+
+def test_an_etcd_that_was_put_back_is_refused_until_it_is_recovered_and_makes_no_old_replica_the_owner(
     rig: ClusterRig, etcd: EtcdCluster, tmp_path: Path
 ) -> None:
     n1, n2, n3 = nodes = [rig.start(name) for name in ("n1", "n2", "n3")]
@@ -71,6 +81,19 @@ def test_an_etcd_that_was_put_back_is_refused_and_makes_no_old_replica_the_owner
     assert tried["volumes"] == [{"name": "web", "in_sync": ["n1", "n2"], "loss": ""}]
     recovered = json.loads(n2.server.command("cluster", "recover", "--json"))
     assert (recovered["nodes"], recovered["silent"], recovered["left_out"]) == (["n1", "n2", "n3"], [], [])
+
+    eventually(lambda: all(node.up() == ["n1", "n2", "n3"] for node in nodes), "the cluster is whole", PATIENCE_S)
+    wait(lambda: [volume["name"] for volume in n2.get("/v1/volumes")] == ["web"], "the volume has its name")
+    client = Client(("127.0.0.1", n2.server.port), "web")
+    assert client.read(0, BLOCK) == b"c" * BLOCK
+    write(client, b"d")
+    wait(lambda: n1.replicas("web")["in_sync"] == 3, "n3 has everything again")
+    assert client.request(Command.FLUSH, 0, 0).error == 0
+    client.close()
+    assert "nothing is to be recovered" in n1.refuses("cluster", "recover")
+    for node in nodes:
+        node.server.stop()
+    assert len({digest(node, "web") for node in nodes}) == 1
 
 
 def test_an_etcd_that_is_lost_for_good_is_made_anew_from_what_the_nodes_know(
