@@ -31,7 +31,16 @@ from typing import Any
 
 from metadata.etcd_grpc import Channel, EtcdError, explain, grpc, make_channel, rpc, translated
 from metadata.etcd_settings import EtcdSettings
-from metadata.registry_calls import LIFE_KEY, READABLE_VERSIONS, REGISTRY_VERSION, VERSION_KEY, Health
+from metadata.registry_calls import (
+    HOME_KEY,
+    LIFE_KEY,
+    OWN_PREFIX,
+    READABLE_VERSIONS,
+    REGISTRY_VERSION,
+    VERSION_KEY,
+    Health,
+    end_of_prefix,
+)
 from metadata.registry_guard import RegistryGuard, RegistryPast
 from metadata.seams import Clock
 
@@ -79,6 +88,7 @@ class EtcdConnection:
         self._last_error = ""
         self.version_key = (settings.namespace + VERSION_KEY).encode()
         self._life_key = (settings.namespace + LIFE_KEY).encode()
+        self._home_key = (settings.namespace + HOME_KEY).encode()
         self._task = loop.create_task(self._keep_link())
 
     def health(self, pending_calls: int) -> Health:
@@ -209,7 +219,7 @@ class EtcdConnection:
             link = Link(channel)
             if self.settings.user is not None:
                 await self._log_in(link)
-            await self._check_version(link)
+            await self._check_registry(link)
             yield link
         finally:
             await channel.close()
@@ -220,40 +230,41 @@ class EtcdConnection:
             response = await link.auth.Authenticate(request, timeout=self.settings.connect_timeout_s)
         link.metadata = (_LEADER, ("token", response.token))
 
-    async def _check_version(self, link: Link) -> None:
-        """Make the registry if there is none, mark an older one. EtcdError for a newer one, or one that is refused."""
-        timeout_s = self.settings.connect_timeout_s
-        request = rpc.RangeRequest(key=self.version_key)
+    async def _check_registry(self, link: Link) -> None:
+        """Make the registry if there is none, mark an older one. EtcdError for one that is refused: by a newer program,
+        put back to an earlier state, another one, or with nothing of what it had."""
+        start = (self.settings.namespace + OWN_PREFIX).encode()
+        request = rpc.RangeRequest(key=start, range_end=end_of_prefix(start))
         with translated():
-            response = await link.kv.Range(request, timeout=timeout_s, metadata=link.metadata)
-        await self._ask_guard(link)
-        version = response.kvs[0].value if response.kvs else None
+            response = await link.kv.Range(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
+        found = {item.key: item.value for item in response.kvs}
+        cluster_id = response.header.cluster_id
+        life, home = int(found.get(self._life_key, b"0")), int(found.get(self._home_key, cluster_id))
+        reason = self._guard.admit(RegistryPast(life, cluster_id, response.header.revision), home)
+        if reason:
+            raise EtcdError(reason, False)
+        self.life = life
+        version = found.get(self.version_key)
         if version not in (None, *READABLE_VERSIONS):
             raise EtcdError(
                 f"the registry has version {version.decode(errors='replace')}, this program knows "
                 f"{REGISTRY_VERSION.decode()}; use the nbdserver that wrote it",
                 False,
             )
-        if version != REGISTRY_VERSION:
-            put = rpc.PutRequest(key=self.version_key, value=REGISTRY_VERSION)
-            mark = rpc.TxnRequest(
-                compare=[expectation(self.version_key, version)], success=[rpc.RequestOp(request_put=put)]
-            )
-            with translated():
-                response = await link.kv.Txn(mark, timeout=timeout_s, metadata=link.metadata)
-            if not response.succeeded:
-                raise EtcdError("the registry's version is being changed by another", False)
+        wanted = {self.version_key: REGISTRY_VERSION, self._home_key: str(home).encode()}
+        missing = {key: value for key, value in wanted.items() if found.get(key) != value}
+        if missing:
+            await self._mark(link, found, missing)
 
-    async def _ask_guard(self, link: Link) -> None:
-        """EtcdError for a registry that was put back to an earlier state, has lost what it had, or is another one."""
-        request = rpc.RangeRequest(key=self._life_key)
+    async def _mark(self, link: Link, found: dict[bytes, bytes], wanted: dict[bytes, bytes]) -> None:
+        mark = rpc.TxnRequest(
+            compare=[expectation(key, found.get(key)) for key in wanted],
+            success=[rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=value)) for key, value in wanted.items()],
+        )
         with translated():
-            response = await link.kv.Range(request, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
-        life = int(response.kvs[0].value) if response.kvs else 0
-        reason = self._guard.admit(RegistryPast(life, response.header.cluster_id, response.header.revision))
-        if reason:
-            raise EtcdError(reason, False)
-        self.life = life
+            response = await link.kv.Txn(mark, timeout=self.settings.connect_timeout_s, metadata=link.metadata)
+        if not response.succeeded:
+            raise EtcdError("the registry's version is being changed by another", False)
 
     async def _probe(self, link: Link) -> None:
         """Ask again and again; EtcdError when there is no answer."""

@@ -26,12 +26,12 @@ from metadata.etcd_settings import EtcdSettings
 from metadata.etcd_watch import EtcdWatch, decode_key
 from metadata.kept_lease import KeptLease
 from metadata.registry_calls import (
+    HIDDEN_KEYS,
     MAX_LEASES,
     MAX_PENDING_CALLS,
     MAX_RANGE_BYTES,
     MAX_WATCHES,
     NO_LEASE,
-    VERSION_KEY,
     Change,
     Event,
     Health,
@@ -212,7 +212,7 @@ class EtcdRegistry:
             if size_bytes > MAX_RANGE_BYTES:
                 raise EtcdError(f"what begins with {prefix!r} is more than {MAX_RANGE_BYTES} bytes", False)
             if not response.more:
-                return Reading(revision, tuple(item for item in items if item[0] != VERSION_KEY))
+                return Reading(revision, tuple(item for item in items if item[0] not in HIDDEN_KEYS))
             start = response.kvs[-1].key + b"\0"
 
     async def _swap(self, changes: Sequence[Change]) -> Swap:

@@ -18,7 +18,7 @@ from typing import Any
 
 from metadata.etcd_connection import EtcdConnection, Link
 from metadata.etcd_grpc import EtcdError, rpc, translated
-from metadata.registry_calls import VERSION_KEY, Event, Reading, end_of_prefix
+from metadata.registry_calls import HIDDEN_KEYS, Event, Reading, end_of_prefix
 from metadata.seams import Clock
 
 _PUT = 0
@@ -131,7 +131,7 @@ class EtcdWatch:
                 (decode_key(settings.namespace, event.kv.key), event.kv.value if event.type == _PUT else None)
                 for event in group
             )
-            changes = tuple(change for change in changes if change[0] != VERSION_KEY)
+            changes = tuple(change for change in changes if change[0] not in HIDDEN_KEYS)
             if mod_revision > self._last and changes:
                 self._tell(Event(mod_revision, False, changes))
         if not events:

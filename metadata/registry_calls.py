@@ -43,6 +43,13 @@ REGISTRY_VERSION = b"2"
 """The registry's own key, made with it and checked whenever it is opened: a newer one is refused."""
 LIFE_KEY = "registry-life"
 """How often the registry was made whole from what the nodes know (registry_guard.py), in decimal; absent: never."""
+HOME_KEY = "registry-home"
+"""The id of the etcd cluster in which the registry was made, or made whole last, in decimal: a backup of it that was
+restored is in another one."""
+OWN_PREFIX = "registry-"
+"""Of these keys."""
+HIDDEN_KEYS = frozenset((VERSION_KEY, HOME_KEY))
+"""Those of etcd's own that no range and no watch shows."""
 READABLE_VERSIONS = (b"1", REGISTRY_VERSION)
 """An older one is marked with the present version: what is written from then on, an older program could not read."""
 

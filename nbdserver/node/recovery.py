@@ -19,11 +19,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from metadata.directory.made_whole import Known, MissingVotersError, known_to, state_from
 from metadata.directory.registry_keys import LEASE_KEY, STATE_KEY, MasterState, StateError
 from metadata.etcd_registry import EtcdRegistry
 from metadata.families import Families, shared_entries
 from metadata.registry import Family, RegistryError
-from metadata.registry_calls import LIFE_KEY, Change, Outcome, Reading, Swap, Unavailable
+from metadata.registry_calls import HOME_KEY, LIFE_KEY, Change, Outcome, Reading, Swap, Unavailable
+from metadata.registry_guard import RegistryGuard
 from metadata.replica_set import REPLICA_SETS, ReplicaSet, ReplicaSetError
 from metadata.waiting import answer_of
 from nbdserver.host.clock import HostClock
@@ -34,7 +36,7 @@ from nbdserver.node.errors import ConflictError, NodeError, NotJoinedError, Wron
 from nbdserver.node.opening import Call
 from nbdserver.node.recovered import Verdict, Word, verdict, with_free_names
 from nbdserver.node.shared_registry import SharedRegistry
-from protocol.directory import NodeKind
+from protocol.invariant import invariant
 from protocol.peer import Position
 
 PAGE_BYTES = 512 << 10
@@ -66,8 +68,8 @@ class Recovery:
     async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """What this node knows: of itself, and of its replicas from number `after` on."""
         cluster = self._demand_cluster()
-        directory, past = cluster.directory, self._shared.guard.past
-        state, after = directory.election.state, int(question.get("after", 0))
+        known, past = known_to(cluster.directory), self._shared.guard.past
+        after = int(question.get("after", 0))
         described: dict[str, Any] = await self._call("replicas")
         replicas = sorted(self._families.replicas(), key=lambda family: family.id)[after:]
         words: list[dict[str, Any]] = []
@@ -78,10 +80,10 @@ class Recovery:
             if size_bytes > PAGE_BYTES:
                 break
         return {
-            "id": directory.me.node,
-            "is_first": directory.me.kind is NodeKind.FIRST,
-            "epoch": max(directory.epoch, directory.replica.store.promised),
-            "state": state.encode().decode() if state is not None else "",
+            "id": known.node,
+            "is_first": known.is_first,
+            "epoch": known.epoch,
+            "state": known.state.encode().decode() if known.state is not None else "",
             "life": past.life if past is not None else 0,
             "deleted": self._families.deleted() if not after else [],
             "families": words,
@@ -122,9 +124,11 @@ class Recovery:
             if heard:
                 raise ConflictError(f"{listed(heard)} answers: its word counts, leave it out of --without")
             loop = asyncio.get_running_loop()
-            registry = EtcdRegistry(read_etcd_settings(cluster.settings), HostClock(loop), random.SystemRandom(), loop)
+            guard = RegistryGuard(None, is_recovering=True)
+            settings = read_etcd_settings(cluster.settings)
+            registry = EtcdRegistry(settings, HostClock(loop), random.SystemRandom(), loop, guard)
             try:
-                return await self._recover(registry, told, silent, set(without), is_trial)
+                return await self._recover(registry, guard, told, silent, set(without), is_trial)
             finally:
                 registry.close()
                 await registry.wait_closed()
@@ -158,9 +162,17 @@ class Recovery:
         return whole
 
     async def _recover(
-        self, registry: EtcdRegistry, told: Told, silent: list[str], without: set[str], is_trial: bool
+        self,
+        registry: EtcdRegistry,
+        guard: RegistryGuard,
+        told: Told,
+        silent: list[str],
+        without: set[str],
+        is_trial: bool,
     ) -> dict[str, Any]:
         present = await self._read(registry)
+        invariant(guard.past is not None, "etcd has answered and is not known")
+        assert guard.past is not None  # for the type checker
         words = _words_of(told)
         deleted = {family_id for answer in told.values() for family_id in answer["deleted"]}
         verdicts = _verdicts(words, deleted, present, without, silent)
@@ -187,42 +199,58 @@ class Recovery:
                 f"{listed(waiting, 10)}; start {listed(silent) or 'the nodes that are away'}, or give them up with "
                 "--without, and with them what they alone have acknowledged"
             )
+        state = self._state(told, present.get(STATE_KEY), without)
         target = _target(kept, words, deleted)
         ours = {key: value for key, value in present.items() if key.startswith(OURS)}
         keys = sorted(key for key in ours.keys() | target.keys() if ours.get(key) != target.get(key))
         for changes in _in_swaps([Change(key, ours.get(key), target.get(key)) for key in keys]):
             await self._swap(registry, changes)
+        home = await self._home(registry)
         life = max(int(present.get(LIFE_KEY, b"0")), *(answer["life"] for answer in told.values())) + 1
         await self._swap(
             registry,
             [
-                Change(STATE_KEY, present.get(STATE_KEY), self._state(told, present.get(STATE_KEY)).encode()),
+                Change(STATE_KEY, present.get(STATE_KEY), state.encode()),
                 Change(LIFE_KEY, present.get(LIFE_KEY), str(life).encode()),
+                Change(HOME_KEY, home, str(guard.past.cluster_id).encode()),
             ],
         )
         return report
 
-    def _state(self, told: Told, present: bytes | None) -> MasterState:
-        """Of the directory: later than any that is known, and nobody's, so that a master is elected."""
-        cluster = self._demand_cluster()
-        me = cluster.directory.me
-        states = [MasterState.decode(text.encode()) for answer in told.values() if (text := answer["state"])]
+    def _state(self, told: Told, present: bytes | None, without: Collection[str]) -> MasterState:
+        """Of the directory. ConflictError if too few of its voters have told."""
+        known = [
+            Known(
+                int(answer["id"]),
+                name,
+                bool(answer["is_first"]),
+                int(answer["epoch"]),
+                MasterState.decode(text.encode()) if (text := answer["state"]) else None,
+            )
+            for name, answer in told.items()
+        ]
         try:
-            states += [MasterState.decode(present)] if present is not None else []
+            me = self._demand_cluster().directory.me
+            return state_from(me, known, MasterState.decode(present) if present is not None else None, without)
+        except MissingVotersError as error:
+            silent = listed(error.silent)
+            raise ConflictError(
+                f"too few of the directory's voters answer; start {silent}, or give them up with --without"
+            ) from None
         except StateError as error:
             raise NodeError(str(error)) from None
-        voters = {int(answer["id"]): name for name, answer in told.items() if answer["is_first"]}
-        newest = max(states, key=lambda state: state.number, default=None)
-        if newest is None:
-            newest = MasterState(0, 0, me.node, 0, me.name, me.datagrams, me.streams, voters)
-        epoch = max(newest.epoch, *(int(answer["epoch"]) for answer in told.values())) + 1
-        return newest.changed(epoch=epoch, incarnation=0, voters=newest.voters or voters)
 
     async def _read(self, registry: EtcdRegistry) -> dict[str, bytes]:
         answer: Reading | Unavailable = await answer_of(lambda done: registry.range_later("", done))
         if isinstance(answer, Unavailable):
             raise NodeError(f"etcd cannot be read: {answer.reason}")
         return {key: value for key, value in answer.items if key != LEASE_KEY}
+
+    async def _home(self, registry: EtcdRegistry) -> bytes | None:
+        answer: Reading | Unavailable = await answer_of(lambda done: registry.get_later(HOME_KEY, done))
+        if isinstance(answer, Unavailable):
+            raise NodeError(f"etcd cannot be read: {answer.reason}")
+        return answer.items[0][1] if answer.items else None
 
     async def _swap(self, registry: EtcdRegistry, changes: list[Change]) -> None:
         answer: Swap = await answer_of(lambda done: registry.swap_later(changes, done))

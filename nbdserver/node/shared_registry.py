@@ -5,6 +5,7 @@ is in sync also while nothing else of the cluster is reached.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 
@@ -34,20 +35,28 @@ class SharedRegistry:
         self.guard = RegistryGuard(families.registry_past())
         self.registry = EtcdRegistry(read_etcd_settings(settings), clock, random.SystemRandom(), loop, self.guard)
         self.desk = RegistryDesk(self.registry, families)
+        self._remembered = self.guard.past
+        self._is_another = asyncio.Event()
         self._mirror = RegistryMirror(self.registry, clock, self._heard)
 
     async def watch(self) -> None:
-        """Remember how far the registry is, for ever."""
+        """Remember how far the registry is, for ever; at once when it is another one, or in another life."""
         while True:
             await self._remember()
-            await asyncio.sleep(REMEMBER_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_another.wait(), REMEMBER_S)
 
     async def _remember(self) -> None:
-        if self.guard.past is not None:
-            await self._families.remember(self.guard.past)
+        self._is_another.clear()
+        past = self.guard.past
+        if past is not None:
+            await self._families.remember(past)
+            self._remembered = past
 
     def _heard(self, keys: object) -> None:
         self._families.shared = self._mirror
+        if self.guard.past is not None and self.guard.past.is_another_than(self._remembered):
+            self._is_another.set()
         self._changed()
 
     async def close(self) -> None:

@@ -78,6 +78,10 @@ class Cluster:
         self.registry = RegistryTwin(self.scheduler, mix, self.hits)
         self.nemesis = Nemesis(self, mix)
         self.may_lose_disk: Callable[[str], bool] = lambda name: False  # whether a machine's disk is one too few
+        self.recover: Callable[[], None] | None = None  # what operators do when the registry was put back
+        self.needs_recovery = False
+        self.recovered_s = 0.0
+        self.put_back_keys: set[str] = set()  # of the registry: what they held is gone, or is older
         self.node_s = 0.0  # lives of processes, all together, in virtual time
         self._factory = factory
         self._story = story
@@ -112,6 +116,11 @@ class Cluster:
         self.tell(f"{machine.name} ends: {reason}")
         self.hits["disk error"] += 1
         self.scheduler.at(self.now_s, machine.life, self.nemesis.exited, machine)
+
+    def recovered(self) -> None:
+        """The registry is whole."""
+        self.needs_recovery, self.recovered_s = False, self.now_s
+        self.put_back_keys.clear()
 
     def start(self, name: str) -> None:
         """Start the process of a machine, if it has none."""

@@ -15,10 +15,12 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from metadata.directory.made_whole import MissingVotersError, known_to, state_from
 from metadata.directory.node import DirectoryNode
-from metadata.directory.registry_keys import KEPT, STATE_KEY, MasterState
+from metadata.directory.registry_keys import KEPT, KEPT_PREFIX, STATE_KEY, MasterState
 from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
+from metadata.registry_calls import LIFE_KEY, Change
 from protocol.directory import Confirm, NodeKind
 from protocol.sealed_frames import ClusterKeys
 from tests.simulation.cluster.cluster import Cluster, ClusterRun
@@ -70,6 +72,7 @@ class DirectoryScenario:
     def begin(self, cluster: Cluster) -> None:
         self.cluster = cluster
         cluster.may_lose_disk = self._may_lose_disk
+        cluster.recover = self._recover
         for number in range(1, self._near + self._far + 1):
             name = f"node-{number}"
             is_near = number <= self._near
@@ -112,6 +115,39 @@ class DirectoryScenario:
         """As the registry has it."""
         items = self.cluster.registry.get(STATE_KEY).items
         return MasterState.decode(items[0][1]) if items else None
+
+    # --- operators ---
+
+    def _recover(self) -> None:
+        """They have one node make the registry whole from what all know that answer, if these are enough."""
+        cluster, registry = self.cluster, self.cluster.registry
+        there = [(machine, node) for machine, node in self.nodes() if machine.is_running and not node.failure]
+        asked = [machine for machine, _ in there if registry.reaches(machine.name)]
+        if not asked:
+            return
+        told = [(machine, node) for machine, node in there if self._answers(asked[0], machine)]
+        try:
+            state = state_from(told[0][1].me, [known_to(node) for _, node in told], self._state())
+        except MissingVotersError:
+            return
+        cluster.tell(f"{asked[0].name} makes the registry whole, in epoch {state.epoch}")
+        gone = {key.removeprefix(KEPT_PREFIX) for key in cluster.put_back_keys if key.startswith(KEPT_PREFIX)}
+        self.judge.forgive(gone, self._number)
+        there_is = dict(registry.range("").items)
+        lives = [machine.registry_past.life for machine, _ in told if machine.registry_past is not None]
+        life = str(max([registry.past.life, *lives]) + 1).encode()
+        registry.swap(
+            [
+                Change(STATE_KEY, there_is.get(STATE_KEY), state.encode()),
+                Change(LIFE_KEY, there_is.get(LIFE_KEY), life),
+            ]
+        )
+        registry.home = registry.cluster_id
+        cluster.recovered()
+
+    def _answers(self, asking: Machine, asked: Machine) -> bool:
+        wires, ends = self.cluster.wires, (asking.name, asked.name)
+        return asking is asked or not (wires.path(*ends).blocks or wires.path(*reversed(ends)).blocks)
 
     # --- clients ---
 
@@ -200,6 +236,8 @@ class DirectoryScenario:
 
     def missing(self) -> str:
         self.check()
+        if self.cluster.needs_recovery:
+            self._recover()
         views = self._views()
         for machine, node in self.nodes():
             if not node.is_active:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from metadata.directory.kept import NUMBER_BYTES
-from metadata.directory.registry_keys import EVERYBODYS, KEPT_PREFIX
+from metadata.directory.registry_keys import EVERYBODYS, KEPT_PREFIX, STATE_PREFIX
 from metadata.directory.replica import Replica
 from protocol.directory import NOWHERE, Message, Position, Update
 from tests.simulation.registers import ViolationError
@@ -58,6 +58,8 @@ class Judge:
         """Keys whose values are numbers that rise: the highest that was confirmed."""
         self.refused: set[str] = set()
         """Keys of publications that were answered with *not done*: nobody may ever have them."""
+        self.forgiven: dict[str, int] = {}
+        """Keys that were kept in a registry that was put back: up to which number nothing is expected of them."""
         self.compared = 0
         self._seen: dict[tuple[str, int], _Seen] = {}
 
@@ -65,10 +67,19 @@ class Judge:
 
     def confirm(self, key: str, value: bytes) -> None:
         """A client was told that this is confirmed."""
+        if int(value.split()[0]) <= self.forgiven.get(key, -1):
+            return
         if key.startswith("once/"):
             self.confirmed[key] = value
         elif key.startswith("count/"):
             self.reached[key] = max(self.reached.get(key, 0), int(value))
+
+    def forgive(self, keys: set[str], number: int) -> None:
+        """The registry that was asked to keep these has lost what was published up to that number."""
+        self.forgiven |= dict.fromkeys(keys, number)
+        for key in keys:
+            self.confirmed.pop(key, None)
+            self.reached.pop(key, None)
 
     def refuse(self, key: str) -> None:
         """A client was told that nothing was changed."""
@@ -177,6 +188,9 @@ class Judge:
         for key, value in said.items():
             if full.get(key) != value:
                 return f"{key} is {full.get(key)!r}, its node says {value!r}"
+        suspected = [view.name for view in views if STATE_PREFIX + view.name in full]
+        if suspected:
+            return f"{suspected[0]} is there and suspected of being dead"
         late = [key for key in full if key.startswith("passing/")]
         if late:
             return f"{late[0]} has not expired"

@@ -24,6 +24,7 @@ class Fault:
     means: str
     strengths: tuple[float, ...]
     share: float = 0.3  # of the seeds that have it
+    apart: bool = False  # drawn by a generator of its own
 
 
 CATALOGUE = (
@@ -61,6 +62,7 @@ CATALOGUE = (
     Fault("registry compaction", "the registry forgets the history that watches resume from", (60.0, 600.0)),
     Fault("watch break", "a watch breaks and has to be resumed", (60.0, 600.0)),
     Fault("lease lost", "the registry ends a lease early, as after a restore from a backup", (120.0,), 0.15),
+    Fault("registry put back", "the registry holds an earlier state, until it is recovered", (60.0, 240.0), 0.15, True),
 )  # fmt: skip
 NAMES = frozenset(fault.name for fault in CATALOGUE)
 
@@ -81,7 +83,17 @@ class Mix:
 
 
 def draw_mix(rng: random.Random) -> Mix:
-    """One seed in twelve has no fault at all; the others have what they draw."""
+    """One seed in twelve has no fault at all; the others have what they draw. What is drawn apart takes nothing from
+    `rng`, so that seeds from before it was there mean what they meant."""
     if rng.random() < 1 / 12:
         return Mix()
-    return Mix({fault.name: rng.choice(fault.strengths) for fault in CATALOGUE if rng.random() < fault.share})
+    first = {fault.name: rng.choice(fault.strengths) for fault in CATALOGUE if not fault.apart and _has(fault, rng)}
+    own = random.Random()
+    own.setstate(rng.getstate())
+    own.seed(f"{own.random()} apart")
+    apart = {fault.name: own.choice(fault.strengths) for fault in CATALOGUE if fault.apart and _has(fault, own)}
+    return Mix(first | apart)
+
+
+def _has(fault: Fault, rng: random.Random) -> bool:
+    return rng.random() < fault.share

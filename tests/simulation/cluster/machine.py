@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from metadata.registry_guard import RegistryPast
 from metadata.seams import Clock, Files, Network, Registry, Store
 from tests.simulation.cluster.registry_twin import RegistryTwin
 from tests.simulation.cluster.scheduler import Event, Life, Scheduler
@@ -106,6 +107,7 @@ class Machine(World):
         self.lives = 0
         self.ended: Callable[[bool], None] = lambda power: None  # for what else the machine has
         self.is_powered = True
+        self.registry_past: RegistryPast | None = None  # on its disk
         self._wires = wires
         self._registry = registry
         self._booted_s = scheduler.now_s
@@ -164,11 +166,14 @@ class Machine(World):
             self._wires.network_of(self.host, life),
             self._files,
             self._store,
-            SimulatedRegistry(self._registry, clock, life),
+            SimulatedRegistry(self._registry, clock, life, self.registry_past, self._remember),
             self.random,
         )
         self.note("start", self.lives)
         self.node = factory(self, seams)
+
+    def _remember(self, past: RegistryPast) -> None:
+        self.registry_past = past
 
     def stop(self) -> None:
         """End the process cleanly."""
@@ -198,6 +203,7 @@ class Machine(World):
         """The disk is replaced by an empty one of the same size; no process is running."""
         self.drive = SimulatedDrive(self, self.drive.capacity_bytes)
         self.table = SimulatedTable(self)
+        self.registry_past = None
 
     def crash_in_a_call(self, calls: int) -> None:
         """The process ends inside the call of its disk that comes after so many."""

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Machine
+from tests.simulation.cluster.registry_twin import Backup
+from tests.simulation.cluster.simulated_registry import REMEMBER_S
 
 if TYPE_CHECKING:
     from tests.simulation.cluster.cluster import Cluster
 
 HOUR_S = 3600.0
+BETWEEN_S = 2 * REMEMBER_S
 PATIENCE_S = 5.0  # a partition that begins in somebody's silence has to last longer than a lease
 
 
@@ -34,6 +37,7 @@ class Nemesis:
         self._last_mend = 0
         self._disks_lost = 0
         self._active = True
+        self._backup: Backup | None = None
         self._deeds: dict[str, Callable[[], bool]] = {
             "split": partial(self._split, both=True),
             "one-way split": partial(self._split, both=False),
@@ -53,6 +57,7 @@ class Nemesis:
             "registry compaction": self._compact_registry,
             "watch break": self._break_watches,
             "lease lost": cluster.registry.end_a_lease,
+            "registry put back": self._put_registry_back,
         }
 
     def begin(self) -> None:
@@ -265,4 +270,20 @@ class Nemesis:
 
     def _break_watches(self) -> bool:
         self._cluster.registry.break_watches()
+        return True
+
+    def _put_registry_back(self) -> bool:
+        """To the backup that was made the last time, in the same life. It is recovered after a while."""
+        cluster, backup = self._cluster, self._backup
+        # Nobody does it again before the nodes have remembered that it was recovered.
+        if cluster.recover is None or cluster.needs_recovery or cluster.now_s < cluster.recovered_s + BETWEEN_S:
+            return False
+        self._backup = cluster.registry.back_up()
+        if backup is None or backup.life != self._backup.life:
+            return False
+        away_s = self._away_s()
+        cluster.tell(f"the registry is put back from {self._backup.revision} to {backup.revision} for {away_s:.3f} s")
+        cluster.needs_recovery = True
+        cluster.put_back_keys |= cluster.registry.put_back(backup)
+        self._broken(away_s, cluster.recover)
         return True

@@ -6,7 +6,8 @@ moment, revisions that rise. What can lie between it and a client is in `simulat
 Rules of this file
 - It outlives every process.
 - While nobody can reach it, its leases do not run out, and afterwards each has its whole time again, as with a new
-  leader of etcd.
+  leader of etcd. So it is with leases that come back with a backup: their keys go when nobody has renewed them.
+- What was sent to it before it was put back reaches it no more: it is another etcd cluster.
 """
 
 from collections import Counter
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from metadata.registry_calls import NO_LEASE, Change, Outcome, Reading, Swap
+from metadata.registry_calls import LIFE_KEY, NO_LEASE, Change, Outcome, Reading, Swap
+from metadata.registry_guard import RegistryPast
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.scheduler import Scheduler
 
@@ -40,12 +42,24 @@ class _GrantedLease:
     keys: dict[str, None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Backup:
+    """What `etcdctl snapshot save` writes: the values, and the leases with their keys."""
+
+    life: int
+    revision: int
+    values: dict[str, bytes]
+    leases: dict[int, tuple[float, tuple[str, ...]]]
+    """For how long each was given, and the keys bound to it."""
+
+
 class RegistryTwin:
     """What etcd holds, and its faults."""
 
     def __init__(self, scheduler: Scheduler, mix: Mix, hits: Counter[str]) -> None:
         self.scheduler = scheduler
         self.hits = hits
+        self.cluster_id = self.home = 1
         self.revision = 1
         self.forgotten = 1  # changes up to this revision are not known any more
         self.history: list[tuple[int, Changes]] = []
@@ -86,8 +100,7 @@ class RegistryTwin:
 
     def grant(self, ttl_s: float) -> int:
         self._last_lease_id += 1
-        lease = self._leases[self._last_lease_id] = _GrantedLease(ttl_s, self.scheduler.now_s + ttl_s)
-        self.scheduler.at(lease.ends_s, None, self._run_out, self._last_lease_id)
+        self._begin_lease(self._last_lease_id, ttl_s)
         return self._last_lease_id
 
     def renew(self, lease_id: int) -> float:
@@ -137,10 +150,40 @@ class RegistryTwin:
             self.scheduler.at(lease.ends_s, None, self._run_out, lease_id)
         self.break_watches()
 
+    def back_up(self) -> Backup:
+        """What there is."""
+        leases = {lease_id: (lease.ttl_s, tuple(lease.keys)) for lease_id, lease in self._leases.items()}
+        return Backup(self.past.life, self.revision, dict(self._values), leases)
+
+    def put_back(self, backup: Backup) -> set[str]:
+        """Hold what was there then, as another etcd cluster under the same addresses; the keys that it changes."""
+        now, then = self._values, backup.values
+        changed = {key for key in now.keys() | then.keys() if now.get(key) != then.get(key)}
+        self.cluster_id += 1
+        self.revision = self.forgotten = backup.revision
+        self.history = []
+        self._values = dict(backup.values)
+        self._leases, self._lease_of = {}, {}
+        for lease_id, (ttl_s, keys) in backup.leases.items():
+            self._begin_lease(lease_id, ttl_s).keys.update(dict.fromkeys(keys))
+            self._lease_of.update(dict.fromkeys(keys, lease_id))
+        self.break_watches()
+        return changed
+
+    @property
+    def past(self) -> RegistryPast:
+        """How far it is."""
+        return RegistryPast(int(self._values.get(LIFE_KEY, b"0")), self.cluster_id, self.revision)
+
     def reaches(self, machine: str) -> bool:
         return not self.is_down and not self.cuts[machine]
 
     # --- inside ---
+
+    def _begin_lease(self, lease_id: int, ttl_s: float) -> _GrantedLease:
+        lease = self._leases[lease_id] = _GrantedLease(ttl_s, self.scheduler.now_s + ttl_s)
+        self.scheduler.at(lease.ends_s, None, self._run_out, lease_id)
+        return lease
 
     def _write(self, changes: Sequence[Change]) -> None:
         self.revision += 1

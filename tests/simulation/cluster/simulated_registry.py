@@ -7,7 +7,8 @@ virtual time, or too early.
 
 Rules of this file
 - A call is done by the twin at one moment between asking and answering, or (a change whose answer is lost) later.
-- A client keeps its leases with production's own `KeptLease`.
+- A client keeps its leases with production's own `KeptLease`, and takes no registry that production's `RegistryGuard`
+  refuses. How far the registry is, the machine remembers as seldom as a node does.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from metadata.registry_calls import (
     check_prefix,
     check_ttl,
 )
+from metadata.registry_guard import RegistryGuard, RegistryPast
 from metadata.seams import Clock, Lease
 from tests.simulation.cluster.registry_twin import RegistryTwin
 from tests.simulation.cluster.scheduler import Life
@@ -39,6 +41,7 @@ ANSWER_S = 0.002  # mean, of a call there and back
 CALL_LIMIT_S = 3.0  # after which a client gives up
 LATE_S = 20.0  # at most, after which a change that was given up is made yet
 RECONNECT_S = 2.0  # at most, of a watch that broke
+REMEMBER_S = 5.0  # as nbdserver/node/shared_registry.py
 
 Answer = TypeVar("Answer")
 Changes = tuple[tuple[str, bytes | None], ...]
@@ -55,6 +58,7 @@ class _Watch:
         self._prefix = prefix
         self._changed: Callable[[Event], None] | None = changed
         self._told = after  # everything up to that revision
+        self._life = registry.twin.past.life  # of the registry that this is a revision of
         self._is_busy = False
         self._times_broken = 0
         self._twin.watches[self] = None
@@ -99,6 +103,8 @@ class _Watch:
 
     def _next(self) -> Event | None:
         twin = self._twin
+        if self._life != twin.past.life:
+            self._life, self._told = twin.past.life, None
         if self._told is None or self._told < twin.forgotten or self._told > twin.revision:
             return Event(twin.revision, True, twin.range(self._prefix).items)
         for revision, changes in twin.history:
@@ -120,9 +126,21 @@ class _Watch:
 class SimulatedRegistry:
     """The Registry seam of one life."""
 
-    def __init__(self, twin: RegistryTwin, clock: Clock, life: Life) -> None:
+    def __init__(
+        self,
+        twin: RegistryTwin,
+        clock: Clock,
+        life: Life,
+        past: RegistryPast | None = None,
+        remember: Callable[[RegistryPast], None] = lambda past: None,
+    ) -> None:
+        """`past` is what the machine remembers of the registry, `remember` has it remember more."""
         self.twin = twin
         self.life = life
+        self.guard = RegistryGuard(past)
+        self._remember = remember
+        self._remembered = past
+        self._remembered_s = clock.now()
         self._clock = clock
         self._scheduler = twin.scheduler
         self._random = twin.scheduler.random
@@ -200,8 +218,14 @@ class SimulatedRegistry:
 
     @property
     def is_reachable(self) -> bool:
-        """Whether the registry answers this machine now."""
-        return self.twin.reaches(self.life.machine_name)
+        """Whether the registry answers this machine now, and is the one that it has seen."""
+        if not self.twin.reaches(self.life.machine_name) or self.guard.admit(self.twin.past, self.twin.home):
+            return False
+        past, now_s = self.guard.past, self._scheduler.now_s
+        if past is not None and (now_s - self._remembered_s > REMEMBER_S or past.is_another_than(self._remembered)):
+            self._remembered, self._remembered_s = past, now_s
+            self._remember(past)
+        return True
 
     def half_way_s(self) -> float:
         """From here to the registry, or back."""
@@ -231,7 +255,7 @@ class SimulatedRegistry:
             self._clock.call_soon(lambda: done(refusal))
             return
         self._last_call += 1
-        number = self._last_call
+        number, cluster_id = self._last_call, self.twin.cluster_id
         scheduler = self._scheduler
         timer = scheduler.at(
             scheduler.now_s + CALL_LIMIT_S, self.life, self._give_up, number, f"no answer in {CALL_LIMIT_S:g} s"
@@ -251,8 +275,8 @@ class SimulatedRegistry:
         self._pending[number] = give_up
 
         def arrive() -> None:
-            if not self.is_reachable:
-                self._is_lost(act)
+            if not self.is_reachable or self.twin.cluster_id != cluster_id:
+                self._is_lost(act, cluster_id)
                 return
             result = act()
             if self.twin.unknown and self._random.random() < self.twin.unknown:
@@ -260,24 +284,26 @@ class SimulatedRegistry:
                 return  # the answer does not come back
             scheduler.at(scheduler.now_s + self.half_way_s(), self.life, answer, result)
 
-        if not self.is_reachable and self._random.random() < 0.5:
+        is_reachable = self.is_reachable
+        if not is_reachable and (self.guard.refused or self._random.random() < 0.5):
             # There is no connection, and this is noticed before anything was sent.
             at_s = scheduler.now_s + CALL_LIMIT_S * self._random.random()
-            reason = "no connection to any endpoint"
+            reason = self.guard.refused or "no connection to any endpoint"
             scheduler.at(at_s, self.life, answer, not_done(reason), reason)
         elif self.twin.unknown and self._random.random() < self.twin.unknown:
             self.twin.hits["registry unknown"] += 1
-            self._is_lost(act)
+            self._is_lost(act, cluster_id)
         else:
             scheduler.after(self.half_way_s(), arrive)
 
-    def _is_lost(self, act: Callable[[], Any]) -> None:
+    def _is_lost(self, act: Callable[[], Any], cluster_id: int) -> None:
         """The request lies somewhere: it is dropped, or arrives when its sender does not wait any more."""
         if self._random.random() < 0.5:
-            self._scheduler.after(LATE_S * self._random.random(), self._arrives_late, act)
+            late_s = LATE_S * self._random.random()
+            self._scheduler.after(late_s, self._arrives_late, act, cluster_id)
 
-    def _arrives_late(self, act: Callable[[], Any]) -> None:
-        if self.is_reachable:
+    def _arrives_late(self, act: Callable[[], Any], cluster_id: int) -> None:
+        if self.is_reachable and self.twin.cluster_id == cluster_id:
             act()
 
     def _give_up(self, number: int, reason: str) -> None:

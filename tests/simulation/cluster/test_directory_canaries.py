@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from metadata.directory import made_whole
 from metadata.directory.collecting import Collecting, Turn
 from metadata.directory.confirmations import Confirmations
 from metadata.directory.delegate import Delegate
@@ -35,11 +36,14 @@ from metadata.directory.reports import Answer, Reports, Waiting
 from metadata.directory.stubs import Move, StubQueue
 from metadata.directory.term import Term
 from metadata.registry_calls import Change, Outcome, Swap
+from metadata.registry_guard import RegistryGuard
 from protocol import sealed_frames
 from protocol.directory import NOWHERE, Heartbeat, Position, Updates
 from protocol.directory_control import Promise
+from tests.simulation.cluster import directory
 from tests.simulation.cluster.directory import directory_run
 from tests.simulation.cluster.faults import Mix
+from tests.simulation.cluster.registry_twin import Backup, RegistryTwin
 from tests.simulation.cluster.simulated_registry import SimulatedRegistry
 from tests.simulation.registers import ViolationError
 
@@ -275,7 +279,43 @@ def a_new_stream_across_a_wan_goes_on_where_the_last_one_was(patch: pytest.Monke
     patch.setattr(DirectoryNode, "_far_opened", lambda self: None)
 
 
+def a_master_that_was_suspected_stays_so(patch: pytest.MonkeyPatch) -> None:
+    honest = Master._look
+
+    def look(self: Master, now_s: float) -> None:
+        self._suspected.discard(self.me.name)
+        honest(self, now_s)
+
+    patch.setattr(Master, "_look", look)
+
+
+def a_lease_that_comes_back_with_a_backup_never_ends(patch: pytest.MonkeyPatch) -> None:
+    honest = RegistryTwin.put_back
+
+    def put_back(self: RegistryTwin, backup: Backup) -> set[str]:
+        return honest(self, replace(backup, leases={}))
+
+    patch.setattr(RegistryTwin, "put_back", put_back)
+
+
+def a_registry_that_was_put_back_is_taken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RegistryGuard, "admit", lambda self, there, home: "")
+
+
+def a_registry_in_a_higher_life_is_taken_wherever_it_is(patch: pytest.MonkeyPatch) -> None:
+    honest = RegistryGuard.admit
+    patch.setattr(RegistryGuard, "admit", lambda self, there, home: honest(self, there, there.cluster_id))
+
+
+def a_registry_is_made_whole_from_what_it_holds_alone(patch: pytest.MonkeyPatch) -> None:
+    def state(me: Any, known: Any, present: MasterState | None) -> MasterState:
+        return made_whole.state_from(me, [replace(each, epoch=0, state=None) for each in known], present)
+
+    patch.setattr(directory, "state_from", state)
+
+
 ROUGH = {"loss": 0.1, "kill": 240.0, "split": 120.0, "isolation": 240.0}
+PUT_BACK = {"registry put back": 720.0, "kill": 360.0, "isolation": 360.0}
 TWO_MASTERS = {"bridge": 240.0, "registry delay": 0.5}
 CANARIES: dict[Patch, tuple[dict[str, float], str, int]] = {
     a_candidate_does_not_need_the_registry: (ROUGH | {"registry delay": 0.5}, "publish in epoch", 24),
@@ -305,6 +345,15 @@ CANARIES: dict[Patch, tuple[dict[str, float], str, int]] = {
     what_is_kept_is_not_in_the_registry: ({}, "the registry keeps", 0),
     a_kept_change_that_was_lost_counts_as_made: (TWO_MASTERS, "was confirmed|the registry keeps", 2),
     a_master_changes_what_is_kept_whoever_is_the_master: (TWO_MASTERS, "the registry keeps", 2),
+    a_master_that_was_suspected_stays_so: (ROUGH, "suspected of being dead", 13),
+    a_lease_that_comes_back_with_a_backup_never_ends: (PUT_BACK, "is not active", 0),
+    a_registry_that_was_put_back_is_taken: (PUT_BACK, "was confirmed", 0),
+    a_registry_in_a_higher_life_is_taken_wherever_it_is: (
+        PUT_BACK | {"kill": 720.0, "disk lost": 120.0, "registry outage": 240.0, "loss": 0.3},
+        "was confirmed",
+        55,
+    ),
+    a_registry_is_made_whole_from_what_it_holds_alone: (PUT_BACK, "epochs and their starts rise|is not active", 3),
     a_new_stream_across_a_wan_goes_on_where_the_last_one_was: ({"stream reset": 0.1}, "has not|is at", 0),
 }
 
