@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from protocol.nbd import Command
 from tests.cluster_rig import ClusterNode, ClusterRig, meet, run, wait
 from tests.etcd_cluster import EtcdCluster
-from tests.nbd_client import Client
+from tests.nbd_client import Client, RefusedError
 from tests.serving import eventually
 
 BLOCK = 4096
@@ -17,6 +18,19 @@ PATIENCE_S = 180.0
 
 def write(client: Client, content: bytes) -> None:
     assert client.request(Command.WRITE, 0, BLOCK, content * BLOCK).error == 0
+
+
+def attach(node: ClusterNode, volume: str) -> Client:
+    """As a client that comes again when the node does not know the volume yet, or nobody serves it at that moment."""
+    found: list[Client] = []
+
+    def is_taken() -> bool:
+        with suppress(RefusedError, ConnectionResetError):
+            found.append(Client(("127.0.0.1", node.server.port), volume))
+        return bool(found)
+
+    wait(is_taken, f"{node.name} takes clients of {volume}")
+    return found[0]
 
 
 def refuses(node: ClusterNode) -> bool:
@@ -83,8 +97,7 @@ def test_an_etcd_that_was_put_back_is_refused_until_it_is_recovered_and_makes_no
     assert (recovered["nodes"], recovered["silent"], recovered["left_out"]) == (["n1", "n2", "n3"], [], [])
 
     eventually(lambda: all(node.up() == ["n1", "n2", "n3"] for node in nodes), "the cluster is whole", PATIENCE_S)
-    wait(lambda: [volume["name"] for volume in n2.get("/v1/volumes")] == ["web"], "the volume has its name")
-    client = Client(("127.0.0.1", n2.server.port), "web")
+    client = attach(n2, "web")
     assert client.read(0, BLOCK) == b"c" * BLOCK
     write(client, b"d")
     wait(lambda: n1.replicas("web")["in_sync"] == 3, "n3 has everything again")
