@@ -133,6 +133,9 @@ class Files(Protocol):
     def create(self, path: str, size_bytes: int) -> int:
         """Make a file of `size_bytes` allocated zeros (fallocate), return its handle; ENOSPC leaves nothing behind."""
 
+    def create_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
+        """The same off the loop, and into the page cache; `done(errno, handle)`."""
+
     def open(self, path: str) -> int: ...
 
     def close(self, handle: int) -> None: ...
@@ -188,6 +191,8 @@ class Files(Protocol):
     def unlink_later(self, path: str, done: Done) -> None: ...
 
     def sync_directory(self, path: str) -> None: ...
+
+    def sync_directory_later(self, path: str, done: Done) -> None: ...
 
     def free_bytes(self) -> int:
         """Room left on the file system, as an unprivileged process sees it."""

@@ -71,16 +71,6 @@ class HostFiles:
 
     def create(self, path: str, size_bytes: int) -> int:
         """Make a file of allocated zeros and return its handle. OSError (ENOSPC...) leaves nothing behind."""
-        handle = self._allocate(path, size_bytes)
-        if size_bytes:
-            try:
-                own = os.dup(handle)  # the caller may close his any time
-            except OSError:
-                return handle  # no descriptor is left for what is not needed
-            self._preparer.run(_ignore, _bring_in, own, size_bytes)
-        return handle
-
-    def _allocate(self, path: str, size_bytes: int) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOATIME, 0o600, dir_fd=self._root)
         try:
             if size_bytes:
@@ -89,6 +79,10 @@ class HostFiles:
             self._discard(path, handle)
             _fail(error, f"allocating {size_bytes} bytes for {path}")
         return handle
+
+    def create_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
+        """As the seam says."""
+        self._preparer.run(done, self._create, path, size_bytes)
 
     def open(self, path: str) -> int:
         """Return a handle for reading and writing. OSError if there is no such file."""
@@ -130,6 +124,10 @@ class HostFiles:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def sync_directory_later(self, path: str, done: Done) -> None:
+        """As the seam says."""
+        self._preparer.run(done, self._sync_directory, path)
 
     def free_bytes(self) -> int:
         """Room left as an unprivileged process sees it."""
@@ -223,9 +221,24 @@ class HostFiles:
             return (error.errno or errno.EIO,)
         return (0,)
 
+    def _create(self, path: str, size_bytes: int) -> tuple[int, int]:
+        try:
+            handle = self.create(path, size_bytes)
+        except OSError as error:
+            return (error.errno or errno.EIO, -1)
+        _bring_in(handle, size_bytes)
+        return (0, handle)
+
+    def _sync_directory(self, path: str) -> tuple[int]:
+        try:
+            self.sync_directory(path)
+        except OSError as error:
+            return (error.errno or errno.EIO,)
+        return (0,)
+
     def _prepare(self, path: str, size_bytes: int) -> tuple[int, int]:
         try:
-            handle = self._allocate(path, size_bytes)  # as one piece; the zeros below make its blocks *written*
+            handle = self.create(path, size_bytes)  # as one piece; the zeros below make its blocks *written*
         except OSError as error:
             return (error.errno or errno.EIO, -1)
         try:
@@ -243,12 +256,8 @@ class HostFiles:
         os.unlink(path, dir_fd=self._root)
 
 
-def _ignore() -> None:
-    """Nobody waits for it."""
-
-
-def _bring_in(handle: int, size_bytes: int) -> tuple[()]:
-    """Read a file into the page cache, by one call that copies nothing, and close the handle. Nothing depends on it."""
+def _bring_in(handle: int, size_bytes: int) -> None:
+    """Read a file into the page cache, by one call that copies nothing. Nothing depends on it."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -259,9 +268,6 @@ def _bring_in(handle: int, size_bytes: int) -> tuple[()]:
             os.close(nowhere)
     except OSError:
         pass
-    finally:
-        os.close(handle)
-    return ()
 
 
 def _write_all(handle: int, buffers: Sequence[Buffer], offset: int) -> int:

@@ -5,6 +5,7 @@ Rules
 - `blocked` is one flag for all reasons why a write may not go on inline. Each writer has a copy of it, because it looks
   at it for every request; the copies change when the flag does.
 - A writer reckons with the room that it found; when another one appended, it has to look again.
+- Who can wait for a segment that is not made yet waits (`has_to_wait`), so that it is not made on the loop.
 - An append that failed changed nothing here; anything unexpected between an append and the end of the map changes
   condemns the family: log and maps have parted.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdserver.logdisk.log import Log
-from nbdserver.logdisk.segments import LAST_ROOM_BYTES, SegmentPool
+from nbdserver.logdisk.segments import CLIENTS_KEEP, LAST_ROOM_BYTES, SegmentPool
 from protocol.disk import BLOCK_BYTES, LAYER_ROW, WRITE, body_bytes
 
 if TYPE_CHECKING:
@@ -70,6 +71,20 @@ class Appending:
         ):
             return True
         return self.next_segment(keep) and log.has_room_for_bytes(size_bytes)
+
+    def has_to_wait(self, size_bytes: int, keep: int) -> bool:
+        """Whether a record with so much body and data needs a segment that is being made, which now is begun if it was
+        not; the slow path is woken when it is there."""
+        log, pool = self.log, self.pool
+        if not log.offset:
+            return not pool.is_there(log.segment) and pool.can_take(CLIENTS_KEEP) and pool.make_ahead(log.segment)
+        if log.has_room_for_bytes(size_bytes):
+            return False
+        return not pool.is_at_hand(keep) and pool.can_take(keep) and pool.make_ahead()
+
+    def next_segment_at_hand(self, keep: int) -> bool:
+        """Go on in another segment, if that needs no waiting."""
+        return not self.has_to_wait(self.pool.record_bytes, keep) and self.next_segment(keep)
 
     def next_segment(self, keep: int) -> bool:
         """Go on in another segment, if one is to be had."""

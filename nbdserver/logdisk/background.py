@@ -3,6 +3,7 @@ turn.
 
 Theory. One place decides, from a few numbers, on each new segment, every some records, and four times a second while
 something happens:
+- files made ahead, where clients stream;
 - a checkpoint when the log since the last one is long, when too many map pages wait for one, when segments wait to be
   freed, or after `checkpoint_interval_s` with any change;
 - the taking apart of layers that nothing needs (tree_work.py);
@@ -97,6 +98,8 @@ class Background:
         disk.appending.block(not room or self._overrun or self.must_wait_for_checkpoint())
         disk.maps.logical.evict(_EVICTIONS_A_CHECK)
         disk.maps.middle.evict(_EVICTIONS_A_CHECK)
+        if not self._is_calm():
+            disk.pool.make_ahead()
         self._work_holes()
         disk.tree_work.check()
         disk.slow_path.wake()
@@ -109,7 +112,8 @@ class Background:
     def can_gain_room(self) -> bool:
         """Whether waiting may bring room: something is being freed or cleaned, or could be."""
         disk = self._disk
-        if disk.checkpointer.running or disk.cleaner.running or disk.pool.preparing:
+        disk.pool.trim_to_budget()
+        if disk.checkpointer.running or disk.cleaner.running or disk.pool.is_busy:
             return True
         if self._empty_segments():
             disk.checkpointer.start()
@@ -156,11 +160,10 @@ class Background:
         if self._stopped or disk.failure:
             return
         self._check()
-        disk.pool.guard_metadata()
+        disk.pool.ballast.guard_metadata()
         disk.pool.trim_to_budget()
         if disk.log.offset:  # a volume that was never written takes no room
-            appended_bytes = disk.log.appended_bytes - self._last_appended
-            disk.pool.keep_ready(calm=appended_bytes < _CALM_SHARE * disk.pool.segment_bytes)
+            disk.pool.keep_ready(self._is_calm())
         now_s = self._clock.now()
         if now_s - self._last_trim_s >= _TRIM_SPARE_S:
             self._last_trim_s = now_s
@@ -174,6 +177,11 @@ class Background:
         self._seen = numbers
         self._tick_s = min(2 * self._tick_s, _LONGEST_TICK_S) if at_rest else _TICK_S
         self._timer = self._clock.call_later(self._tick_s, self._tick)
+
+    def _is_calm(self) -> bool:
+        """Whether little was appended since the last tick."""
+        appended_bytes = self._disk.log.appended_bytes - self._last_appended
+        return appended_bytes < _CALM_SHARE * self._disk.pool.segment_bytes
 
     def _numbers(self) -> tuple[int, ...]:
         """They change when anything happens."""
@@ -195,7 +203,7 @@ class Background:
         return bool(
             disk.checkpointer.running
             or disk.cleaner.running
-            or disk.pool.preparing
+            or disk.pool.is_busy
             or self.busy
             or disk.tree_work.layer
             or disk.slow_path.under_way

@@ -226,7 +226,7 @@ class Checkpointer:
         if not holds(Rule.REUSE_AFTER_BATCH_SYNCED):
             self._free(frozen.rows.dead)
             frozen.rows.dead.clear()
-        self._pool.guard_metadata()
+        self._pool.ballast.guard_metadata()
         if frozen.moved:
             # Whoever reads two layers while entries move between them may miss them in both.
             self._maps.tree.moving = True

@@ -171,7 +171,7 @@ class LogDisk:
         self._blocks_read_before = 0  # by heads and views that are gone
         self.appending = Appending(log, pool, self._check_background, self.append_failed, self.parted)
         self.repairs = Repairs(self)
-        make_room = partial(self.appending.next_segment, CLEANER_KEEPS)
+        make_room = partial(self.appending.next_segment_at_hand, CLEANER_KEEPS)
         appended = partial(self.appending.appended, None)
         self.cleaner = Cleaner(
             files,
@@ -191,6 +191,7 @@ class LogDisk:
         self.tree_changes = changes = TreeChanges(self)
         self.tree_work = TreeWork(self, clock)
         self.background = Background(self, clock)
+        pool.settled = self._file_settled
         self.snapshot = changes.snapshot
         self.clone = changes.clone
         self.rollback = changes.rollback
@@ -332,6 +333,12 @@ class LogDisk:
     def _work_finished(self) -> None:
         self.background.work_finished()
 
+    def _file_settled(self) -> None:
+        """Somebody may have waited for a segment that is there now, or that could not be made."""
+        self.tree_changes.go_on()
+        self.slow_path.wake()
+        self._check_background()
+
     def append_failed(self, error: OSError) -> int:
         """An append that failed changed nothing here, but what the file holds is unknown until it is written again."""
         errno = error.errno or errnos.EIO
@@ -362,6 +369,7 @@ class LogDisk:
         self.maps.abandon()
         self.checkpointer.abandon()
         self.slow_path.wake()
+        self.tree_changes.go_on()
         self._remember_failure()
 
     def _remember_failure(self) -> None:
@@ -387,7 +395,7 @@ class LogDisk:
         self.checkpointer.look_again()
 
         def wait() -> None:
-            if self.scrub is not None and self.scrub.busy:
+            if (self.scrub is not None and self.scrub.busy) or self.pool.is_busy:
                 self.clock.call_later(0.01, wait)
             elif self.failure:
                 self._closed = True
@@ -409,6 +417,9 @@ class LogDisk:
                 self.checkpointer.hurry()
 
         def closed() -> None:
+            if self.pool.is_busy:
+                self.clock.call_later(0.01, closed)
+                return
             if not self.failure:
                 batch = self._store.batch()
                 put_open_state(batch, OpenState(self.opened.generation, self.opened.epoch, True, self.opened.boot_id))

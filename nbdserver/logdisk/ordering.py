@@ -30,6 +30,7 @@ class Rule(Enum):
     )
     FREE_ONLY_IN_CHECKPOINT = "A segment becomes free only in a checkpoint that no longer names any block in it."
     REUSE_AFTER_BATCH_SYNCED = "A freed segment is written again only when the batch that no longer names it is synced."
+    NAME_DURABLE_FIRST = "A segment file is written only when its name is durable."
     REUSE_AFTER_READERS_LEFT = (
         "A freed segment is written again only when no read that looked up an address in it is in flight."
     )
@@ -69,6 +70,8 @@ CRASH_POINTS: dict[str, Rule] = {
     "checkpoint-frozen": Rule.CHECKPOINT_BEHIND_SYNC,
     "checkpoint-before-batch": Rule.FREE_ONLY_IN_CHECKPOINT,
     "checkpoint-after-batch": Rule.REUSE_AFTER_BATCH_SYNCED,
+    "segment-before-name": Rule.NAME_DURABLE_FIRST,
+    "segment-after-name": Rule.NAME_DURABLE_FIRST,
     "segment-before-reuse": Rule.REUSE_AFTER_READERS_LEFT,
     "clean-before-append": Rule.MOVE_ONLY_IF_UNCHANGED,
     "clean-after-append": Rule.MOVE_ONLY_IF_UNCHANGED,

@@ -41,6 +41,7 @@ from protocol.disk import (
     COPY_RUN,
     MAX_RECORD_EXTENTS,
     REGION_HEAD,
+    WRITE_BLOCK_BYTES,
     body_bytes,
     wrong_blocks,
 )
@@ -199,6 +200,10 @@ class CopyApplying:
                     loads += 1
                     maps.hold(loads * (len(need) + REGION_BLOCKS))
                     maps.load(need, self._ordered.go_on)
+                    return None
+                blocks = sum(mba in parsed.content for mba in mbas)
+                if disk.appending.has_to_wait(blocks * (WRITE_BLOCK_BYTES + BLOCK_BYTES), CLIENTS_KEEP):
+                    disk.slow_path.park(self._ordered.go_on)
                     return None
                 first += _PART_BLOCKS
                 changes = self._changes(lba, views, parsed, mbas)

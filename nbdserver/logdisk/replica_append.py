@@ -356,6 +356,9 @@ class ReplicaAppend:
         disk = self._disk
         try:
             keep = CLEANER_KEEPS if modification.blocks else DELETIONS_KEEP
+            if disk.appending.has_to_wait(_log_bytes(modification), keep):
+                disk.slow_path.park(self._ordered.go_on)
+                return None
             if not disk.appending.make_room_for_bytes(_log_bytes(modification), keep):
                 if disk.background.can_gain_room():
                     disk.slow_path.park(self._ordered.go_on)

@@ -3,18 +3,21 @@
 Theory. A recycled file's blocks are allocated and its pages are cached, which makes an append three times cheaper than
 one to a new file. So a freed segment goes on a stack and the next life takes the most recently freed one. At rest only
 max(8, 2 % of the live data) stay spare; what was not needed for a while is unlinked, so that `df` tells the truth.
+Where none is freed, because data is new, a thread makes files ahead of need (making.py): the loop waits for none.
 
-Full disk. `CLIENTS_KEEP` written-ahead files are never given to clients: the cleaner, discards and deletions append
-with them, in this order, and they are how a full disk gets room again. When all are in use, the end of the open one
-(`LAST_ROOM_BYTES`) is for whoever may have the last one, and for the cleaner. A ballast file stands in for LevelDB's
-needs: it is unlinked when the file system runs full, because LevelDB turns read-only when it meets the end itself. A
-limit set by people (budget.py) is kept in the same way: `full` says which of the ends was met.
+Full disk. `CLIENTS_KEEP` spare files are not for clients: the cleaner, discards and deletions append with them, in this
+order, and they are how a full disk gets room again. As long as there is room to make it anew, half of what is kept from
+somebody may be *lent* to him, so that a burst does not wait for the thread. When all are in use, the end of the open
+one (`LAST_ROOM_BYTES`) is for whoever may have the last one, and for the cleaner. A limit set by people (budget.py) is
+kept in the same way: `full` says which of the ends was met.
 
 Rules
 - A file is given out only after `freed`, that is when the checkpoint batch that no longer names it is synced, and only
   when no read that looked up an address in it is in flight.
 - Numbers start at 1 and the lowest unused one is taken, so that the lists indexed by number stay short.
 - The reserve is made beyond a budget too: without it nothing could be brought back below.
+- Who can wait asks `is_at_hand` first, and has one made (`make_ahead`) if none is. Who cannot wait is served all the
+  same: then `take` makes it on the loop.
 """
 
 from collections.abc import Callable
@@ -22,11 +25,12 @@ from functools import partial
 
 from metadata.seams import Files
 from nbdserver.logdisk.budget import Budget
+from nbdserver.logdisk.making import Ballast, Making
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from protocol.disk import RECORD_HEADER_BYTES, SEAL_BYTES, SEGMENT_HEADER_BYTES
 
 CLIENTS_KEEP = 4  # of the spare files, by those who append for clients
-WRITTEN_AHEAD = 2  # beyond those, for clients
+MADE_AHEAD = 2  # beyond those, for clients
 CLEANER_KEEPS = 2  # one is for discards
 DISCARDS_KEEP = 1
 DELETIONS_KEEP = 0  # the last one is for deletions and for discards of a segment's length: a full disk can be emptied
@@ -35,8 +39,6 @@ SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
 SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do
 DIRECTORY = "segments"
-BALLAST = "ballast"
-_BALLAST_BYTES = 16 << 20
 _FREE_FLOOR_BYTES = 64 << 20  # of the file system that is left to LevelDB and the neighbours
 
 
@@ -66,9 +68,11 @@ class SegmentPool:
         self._readers: dict[int, int] = {}
         self._awaiting_readers: set[int] = set()
         self._lowest_spare = 0  # since the last `trim_spare`
-        self.preparing = False  # a file is being written ahead
-        self._closed = False
-        self._has_ballast = False
+        self.ballast = Ballast(files, report)
+        self.settled: Callable[[], None] = lambda: None
+        """Called when a thread is done with a file, however that ended."""
+        self._making = Making(files, segment_bytes, report)
+        self._unlinking = 0
 
     # -- opening
 
@@ -79,7 +83,7 @@ class SegmentPool:
         for segment in sorted(in_use):
             self._set_handle(segment, self._files.open(segment_path(segment)))
         for path, segment in present:
-            if segment in in_use or (segment < len(self.handles) and self.handles[segment] >= 0):
+            if segment in in_use or self.is_there(segment):
                 continue
             self._set_handle(segment, self._files.open(path))
             self.spare.append(segment)
@@ -89,7 +93,7 @@ class SegmentPool:
         if self.spare:
             # A crash may have come between making a file and making its name durable.
             self._files.sync_directory(DIRECTORY)
-        self._has_ballast = BALLAST in self._files.list(".")
+        self.ballast.adopt()
         self._lowest_spare = len(self.spare)
 
     def open_all(self) -> None:
@@ -108,7 +112,7 @@ class SegmentPool:
 
     def open_if_present(self, segment: int) -> bool:
         """Open a segment that replay met and the checkpoint does not know."""
-        if segment < len(self.handles) and self.handles[segment] >= 0:
+        if self.is_there(segment):
             return True
         try:
             handle = self._files.open(segment_path(segment))
@@ -131,9 +135,13 @@ class SegmentPool:
         if segment in self.spare:
             self.spare.remove(segment)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread is at work on a file: `close` has to wait for it."""
+        return self.is_making or self._unlinking > 0
+
     def close(self) -> None:
         """Close every file."""
-        self._closed = True
         self.share_budget(Budget())
         for segment, handle in enumerate(self.handles):
             if handle >= 0:
@@ -145,15 +153,19 @@ class SegmentPool:
     def take(self, keep: int) -> int:
         """A free segment file for a new life, or 0 when there is none but `keep` of the spare ones."""
         segment = 0
-        if self._has_spare(keep):
+        if self.is_at_hand(keep):
             segment = self.spare.pop()
             self.recycled += 1
         elif self._has_room(keep):
-            segment = self._create()
+            segment = self._make_now(self._unused_number())
         self._lowest_spare = min(self._lowest_spare, len(self.spare))
         if segment:
             crash_point("segment-before-reuse")
         return segment
+
+    def is_at_hand(self, keep: int = CLIENTS_KEEP) -> bool:
+        """Whether `take` would find one that is there: a spare one, or one that can be lent."""
+        return self._has_spare(keep) or (len(self.spare) > keep // 2 and self._has_room(keep))
 
     def can_take(self, keep: int = CLIENTS_KEEP) -> bool:
         """Whether another segment could be had now."""
@@ -217,12 +229,16 @@ class SegmentPool:
                 return name
         return "disk"
 
+    def is_there(self, segment: int) -> bool:
+        """Whether there is a file of that number."""
+        return segment < len(self.handles) and self.handles[segment] >= 0
+
     def take_number(self, segment: int) -> bool:
-        """Make the file of one given number: a family's first."""
+        """Take the file of one given number: a family's first."""
         if segment in self.spare:
             self.spare.remove(segment)
-        elif segment >= len(self.handles) or self.handles[segment] < 0:
-            return self._has_room(CLIENTS_KEEP) and self._create(segment) != 0
+        elif not self.is_there(segment):
+            return self._has_room(CLIENTS_KEEP) and self._make_now(segment) != 0
         return True
 
     def return_unused(self, segment: int) -> None:
@@ -254,34 +270,34 @@ class SegmentPool:
             self._awaiting_readers.discard(segment)
             self.freed(segment)
 
-    def keep_ready(self, calm: bool) -> None:
-        """Make what a full disk and the next writes will need.
+    @property
+    def is_making(self) -> bool:
+        """Whether a thread is making a file."""
+        return self._making.busy or self.ballast.busy
 
-        While little is written it is written ahead, one file at a time, off the loop: an fdatasync of what was only
-        allocated costs half as much again. While clients stream, writing zeros would take the disk from them: then
-        the reserve is only allocated.
-        """
-        if self.preparing:
-            return
+    def keep_ready(self, calm: bool) -> None:
+        """Make what a full disk and the next writes will need, one file at a time: written with zeros while little is
+        written."""
+        self._making.has_failed = False  # another try
         reserve_missing = len(self.spare) < CLIENTS_KEEP
-        if not (self._has_room(0) or (reserve_missing and self._disk_has_room_for(1))):
+        if self.is_making or not (self._has_room(0) or (reserve_missing and self._disk_has_room_for(1))):
             return
-        if not calm:
-            if reserve_missing:
-                segment = self._create()
-                if segment:
-                    self.spare.insert(0, segment)
-        elif not self._has_ballast:
-            self.preparing = True
-            self._has_ballast = True
-            self._files.prepare_later(BALLAST, _BALLAST_BYTES, self._ballast_prepared)
-        elif len(self.spare) < CLIENTS_KEEP + WRITTEN_AHEAD:
-            self.preparing = True
-            segment = self._unused_number()
-            self._set_handle(segment, -2)  # taken
-            self._files.prepare_later(
-                segment_path(segment), self.segment_bytes, lambda errno, handle: self._prepared(segment, errno, handle)
-            )
+        if calm and not self.ballast.is_there:
+            self.ballast.make(self.settled)
+        elif self._lacks_spare():
+            self._begin_making(self._unused_number(), self._making.write if calm else self._making.allocate)
+
+    def make_ahead(self, segment: int = 0) -> bool:
+        """Begin to make the next file, or the one of a given number, if there is room for it and need; whether it is
+        worth while to wait until this is `settled`. Not again after one that failed, until `keep_ready`."""
+        if segment < len(self.handles) and self.handles[segment] == -2:
+            return self.is_busy
+        if not self.is_making and self._lacks_spare() and not self._making.has_failed and self._has_room(0):
+            self._begin_making(segment or self._unused_number(), self._making.allocate)
+        return self.is_making
+
+    def _lacks_spare(self) -> bool:
+        return len(self.spare) < CLIENTS_KEEP + MADE_AHEAD
 
     def trim_spare(self, live_bytes: int) -> None:
         """Unlink spare files that were not needed since the last call, down to what may stay."""
@@ -297,34 +313,29 @@ class SegmentPool:
     def _may_stay(self, live_bytes: int) -> int:
         return max(SPARE_SEGMENTS, int(live_bytes * SPARE_FRACTION) // self.segment_bytes)
 
-    def guard_metadata(self) -> None:
-        """Give the ballast's room to LevelDB if others have filled the file system."""
-        if self._has_ballast and self._files.free_bytes() < _BALLAST_BYTES:
-            self._has_ballast = False
-            self._files.unlink(BALLAST)
-            self._report("ballast-released", {})
-
     # -- inside
 
-    def _create(self, segment: int = 0) -> int:
-        segment = segment or self._unused_number()
-        path = segment_path(segment)
-        try:
-            handle = self._files.create(path, self.segment_bytes)
-        except OSError as error:
-            self._report("segment-not-made", {"segment": segment, "errno": error.errno, "error": str(error)})
-            return 0
-        try:
-            # The name must be durable before a flush relies on it.
-            self._files.sync_directory(DIRECTORY)
-        except OSError as error:
-            self._report("segment-not-made", {"segment": segment, "errno": error.errno, "error": str(error)})
-            self._files.close(handle)
-            self._files.unlink(path)
+    def _make_now(self, segment: int) -> int:
+        handle = self._making.now(segment_path(segment))
+        if handle < 0:
             return 0
         self._set_handle(segment, handle)
         self.created += 1
         return segment
+
+    def _begin_making(self, segment: int, make: Callable[[str, Callable[[int], None]], None]) -> None:
+        self._set_handle(segment, -2)  # taken
+        make(segment_path(segment), partial(self._made, segment))
+
+    def _made(self, segment: int, handle: int) -> None:
+        if handle < 0:
+            self._use(-self.segment_bytes)
+            self._number_free(segment)
+        else:
+            self._set_handle(segment, handle)
+            self.created += 1
+            self.spare.insert(0, segment)
+        self.settled()
 
     def _has_spare(self, keep: int) -> bool:
         return len(self.spare) > keep and (keep < CLIENTS_KEEP or not self._overdrawn())
@@ -334,8 +345,8 @@ class SegmentPool:
         return self._has_room_for(self._files_with_reserve(keep))
 
     def _files_with_reserve(self, keep: int) -> int:
-        """One, and those of the `keep` spare ones that are not made yet."""
-        return 1 + max(0, keep - len(self.spare))
+        """One, and those of the `keep` spare ones that are neither there nor being made."""
+        return 1 + max(0, keep - len(self.spare) - self._making.busy)
 
     def _has_room_for(self, files: int) -> bool:
         size_bytes = files * self.segment_bytes
@@ -360,6 +371,7 @@ class SegmentPool:
 
     def _drop(self, segment: int) -> None:
         self._forget(segment)
+        self._unlinking += 1
         self._files.unlink_later(segment_path(segment), partial(self._unlinked, segment))
 
     def _forget(self, segment: int) -> None:
@@ -370,26 +382,10 @@ class SegmentPool:
         self.unlinked += 1
 
     def _unlinked(self, segment: int, errno: int) -> None:
+        self._unlinking -= 1
         if not errno:
             self._number_free(segment)
+        self.settled()
 
     def _number_free(self, segment: int) -> None:
         self.handles[segment] = -1
-
-    def _prepared(self, segment: int, errno: int, handle: int) -> None:
-        self.preparing = False
-        if errno or self._closed:
-            self._use(-self.segment_bytes)
-            self._number_free(segment)
-            if not errno:
-                self._files.close(handle)
-            return
-        self._set_handle(segment, handle)
-        self.spare.insert(0, segment)
-
-    def _ballast_prepared(self, errno: int, handle: int) -> None:
-        self.preparing = False
-        if errno:
-            self._has_ballast = False
-            return
-        self._files.close(handle)

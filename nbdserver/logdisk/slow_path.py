@@ -26,7 +26,8 @@ from nbdserver.logdisk.cold_read import BlockPlace, ColdRead, place_of
 from nbdserver.logdisk.devices import Device, Head
 from nbdserver.logdisk.maps import SMALL_HOLE_BLOCKS
 from nbdserver.logdisk.next_page import NextPage
-from protocol.disk import BLOCK_BYTES
+from nbdserver.logdisk.segments import CLIENTS_KEEP
+from protocol.disk import BLOCK_BYTES, WRITE, body_bytes
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
@@ -248,6 +249,9 @@ class _Waiting:
         if self._operation == Operation.WRITE and disk.background.must_wait_for_cleaner():
             self._slow_path.park(self._go_on)
             return False
+        if self._has_to_wait_for_segment(end):
+            self._slow_path.park(self._go_on)
+            return False
         if self._operation == Operation.DISCARD:
             return self._try_discard(end)
         aligned_end = self._aligned_end(end)
@@ -267,6 +271,13 @@ class _Waiting:
             merged[within : within + len(data)] = data
             data = memoryview(bytes(merged))
         return self._changed(self._head.writer.write_now(lba, data), aligned_end)
+
+    def _has_to_wait_for_segment(self, end: int) -> bool:
+        appending, pool = self._disk.appending, self._disk.pool
+        if self._operation == Operation.DISCARD:
+            return appending.has_to_wait(BLOCK_BYTES, pool.keep_of_discard(self._end - self._at))
+        blocks = ((end + 4095) >> 12) - (self._at >> 12)
+        return appending.has_to_wait(body_bytes(WRITE, 1, blocks) + blocks * BLOCK_BYTES, CLIENTS_KEEP)
 
     def _aligned_end(self, end: int) -> int:
         """Where the piece from `_at` on ends so that it is whole blocks or lies in one block."""

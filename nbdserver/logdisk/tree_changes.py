@@ -12,6 +12,8 @@ Rules
 - A refusal changes nothing: ENOENT for what is not there, EEXIST for a name or number that is taken, EINVAL for a name,
   size or snapshot that does not fit, EMLINK at MOST_LAYERS or MOST_VOLUMES, EBUSY for a volume that has snapshots,
   ENOSPC, EIO when the family has failed.
+- A snapshot shows what was acknowledged before it was asked for and nothing later, so a change waits for no segment: if
+  none is at hand it is made on the loop. Only before the first write there is nothing to be late for.
 - Shrinking discards what it cuts off before the size changes: a crash in between leaves the old size, and zeros there.
 
 Known weakness: a snapshot waits for an fdatasync, as a flush does.
@@ -20,7 +22,8 @@ Known weakness: a snapshot waits for an fdatasync, as a flush does.
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from metadata.layers import MOST_LAYERS, MOST_VOLUMES, Row, check_name
@@ -28,7 +31,7 @@ from metadata.seams import Done
 from nbdserver.block import Operation
 from nbdserver.logdisk.ordering import Rule, crash_point, holds
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DELETIONS_KEEP
-from protocol.disk import HEAD, NAMELESS, SNAPSHOT
+from protocol.disk import HEAD, LAYER_ROW, NAMELESS, SNAPSHOT
 
 if TYPE_CHECKING:
     from nbdserver.logdisk.disk import LogDisk
@@ -42,6 +45,7 @@ class TreeChanges:
 
     def __init__(self, disk: LogDisk) -> None:
         self.count = 0
+        self._waiting: list[Callable[[], None]] = []  # for the family's first segment
         self._disk = disk
         self._tree = disk.maps.tree
 
@@ -59,7 +63,8 @@ class TreeChanges:
         else:
             row = self._tree.layers[layer].row
             named = row._replace(kind=SNAPSHOT, name=name, created_s=created_s)
-            self._change([named, self._new_head(layer, volume, row.size_bytes)], CLIENTS_KEEP, done)
+            again = partial(self.snapshot, volume, name, created_s, done)
+            self._change([named, self._new_head(layer, volume, row.size_bytes)], CLIENTS_KEEP, again, done)
 
     def clone(self, layer: int, volume: int, done: Done) -> None:
         """Make a volume of that number which holds what the snapshot holds."""
@@ -73,7 +78,8 @@ class TreeChanges:
         elif len(self._tree.layers) >= MOST_LAYERS or len(self._tree.heads) >= MOST_VOLUMES:
             self._refuse(errnos.EMLINK, done)
         else:
-            self._change([self._new_head(layer, volume, row.size_bytes)], CLIENTS_KEEP, done)
+            again = partial(self.clone, layer, volume, done)
+            self._change([self._new_head(layer, volume, row.size_bytes)], CLIENTS_KEEP, again, done)
 
     def rollback(self, volume: int, layer: int, done: Done) -> None:
         """Make the volume hold what one of its snapshots holds; nobody may have it open."""
@@ -86,7 +92,8 @@ class TreeChanges:
             self._refuse(errnos.EMLINK, done)
         else:
             old = self._tree.layers[head].row._replace(kind=NAMELESS)
-            self._change([old, self._new_head(layer, volume, row.size_bytes)], DELETIONS_KEEP, done)
+            again = partial(self.rollback, volume, layer, done)
+            self._change([old, self._new_head(layer, volume, row.size_bytes)], DELETIONS_KEEP, again, done)
 
     def delete_snapshot(self, layer: int, done: Done) -> None:
         """Take a snapshot's name away; its blocks that nothing else shows are freed in the background."""
@@ -94,7 +101,8 @@ class TreeChanges:
         if row is None:
             self._refuse(errnos.ENOENT, done)
         else:
-            self._change([row._replace(kind=NAMELESS, name="", created_s=0)], DELETIONS_KEEP, done)
+            nameless = row._replace(kind=NAMELESS, name="", created_s=0)
+            self._change([nameless], DELETIONS_KEEP, partial(self.delete_snapshot, layer, done), done)
 
     def delete_volume(self, volume: int, done: Done) -> None:
         """Take the volume's head away; its blocks that nothing else shows are freed in the background."""
@@ -104,7 +112,8 @@ class TreeChanges:
         elif self._tree.names.get(volume):
             self._refuse(errnos.EBUSY, done)
         else:
-            self._change([self._tree.layers[layer].row._replace(kind=NAMELESS)], DELETIONS_KEEP, done)
+            nameless = self._tree.layers[layer].row._replace(kind=NAMELESS)
+            self._change([nameless], DELETIONS_KEEP, partial(self.delete_volume, volume, done), done)
 
     def resize(self, volume: int, size_bytes: int, done: Done) -> None:
         """Give the volume another size. What grows reads as zeros; what is cut off is gone."""
@@ -132,7 +141,8 @@ class TreeChanges:
         if layer is None:
             self._refuse(errnos.ENOENT, done)
         else:
-            self._change([self._tree.layers[layer].row._replace(size_bytes=size_bytes)], keep, done)
+            again = partial(self._set_size, volume, size_bytes, keep, done)
+            self._change([self._tree.layers[layer].row._replace(size_bytes=size_bytes)], keep, again, done)
 
     def _snapshot_row(self, layer: int) -> Row | None:
         found = self._tree.layers.get(layer)
@@ -144,11 +154,15 @@ class TreeChanges:
     def _refuse(self, errno: int, done: Done) -> None:
         self._disk.call_soon(lambda: done(errno))
 
-    def _change(self, rows: Sequence[Row], keep: int, done: Done) -> None:
-        """Append the record, then do what it says."""
+    def _change(self, rows: Sequence[Row], keep: int, again: Callable[[], None], done: Done) -> None:
+        """Append the record, then do what it says. What waits for the family's first segment is asked for again: by
+        then it may be another change."""
         disk = self._disk
         if disk.failure:
             self._refuse(errnos.EIO, done)
+            return
+        if not disk.log.offset and disk.appending.has_to_wait(len(rows) * LAYER_ROW.size, keep):
+            self._waiting.append(again)
             return
         try:
             if not disk.appending.make_room_for_rows(len(rows), keep):
@@ -171,6 +185,12 @@ class TreeChanges:
             disk.log.sync(done)
         else:
             self._refuse(0, done)
+
+    def go_on(self) -> None:
+        """Ask again for what waits, before anything that was not asked for by now is done."""
+        waiting, self._waiting = self._waiting, []
+        for again in waiting:
+            again()
 
     def apply(self, rows: Sequence[Row]) -> None:
         """Do what a TREE record says that was just appended."""

@@ -117,13 +117,16 @@ class Writer:
         self._room_blocks = 0
 
     def _find_room(self, count: int) -> bool:
-        """Whether the open batch and `count` more blocks fit into the open segment and one more that is to be had.
+        """Whether the open batch and `count` more blocks fit into the open segment and one more that is at hand.
 
-        What does not is for the slow path, which can wait for the cleaner: nothing accepted here meets a full disk.
+        What does not is for the slow path, which can wait for a segment that is being made, and for the cleaner:
+        nothing accepted here meets a full disk.
         """
         log, pool = self._log, self._pool
+        if not log.offset and not pool.is_there(log.segment):
+            return False
         room = log.room_blocks_of_single_blocks
-        if pool.can_take():
+        if pool.is_at_hand():
             room += pool.segment_bytes // MAX_BYTES_A_BLOCK - 1
         else:
             room -= pool.kept_of_open_bytes(CLIENTS_KEEP) // BLOCK_BYTES
@@ -167,6 +170,8 @@ class Writer:
         ):
             return False
         pool = self._pool
+        if self._appending.has_to_wait(BLOCK_BYTES, DISCARDS_KEEP):
+            return False
         # Without a spare file the end of the open segment may be kept: the slow path looks.
         if (self._log.room_blocks(WRITE, 3) < 2 or not pool.spare) and not pool.can_take(DISCARDS_KEEP):
             return False

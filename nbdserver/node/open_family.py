@@ -17,7 +17,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
-from nbdserver.logdisk.segments import BALLAST
+from nbdserver.logdisk.making import BALLAST
 
 FULL_BYTES = 16 << 20
 """Below so much room a family's ballast goes: as much as it gives."""

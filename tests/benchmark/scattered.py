@@ -145,11 +145,13 @@ class HollowFiles(HostFiles):
     def append(self, handle: int, buffers: Sequence[Buffer], offset: int) -> None:
         self.appended_bytes += sum(map(len, buffers))
 
-    def _prepare(self, path: str, size_bytes: int) -> tuple[int, int]:
+    def _create(self, path: str, size_bytes: int) -> tuple[int, int]:
         try:
             return (0, self.create(path, size_bytes))
         except OSError as error:
             return (error.errno or errno.EIO, -1)
+
+    _prepare = _create
 
 
 def stop_when_told(loop: asyncio.AbstractEventLoop) -> asyncio.Event:

@@ -291,6 +291,13 @@ class SimulatedFiles:
             self._world.crash()
         self._drive.sync_names(_normal(path))
 
+    def sync_directory_later(self, path: str, done: Done) -> None:
+        def finish() -> None:
+            self.sync_directory(path)
+            done(0)
+
+        self._later(finish)
+
     def free_bytes(self) -> int:
         return max(0, self._drive.capacity_bytes - self._drive.used_bytes())
 
@@ -399,10 +406,21 @@ class SimulatedFiles:
                 self.counts["sync-error"] += 1
                 raise OSError(errno.EIO, "simulated sync error")
 
+    def create_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
+        self._make_later(path, size_bytes, done)
+
     def prepare_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
-        path = _normal(path)
+        def written(errno_: int, handle: int) -> None:
+            if not errno_:
+                self._handles[handle].synced_size = size_bytes
+                self._drive.sync_names(posixpath.dirname(_normal(path)))
+            done(errno_, handle)
+
         self.counts["prepare"] += 1
-        entry = (path, size_bytes)
+        self._make_later(path, size_bytes, written)
+
+    def _make_later(self, path: str, size_bytes: int, done: Callable[[int, int], None]) -> None:
+        entry = (_normal(path), size_bytes)
         self._preparing.append(entry)
 
         def finish() -> None:
@@ -414,8 +432,6 @@ class SimulatedFiles:
             except OSError as error:
                 done(error.errno or errno.EIO, -1)
                 return
-            self._handles[handle].synced_size = size_bytes
-            self._drive.sync_names(posixpath.dirname(path))
             done(0, handle)
 
         self._later(finish)

@@ -172,6 +172,7 @@ def written_after_what_a_power_cut_took() -> None:
         page = one.disk.maps.page(one.disk.head(1).layer << 32)
         assert page is not None
         given.append(page[10 + life])
+        one.drive.forget_unsynced()
         one.crash(power=True)
         one.open()
     assert len(set(given)) == 3, "an MBA names one content for ever, also one that was lost"

@@ -93,6 +93,11 @@ def _tell_files(files: Files, finished: Finished) -> list[object]:
     number, prepared = finished(lambda done: files.prepare_later("segments/2", 5000, done))
     said += [number, files.size_bytes(prepared), files.read(prepared, 5000, 0) == bytes(5000)]
     said.append(finished(lambda done: files.prepare_later("segments/2", 5000, done)))
+    number, made = finished(lambda done: files.create_later("segments/4", 5000, done))
+    said += [number, files.size_bytes(made), files.read(made, 5000, 0) == bytes(5000)]
+    files.close(made)
+    said.append(finished(lambda done: files.create_later("segments/4", 5000, done)))
+    said.append(finished(lambda done: files.sync_directory_later("segments", done)))
     files.rename("segments/1", "segments/3")
     said += [files.list("segments"), files.list(""), files.list(".")]
     files.unlink("segments/3")

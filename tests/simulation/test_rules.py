@@ -37,6 +37,7 @@ BENDS = {
     Rule.CHECKPOINT_BEHIND_SYNC: Bend(POWER),
     Rule.FREE_ONLY_IN_CHECKPOINT: Bend(SLOW, hot=True),
     Rule.REUSE_AFTER_BATCH_SYNCED: Bend(SLOW, hot=True),
+    Rule.NAME_DURABLE_FIRST: Bend(POWER, hot=True),
     Rule.REUSE_AFTER_READERS_LEFT: Bend({**SLOW, "slow": 0.2, "cold_read": 0.5}, hot=True),
     Rule.MOVE_ONLY_IF_UNCHANGED: Bend(HONEST),
     Rule.TAIL_SYNCED_BEFORE_SERVING: Bend({**POWER, "power": 0.5}),

@@ -66,26 +66,23 @@ def opened(path: Path) -> int:
     return found
 
 
-def test_a_created_file_is_brought_into_the_page_cache(
+def test_a_file_that_is_created_in_a_thread_is_in_the_page_cache(
     files: HostFiles, loop: asyncio.AbstractEventLoop, tmp_path: Path
 ) -> None:
-    handle = files.create("a", (2 << 20) + 5)
-    _, behind = finished(loop, lambda done: files.prepare_later("b", 4096, done))  # in the same thread, behind it
-    files.close(behind)
+    number, handle = finished(loop, lambda done: files.create_later("a", (2 << 20) + 5, done))
+    assert number == 0
+    assert finished(loop, lambda done: files.sync_directory_later("", done)) == (0,)
     cached = files.read_cached(handle, 2 << 20, 5)
     assert cached == bytes(2 << 20) or not files.answers_from_cache
     assert opened(tmp_path / "a") == 1
     files.close(handle)
 
 
-def test_a_file_is_created_with_the_last_descriptor(files: HostFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(_: int) -> int:
-        raise OSError(errno.EMFILE, "no descriptor is left")
-
-    monkeypatch.setattr(os, "dup", none_left)
-    handle = files.create("a", 4096)
-    assert files.read(handle, 4096, 0) == bytes(4096)
-    files.close(handle)
+def test_what_a_thread_cannot_create_it_says(files: HostFiles, loop: asyncio.AbstractEventLoop) -> None:
+    assert finished(loop, lambda done: files.create_later("huge", 1 << 55, done))[1] == -1
+    assert finished(loop, lambda done: files.create_later("nowhere/a", 1, done)) == (errno.ENOENT, -1)
+    assert finished(loop, lambda done: files.sync_directory_later("nowhere", done)) == (errno.ENOENT,)
+    assert files.list("") == []
 
 
 def test_a_file_that_does_not_fit_leaves_nothing_behind(files: HostFiles) -> None:

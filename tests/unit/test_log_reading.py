@@ -56,6 +56,7 @@ def test_moves_of_the_cleaner_are_passed_over() -> None:
     for number in range(0, 60, 2):
         family.put(number, 100 + number)
     family.replica.set_committed(family.replica.last.txid)
+    family.run(2.0)  # files are made ahead
     family.disk.cleaner.urgent = True
     assert family.disk.cleaner.start()
     family.run(1.0)
