@@ -245,6 +245,7 @@ def test_what_a_client_notices_of_disturbances_is_measured(tmp_path: Path) -> No
     assert len({row["title"] for row in rows}) == 6
     assert all(row["p99_us"] > 0 for row in rows)
     assert all(row["shown"] for row in rows if row["title"] == "a scrub"), "it went on meanwhile"
+    assert all(row["longest_ms"] > 5 and row["where"] for row in result["places"])
 
 
 def test_memory_is_limited_or_refused_in_one_line(tmp_path: Path) -> None:
