@@ -70,7 +70,7 @@ power-loss: $(VENV)/installed-for-tests  ## cut a virtual machine's power ROUNDS
 
 power-loss-replicas: $(VENV)/installed-for-tests  ## cut the power of three virtual machines with replicas ROUNDS times under writes, of one and of all
 	@tests/provision.sh
-	POWER_LOSS_ROUNDS=$(ROUNDS) exec $(BIN)/python -m pytest -s tests/kernel/replicas_power_loss.py
+	POWER_LOSS_ROUNDS=$(ROUNDS) exec $(BIN)/python -m pytest -s tests/kernel/test_replicas_power_loss.py
 
 man: $(VENV)/installed  ## write docs/nbdserver.1 from the program's own help
 	@$(BIN)/python -m nbdserver.cli.manual docs

@@ -29,12 +29,15 @@ from tests.interop.replica_site import BULK_FROM, LONGEST_S, STILL_S, VOLUME, Re
 
 JOB = "fio"
 RATE_IOPS = 400
+FAST_IOPS = 2000
+FAILED = 1
+"""fio's exit code."""
 RANGE_BYTES = 112 << 20
 """What is written in more than a minute at that rate."""
 NO_ROOM_BYTES = 60 << 20
 """Less than what stays free for LevelDB: a disk with no more than that is full."""
 READ_BACK = ("--verify_only", "--verify_state_load=1", "--verify_state_save=0", "--continue_on_error=verify")
-WRITE = ("--do_verify=0", "--write_lat_log=log", f"--rate_iops={RATE_IOPS}", "--fsync=32")
+WRITE = ("--do_verify=0", "--write_lat_log=log", "--fsync=32")
 MORE_ANSWERS = 100
 ANSWER_S = 120.0
 
@@ -99,10 +102,11 @@ class FioRounds:
         """fio is told so, or the volume goes on without that replica."""
         owner, full = self._roles()
         disk = self._nodes.disks[full]
-        with self._verified(owner, "a full disk", may_be_full=True) as fio:
+        with self._verified(owner, "a full disk", FAST_IOPS, may_be_full=True) as fio:
             disk.fill(NO_ROOM_BYTES)
+
             wait(
-                lambda: fio.poll() is not None or full not in self._nodes.in_sync(owner),
+                lambda: fio.poll() == FAILED or full not in self._nodes.in_sync(owner),
                 f"that {full} has no room is noticed",
             )
             disk.give_back()
@@ -152,7 +156,9 @@ class FioRounds:
     # --- fio ---
 
     @contextmanager
-    def _verified(self, host: str, what: str, may_be_full: bool = False) -> Iterator["subprocess.Popen[bytes]"]:
+    def _verified(
+        self, host: str, what: str, rate_iops: int = RATE_IOPS, may_be_full: bool = False
+    ) -> Iterator["subprocess.Popen[bytes]"]:
         """fio writes meanwhile, by that node; in the end all replicas are in sync again, and show what it wrote."""
         folder = self._path / str(self._seed)
         folder.mkdir()
@@ -160,7 +166,7 @@ class FioRounds:
         owner = self._nodes.owner()
         with self._held(owner) if host != owner else nullcontext():
             before = self._answers(owner)
-            fio = self._start(host, folder, *WRITE)
+            fio = self._start(host, folder, *WRITE, f"--rate_iops={rate_iops}")
             wait(lambda: self._answers(owner) >= before + MORE_ANSWERS or fio.poll() is not None, "fio writes")
         yield fio
         self._nodes.settle()

@@ -40,6 +40,8 @@ BLOCKS = 2000
 ANSWER_S = 60.0
 GRANT_OVER_S = 1.5
 STILL_S = 4.0
+SILENT = "it is silent"
+SLOW = "its disk is slow"
 DISK_BYTES = 500 << 20
 LEFT_BYTES = 120 << 20
 BULK_FROM = 16 << 20  # what lies behind it in the volume is not judged
@@ -162,6 +164,10 @@ class ReplicaSite:
         found = self.nodes[name].replicas(VOLUME)["nodes"]
         return [each["node"] for each in found if each["state"] == "in sync"]
 
+    def _removals(self, owner: str, gone: str) -> list[str]:
+        """Why that node's replica was removed, each time, as the owner has told."""
+        return [event["reason"] for event in self.nodes[owner].events("replica-removed") if event["node"] == gone]
+
     def settle(self) -> None:
         """Wait until all know each other, and all replicas are in sync."""
         meet(list(self.nodes.values()))
@@ -264,14 +270,17 @@ class ReplicaSite:
     # --- what happens to disks ---
 
     def a_disk_stands_still(self) -> None:
-        """The device of a replica hangs for a while: flushes wait for it, not long, and it is in sync again after."""
+        """The device of a replica hangs for a while: flushes wait for it, not long, and it is in sync again after. Its
+        process may hang with it, in the making of a segment, and is silent then."""
         owner = self.owner()
         slow = self.one_of(*self.others(owner))
+        removals = len(self._removals(owner, slow))
         with self._writing(owner) as writing:
             standing = threading.Thread(target=self.disks[slow].stand_still, args=(STILL_S,))
             standing.start()
-            wait(lambda: slow not in self.in_sync(owner), f"{slow} is not in sync any more")
-            wait(lambda: "its disk is slow" in self.nodes[owner].findings(), "that its disk is slow is told")
+            wait(lambda: len(self._removals(owner, slow)) > removals, f"{slow} is not in sync any more")
+            if self._removals(owner, slow)[-1] != SILENT:
+                wait(lambda: SLOW in self.nodes[owner].findings(), "that its disk is slow is told")
             writing.goes_on()
             standing.join()
             self.settle()

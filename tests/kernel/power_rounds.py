@@ -14,7 +14,7 @@ from tests.kernel.powered_replicas import NODES, PoweredReplicas, Writing
 from tests.nbd_client import Client
 
 SHORTEST_S, LONGEST_S = 0.5, 3.0
-REQUESTS = 40
+REQUESTS = 100
 """At least so many are answered between two cuts."""
 
 Cuts = Sequence[Sequence[str]]
@@ -30,6 +30,7 @@ class PowerRounds:
         self._cluster = cluster
         self._random = generator
         self._kinds: list[Kind] = [
+            self.the_one_that_is_written_to_then_all,
             self.all_at_once,
             self.one_of_the_others,
             self.two_then_the_third,
@@ -114,6 +115,9 @@ class PowerRounds:
 
     def the_one_that_is_written_to(self, attached: str) -> Cuts:
         return [[attached]]
+
+    def the_one_that_is_written_to_then_all(self, attached: str) -> Cuts:
+        return [[attached], [name for name in NODES if name != attached]]
 
     def two_then_the_third(self, _attached: str) -> Cuts:
         mixed = self._random.sample(NODES, len(NODES))
