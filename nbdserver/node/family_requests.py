@@ -18,7 +18,15 @@ from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.node.garbage import collect_garbage
-from nbdserver.node.open_family import FamilyError, LocalFamily, OpenFamily, StoreThreads, format_family
+from nbdserver.node.open_family import (
+    FamilyError,
+    LocalFamily,
+    OpenFamily,
+    Room,
+    StoreThreads,
+    format_family,
+    open_room,
+)
 from nbdserver.node.open_replica import OpenReplica
 from nbdserver.node.ownership import OneNode, Ownership
 from nbdserver.node.served_family import ServedFamily
@@ -63,6 +71,7 @@ class FamilyRequests:
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._families: dict[str, ServedFamily] = {}
         self._scrubbed: _Scrubbed | None = None
+        self._is_closed = False
 
     def disks(self) -> list[LogDisk]:
         """Of all open families."""
@@ -87,6 +96,7 @@ class FamilyRequests:
 
     async def close(self) -> dict[str, str]:
         """Close every family for good; {volume: why its family was not closed cleanly}. Their exports stay."""
+        self._is_closed = True
         families = list(self._families.values())
         self._families.clear()
         await asyncio.gather(*[family.family.close() for family in families])
@@ -101,15 +111,14 @@ class FamilyRequests:
 
     async def do_format(self, directory: str, family: str, size_bytes: int, segment_bytes: int) -> None:
         """Make an empty family."""
-        format_family(directory, self._threads, family, size_bytes, segment_bytes)
+        await asyncio.to_thread(format_family, directory, self._threads, family, size_bytes, segment_bytes)
 
     async def do_open(self, directory: str, family: str, volume: str, epoch: int, max_data_bytes: int) -> Any:
         """Open a family, whose oldest volume is called `volume`; returns its generation, which recovery may have
         raised, and the size of each volume by its number."""
         opened = LocalFamily(
             family,
-            directory,
-            self._threads,
+            await self._room(directory),
             self._clock,
             epoch,
             self._boot_id,
@@ -122,7 +131,15 @@ class FamilyRequests:
         sizes_bytes = {str(number): size_bytes for number, size_bytes in served.sizes_bytes().items()}
         return {"generation": served.disk.opened.generation, "sizes_bytes": sizes_bytes}
 
-    def open_replica(self, directory: str, family: str, volume: str, max_data_bytes: int) -> ServedFamily:
+    async def _room(self, directory: str) -> Room:
+        """Where a family lies. It takes LevelDB some milliseconds, in a thread, to write what it needs. FamilyError."""
+        room = await asyncio.to_thread(open_room, directory, self._threads)
+        if self._is_closed:
+            room.close()
+            raise FamilyError("the node is stopping")
+        return room
+
+    async def open_replica(self, directory: str, family: str, volume: str, max_data_bytes: int) -> ServedFamily:
         """Open a family of which others have replicas too, owned by none of them as yet. FamilyError."""
 
         def opened(disk: LogDisk) -> None:
@@ -135,8 +152,7 @@ class FamilyRequests:
         return self._opened(
             OpenReplica(
                 family,
-                directory,
-                self._threads,
+                await self._room(directory),
                 self._clock,
                 self._boot_id,
                 self.settings,

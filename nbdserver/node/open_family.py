@@ -68,8 +68,19 @@ class Room:
         self.files.shut_down()
 
 
+def open_room(directory: str, threads: StoreThreads) -> Room:
+    """Open a family's files and store. Waits for the disk, and may do so in any thread. Raises FamilyError."""
+    if not os.path.exists(os.path.join(directory, "maps", "CURRENT")):
+        raise FamilyError(f"its maps are missing: {directory}/maps is no LevelDB")
+    try:
+        return Room(directory, threads)
+    except OSError as error:
+        raise FamilyError(f"{directory} cannot be opened: {error}") from error
+
+
 def format_family(directory: str, threads: StoreThreads, family_id: str, size_bytes: int, segment_bytes: int) -> None:
-    """Make a family's directory with an empty log and empty maps. Raises FamilyError."""
+    """Make a family's directory with an empty log and empty maps. Waits for the disk, and may do so in any thread.
+    Raises FamilyError."""
     try:
         os.mkdir(directory, 0o700)
         room = Room(directory, threads)
@@ -109,16 +120,11 @@ def progress(clock: HostClock, report: Callable[[str, dict[str, Any]], None]) ->
 class OpenFamily(ABC):
     """A family that is open."""
 
-    def __init__(self, family_id: str, directory: str, threads: StoreThreads, clock: HostClock) -> None:
-        """Open its files and its store. Raises FamilyError."""
+    def __init__(self, family_id: str, room: Room, clock: HostClock) -> None:
+        """It closes the room, whatever comes of it."""
         self.id = family_id
         self._clock = clock
-        if not os.path.exists(os.path.join(directory, "maps", "CURRENT")):
-            raise FamilyError(f"its maps are missing: {directory}/maps is no LevelDB")
-        try:
-            self._room = Room(directory, threads)
-        except OSError as error:
-            raise FamilyError(f"{directory} cannot be opened: {error}") from error
+        self._room = room
 
     def counters(self) -> dict[str, int]:
         """What is counted of it beside its disk's figures."""
@@ -161,8 +167,7 @@ class LocalFamily(OpenFamily):
     def __init__(
         self,
         family_id: str,
-        directory: str,
-        threads: StoreThreads,
+        room: Room,
         clock: HostClock,
         epoch: int,
         boot_id: str,
@@ -170,7 +175,7 @@ class LocalFamily(OpenFamily):
         report: Callable[[str, dict[str, Any]], None],
     ) -> None:
         """Open it: replays its log, which waits for the disk. Raises FamilyError."""
-        super().__init__(family_id, directory, threads, clock)
+        super().__init__(family_id, room, clock)
         try:
             self._disk = LogDisk.open(
                 self._room.files,

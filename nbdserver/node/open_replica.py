@@ -18,7 +18,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
-from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, progress
+from nbdserver.node.open_family import FamilyError, OpenFamily, Room, progress
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.copying import CopyCounts
 from nbdserver.replication.family import ReplicatedFamily
@@ -32,8 +32,7 @@ class OpenReplica(OpenFamily):
     def __init__(
         self,
         family_id: str,
-        directory: str,
-        threads: StoreThreads,
+        room: Room,
         clock: HostClock,
         boot_id: str,
         settings: DiskSettings,
@@ -41,7 +40,7 @@ class OpenReplica(OpenFamily):
         opened: Callable[[LogDisk], None],
     ) -> None:
         """Open it: replays its log, which waits for the disk. `opened` gets the disk each time. Raises FamilyError."""
-        super().__init__(family_id, directory, threads, clock)
+        super().__init__(family_id, room, clock)
         self._boot_id = boot_id
         self._settings = settings
         self._report = report

@@ -132,7 +132,7 @@ class ReplicaRequests:
         """Open a family's replica and obey whoever owns it."""
         if self._server is None:
             raise FamilyError("this node has no address for its peers")
-        served = self._families.open_replica(directory, family, volume, max_data_bytes)
+        served = await self._families.open_replica(directory, family, volume, max_data_bytes)
         replica = served.family
         assert isinstance(replica, OpenReplica)
         replica.take_part(self._network, self._registry, self._node, self._address_of(family), self._budget)

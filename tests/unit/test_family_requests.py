@@ -1,14 +1,18 @@
 """What is told of many families comes in pages, and the loop serves clients between two families."""
 
 import asyncio
+import threading
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from metadata.leveldb import LevelStore
 from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.budget import Budget
+from nbdserver.node import open_family
 from nbdserver.node.family_requests import FAMILIES_A_PAGE, FamilyRequests
-from nbdserver.node.open_family import OpenFamily, StoreThreads
+from nbdserver.node.open_family import FamilyError, OpenFamily, StoreThreads, open_room
 from nbdserver.node.served_family import VOLUMES_A_TURN, ServedFamily, ServedVolume
 from nbdserver.volume.export import Exports
 
@@ -94,4 +98,37 @@ def test_a_thousand_clones_are_told_over_many_turns(monkeypatch: pytest.MonkeyPa
         assert turns >= len(told)
         assert max(told) == VOLUMES_A_TURN
 
+    asyncio.run(ask())
+
+
+def test_a_family_is_made_and_opened_in_turns_in_which_others_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WaitingStore(LevelStore):
+        """Opens when the loop has gone on."""
+
+        def __init__(self, path: str, *arguments: Any) -> None:
+            went_on = threading.Event()
+            loop.call_soon_threadsafe(went_on.set)
+            assert went_on.wait(20.0), "nobody is served meanwhile"
+            super().__init__(path, *arguments)
+
+    async def ask() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        threads = StoreThreads(loop)
+        requests = FamilyRequests(Exports(), threads, HostClock(loop), lambda kind, fields: None, Budget())
+        family, directory = "00" * 16, str(tmp_path / "family")
+        await requests.do_format(directory, family, 1 << 20, 1 << 20)
+        opening = {"directory": directory, "family": family, "volume": "disk0", "epoch": 1, "max_data_bytes": 0}
+        assert (await requests.do_open(**opening))["sizes_bytes"] == {"1": 1 << 20}
+        assert await requests.close() == {}
+        with pytest.raises(FamilyError, match="the node is stopping"):
+            await requests.do_open(**{**opening, "epoch": 2})
+        monkeypatch.undo()
+        open_room(directory, threads).close()  # nobody has it open any more
+        threads.close()
+
+    loop: asyncio.AbstractEventLoop
+    monkeypatch.setattr(open_family, "LevelStore", WaitingStore)
     asyncio.run(ask())
