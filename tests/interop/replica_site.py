@@ -271,7 +271,7 @@ class ReplicaSite:
 
     def a_disk_stands_still(self) -> None:
         """The device of a replica hangs for a while: flushes wait for it, not long, and it is in sync again after. Its
-        process may hang with it, in the making of a segment, and is silent then."""
+        process may hang with it, in an append that the kernel does not let in, and is silent then."""
         owner = self.owner()
         slow = self.one_of(*self.others(owner))
         removals = len(self._removals(owner, slow))
