@@ -115,6 +115,11 @@ class Ballast:
         """See whether there is one. OSError."""
         self.is_there = BALLAST in self._files.list(".")
 
+    @property
+    def missing_bytes(self) -> int:
+        """That it will take yet."""
+        return 0 if self.is_there and not self.busy else BALLAST_BYTES
+
     def make(self, done: Callable[[], None]) -> None:
         """Write it in a thread."""
 

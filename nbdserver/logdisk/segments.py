@@ -181,10 +181,12 @@ class SegmentPool:
         return DISCARDS_KEEP if length_bytes < self.segment_bytes else DELETIONS_KEEP
 
     def segments_to_be_had(self, keep: int, most: int = 8) -> int:
-        """How many segments could be had now one after the other, counted up to `most`."""
+        """How many segments could be had one after the other, counted up to `most`; the ballast besides, if that is to
+        be made yet: who relies on it is sent so much later."""
         spare = max(0, len(self.spare) - keep) if self._has_spare(keep) else 0
         files = spare
-        while files < most and self._has_room_for(files - spare + self._files_with_reserve(keep)):
+        besides_bytes = self.ballast.missing_bytes
+        while files < most and self._has_room_for(files - spare + self._files_with_reserve(keep), besides_bytes):
             files += 1
         return files
 
@@ -348,13 +350,13 @@ class SegmentPool:
         """One, and those of the `keep` spare ones that are neither there nor being made."""
         return 1 + max(0, keep - len(self.spare) - self._making.busy)
 
-    def _has_room_for(self, files: int) -> bool:
+    def _has_room_for(self, files: int, besides_bytes: int = 0) -> bool:
         size_bytes = files * self.segment_bytes
         left_bytes = self.budget.left_bytes(self.shared_budget.left_bytes(size_bytes))
-        return left_bytes == size_bytes and self._disk_has_room_for(files)
+        return left_bytes == size_bytes and self._disk_has_room_for(files, besides_bytes)
 
-    def _disk_has_room_for(self, files: int) -> bool:
-        return self._files.free_bytes() >= files * self.segment_bytes + _FREE_FLOOR_BYTES
+    def _disk_has_room_for(self, files: int, besides_bytes: int = 0) -> bool:
+        return self._files.free_bytes() >= files * self.segment_bytes + besides_bytes + _FREE_FLOOR_BYTES
 
     def _unused_number(self) -> int:
         try:

@@ -8,7 +8,7 @@ import pytest
 
 from nbdserver.block import Operation
 from nbdserver.logdisk.disk import DiskSettings
-from nbdserver.logdisk.making import Making
+from nbdserver.logdisk.making import BALLAST_BYTES, Making
 from nbdserver.logdisk.segments import _FREE_FLOOR_BYTES, CLEANER_KEEPS, CLIENTS_KEEP, MADE_AHEAD, segment_path
 from tests.unit.families import BLOCK_BYTES, CALM, SimulatedFamily, block
 
@@ -71,6 +71,18 @@ def test_while_there_is_room_half_of_the_reserve_is_lent_to_clients() -> None:
     assert pool.is_at_hand(CLEANER_KEEPS)
     family.drive.capacity_bytes = family.drive.used_bytes() + _FREE_FLOOR_BYTES
     assert not pool.is_at_hand(CLEANER_KEEPS), "what is lent could not be made anew"
+
+
+def test_the_room_that_is_told_is_without_that_of_a_ballast_that_is_still_to_be_made() -> None:
+    family = small()
+    family.put(0, 1)
+    pool = family.disk.pool
+    room_bytes = BALLAST_BYTES + (CLIENTS_KEEP + 3) * pool.segment_bytes
+    family.drive.capacity_bytes = family.drive.used_bytes() + _FREE_FLOOR_BYTES + room_bytes
+    told = pool.segments_to_be_had(CLIENTS_KEEP)
+    assert (told, pool.ballast.missing_bytes) == (3, BALLAST_BYTES)
+    family.run(60.0)
+    assert (pool.segments_to_be_had(CLIENTS_KEEP), pool.ballast.missing_bytes) == (told, 0)
 
 
 def waiting_write(family: SimulatedFamily) -> list[int]:
