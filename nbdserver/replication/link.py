@@ -289,8 +289,9 @@ class Link:
                 self._catch_up()
             elif self.opened is not None and self._sent == self.opened.last:
                 self._skip(stream)  # nothing was sent since it was opened
-            else:
-                self.reopen()
+            elif self.appended == self._sent:
+                self.reopen()  # our log has a hole where we were let skip something: it has to as well
+            # Else it goes on with the next answer: a stream that ends takes with it what is not appended yet.
 
         self._log.modifications(self._sent, FRAME_BYTES, read)
 

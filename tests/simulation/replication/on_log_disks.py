@@ -38,7 +38,7 @@ from tests.simulation.replication.replicated import (
     FamilyScenario,
     draw_replication_mix,
 )
-from tests.simulation.replication.small_disks import SmallDisks
+from tests.simulation.replication.small_disks import SmallDisks, drawn_room_segments
 from tests.simulation.replication.tree_steps import TreeSteps
 from tests.simulation.replication.volumes import Volume, Volumes, judge_snapshot, lbas_of
 
@@ -61,7 +61,7 @@ class Bend:
     trouble: float | None = None  # chance of a conspiracy, an act
     of_the_tree: float | None = None  # chance of a change of the tree, instead of an operation
     rots: float | None = None  # chance that something on a disk changes, an act
-    room_segments: int = 0  # of some nodes' disks; 0: all have plenty
+    room_segments: int | None = None  # of some nodes' disks; 0: all have plenty
 
 
 class LogNode(FamilyNode):
@@ -139,7 +139,7 @@ class LogScenario(FamilyScenario):
         )
         self.rots = 0.0  # chance that something on the bad disk changes, an act
         self.tree = TreeSteps(self, rng)
-        self.small = SmallDisks(self, rng, bend.room_segments)
+        self.small = SmallDisks(self, rng, bend.room_segments or 0)
         self._operations = rng.choice([2, 6, 20])
         self._home = rng.choice([0, -1])  # where everybody attaches while a disk rots: not there, or there
         self._near = rng.choice([8, 44])  # blocks at the beginning of each region that are used
@@ -429,6 +429,8 @@ def replicas_run(
     if rots:
         drawn = Mix({name: strength for name, strength in drawn.strengths.items() if name in HARMLESS})
         bend = replace(bend, trouble=0.0)
+    if bend.room_segments is None and bend.faults is None and not rots:
+        bend = replace(bend, room_segments=drawn_room_segments(seed))
     scenario = LogScenario(rng, bend, rng.choice([2, 3]) if rots else None)
     scenario.rots = rots
     cluster = Cluster(seed, drawn, scenario.start, story)

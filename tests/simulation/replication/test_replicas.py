@@ -30,6 +30,11 @@ FOUND = (
     9000000646,  # a change of the tree was answered after the judge had looked for the last time
     1795644292186,  # the owner changed while the judge looked for the last time
 )
+FULL = Bend(room_segments=14, of_the_tree=0.1, trouble=0.05)
+FOUND_ON_SMALL_DISKS = (
+    1030,  # whose log had a hole where it had skipped something cut the stream of who had nothing, again and again
+    1039,  # the same, with two nodes
+)
 TRIES = 120  # for each canary; each is noticed by every fifth run or more
 NOTICED = (ViolationError, InvariantError, DiskError)
 """What a promise that is broken is noticed by; anything else is a canary that does not fit the code any more."""
@@ -48,12 +53,18 @@ def test_seeds_that_once_went_wrong_do_not(seed: int) -> None:
     assert not wrong_seeds(WORLD, [seed])
 
 
+@pytest.mark.parametrize("seed", FOUND_ON_SMALL_DISKS)
+def test_seeds_that_once_went_wrong_on_small_disks_do_not(seed: int) -> None:
+    _, run = replicas_run(seed, FULL)
+    run.go()
+
+
 def test_the_first_seeds_meet_everything_that_can_happen() -> None:
     missed = {
         "write", "discard", "read at once", "read later", "flush", "snapshot", "deletion", "rollback", "clone",
         "resize", "look", "generation", "conspiracy", "left behind", "owner-deposed", "replica-removed",
         "replica-added", "replica-cut", "replica-skipped", "placed", "rot", "block-repaired",
-        "two are down", "all are down",
+        "two are down", "all are down", "no room",
     }  # fmt: skip
     for seed in range(TRIES):
         scenario, run = replicas_run(seed, Bend(trouble=0.1))
