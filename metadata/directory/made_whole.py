@@ -7,6 +7,7 @@ or is being elected gives up when it hears of it, and a master is elected among 
 Rules
 - A majority of the voters has to answer: one of them has promised the highest epoch that ever had a master.
 - Voters that are given up vote no more: there may be no majority without them.
+- Where nobody has seen an epoch there was no directory: it begins as the first one does, whatever nodes there are.
 """
 
 from collections.abc import Collection, Sequence
@@ -47,13 +48,15 @@ def known_to(directory: DirectoryNode) -> Known:
 
 def state_from(
     me: Member, known: Sequence[Known], present: MasterState | None, without: Collection[str] = ()
-) -> MasterState:
+) -> MasterState | None:
     """From what nodes know, and what the registry still holds; nodes `without` are given up. `me`: one that knows, for
-    where nothing says who was master. MissingVotersError."""
+    where nothing says who was master. None: there was no master yet. MissingVotersError."""
     states = [each.state for each in known if each.state is not None]
     states += [present] if present is not None else []
     newest = max(states, key=lambda state: state.number, default=None)
     if newest is None:
+        if not any(each.epoch for each in known):
+            return None
         found = {each.node: each.name for each in known if each.is_first}
         newest = MasterState(0, 0, me.node, 0, me.name, me.datagrams, me.streams, found)
     answering = {each.node for each in known}

@@ -210,14 +210,14 @@ class Recovery:
         await self._swap(
             registry,
             [
-                Change(STATE_KEY, present.get(STATE_KEY), state.encode()),
+                Change(STATE_KEY, present.get(STATE_KEY), state.encode() if state is not None else None),
                 Change(LIFE_KEY, present.get(LIFE_KEY), str(life).encode()),
                 Change(HOME_KEY, home, str(guard.past.cluster_id).encode()),
             ],
         )
         return report
 
-    def _state(self, told: Told, present: bytes | None, without: Collection[str]) -> MasterState:
+    def _state(self, told: Told, present: bytes | None, without: Collection[str]) -> MasterState | None:
         """Of the directory. ConflictError if too few of its voters have told."""
         known = [
             Known(

@@ -34,6 +34,11 @@ def test_where_nothing_says_who_votes_all_nodes_of_the_site_do() -> None:
     assert (state.epoch, state.name, state.streams, state.voters) == (6, "n1", ME.streams, {1: "n1", 2: "n2"})
 
 
+def test_where_nobody_has_seen_an_epoch_the_directory_is_yet_to_begin() -> None:
+    assert state_from(ME, [known(1, 0), known(2, 0), known(9, 0, is_first=False)], None) is None
+    assert state_from(ME, [known(1, 0), known(2, 0), known(3, 0)], BACKUP) is not None
+
+
 @pytest.mark.parametrize(
     ("answering", "without", "voters", "silent"),
     [

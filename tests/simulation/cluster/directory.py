@@ -130,7 +130,7 @@ class DirectoryScenario:
             state = state_from(told[0][1].me, [known_to(node) for _, node in told], self._state())
         except MissingVotersError:
             return
-        cluster.tell(f"{asked[0].name} makes the registry whole, in epoch {state.epoch}")
+        cluster.tell(f"{asked[0].name} makes the registry whole, in epoch {state.epoch if state else 0}")
         gone = {key.removeprefix(KEPT_PREFIX) for key in cluster.put_back_keys if key.startswith(KEPT_PREFIX)}
         self.judge.forgive(gone, self._number)
         there_is = dict(registry.range("").items)
@@ -138,7 +138,7 @@ class DirectoryScenario:
         life = str(max([registry.past.life, *lives]) + 1).encode()
         registry.swap(
             [
-                Change(STATE_KEY, there_is.get(STATE_KEY), state.encode()),
+                Change(STATE_KEY, there_is.get(STATE_KEY), state.encode() if state else None),
                 Change(LIFE_KEY, there_is.get(LIFE_KEY), life),
             ]
         )

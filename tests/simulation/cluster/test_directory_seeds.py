@@ -14,6 +14,7 @@ FOUND = {
     415: "a filtered snapshot left stubs that nobody filled",
     5105: "what a node said of itself was overtaken by what it got with a snapshot, and refused for ever",
     1795647399055: "the judge expected of a master that stood still what a newer one had confirmed between two looks",
+    1795664202007: "a registry without a directory was made whole with voters who had never met, and none could lead",
     569: "a report that had been published was answered with not done",
 }
 
