@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from protocol.nbd import Command
 from tests.cluster_rig import wait
@@ -53,6 +54,7 @@ class FioRounds:
         self._path = path
         self._fio = fio
         self._seed = 1
+        self._writer: subprocess.Popen[bytes] | None = None
         path.mkdir()
 
     # --- what happens ---
@@ -144,14 +146,20 @@ class FioRounds:
         self._write_more(self._nodes.nodes[host].replicas(VOLUME)["owner"])
 
     def _write_more(self, owner: str) -> None:
-        """Wait until writes have been answered that were asked for from now on."""
-        before = self._answers(owner)
-        wait(lambda: self._answers(owner) >= before + MORE_ANSWERS, "fio goes on")
+        """Wait until requests have been answered that were sent from now on, or fio has ended, whyever."""
+        before, writer = self._answers(owner), self._writer
+        assert writer is not None
+        wait(lambda: self._answers(owner) >= before + MORE_ANSWERS or writer.poll() is not None, "fio goes on")
 
     def _answers(self, owner: str) -> int:
         """How many requests that owner has answered."""
-        traffic = self._nodes.nodes[owner].get(f"/v1/volumes/{VOLUME}")["traffic"]
+        traffic = self._told(owner)["traffic"]
         return int(traffic["answers"]) if traffic else 0
+
+    def _told(self, owner: str) -> dict[str, Any]:
+        """What that node says of the volume."""
+        told: dict[str, Any] = self._nodes.nodes[owner].get(f"/v1/volumes/{VOLUME}")
+        return told
 
     # --- fio ---
 
@@ -165,17 +173,16 @@ class FioRounds:
         self._trim()
         owner = self._nodes.owner()
         with self._held(owner) if host != owner else nullcontext():
-            before = self._answers(owner)
-            fio = self._start(host, folder, *WRITE, f"--rate_iops={rate_iops}")
-            wait(lambda: self._answers(owner) >= before + MORE_ANSWERS or fio.poll() is not None, "fio writes")
+            self._writer = fio = self._start(host, folder, *WRITE, f"--rate_iops={rate_iops}")
+            self._write_more(owner)
         yield fio
         self._nodes.settle()
+        self._write_more(self._nodes.owner())
         if fio.poll() is None:
-            self._write_more(self._nodes.owner())
             fio.send_signal(signal.SIGINT)
         done = self._end(fio, folder)
         assert done.error in ((0, errno.ENOSPC) if may_be_full else (0,)), f"{what}: {done.words}"
-        assert done.operations["write"], f"{what}: fio has written nothing"
+        assert done.operations["write"], f"{what}: {done.words}"
         longest_s = longest_request_s(folder, done)
         assert host != owner or longest_s < LONGEST_S, f"{what}: a request took {longest_s:.1f} s"
         self.longest_s[what] = max(self.longest_s.get(what, 0.0), longest_s)
@@ -217,8 +224,9 @@ class FioRounds:
             return self._processes.start(command, cwd=folder, stdout=words, stderr=words)
 
     def _end(self, fio: "subprocess.Popen[bytes]", folder: Path) -> "Done":
-        """What it says when it has ended, which it does now."""
+        """What it says when it has ended, which it does now, and its node has noticed that."""
         fio.wait(ANSWER_S)
+        wait(lambda: not self._told(self._nodes.owner())["clients"], "fio has left the volume")
         words, report = (folder / "words").read_text(), (folder / "report").read_text()
         assert "{" in report, words
         (job,) = json.loads(report[report.index("{") :])["jobs"]
