@@ -42,6 +42,7 @@ class Making:
         self._files = files
         self._size_bytes = size_bytes
         self._report = report
+        self._told_errno = 0  # of the last one
 
     def now(self, path: str) -> int:
         """Allocate a file while everyone waits; its handle, or -1."""
@@ -91,13 +92,19 @@ class Making:
 
     def _over(self, path: str, made: Made, errno: int, handle: int) -> None:
         self.busy = False
-        if errno and not self.has_failed:  # once, not at every try
-            self._failed(path, errno)
         self.has_failed = bool(errno)
+        if errno:
+            self._failed(path, errno)
+        else:
+            self._told_errno = 0
         made(handle)
 
     def _failed(self, path: str, errno: int | None) -> None:
-        self._report("segment-not-made", {"path": path, "errno": errno, "error": os.strerror(errno or EIO)})
+        """Say why, once, and not at every try."""
+        errno = errno or EIO
+        if errno != self._told_errno:
+            self._told_errno = errno
+            self._report("segment-not-made", {"path": path, "errno": errno, "error": os.strerror(errno)})
 
 
 class Ballast:

@@ -201,8 +201,7 @@ class CopyApplying:
                     maps.hold(loads * (len(need) + REGION_BLOCKS))
                     maps.load(need, self._ordered.go_on)
                     return None
-                blocks = sum(mba in parsed.content for mba in mbas)
-                if disk.appending.has_to_wait(blocks * (WRITE_BLOCK_BYTES + BLOCK_BYTES), CLIENTS_KEEP):
+                if disk.appending.has_to_wait(len(mbas) * (WRITE_BLOCK_BYTES + BLOCK_BYTES), CLIENTS_KEEP):
                     disk.slow_path.park(self._ordered.go_on)
                     return None
                 first += _PART_BLOCKS

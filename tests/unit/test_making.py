@@ -154,7 +154,8 @@ def test_a_file_that_cannot_be_made_is_told_once_and_a_write_that_waits_for_it_g
     family.files.mix = replace(CALM, create_error=1.0)
     errnos = [family.write(lba * BLOCK_BYTES, block(lba + 1)) for lba in range(1, 40)]
     assert set(errnos) == {0, ENOSPC}
-    family.run(2.0)
+    family.run(20.0)
+    assert family.kinds().count("segment-not-made") == 1
     family.files.mix = CALM
     family.run(2.0)
     assert family.write(0, block(3)) == 0
