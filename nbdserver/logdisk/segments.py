@@ -164,12 +164,15 @@ class SegmentPool:
         return segment
 
     def is_at_hand(self, keep: int = CLIENTS_KEEP) -> bool:
-        """Whether `take` would find one that is there: a spare one, or one that can be lent."""
-        return self._has_spare(keep) or (len(self.spare) > keep // 2 and self._has_room(keep))
+        """Whether `take` would find one that is there: a spare one, or one that can be lent, because another is being
+        made or can be."""
+        if self._has_spare(keep):
+            return True
+        return len(self.spare) > keep // 2 and (self._has_spare(keep, self._making.busy) or self._has_room(keep))
 
     def can_take(self, keep: int = CLIENTS_KEEP) -> bool:
         """Whether another segment could be had now."""
-        return self._has_spare(keep) or self._has_room(keep)
+        return self.is_at_hand(keep) or self._has_room(keep)
 
     def kept_of_open_bytes(self, keep: int) -> int:
         """Bytes at the end of the open segment that are not for those who leave `keep` spare files alone; mostly 0."""
@@ -339,8 +342,8 @@ class SegmentPool:
             self.spare.insert(0, segment)
         self.settled()
 
-    def _has_spare(self, keep: int) -> bool:
-        return len(self.spare) > keep and (keep < CLIENTS_KEEP or not self._overdrawn())
+    def _has_spare(self, keep: int, more: int = 0) -> bool:
+        return len(self.spare) + more > keep and (keep < CLIENTS_KEEP or not self._overdrawn())
 
     def _has_room(self, keep: int) -> bool:
         """Whether one more file can be made, and the reserve besides."""

@@ -85,6 +85,26 @@ def test_the_room_that_is_told_is_without_that_of_a_ballast_that_is_still_to_be_
     assert (pool.segments_to_be_had(CLIENTS_KEEP), pool.ballast.missing_bytes) == (told, 0)
 
 
+def test_the_last_file_that_there_is_room_for_is_not_missed_while_it_is_being_made() -> None:
+    family = small()
+    family.put(0, 1)
+    family.run(60.0)
+    pool = family.disk.pool
+    for _ in range(MADE_AHEAD):
+        assert pool.take(CLIENTS_KEEP)
+    family.drive.capacity_bytes = family.drive.used_bytes() + _FREE_FLOOR_BYTES + SEGMENT_BYTES
+    files = segment_files(family)
+    assert pool.make_ahead()
+    assert pool.is_at_hand()
+    assert family.clock.run_until(lambda: segment_files(family) > files)
+    assert pool.is_making
+    assert pool.is_at_hand(), "it is as good as there"
+    assert family.clock.run_until(lambda: not pool.is_making)
+    assert pool.take(CLIENTS_KEEP)
+    assert not pool.can_take()
+    assert "disk-full" not in family.kinds()
+
+
 def waiting_write(family: SimulatedFamily) -> list[int]:
     """Of a write that finds no segment; gets its errno."""
     errnos: list[int] = []
