@@ -200,6 +200,7 @@ def measure_cases(nodes: Nodes, rounds: int, seconds: float) -> list[dict[str, A
     """One row for each case and pattern."""
     taken: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for number in range(rounds):
+        console.print(f"round {number + 1} of {rounds}")
         for pattern in PATTERNS:
             alone: dict[str, float] = {}
             for case in (case for case in CASES if pattern in case.patterns):
@@ -303,9 +304,11 @@ def run(
                 target.start(target.setting)
                 prefill(target)
                 nodes[quick] = Node(target)
+            console.print(f"making {volumes} volumes")
             nodes[False].make_volumes(volumes)
             rows = measure_cases(nodes, rounds, seconds)
             console.print(show(rows))
+            console.print("the same again, to see what holds the loop")
             for quick, target in targets.items():
                 target.watch()
                 nodes[quick] = Node(target)
