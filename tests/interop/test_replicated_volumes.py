@@ -1,5 +1,6 @@
 """Volumes on several nodes of a cluster: real processes, a real etcd, kill -9."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,6 +25,15 @@ def start(rig: ClusterRig, *names: str, more: str = "") -> list[ClusterNode]:
     return nodes
 
 
+def gauges(node: ClusterNode) -> dict[str, float]:
+    """What its metrics say of the replicas of the volume db."""
+    with node.server.api() as api:
+        told = api.get("/metrics").raise_for_status().text
+    return {
+        name: float(value) for name, value in re.findall(r'(?m)^nbdserver_replicas_(\w+){volume="db"} (\S+)$', told)
+    }
+
+
 def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_changed_at_any_node(rig: ClusterRig) -> None:
     n1, n2, n3 = start(rig, "n1", "n2", "n3")
     made = n1.ask("volume", "create", "db", "--size", "64M", "--replicas", "3")
@@ -36,8 +46,11 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     assert client.request(Command.WRITE, BLOCK, BLOCK, b"b" * BLOCK).error == 0
     assert client.request(Command.FLUSH).error == 0
     wait(lambda: n3.replicas("db")["in_sync"] == 2, "n2 is not in sync")
+    wait(lambda: gauges(n1) == {"wanted": 3, "in_sync": 2}, "the owner's metrics say so")
+    assert gauges(n3) == {}, "who does not serve it leaves it to the owner"
     n2.server.start()
     wait(lambda: n3.replicas("db")["in_sync"] == 3, "n2 is in sync again")
+    wait(lambda: gauges(n1) == {"wanted": 3, "in_sync": 3}, "the owner's metrics say so")
 
     # What is asked of one node is done at the owner.
     assert [volume["state"] for volume in n2.ask("volume", "list")] == ["elsewhere"]
@@ -53,6 +66,7 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     wait(lambda: n2.up() == ["n2", "n3"], "n1 is silent")
     n2.server.command("volume", "set", "db", "description=moved")
     assert n3.replicas("db")["owner"] == "n2"
+    assert gauges(n2) == {"wanted": 3, "in_sync": 2}
     client = Client(("127.0.0.1", n2.server.port), "db")
     assert client.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
     n1.server.start()
