@@ -1,6 +1,7 @@
 """A real etcd of one member or several, as tests start, stop, cut off and kill it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -121,6 +122,19 @@ class EtcdCluster:
         if check and answer.returncode:
             raise AssertionError(f"etcdctl {' '.join(arguments)}: {answer.stderr}")
         return answer.stdout
+
+    def lose(self) -> None:
+        """Its one member is killed, and all that it had is gone."""
+        (member,) = self.members
+        member.kill()
+        shutil.rmtree(member.data)
+
+    def restore(self, backup: Path) -> None:
+        """One that was lost holds what the backup has, as another etcd cluster under the same addresses."""
+        (member,) = self.members
+        as_member = [f"--data-dir={member.data}", *member.identity, "--initial-cluster-token=restored"]
+        self.control("snapshot", "restore", str(backup), *as_member)
+        member.start()
 
     def wait_ready(self) -> None:
         """Wait until the first member answers with a leader."""

@@ -21,6 +21,7 @@ from tests.conftest import Processes
 from tests.etcd_cluster import EtcdCluster
 from tests.etcd_rig import Counter, EtcdRig, MakeCluster, MakeRig, quick
 from tests.registry_conformance import Holder, Watcher, must_swap, read, swap, wait_until_gone
+from tests.serving import eventually
 
 
 def in_use(rig: EtcdRig, etcd: EtcdCluster) -> int:
@@ -215,6 +216,26 @@ def test_another_cluster_at_the_same_address_is_refused(
     etcd.members[0].start()
     rig.run_until(lambda: rig.registry.health().is_connected)
     assert read(rig, "a") == b"1"
+
+
+def test_a_backup_that_was_restored_is_refused_also_by_who_has_seen_nothing_and_its_leases_end(
+    make_etcd: MakeCluster, make_rig: MakeRig, tmp_path: Path
+) -> None:
+    etcd = make_etcd()
+    rig = make_rig(quick(etcd))
+    holder = Holder(rig)
+    assert swap(rig, Change("l/a", None, b"1", holder.lease.id)).outcome is Outcome.SWAPPED
+    must_swap(rig, ("a", None, b"1"))
+    etcd.control("snapshot", "save", str(tmp_path / "backup"))
+    etcd.lose()
+    etcd.restore(tmp_path / "backup")
+    etcd.wait_ready()
+    new = make_rig(quick(etcd))
+    for registry in (rig.registry, new.registry):
+        rig.run_until(lambda registry=registry: "restored from a backup" in registry.health().last_error)  # type: ignore[misc]
+        assert not registry.health().is_connected
+    eventually(lambda: etcd.control("get", "--keys-only", "--prefix", "test/l/") == "", "nobody renews it: it ends")
+    assert "test/a" in etcd.control("get", "--keys-only", "--prefix", "test/")
 
 
 def test_a_newer_registry_is_refused(make_etcd: MakeCluster, make_rig: MakeRig) -> None:

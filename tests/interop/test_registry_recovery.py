@@ -1,7 +1,6 @@
 """etcd goes back to an earlier state, or is lost with all it had: real processes, real backups."""
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,20 +36,6 @@ def refuses(node: ClusterNode) -> bool:
     return "put back to an earlier state" in node.findings()
 
 
-def lose(etcd: EtcdCluster) -> None:
-    """Its one member, with all that it had."""
-    etcd.members[0].kill()
-    shutil.rmtree(etcd.members[0].data)
-
-
-def restore(etcd: EtcdCluster, backup: Path) -> None:
-    """As another etcd cluster under the same addresses."""
-    (member,) = etcd.members
-    as_member = [f"--data-dir={member.data}", *member.identity, "--initial-cluster-token=restored"]
-    etcd.control("snapshot", "restore", str(backup), *as_member)
-    member.start()
-
-
 def digest(node: ClusterNode, volume: str) -> str:
     """Of what is on the disk of a node that was stopped."""
     done = run("check", volume, "--data", str(node.server.data), "--digest", "--json")
@@ -76,8 +61,8 @@ def test_an_etcd_that_was_put_back_is_refused_until_it_is_recovered_and_makes_no
     wait(lambda: n1.replicas("db")["in_sync"] == 2, "n3 is not in sync")
     write(client, b"b")
     n1.server.command("volume", "rename", "db", "web")
-    lose(etcd)
-    restore(etcd, tmp_path / "backup")
+    etcd.lose()
+    etcd.restore(tmp_path / "backup")
     wait(lambda: refuses(n1) and refuses(n2), "nobody takes it")
     write(client, b"c")
     client.close()
@@ -120,7 +105,7 @@ def test_an_etcd_that_is_lost_for_good_is_made_anew_from_what_the_nodes_know(
     n1.server.command("snapshot", "create", "db@monday")
     client = Client(("127.0.0.1", n1.server.port), "db")
     write(client, b"a")
-    lose(etcd)
+    etcd.lose()
     etcd.members[0].start()
     wait(lambda: refuses(n1) and refuses(n2), "nobody takes it")
     write(client, b"b")

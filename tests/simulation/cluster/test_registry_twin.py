@@ -8,7 +8,7 @@ import pytest
 
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.seams import Lease
-from tests.registry_conformance import RegistryConformance
+from tests.registry_conformance import SHORT_TTL_S, Holder, RegistryConformance, swap
 from tests.simulation.cluster.cluster import Cluster, ClusterRun
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Machine, Seams
@@ -209,26 +209,26 @@ class TwinRig:
     """Two machines and the registry, on a good day."""
 
     def __init__(self) -> None:
-        self._cluster = Cluster(0, Mix(), _Idle)
+        self.cluster = Cluster(0, Mix(), _Idle)
         seams = []
         for name in ("node-1", "node-2"):
-            machine = self._cluster.add(name)
-            self._cluster.start(name)
+            machine = self.cluster.add(name)
+            self.cluster.start(name)
             assert isinstance(machine.node, _Idle)
             seams.append(machine.node.seams)
         self.registry, self.other = (each.registry for each in seams)
         self.clock = seams[0].clock
 
     def run_until(self, holds: Callable[[], bool]) -> None:
-        assert self._cluster.run_until(holds, limit_s=600.0)
+        assert self.cluster.run_until(holds, limit_s=600.0)
 
     def run_for(self, duration_s: float) -> None:
-        self._cluster.run(duration_s)
+        self.cluster.run(duration_s)
 
     def stand_still(self, duration_s: float) -> None:
-        machine = self._cluster.machines["node-1"]
+        machine = self.cluster.machines["node-1"]
         machine.pause()
-        self._cluster.run(duration_s)
+        self.cluster.run(duration_s)
         machine.resume()
 
 
@@ -238,6 +238,29 @@ class TestRegistryTwin(RegistryConformance):
     @pytest.fixture
     def rig(self) -> TwinRig:
         return TwinRig()
+
+
+def test_a_backup_that_was_put_back_is_refused_also_by_who_has_seen_nothing_and_its_leases_end() -> None:
+    """As a real one (tests/interop/test_etcd_faults.py)."""
+    rig = TwinRig()
+    holder = Holder(rig)
+    assert swap(rig, Change("l/a", None, b"1", holder.lease.id)).outcome is Outcome.SWAPPED
+    twin = rig.cluster.registry
+    backup = twin.back_up()
+    twin.put_back(backup)
+    assert twin.get("l/a").items
+    rig.cluster.add("new")
+    rig.cluster.start("new")
+    new = rig.cluster.machines["new"].node
+    assert isinstance(new, _Idle)
+    for registry in (rig.registry, rig.other, new.seams.registry):
+        answer = swap(rig, Change("b", None, b"2"), registry=registry)
+        assert answer.outcome is Outcome.NOT_DONE
+        assert "restored from a backup" in answer.reason
+    rig.run_for(SHORT_TTL_S + 1.0)
+    assert not twin.get("l/a").items
+    twin.home = twin.cluster_id
+    assert swap(rig, Change("b", None, b"2"), registry=new.seams.registry).outcome is Outcome.SWAPPED
 
 
 def run(seed: int, mix: Mix) -> tuple[Notes, ClusterRun]:
