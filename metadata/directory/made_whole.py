@@ -8,6 +8,9 @@ Rules
 - A majority of the voters has to answer: one of them has promised the highest epoch that ever had a master.
 - Voters that are given up vote no more: there may be no majority without them.
 - Where nobody has seen an epoch there was no directory: it begins as the first one does, whatever nodes there are.
+
+Known weakness: nodes know the state since their start only. When all were restarted the voters are those of the backup,
+and what a majority of later ones alone had confirmed may be missing.
 """
 
 from collections.abc import Collection, Sequence
