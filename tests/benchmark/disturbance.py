@@ -285,7 +285,7 @@ class Disturbed(Nbdserver):
 
 @application.command()
 def run(
-    size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    size: Annotated[str, typer.Option(help="Working set.")] = "512M",
     volumes: Annotated[int, typer.Option(min=0, help="Other volumes on the node.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one measurement.")] = 4.0,
