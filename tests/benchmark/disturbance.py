@@ -4,7 +4,7 @@ Percentiles of 4 KiB random reads and writes at depth 1, alone and while
 
 * a checkpoint is made every second (the product's own interval is 30 s; a `sitecustomize` in the server's path changes
   that number and nothing else),
-* the cleaner works (the whole disk was just overwritten at random),
+* the cleaner works (half of the disk was just overwritten at random, and it may take hardly more room),
 * a scrub reads the disk,
 * `/metrics` is read every second,
 * the list of all volumes is read every second, with many volumes on the node.
@@ -41,7 +41,7 @@ from nbdserver.host.watching import WATCH_VARIABLE
 
 from . import machine
 from .__main__ import size_bytes_of
-from .load import fio_job, prefill, run_fio, scatter
+from .load import fio_job, prefill, run_fio
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .targets import EXPORT, Nbdserver, Setting, stopped_at_the_end
@@ -56,6 +56,7 @@ DiskSettings.__init__.__defaults__ = tuple(defaults)
 """
 TIMEOUT_S = 30.0
 PATTERNS = ("randread", "randwrite")
+ROOM_BESIDE_CLEANER_BYTES = 64 << 20  # one segment
 PLACES_SHOWN = 4  # of those that held the loop in one case
 
 SERVERS = {False: "usual", True: "quick"}
@@ -98,6 +99,16 @@ class Node:
             yield
         finally:
             self._api.delete("/v1/scrubs")
+
+    @contextmanager
+    def cleaning(self) -> Iterator[None]:
+        """It may take hardly more room than it has taken: then the cleaner works although clients write."""
+        taken_bytes = int(self.figure("disk_allocated_bytes"))
+        self.limit_data(EXPORT, max(1 << 30, taken_bytes + ROOM_BESIDE_CLEANER_BYTES))
+        try:
+            yield
+        finally:
+            self.limit_data(EXPORT, 0)
 
     def limit_data(self, volume: str, size_bytes: int) -> None:
         """What the volume's segment files may take."""
@@ -165,11 +176,23 @@ ALONE = Case("alone", "disk_checkpoints_total")
 CASES = (
     ALONE,
     Case("a checkpoint every second", "disk_checkpoints_total", quick=True, patterns=("randwrite",)),
-    Case("the cleaner", "disk_cleaner_blocks_moved_total", begin=lambda node: scatter(node.target)),
+    Case(
+        "the cleaner",
+        "disk_cleaner_blocks_moved_total",
+        begin=lambda node: overwrite_half(node.target),
+        beside=lambda node: node.cleaning(),
+    ),
     Case("a scrub", "scrub_done_bytes", anew=True, beside=lambda node: node.scrubbing()),
     Case("/metrics every second", "", beside=lambda node: every_second(node.read_metrics)),
     Case("list of all volumes every second", "", beside=lambda node: every_second(node.list_volumes)),
 )
+
+
+def overwrite_half(target: Nbdserver) -> None:
+    """Write random blocks, as many as half of the disk has: some of each segment is garbage then."""
+    half_bytes = target.size_bytes // 2
+    arguments = [f"--size={target.size_bytes}", f"--io_size={half_bytes}", "--rw=randwrite", "--norandommap"]
+    run_fio(fio_job(target, "overwrite", *arguments, "--bs=4k", "--iodepth=32", "--refill_buffers"), timeout_s=600)
 
 
 def measure(node: Node, case: Case, pattern: str, seconds: float, seed: int) -> dict[str, float]:
