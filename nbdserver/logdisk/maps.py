@@ -63,6 +63,9 @@ class Maps:
         self.tree = Tree()
         self.logical = LogicalMap(self.tree, 0)
         self.middle = PageMap(b"M", "I", 3, 0)
+        # 2 KiB of logical and 3 KiB of middle page for the same 256 blocks, when they were written in order.
+        self._pair_bytes = self.logical.page_bytes + self.middle.page_bytes
+        self._held_pages = 0
         self.set_cache_bytes(cache_bytes)
         self.segments = SegmentTable()
         self.regions = RegionTable()
@@ -85,19 +88,31 @@ class Maps:
 
     def set_cache_bytes(self, cache_bytes: int) -> None:
         """Change what both maps may keep in memory; pages over it go with the next loads."""
-        # 2 KiB of logical and 3 KiB of middle page for the same 256 blocks, when they were written in order.
-        pair = self.logical.page_bytes + self.middle.page_bytes
-        self._cache_pages = max(MIN_PAGES, cache_bytes // pair)
-        self.let_go()
+        self._cache_pages = max(MIN_PAGES, cache_bytes // self._pair_bytes)
+        self._limit()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What both maps may keep in memory."""
+        return self._cache_pages * self._pair_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """What of that is taken by the map that has more pages in memory."""
+        return max(self.logical.resident_pages, self.middle.resident_pages) * self._pair_bytes
 
     def hold(self, pages: int) -> None:
         """Let so many pages of each map be in memory together, whatever the cache may keep, until `let_go`."""
-        self.logical.limit_pages = max(self.logical.limit_pages, 2 * pages)
-        self.middle.limit_pages = max(self.middle.limit_pages, 2 * pages)
+        self._held_pages = max(self._held_pages, 2 * pages)
+        self._limit()
 
     def let_go(self) -> None:
         """Keep no more in memory than the cache may."""
-        self.logical.limit_pages = self.middle.limit_pages = self._cache_pages
+        self._held_pages = 0
+        self._limit()
+
+    def _limit(self) -> None:
+        self.logical.limit_pages = self.middle.limit_pages = max(self._cache_pages, self._held_pages)
 
     def needed(self, address: int, count: int, most: int = PAGE_BLOCKS, first_mba: int = 1) -> Need:
         """Pages that are missing before the maps of these blocks can be read or changed, at most about `most`.

@@ -17,6 +17,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.budget import Budget
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
 from nbdserver.logdisk.scrub import Progress
+from nbdserver.node.cache_shares import LOOK_S, CacheShares
 from nbdserver.node.garbage import collect_garbage
 from nbdserver.node.open_family import (
     FamilyError,
@@ -72,6 +73,8 @@ class FamilyRequests:
         self._families: dict[str, ServedFamily] = {}
         self._scrubbed: _Scrubbed | None = None
         self._is_closed = False
+        self._cache_shares = CacheShares()
+        clock.call_later(LOOK_S, self._share_cache)
 
     def disks(self) -> list[LogDisk]:
         """Of all open families."""
@@ -147,7 +150,7 @@ class FamilyRequests:
             limit_bytes = max_data_bytes if served is None else served.disk.pool.budget.limit_bytes
             disk.pool.budget.limit_bytes = limit_bytes
             disk.pool.share_budget(self.budget)
-            disk.maps.set_cache_bytes(self._cache_bytes(len(self._families) + (served is None)))
+            self._begin_with_cache(disk)
 
         return self._opened(
             OpenReplica(
@@ -164,7 +167,7 @@ class FamilyRequests:
 
     def _opened(self, family: OpenFamily, ownership: Ownership | None) -> ServedFamily:
         served = self._families[family.id] = ServedFamily(family, self._exports, self._clock, ownership)
-        self._share_cache()
+        self._begin_with_cache(served.disk)
         collect_garbage()
         return served
 
@@ -176,7 +179,6 @@ class FamilyRequests:
     async def do_close(self, family: str) -> None:
         """Disconnect everybody and close a family for good."""
         await self._families.pop(family).close()
-        self._share_cache()
 
     async def do_volumes(self, after: str = "") -> dict[str, Any]:
         """What is live of a page of the open families; `last` is what the next page comes after, if there is one."""
@@ -311,13 +313,15 @@ class FamilyRequests:
             raise FamilyError("this volume is not open; `nbdserver status` says why")
         return served
 
-    def _share_cache(self) -> None:
-        """Give every open family its part of the node's cache."""
-        for family in self._families.values():
-            family.disk.maps.set_cache_bytes(self._cache_bytes(len(self._families)))
+    def _begin_with_cache(self, disk: LogDisk) -> None:
+        """An equal part until the next look at all families."""
+        disk.maps.set_cache_bytes(self.settings.cache_bytes // max(1, len(self._families)))
 
-    def _cache_bytes(self, families: int) -> int:
-        return self.settings.cache_bytes // families
+    def _share_cache(self) -> None:
+        if not self._is_closed:
+            disks = {family_id: family.disk for family_id, family in self._families.items()}
+            self._cache_shares.look(self.settings.cache_bytes, disks)
+            self._clock.call_later(LOOK_S, self._share_cache)
 
     def _reporter(self, family: str, name: str) -> Report:
         def report(kind: str, fields: dict[str, Any]) -> None:

@@ -1,0 +1,93 @@
+"""How much of the node's map cache each open family may fill.
+
+Theory. A node may have a thousand volumes of which three are used, and nobody knows which. So shares follow use. Every
+LOOK_S each family is looked at: one that fills its share, and has read pages or appended since, asks for twice as much;
+another busy one for a little more than it holds, and one at rest for what it holds. The busy ones are served first,
+max-min fairly (as in A. Demers et al., "Analysis and Simulation of a Fair Queueing Algorithm", 1989): nobody gets less
+than an equal part unless he asks for less, and what he leaves goes to those that ask for more. What nobody asks for is
+everybody's, in equal parts.
+
+Rules
+- What all hold, and what they may add to it until the next look, is no more than the cache: who is to grow at the cost
+  of another one grows as that one shrinks. But one that is opened between two looks begins with an equal part.
+- Whatever its share, a family may hold the few pages that one step of it needs (MIN_PAGES in metadata/pages.py).
+
+Known weakness: a family whose reads are all answered from memory counts as one at rest. If another one asks for its
+room it loses some, misses it, and is busy from then on. A look at a thousand families takes 4 ms.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from nbdserver.logdisk.disk import LogDisk
+
+LOOK_S = 2.0
+_FULL = 0.75  # of its share is held: it might hold more
+_MARGIN = 0.25  # of what is held
+
+
+class Use(NamedTuple):
+    """What a family makes of its share."""
+
+    held_bytes: int
+    share_bytes: int
+    is_busy: bool
+
+
+class CacheShares:
+    """Looks at the families of one process from time to time."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}  # what of a family changes when it is busy
+
+    def look(self, cache_bytes: int, disks: Mapping[str, LogDisk]) -> None:
+        """Give each open family its share until the next look."""
+        uses = []
+        seen = {}
+        for family, disk in disks.items():
+            maps = disk.maps
+            seen[family] = now = (disk.log.txid, maps.logical.loads + maps.middle.loads)
+            uses.append(Use(maps.held_bytes, maps.cache_bytes, self._seen.get(family, now) != now))
+        self._seen = seen
+        for disk, use, share_bytes in zip(disks.values(), uses, shares(cache_bytes, uses), strict=True):
+            disk.maps.set_cache_bytes(share_bytes)
+            if use.held_bytes > share_bytes:
+                disk.background.stir()  # which lets go of pages
+
+
+def shares(cache_bytes: int, uses: Sequence[Use]) -> list[int]:
+    """The share of each, in bytes."""
+    asked = [_asked(use) for use in uses]
+    targets = _fair(cache_bytes, [ask if use.is_busy else 0 for use, ask in zip(uses, asked, strict=True)])
+    at_rest = _fair(
+        cache_bytes - sum(targets), [0 if use.is_busy else ask for use, ask in zip(uses, asked, strict=True)]
+    )
+    left_bytes = (cache_bytes - sum(targets) - sum(at_rest)) // max(1, len(uses))
+    targets = [busy + rest + left_bytes for busy, rest in zip(targets, at_rest, strict=True)]
+    growth_bytes = sum(max(0, target - use.held_bytes) for target, use in zip(targets, uses, strict=True))
+    free_bytes = max(0, cache_bytes - sum(use.held_bytes for use in uses))
+    part = min(1.0, free_bytes / growth_bytes) if growth_bytes else 1.0
+    return [
+        target if target <= use.held_bytes else use.held_bytes + int((target - use.held_bytes) * part)
+        for target, use in zip(targets, uses, strict=True)
+    ]
+
+
+def _asked(use: Use) -> int:
+    if not use.is_busy:
+        return use.held_bytes
+    if use.held_bytes >= _FULL * use.share_bytes:
+        return 2 * max(use.held_bytes, use.share_bytes)
+    return int(use.held_bytes * (1 + _MARGIN))
+
+
+def _fair(total_bytes: int, asked: Sequence[int]) -> list[int]:
+    """Max-min fair parts of a total: what each asks for, but no more than a level that is the same for all."""
+    left_bytes, level_bytes = total_bytes, 0
+    for place, ask in enumerate(sorted(asked)):
+        level_bytes = left_bytes // (len(asked) - place)
+        if ask > level_bytes:
+            break
+        left_bytes -= ask
+        level_bytes = ask
+    return [min(ask, level_bytes) for ask in asked]
