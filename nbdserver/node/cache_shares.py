@@ -13,9 +13,10 @@ Rules
 - Whatever its share, a family may hold the few pages that one step of it needs (MIN_PAGES in metadata/pages.py).
 
 Known weakness: a family whose reads are all answered from memory counts as one at rest. If another one asks for its
-room it loses some, misses it, and is busy from then on. A look at a thousand families takes 4 ms.
+room it loses some, misses it, and is busy from then on.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from nbdserver.logdisk.disk import LogDisk
 LOOK_S = 2.0
 _FULL = 0.75  # of its share is held: it might hold more
 _MARGIN = 0.25  # of what is held
+_AT_ONCE = 64  # families that are looked at while clients wait: 0.3 ms
 
 
 class Use(NamedTuple):
@@ -40,19 +42,25 @@ class CacheShares:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, int]] = {}  # what of a family changes when it is busy
 
-    def look(self, cache_bytes: int, disks: Mapping[str, LogDisk]) -> None:
-        """Give each open family its share until the next look."""
-        uses = []
+    async def look(self, cache_bytes: int, disks: Mapping[str, LogDisk]) -> None:
+        """Give each open family its share until the next look. Some may be closed meanwhile."""
+        uses: list[Use] = []
         seen = {}
         for family, disk in disks.items():
             maps = disk.maps
             seen[family] = now = (disk.log.txid, maps.logical.loads + maps.middle.loads)
             uses.append(Use(maps.held_bytes, maps.cache_bytes, self._seen.get(family, now) != now))
+            if len(uses) % _AT_ONCE == 0:
+                await asyncio.sleep(0)
         self._seen = seen
-        for disk, use, share_bytes in zip(disks.values(), uses, shares(cache_bytes, uses), strict=True):
+        given = shares(cache_bytes, uses)
+        await asyncio.sleep(0)
+        for place, (disk, use, share_bytes) in enumerate(zip(disks.values(), uses, given, strict=True)):
             disk.maps.set_cache_bytes(share_bytes)
             if use.held_bytes > share_bytes:
                 disk.background.stir()  # which lets go of pages
+            if place % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
 
 def shares(cache_bytes: int, uses: Sequence[Use]) -> list[int]:

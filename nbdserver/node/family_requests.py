@@ -74,7 +74,8 @@ class FamilyRequests:
         self._scrubbed: _Scrubbed | None = None
         self._is_closed = False
         self._cache_shares = CacheShares()
-        clock.call_later(LOOK_S, self._share_cache)
+        self._sharing: asyncio.Future[None] | None = None
+        clock.call_later(LOOK_S, self._begin_to_share_cache)
 
     def disks(self) -> list[LogDisk]:
         """Of all open families."""
@@ -100,6 +101,8 @@ class FamilyRequests:
     async def close(self) -> dict[str, str]:
         """Close every family for good; {volume: why its family was not closed cleanly}. Their exports stay."""
         self._is_closed = True
+        if self._sharing is not None:
+            self._sharing.cancel()
         families = list(self._families.values())
         self._families.clear()
         await asyncio.gather(*[family.family.close() for family in families])
@@ -317,11 +320,16 @@ class FamilyRequests:
         """An equal part until the next look at all families."""
         disk.maps.set_cache_bytes(self.settings.cache_bytes // max(1, len(self._families)))
 
-    def _share_cache(self) -> None:
+    def _begin_to_share_cache(self) -> None:
         if not self._is_closed:
-            disks = {family_id: family.disk for family_id, family in self._families.items()}
-            self._cache_shares.look(self.settings.cache_bytes, disks)
-            self._clock.call_later(LOOK_S, self._share_cache)
+            self._sharing = asyncio.ensure_future(self._share_cache())
+
+    async def _share_cache(self) -> None:
+        disks = {family_id: family.disk for family_id, family in self._families.items()}
+        try:
+            await self._cache_shares.look(self.settings.cache_bytes, disks)
+        finally:
+            self._clock.call_later(LOOK_S, self._begin_to_share_cache)
 
     def _reporter(self, family: str, name: str) -> Report:
         def report(kind: str, fields: dict[str, Any]) -> None:

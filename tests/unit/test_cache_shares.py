@@ -1,5 +1,7 @@
 """Who may fill how much of the node's map cache: tables, and what holds whatever families do."""
 
+import asyncio
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,7 +67,7 @@ def test_a_used_family_keeps_in_memory_what_it_uses_and_gives_it_back_at_rest() 
                 assert family.number_at(number * PAGE_BLOCKS) == number + 1
             for each in (first, second):
                 each.run(LOOK_S)
-            cache.look(16 * MIB, {"first": first.disk, "second": second.disk})
+            asyncio.run(cache.look(16 * MIB, {"first": first.disk, "second": second.disk}))
         return maps.logical.loads + maps.middle.loads - before
 
     for family in (first, second):
