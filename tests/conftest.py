@@ -22,6 +22,7 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("protocol", "metadata", "nbdserver")
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 TOKEN_NAME = "NBDSERVER_TEST_RUN"
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -80,6 +81,10 @@ def pytest_make_collect_report() -> Iterator[None]:
     report = yield
     _refuse_skip(report)
     return report
+
+
+def product_sources() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 class MissingProgramError(Exception):

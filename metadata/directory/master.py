@@ -363,7 +363,9 @@ class Master:
             if member.node == self.me.node:
                 is_suspect = False  # though it was to the master before
             else:
-                is_suspect = self._pulses.setdefault(member.node, Suspicion(POSITION_S, now_s)).suspects(now_s)
+                if member.node not in self._pulses:
+                    self._pulses[member.node] = Suspicion(POSITION_S, now_s)
+                is_suspect = self._pulses[member.node].suspects(now_s)
             if is_suspect != (member.name in self._suspected):
                 key = STATE_PREFIX + member.name
                 if is_suspect:

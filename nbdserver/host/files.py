@@ -116,7 +116,7 @@ class HostFiles:
 
     def unlink_later(self, path: str, done: Done) -> None:
         """Unlink in a thread: giving back a large file's blocks takes milliseconds."""
-        self._preparer.run(done, self._unlink, path)
+        self._preparer.run(done, _errno_of, self.unlink, path)
 
     def sync_directory(self, path: str) -> None:
         descriptor = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._root)
@@ -127,7 +127,7 @@ class HostFiles:
 
     def sync_directory_later(self, path: str, done: Done) -> None:
         """As the seam says."""
-        self._preparer.run(done, self._sync_directory, path)
+        self._preparer.run(done, _errno_of, self.sync_directory, path)
 
     def free_bytes(self) -> int:
         """Room left as an unprivileged process sees it."""
@@ -214,13 +214,6 @@ class HostFiles:
 
     # What the threads do.
 
-    def _unlink(self, path: str) -> tuple[int]:
-        try:
-            os.unlink(path, dir_fd=self._root)
-        except OSError as error:
-            return (error.errno or errno.EIO,)
-        return (0,)
-
     def _create(self, path: str, size_bytes: int) -> tuple[int, int]:
         try:
             handle = self.create(path, size_bytes)
@@ -228,13 +221,6 @@ class HostFiles:
             return (error.errno or errno.EIO, -1)
         _bring_in(handle, size_bytes)
         return (0, handle)
-
-    def _sync_directory(self, path: str) -> tuple[int]:
-        try:
-            self.sync_directory(path)
-        except OSError as error:
-            return (error.errno or errno.EIO,)
-        return (0,)
 
     def _prepare(self, path: str, size_bytes: int) -> tuple[int, int]:
         try:
@@ -254,6 +240,14 @@ class HostFiles:
     def _discard(self, path: str, handle: int) -> None:
         os.close(handle)
         os.unlink(path, dir_fd=self._root)
+
+
+def _errno_of(call: Callable[[str], None], path: str) -> tuple[int]:
+    try:
+        call(path)
+    except OSError as error:
+        return (error.errno or errno.EIO,)
+    return (0,)
 
 
 def _bring_in(handle: int, size_bytes: int) -> None:

@@ -39,6 +39,7 @@ SPARE_SEGMENTS = 8
 SPARE_FRACTION = 0.02
 SHORT_SEGMENTS = 8  # so few that clients may still take: garbage is cleaned up as if nothing else was to do
 DIRECTORY = "segments"
+_FREE, _TAKEN = -1, -2  # no handles: of a number that may be used, and of one whose file is being made or unlinked
 _FREE_FLOOR_BYTES = 64 << 20  # of the file system that is left to LevelDB and the neighbours
 
 
@@ -48,10 +49,10 @@ def segment_path(segment: int) -> str:
 
 
 class SegmentPool:
-    """Files by segment number. `handles[number]` is an open handle, or -1."""
+    """Files by segment number. `handles[number]` is an open handle, or negative."""
 
     def __init__(self, files: Files, segment_bytes: int, report: Callable[[str, dict[str, object]], None]) -> None:
-        self.handles: list[int] = [-1]
+        self.handles: list[int] = [_FREE]
         self.segment_bytes = segment_bytes
         # The most that one record can have of body and data.
         self.record_bytes = segment_bytes - SEGMENT_HEADER_BYTES - SEAL_BYTES - RECORD_HEADER_BYTES
@@ -146,7 +147,7 @@ class SegmentPool:
         for segment, handle in enumerate(self.handles):
             if handle >= 0:
                 self._files.close(handle)
-                self.handles[segment] = -1
+                self.handles[segment] = _FREE
 
     # -- giving out
 
@@ -295,7 +296,7 @@ class SegmentPool:
     def make_ahead(self, segment: int = 0) -> bool:
         """Begin to make the next file, or the one of a given number, if there is room for it and need; whether it is
         worth while to wait until this is `settled`. Not again after one that failed, until `keep_ready`."""
-        if segment < len(self.handles) and self.handles[segment] == -2:
+        if segment < len(self.handles) and self.handles[segment] == _TAKEN:
             return self.is_busy
         if not self.is_making and self._lacks_spare() and not self._making.has_failed and self._has_room(0):
             self._begin_making(segment or self._unused_number(), self._making.allocate)
@@ -329,7 +330,7 @@ class SegmentPool:
         return segment
 
     def _begin_making(self, segment: int, make: Callable[[str, Callable[[int], None]], None]) -> None:
-        self._set_handle(segment, -2)  # taken
+        self._set_handle(segment, _TAKEN)
         make(segment_path(segment), partial(self._made, segment))
 
     def _made(self, segment: int, handle: int) -> None:
@@ -363,14 +364,14 @@ class SegmentPool:
 
     def _unused_number(self) -> int:
         try:
-            return self.handles.index(-1, 1)
+            return self.handles.index(_FREE, 1)
         except ValueError:
             return len(self.handles)
 
     def _set_handle(self, segment: int, handle: int) -> None:
         while len(self.handles) <= segment:
-            self.handles.append(-1)
-        if self.handles[segment] == -1:
+            self.handles.append(_FREE)
+        if self.handles[segment] == _FREE:
             self._use(self.segment_bytes)
         self.handles[segment] = handle
 
@@ -383,7 +384,7 @@ class SegmentPool:
         self._short.discard(segment)
         self._use(-self.segment_bytes)
         self._files.close(self.handles[segment])
-        self.handles[segment] = -2  # taken, until the file is gone
+        self.handles[segment] = _TAKEN
         self.unlinked += 1
 
     def _unlinked(self, segment: int, errno: int) -> None:
@@ -393,4 +394,4 @@ class SegmentPool:
         self.settled()
 
     def _number_free(self, segment: int) -> None:
-        self.handles[segment] = -1
+        self.handles[segment] = _FREE

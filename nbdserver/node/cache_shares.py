@@ -65,25 +65,21 @@ class CacheShares:
 
 def shares(cache_bytes: int, uses: Sequence[Use]) -> list[int]:
     """The share of each, in bytes."""
-    asked = [_asked(use) for use in uses]
-    targets = _fair(cache_bytes, [ask if use.is_busy else 0 for use, ask in zip(uses, asked, strict=True)])
-    at_rest = _fair(
-        cache_bytes - sum(targets), [0 if use.is_busy else ask for use, ask in zip(uses, asked, strict=True)]
-    )
-    left_bytes = (cache_bytes - sum(targets) - sum(at_rest)) // max(1, len(uses))
-    targets = [busy + rest + left_bytes for busy, rest in zip(targets, at_rest, strict=True)]
-    growth_bytes = sum(max(0, target - use.held_bytes) for target, use in zip(targets, uses, strict=True))
+    busy = _fair(cache_bytes, [_wanted(use) if use.is_busy else 0 for use in uses])
+    at_rest = _fair(cache_bytes - sum(busy), [0 if use.is_busy else use.held_bytes for use in uses])
+    left_bytes = (cache_bytes - sum(busy) - sum(at_rest)) // max(1, len(uses))
+    targets = [one + other + left_bytes for one, other in zip(busy, at_rest, strict=True)]
+    growths = [max(0, target - use.held_bytes) for target, use in zip(targets, uses, strict=True)]
     free_bytes = max(0, cache_bytes - sum(use.held_bytes for use in uses))
-    part = min(1.0, free_bytes / growth_bytes) if growth_bytes else 1.0
+    part = min(1.0, free_bytes / max(1, sum(growths)))
     return [
-        target if target <= use.held_bytes else use.held_bytes + int((target - use.held_bytes) * part)
-        for target, use in zip(targets, uses, strict=True)
+        min(target, use.held_bytes) + int(growth * part)
+        for target, use, growth in zip(targets, uses, growths, strict=True)
     ]
 
 
-def _asked(use: Use) -> int:
-    if not use.is_busy:
-        return use.held_bytes
+def _wanted(use: Use) -> int:
+    """By a busy one."""
     if use.held_bytes >= _FULL * use.share_bytes:
         return 2 * max(use.held_bytes, use.share_bytes)
     return int(use.held_bytes * (1 + _MARGIN))

@@ -170,7 +170,7 @@ class Recovery:
         without: set[str],
         is_trial: bool,
     ) -> dict[str, Any]:
-        present = await self._read(registry)
+        present = await self._read(lambda done: registry.range_later("", done))
         invariant(guard.past is not None, "etcd has answered and is not known")
         assert guard.past is not None  # for the type checker
         words = _words_of(told)
@@ -205,14 +205,14 @@ class Recovery:
         keys = sorted(key for key in ours.keys() | target.keys() if ours.get(key) != target.get(key))
         for changes in _in_swaps([Change(key, ours.get(key), target.get(key)) for key in keys]):
             await self._swap(registry, changes)
-        home = await self._home(registry)
+        home = await self._read(lambda done: registry.get_later(HOME_KEY, done))
         life = max(int(present.get(LIFE_KEY, b"0")), *(answer["life"] for answer in told.values())) + 1
         await self._swap(
             registry,
             [
                 Change(STATE_KEY, present.get(STATE_KEY), state.encode() if state is not None else None),
                 Change(LIFE_KEY, present.get(LIFE_KEY), str(life).encode()),
-                Change(HOME_KEY, home, str(guard.past.cluster_id).encode()),
+                Change(HOME_KEY, home.get(HOME_KEY), str(guard.past.cluster_id).encode()),
             ],
         )
         return report
@@ -240,17 +240,11 @@ class Recovery:
         except StateError as error:
             raise NodeError(str(error)) from None
 
-    async def _read(self, registry: EtcdRegistry) -> dict[str, bytes]:
-        answer: Reading | Unavailable = await answer_of(lambda done: registry.range_later("", done))
+    async def _read(self, ask: Callable[[Callable[[Reading | Unavailable], None]], object]) -> dict[str, bytes]:
+        answer: Reading | Unavailable = await answer_of(ask)
         if isinstance(answer, Unavailable):
             raise NodeError(f"etcd cannot be read: {answer.reason}")
         return {key: value for key, value in answer.items if key != LEASE_KEY}
-
-    async def _home(self, registry: EtcdRegistry) -> bytes | None:
-        answer: Reading | Unavailable = await answer_of(lambda done: registry.get_later(HOME_KEY, done))
-        if isinstance(answer, Unavailable):
-            raise NodeError(f"etcd cannot be read: {answer.reason}")
-        return answer.items[0][1] if answer.items else None
 
     async def _swap(self, registry: EtcdRegistry, changes: list[Change]) -> None:
         answer: Swap = await answer_of(lambda done: registry.swap_later(changes, done))

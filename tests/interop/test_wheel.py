@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Processes
+from tests.conftest import PACKAGES, ROOT, Processes, product_sources
 from tests.serving import Server
 
-PACKAGES = ("metadata", "nbdserver", "protocol")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -58,7 +57,7 @@ def run(*command: str | os.PathLike[str], **options: object) -> str:
 def test_the_wheel_holds_our_packages_with_every_module_and_nothing_else(wheel: Path) -> None:
     held = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     assert {path.parts[0] for path in held if not path.parts[0].endswith(".dist-info")} == set(PACKAGES)
-    modules = {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    modules = {path.relative_to(ROOT) for path in product_sources()}
     assert modules <= held
     assert all(Path(package) / "py.typed" in held for package in PACKAGES)
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, product_sources
 from tests.kernel.build import CACHE, Images
 from tests.kernel.guest import Guest, Shape
 
@@ -86,10 +86,6 @@ def freeze(images: Images, scratch: Path, state: Path) -> None:
         written = scratch / "state"
         guest.freeze(written)
         shutil.move(written, state)
-
-
-def product_sources() -> list[Path]:
-    return sorted(path for package in ("protocol", "metadata", "nbdserver") for path in (ROOT / package).rglob("*.py"))
 
 
 def compiled(scratch: Path) -> dict[str, bytes]:

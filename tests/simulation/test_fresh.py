@@ -12,17 +12,16 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, product_sources
 from tests.simulation import __main__ as command
 from tests.simulation.seeds import WORLDS, Story, Tried
 
 FRESH_S = float(os.environ.get("SIMULATION_FRESH_S") or (120 if os.environ.get("REQUIRE_ALL") == "1" else 3))
-SOURCES = ("protocol", "metadata", "nbdserver", "tests/simulation")
 
 
 def first_seed() -> int:
     digest = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
+    for path in (*product_sources(), *sorted((ROOT / "tests" / "simulation").rglob("*.py"))):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:5])
 
