@@ -46,7 +46,7 @@ def test_looking_again_at_the_same_crosses_nothing(level: int, used: int, size: 
     assert len(crossings) == abs((0, *THRESHOLDS).index(after) - (0, *THRESHOLDS).index(level))
 
 
-@given(st.integers(1, 1 << 40), st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@given(st.integers(1 << 12, 1 << 40), st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_a_level_that_swings_by_less_than_the_hysteresis_is_told_once(size: int, swings: list[float]) -> None:
     level = 0
     told: list[Crossing] = []
