@@ -61,6 +61,7 @@ class Judge:
         self.forgiven: dict[str, int] = {}
         """Keys that were kept in a registry that was put back: up to which number nothing is expected of them."""
         self.compared = 0
+        self._superseded: set[tuple[str, int, int]] = set()  # masters after whom there was another one
         self._seen: dict[tuple[str, int], _Seen] = {}
 
     # --- what clients were told ---
@@ -89,7 +90,8 @@ class Judge:
 
     def look(self, views: list[View], newest_epoch: int) -> None:
         """Look at all nodes at one moment. `newest_epoch` is that of the registry: its master may have come and gone
-        between two looks, and have confirmed what an older one that stands still cannot know."""
+        between two looks, and have confirmed what an older one that stands still cannot know. So it may have when the
+        registry is put back and names the older one again."""
         for view in views:
             self._look_at_master(view)
             seen = self._seen.setdefault((view.name, view.life), _Seen())
@@ -98,7 +100,9 @@ class Judge:
                 seen.position = view.replica.position
                 self._look_at_shape(view)
         for view in views:
-            if view.epoch and view.epoch == newest_epoch:
+            if 0 < view.epoch < newest_epoch:
+                self._superseded.add((view.name, view.life, view.epoch))
+            elif 0 < view.epoch == newest_epoch and (view.name, view.life, view.epoch) not in self._superseded:
                 self.must_have_confirmed(view)
 
     def _look_at_master(self, view: View) -> None:
