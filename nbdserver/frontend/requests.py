@@ -6,6 +6,7 @@ inline goes to `Deferred`, and its reply leaves by itself.
 Rules
 - Requests were checked by the caller: command, flags, range, room.
 - A long read looks for holes first, and is then answered with a chunk an extent; a client that said DF gets one chunk.
+- What has more than ONE_TURN_BYTES of data to read is not read inline: the device reads it in turns of the loop.
 """
 
 import errno
@@ -24,6 +25,7 @@ from protocol.nbd import Command, CommandFlag
 from protocol.transmission import parse_status_payload, replies_of, shortened
 
 EXTENT_LIMIT = 512  # extents in one BLOCK_STATUS reply, chunks of one sparse read
+ONE_TURN_BYTES = 2 << 20  # some 0.5 ms, and several where the memory for it has to be got from the kernel
 EXTENT_COST_BYTES = 2 << 10  # what one extent counts as replied data: half a microsecond, like copying so much
 
 _FUA = int(CommandFlag.FUA)
@@ -117,7 +119,7 @@ class Requests:
                     and self._read_sparse(cookie, offset, length, extents)
                 ):
                     return
-            answer = self._device.read(offset, length)
+            answer = self._device.read(offset, length) if length <= ONE_TURN_BYTES else None
             if answer is not None:
                 self._count_read(length)
                 self._batch.replies.append(self._replies.data(cookie, offset, offset, length, True))
@@ -138,7 +140,10 @@ class Requests:
         self._batch.size_bytes += length
 
     def _read_sparse(self, cookie: int, offset: int, length: int, extents: Extents) -> bool:
-        """Answer with a chunk an extent; False if the extents do not cover the range or data is not at hand."""
+        """Answer with a chunk an extent; False if the extents do not cover the range, there is too much data for one
+        turn of the loop, or some is not at hand."""
+        if sum(extent_bytes for extent_bytes, state in extents if not state & ZERO) > ONE_TURN_BYTES:
+            return False
         out: list[Buffer] = []
         position, stop = offset, offset + length
         for extent_bytes, state in extents:

@@ -20,7 +20,7 @@ Rules
   more is done for it until all of them left), waiting requests (`Deferred`). What is not processed stays in the
   buffer, and the connection is not read.
 
-Known weakness: a read of up to 32 MiB from memory is one piece of work for the loop, some milliseconds.
+Known weakness: a write of more than some MiB is one piece of work for the loop, some milliseconds.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """One connection of the real Network: a connected, non-blocking stream socket.
 
-Theory: what is sent leaves with the call that sends it. What the kernel does not take then is queued, and leaves when
-the socket can be written to again; nothing else is sent before it. The network serves it when something has arrived or
-can leave (network.py).
+Theory: what is sent leaves with the call that sends it. What the kernel does not take then is queued, as is what takes
+more than ONE_TURN_BYTES, and leaves when the socket can be written to again; nothing else is sent before it. The
+network serves it when something has arrived or can leave (network.py).
 
 Rules
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
@@ -17,6 +17,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from metadata.seams import Buffer, Receiver
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 BUFFERS_A_SEND = 1024  # IOV_MAX
 MORE_BYTES = 96 << 10  # received at once: there is probably more
+ONE_TURN_BYTES = 8 << 20  # given to the kernel before others are served: a fast peer takes all that it can get
 SEND_BUFFER_BYTES = 2 << 20  # of the kernel's, a connection: a batch of replies leaves with one call
 LINGER_S = 10.0  # how long a closed connection may still take its last bytes
 
@@ -84,6 +86,11 @@ class SocketConnection:
         if self._queue:
             self._enqueue(buffers, 0)
             return
+        size_bytes = sum(map(len, buffers))
+        if size_bytes > ONE_TURN_BYTES:
+            self._enqueue(buffers, 0)
+            self._watch()
+            return
         try:
             sent_bytes = self._send_message(buffers if len(buffers) <= BUFFERS_A_SEND else buffers[:BUFFERS_A_SEND])
         except BlockingIOError:
@@ -91,7 +98,7 @@ class SocketConnection:
         except OSError as error:
             self._break(error)
             return
-        if sent_bytes != sum(map(len, buffers)):
+        if sent_bytes != size_bytes:
             self._enqueue(buffers, sent_bytes)
             self._watch()
         elif self.spins:
@@ -206,9 +213,14 @@ class SocketConnection:
             return 0
 
     def _send_queued(self) -> None:
-        queue = self._queue
+        queue, turn_bytes = self._queue, 0
         while queue:
-            buffers = [queue[index] for index in range(min(len(queue), BUFFERS_A_SEND))]
+            buffers: list[memoryview] = []
+            for view in islice(queue, BUFFERS_A_SEND):
+                buffers.append(view)
+                turn_bytes += len(view)
+                if turn_bytes >= ONE_TURN_BYTES:
+                    break  # what one view has beyond that goes along
             try:
                 sent_bytes = self._send_message(buffers)
             except BlockingIOError:
@@ -225,6 +237,8 @@ class SocketConnection:
                 else:
                     queue[0] = first[sent_bytes:]
                     sent_bytes = 0
+            if turn_bytes >= ONE_TURN_BYTES and queue:
+                return  # the socket can still be written to: the loop comes back
         if self._closing:
             self.abort()
             return

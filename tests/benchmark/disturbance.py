@@ -239,29 +239,41 @@ def measure_cases(nodes: Nodes, rounds: int, seconds: float) -> list[dict[str, A
 
 
 def places_of(nodes: Nodes, seconds: float) -> list[dict[str, Any]]:
-    """What held the loop in each case, beside random writes: how often, the longest time, where."""
+    """What held the loop in each case, beside random writes: how often, the longest time and how much of it the process
+    had a processor, the most that it had in any, where."""
     rows = []
     for case in CASES:
         node = nodes[case.quick]
         case.begin(node)
         last = node.events()[-1]["sequence"]
         measure(node, replace(case, begin=ALONE.begin), "randwrite", seconds, 1)
-        found: dict[str, list[float]] = defaultdict(list)
+        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for event in node.events(after=last):
             if event["kind"] == "loop-held":
-                found[" > ".join(event["where"][-3:])].append(event["ms"])
-        most = sorted(found.items(), key=lambda place: -sum(place[1]))
-        rows += [{"title": case.title, "turns": len(ms), "longest_ms": max(ms), "where": place} for place, ms in most]
+                found[" > ".join(event["where"][-3:])].append((event["ms"], event["cpu_ms"]))
+        for place, turns in sorted(found.items(), key=lambda place: -sum(ms for ms, _ in place[1])):
+            longest_ms, cpu_ms = max(turns)
+            rows.append(
+                {
+                    "title": case.title,
+                    "turns": len(turns),
+                    "longest_ms": longest_ms,
+                    "cpu_ms": cpu_ms,
+                    "most_cpu_ms": max(cpu_ms for _, cpu_ms in turns),
+                    "where": place,
+                }
+            )
     return rows
 
 
 def show_places(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="What held the loop longer than 5 ms")
-    for head in ("while", "turns", "longest", "where"):
+    for head in ("while", "turns", "longest", "of it at work", "most work", "where"):
         table.add_column(head, overflow="fold")
     for case in CASES:
         for row in [row for row in rows if row["title"] == case.title][:PLACES_SHOWN]:
-            table.add_row(row["title"], str(row["turns"]), f"{row['longest_ms']:.0f} ms", row["where"])
+            times = [f"{row[key]:.1f} ms" for key in ("longest_ms", "cpu_ms", "most_cpu_ms")]
+            table.add_row(row["title"], str(row["turns"]), *times, row["where"])
     return table
 
 

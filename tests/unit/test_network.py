@@ -5,13 +5,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from metadata.seams import Connection, Receiver
+from metadata.seams import Buffer, Connection, Receiver
 from nbdserver.host.completions import Completions
+from nbdserver.host.connection import SocketConnection
 from nbdserver.host.listening import listening_sockets, socket_cookie
 from nbdserver.host.network import SocketNetwork
 
@@ -201,6 +203,33 @@ def test_what_a_slow_peer_does_not_take_waits_in_order_and_drained_is_told_once(
         expected = b"".join(pieces) + b"end"
         assert take(client, len(expected)) == expected
         loop.wait(lambda: echo.drains == 1 and echo.connection.unsent_bytes == 0)
+
+
+def test_a_reply_that_is_too_long_for_one_turn_leaves_in_several(
+    loop: Loop, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdserver.host.connection.ONE_TURN_BYTES", 3 << 20)
+    loop.listen(f"unix:{path}")
+    with dial(path) as client:
+        client.sendall(b"x")
+        take(client, 1)
+        connection = cast(SocketConnection, loop.echoes[0].connection)
+        given: list[int] = []
+
+        def send_message(buffers: Sequence[Buffer]) -> int:
+            given.append(sum(map(len, buffers)))
+            return connection._socket.sendmsg(buffers)
+
+        connection._send_message = send_message
+        pieces = [bytes([index]) * (1 << 20) for index in range(16)]
+        loop.call(lambda: connection.send(pieces))
+        assert take(client, 16 << 20) == b"".join(pieces)
+        assert max(given) <= 4 << 20
+        assert len(given) >= 5
+        given.clear()
+        loop.call(lambda: connection.send(pieces[:3]))
+        assert given[0] == 3 << 20  # at once
+        assert take(client, 3 << 20) == b"".join(pieces[:3])
 
 
 def test_memory_that_its_sender_uses_again_is_sent_as_it_was(loop: Loop, path: str) -> None:

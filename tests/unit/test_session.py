@@ -15,6 +15,7 @@ from nbdserver.frontend.cold_reads import AT_ONCE, CREDIT_LIMIT, TRIED_AGAIN, TU
 from nbdserver.frontend.deferred import OPERATION_LIMIT
 from nbdserver.frontend.inline_reads import SLOTS
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
+from nbdserver.frontend.requests import ONE_TURN_BYTES
 from nbdserver.frontend.session import HANDSHAKE_TIMEOUT_S
 from nbdserver.frontend.transmission import BATCH_REQUESTS, SHRINK_DELAY_S
 from nbdserver.volume.export import Export, ExportError
@@ -340,6 +341,25 @@ def test_big_reads_tell_holes_and_df_reads_do_not() -> None:
     whole = wire.ask(Command.READ, 0, SIZE_BYTES, flags=CommandFlag.DF)
     assert whole.holes == {}
     assert whole.data == {0: bytes(rig.device.data)}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_too_much_for_one_turn_is_read_in_several_and_holes_cost_nothing(style: ReplyStyle) -> None:
+    rig = make_rig(size_bytes=16 << 20)
+    wire = rig.wire(style)
+    data = random.Random(1).randbytes(ONE_TURN_BYTES)
+    wire.ask(Command.WRITE, 4 << 20, data=data)
+    answer = wire.ask(Command.READ, 4 << 20, ONE_TURN_BYTES)
+    assert answer.joined() == data
+    assert "later READ" not in rig.device.events
+    answer = wire.ask(Command.READ, 0, 16 << 20)
+    assert answer.joined() == bytes(rig.device.data)
+    assert ("later READ" in rig.device.events) == (style is ReplyStyle.SIMPLE)  # the others are told of holes
+    rig.device.events.clear()
+    wire.ask(Command.WRITE, 0, data=b"d" * BLOCK)
+    answer = wire.ask(Command.READ, 0, 16 << 20)
+    assert answer.joined() == bytes(rig.device.data)
+    assert "later READ" in rig.device.events
 
 
 def test_block_status_tells_extents_one_of_them_if_asked(rig: Rig) -> None:

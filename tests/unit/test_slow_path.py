@@ -2,11 +2,14 @@
 
 import errno
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
-from nbdserver.block import Operation
+from metadata.seams import Buffer
+from nbdserver.block import Extents, Later, Operation
 from nbdserver.logdisk.disk import DiskSettings
 from nbdserver.logdisk.maps import MAX_PENDING_HOLES, SMALL_HOLE_BLOCKS
 from tests.simulation.faults import FaultMix
@@ -202,3 +205,37 @@ def test_a_store_that_cannot_be_read_fails_the_family_not_the_data() -> None:
     family.crash()
     family.open()
     assert family.number_at(0) == 5
+
+
+def test_long_operations_take_turns_a_piece_each() -> None:
+    """What others ask for between two pieces is served between them."""
+    family = SimulatedFamily(segment_bytes=16 << 20)
+    for mib in range(8):
+        family.put(256 * mib, 1 + 256 * mib, 256)
+    read, at_once = family.device.read, []
+
+    def counted(offset: int, length: int) -> Sequence[Buffer] | None:
+        at_once.append(length)
+        return read(offset, length)
+
+    family.device.read = counted
+    found: dict[str, Sequence[Buffer]] = {}
+
+    def keep(name: str) -> Later:
+        def done(error: int, result: Sequence[Buffer] | Extents | None) -> None:
+            assert not error
+            found[name] = cast(Sequence[Buffer], result)
+
+        return done
+
+    for name in ("one", "two"):
+        family.device.later(Operation.READ, 0, 8 << 20, None, keep(name))
+    turns, most_bytes = 0, 0
+    while len(found) < 2:
+        at_once.clear()
+        assert family.clock.step()
+        turns += bool(at_once)
+        most_bytes = max(most_bytes, sum(at_once))
+    assert (turns, most_bytes) == (16, 1 << 20)
+    expected = b"".join(block(number) for number in range(1, 1 + 256 * 8))
+    assert all(b"".join(pieces) == expected for pieces in found.values())

@@ -58,3 +58,17 @@ def test_a_watched_loop_says_what_held_it(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert len(found) == 1
     assert found[0]["ms"] >= 4 * HELD_S * 1000
+    assert 0 < found[0]["cpu_ms"] <= found[0]["ms"] + 1
+
+
+@pytest.mark.usefixtures("no_timer")
+def test_a_turn_in_which_the_process_did_not_run_shows_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def asleep() -> None:
+        time.sleep(10 * HELD_S)
+        await asyncio.sleep(0)
+
+    monkeypatch.setenv(WATCH_VARIABLE, "1")
+    _, reported = watched(asleep())
+    (fields,) = [fields for _, fields in reported if "asleep (test_watching.py" in fields["where"][-1]]
+    assert fields["ms"] >= 10 * HELD_S * 1000
+    assert fields["cpu_ms"] < fields["ms"] / 2
