@@ -102,8 +102,8 @@ class Snapshot(BaseModel):
     export: str = Field(description="the name that clients attach by, read-only")
     size_bytes: int
     created: str = Field(description="ISO 8601, UTC")
-    clients: int = Field(description="client connections")
-    clones: list[str] = Field(description="volumes that were made from it")
+    clients: int | None = Field(description="client connections; null: not known here, another node serves it")
+    clones: list[str] | None = Field(description="volumes that were made from it; null as with clients")
 
 
 class CloneRequest(RequestBody):
@@ -404,7 +404,7 @@ class VolumeRow(BaseModel):
     shares_data: bool = Field(description="with clones")
     damaged_blocks: int
     base: str
-    snapshots: int | None
+    snapshots: int
     clients: int | None
     read_only: bool
     requests_per_s: float | None

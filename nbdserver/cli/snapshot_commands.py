@@ -62,7 +62,10 @@ def list_snapshots(
     data: DataOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """List snapshots, the oldest first.
+    """List snapshots, of each volume the oldest first.
+
+    Clients and clones of snapshots are not shown (-) of volumes that another node of the cluster serves: ask for one
+    volume to see them.
 
     Example:
 
@@ -77,8 +80,8 @@ def list_snapshots(
             found["export"],
             format_size(found["size_bytes"]),
             found["created"],
-            str(found["clients"]),
-            str(len(found["clones"])),
+            "-" if found["clients"] is None else str(found["clients"]),
+            "-" if found["clones"] is None else str(len(found["clones"])),
         ]
         for found in snapshots
     ]

@@ -11,6 +11,8 @@ What this node publishes, under its own name:
     volumes/NAME  which volumes it has (volumes_told.py): when that has changed, with the load
     drain/NAME    it shall get nothing new (kept in the registry; published by whichever node was asked)
 
+What snapshots the volumes of the cluster have that it serves is told in snapshots_told.py.
+
 Rules
 - The cluster is joined when clients are served already, and is left before they are handed over.
 - What can be wrong with files is checked before anything starts; what is wrong with other nodes is an event and a
@@ -46,6 +48,7 @@ from nbdserver.node.cluster_settings import (
     FACTS_PREFIX,
     LOAD_PREFIX,
     SAID_PREFIXES,
+    SNAPSHOTS_PREFIX,
     VOLUMES_PREFIX,
     ClusterSettings,
 )
@@ -177,7 +180,7 @@ class Cluster:
             settings.address,
             settings.address,
             ClusterKeys(settings.name, self._keys.valid),
-            (*SAID_PREFIXES, *settings.subscribe) if settings.across_wan else (),
+            (*SAID_PREFIXES, SNAPSHOTS_PREFIX, *settings.subscribe) if settings.across_wan else (),
             least_incarnation=int(time.time()),  # the data directory may be an older copy
         )
 

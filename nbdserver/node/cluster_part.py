@@ -21,7 +21,7 @@ from nbdserver.node import replica_view
 from nbdserver.node.at_owner import AtOwner
 from nbdserver.node.channel_registry import RegistryVisit
 from nbdserver.node.cluster import Cluster, Measure
-from nbdserver.node.cluster_settings import ClusterSettings
+from nbdserver.node.cluster_settings import SNAPSHOTS_PREFIX, ClusterSettings
 from nbdserver.node.data_process import DataProcess
 from nbdserver.node.data_processes import DataProcesses
 from nbdserver.node.directory import DataDirectory
@@ -33,6 +33,7 @@ from nbdserver.node.replica_changes import ReplicaChanges
 from nbdserver.node.replicas import Replicas
 from nbdserver.node.resync_view import ResyncView
 from nbdserver.node.shared_registry import SharedRegistry
+from nbdserver.node.snapshots_told import Listings, SnapshotsTold
 from nbdserver.node.volumes import Volumes
 
 
@@ -83,10 +84,13 @@ class ClusterPart:
             families, self.replicas, self.owning, volumes, lambda: self.cluster, event, settings.repair_delay
         )
         self.resync = ResyncView(families, self.replicas, self.owning, self._is_up, data.ask)
+        self.snapshots = SnapshotsTold(families, self.replicas.owns, data.snapshots, self._note_exports)
         self._shared = SharedRegistry(settings, families, self._registry_changed)
         self.recovery = Recovery(families, self._shared, lambda: self.cluster, data.ask)
         volumes.replicas, volumes.is_up, volumes.share = self.replicas, self._is_up, self.changes.share
+        volumes.told_snapshots = self.snapshots.of
         data.answer, data.ended = self._answer, self._data_process_ended
+        data.exports_changed = self.replicas.now_owns = self.snapshots.stir
 
     def _is_up(self, node: str) -> bool:
         return node == self.settings.node or (self.cluster is not None and self.cluster.is_up(node))
@@ -98,6 +102,7 @@ class ClusterPart:
         await self._tell_peers(process)
         process.notify("peer_addresses", {"nodes": self._peer_addresses()})
         process.notify("cluster_exports", {"exports": self._exports})
+        self.snapshots.list_again(lambda listings: process.notify("cluster_exports", {"exports": listings}))
 
     async def follow(self, process: DataProcess) -> None:
         """Let it open its replicas."""
@@ -145,6 +150,7 @@ class ClusterPart:
     def _registry_changed(self) -> None:
         self.replicas.stir()
         self.changes.stir()
+        self.snapshots.stir()
         listed = {
             volume.name: {
                 "description": volume.settings.description,
@@ -157,8 +163,11 @@ class ClusterPart:
         }
         if listed != self._exports:
             gone: dict[str, Any] = dict.fromkeys(self._exports.keys() - listed.keys())
-            self._data.notify_all("cluster_exports", {"exports": gone | listed})
+            self._note_exports(gone | listed)
             self._exports = listed
+
+    def _note_exports(self, listings: Listings) -> None:
+        self._data.notify_all("cluster_exports", {"exports": listings})
 
     # --- the others ---
 
@@ -210,10 +219,12 @@ class ClusterPart:
                 "known": self.recovery.answer,
             }
         )
+        self.snapshots.directory = self.cluster.directory
+        self.cluster.directory.watch(SNAPSHOTS_PREFIX, lambda key, value: self.snapshots.stir())
+        self.snapshots.stir()
         loop = asyncio.get_running_loop()
-        self._tasks = [
-            loop.create_task(each.watch()) for each in (self.cluster, self.replicas, self.changes, self._shared)
-        ]
+        watching = (self.cluster, self.replicas, self.changes, self._shared, self.snapshots)
+        self._tasks = [loop.create_task(each.watch()) for each in watching]
         self._tell_peer_addresses()
 
     async def remove(self, name: str) -> None:
@@ -231,6 +242,7 @@ class ClusterPart:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        self.snapshots.directory = None
         cluster, self.cluster = self.cluster, None
         if cluster is not None:
             await cluster.close()

@@ -18,6 +18,9 @@ DEFAULT_SITE = "main"
 FACTS_PREFIX, LOAD_PREFIX, VOLUMES_PREFIX, DRAIN_PREFIX = SAID_PREFIXES = ("node/", "load/", "volumes/", "drain/")
 """What every node hears of every other one."""
 
+SNAPSHOTS_PREFIX = "snapshots/"
+"""What every node hears of the cluster's families."""
+
 
 def _text(value: object) -> str:
     from protocol.directory import KEY_LIMIT_BYTES  # with construct: loaded by who has a cluster

@@ -103,8 +103,7 @@ class Worker:
         threads = StoreThreads(loop)
         self._network = SocketNetwork(loop, threads.completions)
         self._exports = Exports()
-        if place.workers > 1:
-            self._exports.changed = self._publish
+        self._exports.changed = self._publish
         self._figures = SharedFigures(place.figures, place.workers)
         budget = SharedBudget(self._figures, place.worker)
         self._families = FamilyRequests(self._exports, threads, self._clock, self._report, budget)
@@ -319,11 +318,13 @@ class Worker:
         return await self.channel.call(name, **arguments)
 
     def _publish(self, name: str, export: Export | None) -> None:
-        """Say to the other processes what clients may be told of an export."""
-        listing = None
+        """Say what clients may be told of an export by other processes and nodes."""
+        listing: dict[str, Any] | None = None
         if export is not None:
             allowed, tls = list(export.allowed.texts), export.tls.value
             listing = {"description": export.description, "allowed": allowed, "tls": tls}
+            if export.created_s is not None:
+                listing |= {"created_s": export.created_s, "size_bytes": export.device.size_bytes}
         self._report("export", {"name": name, "listing": listing})
 
     def _report(self, kind: str, fields: dict[str, Any]) -> None:

@@ -75,6 +75,8 @@ class DataProcesses:
         """Answers what a data process asks."""
         self.ended: Callable[[int], None] = lambda worker: None
         """Told of each that has ended."""
+        self.exports_changed: Callable[[], None] = lambda: None
+        """Called when what clients may be told of an export has changed."""
         self._supervisors: list[asyncio.Task[None]] = []
 
     def running(self) -> list[DataProcess]:
@@ -175,13 +177,15 @@ class DataProcesses:
 
     # -- what they know of each other
 
+    def snapshots(self) -> dict[str, dict[str, Any]]:
+        """As ExportTable has them."""
+        return self._table.snapshots()
+
     async def _tell(self) -> None:
         """Tell every process what has changed at the others, and wait until those that serve know it."""
-        if self.workers == 1:
-            return
         async with self._telling:
             changes = self._table.take_changes()
-            if not changes:
+            if not changes or self.workers == 1:
                 return
             for process in self.running():
                 others = {worker: changed for worker, changed in changes.items() if worker != process.worker}
@@ -194,6 +198,7 @@ class DataProcesses:
     def _heard(self, worker: int, kind: str, fields: dict[str, Any]) -> None:
         if kind == "export":
             self._table.note(worker, fields["name"], fields["listing"])
+            self.exports_changed()
         else:
             self._event(kind, fields)
 
@@ -220,6 +225,7 @@ class DataProcesses:
     async def families_are_open(self, process: DataProcess) -> None:
         """One has opened all of its families."""
         self._table.has_begun(process.worker)
+        self.exports_changed()
         await self._tell()
 
     def supervise(self) -> None:

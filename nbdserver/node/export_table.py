@@ -2,7 +2,7 @@
 
 Theory: a process says what a client may be told of each of its exports (name, description, who may see it, TLS)
 whenever that changes; what it said goes on to all the others. Nothing else is needed there: for everything that names
-one export a client is taken to the process that has it.
+one export a client is taken to the process that has it. Other nodes are told of the snapshots (snapshots_told.py).
 
 Rules
 - A process that is started again first hears of all exports of the others. What it had itself stays known to them
@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 Listing = dict[str, Any] | None
-"""{description, allowed, tls} of an export; None: there is none of that name any more."""
+"""{description, allowed, tls} of an export, and created_s and size_bytes if it is a snapshot; None: there is none of
+that name any more."""
 
 
 class ExportTable:
@@ -33,6 +34,11 @@ class ExportTable:
         else:
             self._exports[worker][name] = listing
         self._changes[worker][name] = listing
+
+    def snapshots(self) -> dict[str, dict[str, Any]]:
+        """The listings of all snapshots, by name of the export; those of a volume in the order in which they came."""
+        exports = {name: listing for worker in self._exports for name, listing in worker.items()}
+        return {name: listing for name, listing in exports.items() if "created_s" in listing}
 
     def take_changes(self) -> dict[int, dict[str, Listing]]:
         """What has to be told to the others, by the process whose exports they are."""

@@ -62,6 +62,8 @@ class Replicas:
         self.me = me
         self.problems: dict[str, str] = {}
         """By family: why there is no replica here although there shall be one."""
+        self.now_owns: Callable[[], None] = lambda: None
+        """Called when it serves the volumes of another family."""
         self._directory = directory
         self._families = families
         self._opening = opening
@@ -284,6 +286,7 @@ class Replicas:
         if self._epochs.get(family_id) != answer["epoch"]:
             raise ConflictError("another node has taken it over meanwhile")
         self._served[family_id] = answer["epoch"]
+        self.now_owns()
         self._event("volume-owned", {"volume": family.name, "node": self.me, "epoch": answer["epoch"]})
 
     def _own_again(self) -> None:

@@ -11,7 +11,7 @@ from metadata.layers import Row
 from nbdserver.logdisk.devices import View
 from nbdserver.logdisk.disk import LogDisk
 from nbdserver.node.ownership import Ownership, answered
-from nbdserver.volume.export import Export, Exports
+from nbdserver.volume.export import Export, Exports, snapshot_description
 
 
 class SnapshotExports:
@@ -78,7 +78,7 @@ class SnapshotExports:
             if export.name != self._name(row):
                 self._exports.rename(export, self._name(row))
             volume = self._volume
-            export.change(allowed=volume.allowed.texts, tls=volume.tls, description=self._description())
+            export.change(allowed=volume.allowed.texts, tls=volume.tls, description=snapshot_description(volume.name))
             export.throttle = self._volume.throttle
 
     def close(self, reason: str) -> None:
@@ -93,10 +93,11 @@ class SnapshotExports:
         export = Export(
             self._name(row),
             self._ownership.device(view),
-            description=self._description(),
+            description=snapshot_description(self._volume.name),
             read_only=True,
             allowed=self._volume.allowed.texts,
             tls=self._volume.tls,
+            created_s=row.created_s,
         )
         export.throttle = self._volume.throttle
         self._exports.add(export)
@@ -104,9 +105,6 @@ class SnapshotExports:
 
     def _name(self, row: Row) -> str:
         return f"{self._volume.name}@{row.name}"
-
-    def _description(self) -> str:
-        return f"snapshot of {self._volume.name}"
 
     def _described(self, row: Row, export: Export) -> dict[str, Any]:
         return {

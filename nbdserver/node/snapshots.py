@@ -3,26 +3,30 @@
 Theory: a snapshot is a layer of the volume's family, so the family itself remembers its name; the registry knows
 nothing of it. Only a size is noted in the registry too, afterwards; at the next opening the family's own counts.
 
+Of volumes of the cluster that other nodes serve it is known what these have told (snapshots_told.py).
+
 Rules: what is refused is refused in one line that names what is in the way, and changed nothing. A change is durable
 when it is answered.
 """
 
+import contextlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from metadata.registry import Family, Volume
 from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, WrongInputError, counted, listed
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
-from nbdserver.node.volume_settings import NAME
+from nbdserver.node.snapshots_told import ToldSnapshot
+from nbdserver.node.volume_settings import MAX_NAME_LENGTH, is_snapshot_name
 from nbdserver.node.volumes import Volumes, change_error
-
-MAX_NAME_BYTES = 128
 
 
 def check_snapshot_name(name: str) -> str:
     """Return `name` if a snapshot may have it. Raises WrongInputError."""
-    if not NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
+    if not is_snapshot_name(name):
         raise WrongInputError(
-            f"{name!r:.60} cannot be a snapshot's name; use 1 to {MAX_NAME_BYTES} of A-Z a-z 0-9 _ . - "
+            f"{name!r:.60} cannot be a snapshot's name; use 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 _ . - "
             "and begin with a letter or digit"
         )
     return name
@@ -48,16 +52,25 @@ class Snapshots:
             return await self._find(volume, name)
 
     async def listed(self, volume: str = "") -> list[dict[str, Any]]:
-        """Return the snapshots of one volume, or of all, oldest first."""
+        """Return the snapshots of one volume, or of all, each volume's oldest first. Of volumes that other nodes serve
+        it is known what these have told."""
         if volume:
-            return [_described(found) for found in await self._ask("snapshots", volume)]
+            family, found = self._volumes.find(volume)
+            if family.replicas and not self._volumes.is_served(family):
+                return self._told(family, [found])
+            return [_described(each) for each in await self._ask("snapshots", volume)]
         snapshots: list[dict[str, Any]] = []
-        for family in self._volumes.open_families():
-            try:
-                snapshots += map(_described, await self._volumes.call("snapshots", family=family.id))
-            except NodeError:
-                continue  # its volumes say why
+        for family in self._volumes.families():
+            if self._volumes.is_served(family):
+                with contextlib.suppress(NodeError):  # its volumes say why
+                    snapshots += map(_described, await self._volumes.call("snapshots", family=family.id))
+            elif family.replicas:
+                snapshots += self._told(family, family.volumes)
         return snapshots
+
+    def _told(self, family: Family, volumes: Sequence[Volume]) -> list[dict[str, Any]]:
+        told = self._volumes.told_snapshots
+        return [_of_others(volume.name, snapshot) for volume in volumes for snapshot in told(family, volume)]
 
     async def delete(self, volume: str, name: str, force: bool = False) -> None:
         """Delete a snapshot. Refused while clients are attached to it, unless `force`. Clones of it go on."""
@@ -131,12 +144,18 @@ class Snapshots:
 
 def _described(found: dict[str, Any]) -> dict[str, Any]:
     """A snapshot as people see it."""
+    told = ToldSnapshot(found["name"], found["created_s"], found["size_bytes"])
+    return _of_others(found["volume"], told) | {"clients": found["clients"], "clones": found.get("clones", [])}
+
+
+def _of_others(volume: str, told: ToldSnapshot) -> dict[str, Any]:
+    """One of a volume that another node serves; who uses it is known there."""
     return {
-        "volume": found["volume"],
-        "name": found["name"],
-        "export": f"{found['volume']}@{found['name']}",
-        "size_bytes": found["size_bytes"],
-        "created": datetime.fromtimestamp(found["created_s"], UTC).isoformat(),
-        "clients": found["clients"],
-        "clones": found.get("clones", []),
+        "volume": volume,
+        "name": told.name,
+        "export": f"{volume}@{told.name}",
+        "size_bytes": told.size_bytes,
+        "created": datetime.fromtimestamp(told.created_s, UTC).isoformat(),
+        "clients": None,
+        "clones": None,
     }

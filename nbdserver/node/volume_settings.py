@@ -44,6 +44,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_snapshot_name(name: str) -> bool:
+    """Whether a snapshot may have this name, which stands behind its volume's."""
+    return NAME.fullmatch(name) is not None and len(name) <= MAX_NAME_LENGTH
+
+
 def change_settings(settings: ExportSettings, key: str, value: str) -> ExportSettings:
     """Return `settings` with one `key=value` as written on the command line. Raises WrongInputError."""
     match key.replace("_", "-"):

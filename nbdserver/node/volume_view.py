@@ -25,9 +25,10 @@ def described(
     reason: str,
     value: ReplicaSet | None = None,
     is_up: Callable[[str], bool] = lambda node: False,
+    snapshots: int = 0,
 ) -> dict[str, Any]:
     """Of a volume that is served here, or shall be: `otherwise` is its state if nothing is `live` of it, `reason` why
-    it cannot be served. `value` is that of a family of the cluster."""
+    it cannot be served. `value` is that of a family of the cluster, `snapshots` how many another node has told of."""
     disk = live.get("disk", {})
     own = live.get("volumes", {}).get(str(volume.number), {})
     reason = reason or disk.get("failure", "")
@@ -44,7 +45,7 @@ def described(
         "state": state,
         "reason": reason,
         "base": own.get("base", ""),
-        "snapshots": own.get("snapshots", 0),
+        "snapshots": own.get("snapshots", snapshots),
         "generation": value.generation if value else family.generation,
         "epoch": value.epoch if value else family.epoch,
         "family": family.id,

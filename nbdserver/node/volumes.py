@@ -34,6 +34,7 @@ from nbdserver.node.errors import ConflictError, NodeError, NotFoundError, Wrong
 from nbdserver.node.opening import Call, Opening
 from nbdserver.node.replicas import Replicas
 from nbdserver.node.sizes import SizeError, check_volume_size, format_size
+from nbdserver.node.snapshots_told import ToldSnapshot
 from nbdserver.node.volume_settings import (
     MAX_DATA,
     REPLICAS,
@@ -80,6 +81,8 @@ class Volumes:
         """Makes one of this node's own families the cluster's."""
         self.is_up: Callable[[str], bool] = lambda node: False
         """Whether a node of the cluster is heard."""
+        self.told_snapshots: Callable[[Family, Volume], Sequence[ToldSnapshot]] = lambda family, volume: ()
+        """What snapshots others have told of, of a volume that they serve."""
 
     @property
     def changing(self) -> asyncio.Lock:
@@ -126,7 +129,7 @@ class Volumes:
         check_name(name)
         async with self.lock:
             self._refuse_taken(name)
-            family, volume = self._find(base)
+            family, volume = self.find(base)
             found = await self.ask("snapshot", base, snapshot=snapshot)
             if found is None:
                 raise NotFoundError(f"there is no snapshot {snapshot!r:.60} of volume {base}")
@@ -165,7 +168,7 @@ class Volumes:
 
     async def show(self, name: str) -> dict[str, Any]:
         """Return one volume. Raises NotFoundError."""
-        self._find(name)
+        self.find(name)
         return await self._shown(name)
 
     def owned_families(self) -> Sequence[Family]:
@@ -174,12 +177,17 @@ class Volumes:
 
     def open_families(self) -> Sequence[Family]:
         """Those whose volumes are served here."""
-        return [family for family in self._families.here() if self._is_served(family)]
+        return [family for family in self._families.here() if self.is_served(family)]
+
+    def families(self) -> Sequence[Family]:
+        """All that are known here, by the name of their oldest volume."""
+        return self._families.all()
 
     def _is_owned(self, family: Family) -> bool:
         return not family.replicas or (self.replicas is not None and self.replicas.owns(family.id))
 
-    def _is_served(self, family: Family) -> bool:
+    def is_served(self, family: Family) -> bool:
+        """Whether its volumes are served here."""
         return family.id not in self.opening.failed and self._is_owned(family)
 
     # -- changing
@@ -187,7 +195,7 @@ class Volumes:
     async def set(self, name: str, changes: dict[str, str]) -> dict[str, Any]:
         """Change settings, all of `changes` or none, live."""
         async with self.lock:
-            family, volume = self._find(name)
+            family, volume = self.find(name)
             settings, max_data, replicas = volume.settings, family.max_data, family.replicas
             for key, value in changes.items():
                 if key == REPLICAS:
@@ -214,7 +222,7 @@ class Volumes:
         """Give a volume another name, and its snapshots with it. Attached clients go on."""
         check_name(new_name)
         async with self.lock:
-            family, volume = self._find(name)
+            family, volume = self.find(name)
             self._refuse_taken(new_name)
             await self._families.rename(family, volume, new_name)
             if not self.opening.why_not(family, volume):
@@ -226,7 +234,7 @@ class Volumes:
         """Delete a volume and its data. ConflictError while it has clients or snapshots, unless `force`, and while
         there are clones of its snapshots."""
         async with self.lock:
-            family, volume = self._find(name)
+            family, volume = self.find(name)
             others = [each for each in family.volumes if each != volume and each.state == VolumeState.THERE]
             is_served = not self.opening.why_not(family, volume)
             if is_served:
@@ -268,14 +276,14 @@ class Volumes:
 
     async def ask(self, request: str, name: str, **arguments: Any) -> Any:
         """A request to the data process about an open volume. Raises NotFoundError, NodeError."""
-        family, volume = self._find(name)
+        family, volume = self.find(name)
         if reason := self.opening.why_not(family, volume):
             raise ConflictError(f"volume {name} is not open: {reason}")
         return await self.call(request, family=family.id, number=volume.number, **arguments)
 
     async def note_size(self, name: str, size_bytes: int) -> None:
         """The volume has this size now."""
-        family, volume = self._find(name)
+        family, volume = self.find(name)
         if volume.size_bytes != size_bytes:
             await self._families.change_volume(family, volume, size_bytes=size_bytes)
 
@@ -341,7 +349,8 @@ class Volumes:
                 silent.update(family.id for family in self._families.all())
             return live, silent
 
-    def _find(self, name: str) -> Found:
+    def find(self, name: str) -> Found:
+        """A volume and its family. NotFoundError."""
         found = self._families.find(name)
         if found is None or found[1].state != VolumeState.THERE:
             names = listed(sorted(volume.name for family in self._families.all() for volume in family.volumes))
@@ -349,10 +358,10 @@ class Volumes:
         return found
 
     async def _shown(self, name: str) -> dict[str, Any]:
-        family, volume = self._find(name)
+        family, volume = self.find(name)
         live: dict[str, Any] = {}
         otherwise = STARTING
-        if self._is_served(family):
+        if self.is_served(family):
             try:
                 live = await self._ask_soon("volume", family=family.id, number=volume.number)
             except NodeError as error:
@@ -365,10 +374,12 @@ class Volumes:
         if not family.replicas:
             return described(family, volume, live, otherwise, reason)
         value = self._families.replica_set(family.id)
-        if not self._is_served(family):
+        snapshots = 0
+        if not self.is_served(family):
+            snapshots = len(self.told_snapshots(family, volume))
             me = self.replicas.me if self.replicas is not None else ""
             live, otherwise, reason = {}, state_of_others(value, me, self.is_up), ""
-        return described(family, volume, live, otherwise, reason, value, self.is_up)
+        return described(family, volume, live, otherwise, reason, value, self.is_up, snapshots)
 
 
 async def _no_cluster(family: Family, replicas: int) -> None:

@@ -29,7 +29,7 @@ TOLD_BYTES = 128 << 10
 BUSIEST = 8  # with these a load is mostly one datagram
 MOST_ELSEWHERE = 10_000
 
-TOLD = ("size_bytes", "state", "reason", "description", "base", "read_only", "replicas", "in_sync")
+TOLD = ("size_bytes", "state", "reason", "description", "base", "read_only", "snapshots", "replicas", "in_sync")
 LOAD = ("clients", "requests_per_s", "read_bytes_per_s", "write_bytes_per_s", "latency_us")
 
 NOT_TOLD: Row = {
@@ -41,7 +41,7 @@ NOT_TOLD: Row = {
     "shares_data": False,
     "damaged_blocks": 0,
     "base": "",
-    "snapshots": None,
+    "snapshots": 0,
     "read_only": False,
     "replicas": 0,
     "in_sync": 0,

@@ -5,7 +5,7 @@ session enters an export at the end of its handshake and leaves it when its conn
 knows it, so that a changed setting acts at once. A node may have several data processes, each with an `Exports`: it has
 its own exports, and knows from the others' what a client is told before it enters one (`Listing`), so that everybody
 sees all exports wherever he connects. What happens to its own it says to `changed`. Volumes of the cluster are known on
-all of its nodes, wherever they are served at the moment.
+all of its nodes, wherever they are served at the moment, and so are their snapshots, as far as has been heard.
 
 Rules
 - *One host writes.* A session that entered an export that is not read-only counts as a writer. A second host is
@@ -16,6 +16,7 @@ Rules
   has, or if the content was changed otherwise, since this process serves the export.
 - A client that `admission.py` does not admit neither sees nor enters an export. Whether it is used over TLS is what the
   export says of itself, or else what the node says; an export that lists certificate names requires TLS.
+- What is served here is listed as it is here, whatever was heard of it.
 - Settings change live: an export made read-only refuses its writers' next write; clients that are no longer allowed
   are disconnected.
 
@@ -116,11 +117,13 @@ class Export(Listing):
         allowed: Iterable[str] = (),
         tls: TlsMode = TlsMode.INHERIT,
         lineage: int = 0,
+        created_s: int | None = None,
     ) -> None:
-        """As a Listing; `lineage` as Forwarded has it (peer_clients.py)."""
+        """As a Listing; `lineage` as Forwarded has it (peer_clients.py); `created_s`: when a snapshot was made."""
         super().__init__(name, description, allowed, tls)
         self.device = device
         self.lineage = lineage
+        self.created_s = created_s
         self.open_batch = OpenBatch(device)
         self.read_only = read_only
         self.shared = shared
@@ -286,16 +289,17 @@ class Exports:
             del self._elsewhere[name]
 
     def note_in_cluster(self, export: Elsewhere) -> None:
-        """The cluster has this volume."""
+        """The cluster has this volume, or snapshot of one."""
         export.inherit_tls(self._tls)
         self._in_cluster[export.name] = export
 
     def forget_in_cluster(self, name: str) -> None:
-        """The cluster has no volume of this name any more."""
+        """The cluster has nothing of this name any more."""
         self._in_cluster.pop(name, None)
 
     def _known(self) -> dict[str, Export | Elsewhere]:
-        return {**self._in_cluster, **self._elsewhere, **self._exports}
+        known: dict[str, Export | Elsewhere] = {**self._elsewhere, **self._exports}
+        return {name: export for name, export in self._in_cluster.items() if volume_of(name) not in known} | known
 
     def inherit_tls(self, mode: TlsMode) -> None:
         """What the node says about TLS, for the exports that say nothing themselves; at once."""
@@ -350,6 +354,11 @@ class Exports:
 def volume_of(name: str) -> str:
     """The volume of an export, which is that or one of its snapshots, `VOLUME@SNAPSHOT`."""
     return name.partition("@")[0]
+
+
+def snapshot_description(volume: str) -> str:
+    """What clients are told of a volume's snapshots."""
+    return f"snapshot of {volume}"
 
 
 def _allowed(texts: Iterable[str]) -> Allowed:

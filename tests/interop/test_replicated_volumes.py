@@ -1,8 +1,10 @@
 """Volumes on several nodes of a cluster: real processes, a real etcd, kill -9."""
 
+import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from protocol.nbd import Command
@@ -60,10 +62,14 @@ def test_a_volume_on_three_nodes_goes_on_without_one_which_returns_and_is_change
     assert "volume db exists already" in n2.refuses("volume", "create", "db", "--size", "1G")
     assert n3.ask("volume", "resize", "db", "--size", "128M")["size_bytes"] == 128 << 20
     assert "has snapshots: monday" in n3.refuses("volume", "delete", "db")
+    wait(lambda: n3.get("/v1/snapshots") != [], "n3 knows of it too")
 
     # The owner is killed: a command makes another one of it; what was acknowledged is there.
     n1.server.kill9()
     wait(lambda: n2.up() == ["n2", "n3"], "n1 is silent")
+    (told,) = n3.ask("snapshot", "list", "db")
+    assert (told["export"], told["size_bytes"], told["clients"]) == ("db@monday", 64 << 20, None)
+    assert [volume["snapshots"] for volume in n3.get("/v1/volumes")] == [1]
     n2.server.command("volume", "set", "db", "description=moved")
     assert n3.replicas("db")["owner"] == "n2"
     assert gauges(n2) == {"wanted": 3, "in_sync": 2}
@@ -128,7 +134,18 @@ def directories(node: ClusterNode) -> list[Path]:
     return list((node.server.data / "families").iterdir())
 
 
-def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_is_lost(rig: ClusterRig) -> None:
+def listed(nbdinfo: str, node: ClusterNode) -> list[str]:
+    """What clients of a node are told that there is."""
+    told = subprocess.run([nbdinfo, "--list", "--json", node.server.uri()], capture_output=True, check=False)
+    if told.returncode:
+        return []  # it goes to each that it was told of, and one may be gone by then
+    return [export["export-name"] for export in json.loads(told.stdout)["exports"]]
+
+
+def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_is_lost(
+    rig: ClusterRig, needs: Callable[[str, str], str]
+) -> None:
+    nbdinfo = needs("nbdinfo", "libnbd-bin")
     nodes = dict(zip(("n1", "n2", "n3", "n4"), start(rig, "n1", "n2", "n3", "n4"), strict=True))
     n1, n2, n3, n4 = nodes.values()
 
@@ -156,6 +173,14 @@ def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_
     client = Client(("127.0.0.1", n1.server.port), "db")  # forwarded
     assert client.read(0, BLOCK) == b"a" * BLOCK
     client.close()
+
+    # Snapshots are listed at every node: at the owner, at one that has a replica, at one that has none.
+    n1.server.command("snapshot", "create", "db@monday")
+    member = next(each["node"] for each in n1.replicas("db")["nodes"] if each["node"] != n1.replicas("db")["owner"])
+    for node in (n1, nodes[member], nodes[n1.replicas("db")["owner"]]):
+        wait(lambda node=node: listed(nbdinfo, node) == ["db", "db@monday"], f"{node.name} lists it")  # type: ignore[misc]
+    n1.server.command("snapshot", "delete", "db@monday")
+    wait(lambda: listed(nbdinfo, n1) == ["db"], "it is not listed any more")
 
     # A node is lost: its replica is made on the one that may have some again.
     n1.server.command("node", "drain", "n1", "--end")
@@ -190,6 +215,7 @@ def test_volumes_go_on_while_the_registry_is_away_also_over_a_restart(rig: Clust
     assert client.request(Command.WRITE, BLOCK, BLOCK, b"b" * BLOCK).error == 0
     assert client.request(Command.FLUSH).error == 0
     assert [volume["name"] for volume in n3.ask("volume", "list")] == ["db", "web"]
+    wait(lambda: [found["export"] for found in n3.get("/v1/snapshots")] == ["db@monday"], "n3 knows the snapshot")
     etcd.members[0].start()
     wait(lambda: [n1.replicas(name)["in_sync"] for name in ("db", "web")] == [3, 3], "all are in sync")
     n2.server.command("volume", "set", "db", "description=x")

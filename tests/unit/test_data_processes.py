@@ -43,6 +43,17 @@ def test_one_that_is_started_again_is_known_by_what_it_had_until_it_has_said_wha
     assert table.others(0) == {1: {"kept": LISTING, "new": LISTING}}
 
 
+def test_the_snapshots_of_all_of_them_are_told_apart_from_volumes() -> None:
+    table = ExportTable(2)
+    snapshot = LISTING | {"created_s": 1, "size_bytes": 4096}
+    table.note(0, "disk0", LISTING)
+    table.note(0, "disk0@b", snapshot)
+    table.note(1, "disk1@a", snapshot)
+    table.note(1, "disk1@c", snapshot)
+    table.note(1, "disk1@c", None)
+    assert table.snapshots() == {"disk0@b": snapshot, "disk1@a": snapshot}
+
+
 # --- answers ---
 
 

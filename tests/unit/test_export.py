@@ -2,7 +2,8 @@
 
 import pytest
 
-from nbdserver.volume.export import Export, ExportError, Exports
+from nbdserver.volume.admission import TlsMode
+from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports
 from nbdserver.volume.peer import LOCAL_HOST, Peer
 from tests.unit.memory_device import MemoryDevice
 
@@ -86,3 +87,21 @@ def test_a_refused_change_changes_nothing() -> None:
     with pytest.raises(ExportError):
         one.change(description="n" * 5000, read_only=True)
     assert (one.description, one.shared, one.read_only, one.allowed.texts) == ("old", False, False, ())
+
+
+def test_snapshots_of_a_volume_of_the_cluster_are_listed_and_where_it_is_served_those_that_are_there() -> None:
+    exports, peer = Exports(), Peer("192.0.2.1:1")
+    for name in ("db", "db@monday", "db@tuesday", "web@monday"):
+        exports.note_in_cluster(Elsewhere(None, name, "", (), TlsMode.OFF))
+    assert [one.name for one in exports.visible(peer)] == ["db", "db@monday", "db@tuesday", "web@monday"]
+    exports.add(export("db"))
+    exports.add(export("db@tuesday", created_s=1))
+    assert [one.name for one in exports.visible(peer)] == ["db", "db@tuesday", "web@monday"]
+    exports.remove("db@tuesday")
+    exports.remove("db")
+    exports.note_elsewhere(Elsewhere(1, "db", "", (), TlsMode.OFF))
+    exports.forget_in_cluster("web@monday")
+    assert [one.name for one in exports.visible(peer)] == ["db"]
+    found = exports.default(peer)
+    assert found is not None
+    assert found.name == "db"

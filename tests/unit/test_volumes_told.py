@@ -32,11 +32,15 @@ def shown(directory: dict[str, bytes], *nodes: dict[str, Any]) -> list[dict[str,
 
 
 def test_what_a_node_has_is_shown_on_another_one_with_the_load_of_the_busiest() -> None:
-    rows = [own("idle", description="for later"), own("busy", clients=2, requests_per_s=80.25, write_bytes_per_s=4096)]
+    rows = [
+        own("idle", description="for later", snapshots=3),
+        own("busy", clients=2, requests_per_s=80.25, write_bytes_per_s=4096),
+    ]
     directory = {"volumes/n1": told(rows), "load/n1": json.dumps({"busiest": busiest(rows)}).encode()}
     idle, busy = shown(directory)
     assert (idle["name"], idle["node"], idle["description"], idle["state"]) == ("idle", "n1", "for later", "serving")
     assert (idle["requests_per_s"], idle["clients"], idle["size_bytes"]) == (None, None, 1 << 30)
+    assert (idle["snapshots"], busy["snapshots"]) == (3, 0)
     assert (busy["requests_per_s"], busy["bytes_per_s"], busy["clients"]) == (80.2, 4096, 2)
     assert set(idle) == set(busy) == {*NOT_TOLD, "key", "name", "node"}
 
