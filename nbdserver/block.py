@@ -97,7 +97,7 @@ class BlockDevice(Protocol):
     def acknowledged(self, done: Done) -> None:
         """After a commit that was IN_FLIGHT: `done(0)` when all that was committed so far is acknowledged, or `done`
         with an errno as of `commit`. In the order of the calls. Never, if that cannot be known any more: whoever made
-        the device sees to it that its clients are disconnected."""
+        the device sees to it that its clients go on elsewhere, or are disconnected."""
 
     def fetch(self, ranges: Sequence[tuple[int, int]], done: Callable[[], None]) -> bool:
         """Bring what these (offset, length) ranges lack to hand; `done()` when that is over, and they may be asked for

@@ -153,6 +153,11 @@ class HandshakeState:
     contexts_export: str
     received: bytes  # from the next option on
 
+    @classmethod
+    def before(cls, agreement: Agreement) -> "HandshakeState":
+        """Where a GO for the export leads to this agreement."""
+        return cls(True, 0, agreement.style, agreement.contexts, agreement.offer.name, b"")
+
 
 class Handshake:
     """One connection's handshake. Call `greeting` once, then `receive` and `next_event`."""

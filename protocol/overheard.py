@@ -3,6 +3,7 @@ has been told what it may ask from then on, and how.
 
 Theory: a client whose session is in another process may outlive that session. Then the same options are said to another
 server, which answers them anew; what it answers is not passed on, but it must hold what the client was told (`Told`).
+Nobody overhears a session of this process: what it has agreed on is said in one option (`agreed`).
 
 Rules
 - Options are passed on as they come, but nothing behind one that may end the handshake (EXPORT_NAME, GO) until that is
@@ -16,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from protocol import nbd
-from protocol.agreement import ReplyStyle
+from protocol.agreement import Agreement, ReplyStyle
 from protocol.handshake import HandshakeState
 from protocol.layout import derive
 from protocol.nbd import Info, Option, OptionReply, TransmissionFlag
@@ -83,6 +84,16 @@ class Overheard:
         self._unanswered: deque[int] = deque()
         self._waits = False  # for the answer to one that may end the handshake
         self._replies = bytearray()  # the beginning of one
+
+    @classmethod
+    def agreed(cls, agreement: Agreement) -> "Overheard":
+        """One that has ended in this agreement, from `HandshakeState.before` it on."""
+        offer = agreement.offer
+        overheard = cls(HandshakeState.before(agreement))
+        overheard.told = Told(agreement.style, offer.size_bytes, agreement.flags, overheard._contexts)
+        named = nbd.InfoRequest.build({"name": offer.name.encode(), "wanted": []})
+        overheard._options += nbd.OPTION_HEADER.pack(nbd.OPTION_MAGIC, int(Option.GO), len(named)) + named
+        return overheard
 
     @property
     def options(self) -> bytes:

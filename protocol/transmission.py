@@ -111,7 +111,8 @@ def refuse(agreement: Agreement, size_bytes: int, read_only: bool, request: tupl
     if flags & _DF and agreement.style is ReplyStyle.SIMPLE:
         return errno.EINVAL
     if command == Command.FLUSH or command == Command.DISC:
-        return errno.EINVAL if offset or length else 0
+        # One that stands for a change of another node (frontend/unanswered.py) has that one's offset: replies tell it.
+        return errno.EINVAL if length or (offset and not extended) else 0
     if command in _CHANGES and read_only:
         return errno.EPERM
     if command == Command.WRITE and extended and not flags & _PAYLOAD_LEN:

@@ -25,6 +25,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.node.channel_registry import RegistryDesk, RegistryVisit
 from nbdserver.node.data_process import DataProcess, DataProcessError, Shared
 from nbdserver.node.shared_figures import SharedFigures
+from nbdserver.volume.wanted import Wanted
 
 SIZE_BYTES = 64 << 20
 SEGMENT_BYTES = 4 << 20
@@ -219,7 +220,7 @@ class DataRig:
         await self.until(self.all_in_sync, "all replicas are in sync")
 
     async def attach(
-        self, asked: DataNode, export: str, failed: Sequence[str], patiently: bool = False
+        self, asked: DataNode, export: str, failed: Sequence[str], wanted: str = Wanted.ANEW
     ) -> dict[str, Any]:
         """What the control process of a node answers: the owner serves it."""
         owner = (await self.value()).owner

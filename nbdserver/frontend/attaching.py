@@ -5,6 +5,8 @@ Theory: who serves a volume, and whether that shall be this node from now on, is
 
 Rules
 - Clients of one export that ask the same at the same time ask once.
+- A client that was served in this process and is not any more (`entered`) has been so under a number of its own, as if
+  it had been brought here by this process.
 - A client gets a new number each time that it goes to a node; those of one address share one `Keeping`.
 """
 
@@ -15,17 +17,18 @@ from metadata.seams import Clock, Connection, Network
 from nbdserver.frontend.away_client import Answer, AwayClient
 from nbdserver.frontend.keeping import Keeping
 from nbdserver.frontend.server import Server
+from nbdserver.frontend.unanswered import Entered
 from nbdserver.volume.peer import Peer
+from nbdserver.volume.wanted import Wanted
 from protocol.handover import HandshakingClient
 
-Question = tuple[str, tuple[str, ...], bool]
+Question = tuple[str, tuple[str, ...], Wanted]
 """The first arguments of `Ask`."""
 Settle = Callable[[Peer, str, float, Callable[[], None]], None]
 """`settle` of forwarded.py."""
-Ask = Callable[[str, tuple[str, ...], bool, Callable[[Answer], None]], None]
-"""Ask who serves a volume. The second argument names the nodes that were tried and do not. The third: whether to be
-patient with an owner that answers and does not serve it, because it is moving; else another one is made. The last is
-called with the answer, once, and not from inside."""
+Ask = Callable[[str, tuple[str, ...], Wanted, Callable[[Answer], None]], None]
+"""Ask who serves a volume. The second argument names the nodes that were tried and do not. The last is called with the
+answer, once, and not from inside."""
 
 
 class Attaching:
@@ -51,14 +54,19 @@ class Attaching:
         self.node, self.network = node, network
 
     def attach(
-        self, connection: Connection, client: HandshakingClient, export: str, ended: Callable[[str], None]
+        self,
+        connection: Connection,
+        client: HandshakingClient,
+        export: str,
+        ended: Callable[[str], None],
+        entered: Entered | None,
     ) -> AwayClient:
         """As Attach of the server says."""
-        return AwayClient(self, connection, client, export, ended)
+        return AwayClient(self, connection, client, export, ended, entered)
 
-    def ask(self, export: str, failed: tuple[str, ...], patiently: bool, done: Callable[[Answer], None]) -> None:
+    def ask(self, export: str, failed: tuple[str, ...], wanted: Wanted, done: Callable[[Answer], None]) -> None:
         """As `Ask`, once for all who want to know the same."""
-        question = (export, failed, patiently)
+        question = (export, failed, wanted)
         waiting = self._asked.setdefault(question, [])
         waiting.append(done)
         if len(waiting) == 1:
@@ -79,9 +87,14 @@ class Attaching:
     def _returns(self, address: str, within_s: float) -> None:
         self._return_s[address] = self.clock.now() + within_s
 
+    def next_number(self) -> int:
+        """Of a client."""
+        self._last += 1
+        return self._last
+
     def keep(self, client: AwayClient, address: str, network: Network) -> tuple[int, Keeping]:
         """A number for a client that goes to this address, and who looks whether that lives."""
-        self._last += 1
+        number = self.next_number()
         keeping = self._keeping.get(address)
         if keeping is None:
             keeping = self._keeping[address] = Keeping(
@@ -93,5 +106,5 @@ class Attaching:
                 lambda: self._keeping.pop(address),
                 partial(self._returns, address),
             )
-        keeping.add(self._last, client)
-        return self._last, keeping
+        keeping.add(number, client)
+        return number, keeping

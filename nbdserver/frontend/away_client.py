@@ -22,6 +22,7 @@ Rules
 - It ends when no node has served it for AGAIN_S, or when what it asks for was sent TRIES times and never answered: what
   makes one node fail shall not go round.
 - When this node owns the volume itself later, the client is carried to its own process: it may move again.
+- One that was served in this process until this node lost the volume (`entered`) begins like one whose server was lost.
 
 Known weakness: a client whose volume was renamed since it came asks for it by the old name, and is not carried on.
 """
@@ -34,8 +35,10 @@ from metadata.seams import Connection, Timer
 from nbdserver.frontend.carrying import Carried
 from nbdserver.frontend.keeping import Keeping
 from nbdserver.frontend.session import ClientInfo
+from nbdserver.frontend.unanswered import Entered
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.volume.peer import Peer
+from nbdserver.volume.wanted import Wanted
 from protocol.handover import HandshakingClient, encode_handshaking
 from protocol.peer import Frame
 from protocol.peer_clients import Forward, Forwarded
@@ -89,6 +92,7 @@ class AwayClient:
         client: HandshakingClient,
         export: str,
         ended: Callable[[str], None],
+        entered: Entered | None = None,
     ) -> None:
         self.export = export
         self.peer = Peer(client.peer_name, client.tls, client.certificate)
@@ -97,7 +101,7 @@ class AwayClient:
         self._connection = connection
         self._client = client
         self._ended: Callable[[str], None] | None = ended
-        self._carried = Carried(self._clock, connection, client.handshake, self)
+        self._carried = Carried(self._clock, connection, client.handshake, self, entered)
         self._failed: tuple[str, ...] = ()
         self._there: There | None = None
         self._number = 0  # of it, for that node
@@ -112,12 +116,16 @@ class AwayClient:
         self._entered_s = 0.0
         self._tries = 0
         self._answered_before = 0
-        self._timer: Timer = self._clock.call_later(ATTACH_S, self._too_late)
+        self._timer: Timer = self._clock.call_later(ATTACH_S if entered is None else AGAIN_S, self._too_late)
         self._retry: Timer | None = None
         self._reason = "no node has answered"
         connection.redirect(self._carried)
         connection.resume_reading()
-        attaching.settle(self.peer, export, client.since_s, self._ask_again)
+        if entered is None:
+            attaching.settle(self.peer, export, client.since_s, self._ask_again)
+        else:
+            self._lineage, self._served_as = entered.lineage, attaching.next_number()
+            self._wait(attaching.node, "it does not serve the volume any more", 0.0)
 
     # --- Away ---
 
@@ -195,13 +203,17 @@ class AwayClient:
         self._retry = None
         self.drop_if_gone()
         if self._ended is not None:
-            self._attaching.ask(self.export, self._failed, self._is_patient(), self._answered)
+            self._attaching.ask(self.export, self._failed, self._wanted(), self._answered)
 
-    def _is_patient(self) -> bool:
-        """Whether the owner that was lost has time left to be one again, or to give the volume to another."""
-        if self._waits_since_s is None or self._failed:
-            return False
-        return self._clock.now() - self._waits_since_s < PATIENT_S or self._attaching.returns(self._lost_at)
+    def _wanted(self) -> Wanted:
+        """The owner that was lost, unless it was silent, has some time to be one again, or to give the volume to
+        another."""
+        if self._waits_since_s is None:
+            return Wanted.ANEW
+        if self._failed:
+            return Wanted.AGAIN
+        has_time = self._clock.now() - self._waits_since_s < PATIENT_S or self._attaching.returns(self._lost_at)
+        return Wanted.SOON if has_time else Wanted.AGAIN
 
     def _answered(self, answer: Answer) -> None:
         if self._ended is None:
@@ -325,11 +337,14 @@ class AwayClient:
         if self._is_in_vain():
             self.disconnect(f"what it asks for was sent {TRIES} times, and never answered; the last time: {reason}")
             return
-        now_s = self._clock.now()
-        self._reason, self._failed, self._waits_since_s = f"{node}: {reason}", (), now_s
         self._timer = self._clock.call_later(AGAIN_S, self._too_late)
+        self._wait(node, reason, 0.0 if self._clock.now() - self._entered_s > RETRY_S else RETRY_S)
+
+    def _wait(self, node: str, reason: str, ask_in_s: float) -> None:
+        """This node serves it no more."""
+        self._reason, self._failed, self._waits_since_s = f"{node}: {reason}", (), self._clock.now()
         self._report("client-waits", node=node, reason=reason)
-        self._retry = self._clock.call_later(0 if now_s - self._entered_s > RETRY_S else RETRY_S, self._ask_again)
+        self._retry = self._clock.call_later(ask_in_s, self._ask_again)
 
     def _is_in_vain(self) -> bool:
         """Whether node after node was asked the same, and lost."""

@@ -8,7 +8,7 @@ then all that is kept.
 
     begin: the handshake ─► requests and replies ─► the server is lost
                                    ▲                        │
-                                   └── begin: told again ◄──┘
+                                   └── begin: told again ◄──┘ ◄── its session in this process has ended (unanswered.py)
 
 Rules
 - The client gets replies whole: of what one server began to say nothing is mixed with what the next one says.
@@ -27,6 +27,7 @@ from nbdserver.frontend.forwarding import UNSENT_LIMIT_BYTES
 from nbdserver.frontend.outstanding import OutOfStepError, Outstanding
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import SHRINK_DELAY_S
+from nbdserver.frontend.unanswered import Entered
 from protocol.handshake import HandshakeState
 from protocol.overheard import Overheard, OverheardError
 
@@ -49,22 +50,36 @@ class CarriedEvents(Protocol):
 class Carried:
     """One client; the Receiver of its connection."""
 
-    def __init__(self, clock: Clock, client: Connection, state: HandshakeState, events: CarriedEvents) -> None:
-        """Its handshake goes on from this state."""
+    def __init__(
+        self,
+        clock: Clock,
+        client: Connection,
+        state: HandshakeState,
+        events: CarriedEvents,
+        entered: Entered | None = None,
+    ) -> None:
+        """Its handshake goes on from this state; that of one that has `entered` is over, and is told again."""
         self.outstanding: Outstanding | None = None
         """Once the client is in the transmission phase."""
         self._clock = clock
         self._client = client
         self._events: CarriedEvents | None = events
         self._state = state
-        self._first = Overheard(state)
+        self._first = Overheard(state) if entered is None else Overheard.agreed(entered.agreement)
         self._again: Overheard | None = None  # what the next server is told
         self._requests = ReceiveBuffer(NORMAL_BYTES)
         self._server: _ServerEnd | None = None
         self._is_paused = False  # the client
         self._is_finishing = False
         self._shrinks: Timer | None = None
-        self._requests.put(state.received)
+        self._skip_bytes = 0  # of a refused payload, still to come
+        if entered is None:
+            self._requests.put(state.received)
+        else:
+            self.outstanding = Outstanding(entered.agreement.style)
+            self._skip_bytes = entered.skip_bytes
+            self._requests.put(entered.received)
+            self._clock.call_soon(self._go_on)
 
     def state(self) -> HandshakeState:
         """Where the handshake stands that the next server is told."""
@@ -122,8 +137,18 @@ class Carried:
         return self._requests.room()
 
     def received(self, size_bytes: int) -> None:
+        if self._skip_bytes:
+            size_bytes = self._skip(size_bytes)
         self._requests.end += size_bytes
         self._go_on()
+
+    def _skip(self, size_bytes: int) -> int:
+        """How much of so many bytes that were received is left without what is to be skipped."""
+        view, end = self._requests.view, self._requests.end
+        skipped = min(size_bytes, self._skip_bytes)
+        self._skip_bytes -= skipped
+        view[end : end + size_bytes - skipped] = view[end + skipped : end + size_bytes]
+        return size_bytes - skipped
 
     def drained(self) -> None:
         """The client has taken all replies."""

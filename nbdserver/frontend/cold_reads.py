@@ -13,7 +13,7 @@ Rules
 - When the connection is gone nothing of it is answered.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from metadata.seams import Clock
@@ -42,6 +42,7 @@ class ColdReads:
         self._counters = counters
         self._deferred = deferred
         self._missed: list[MissedRead] = []
+        self._under_way: dict[_Batch, None] = {}
         self._batches = 0
         self._credit = CREDIT_LIMIT  # for trying before fetching
 
@@ -58,57 +59,81 @@ class ColdReads:
         """Bring in what was missed since the last call. `answer` replies as far as reads are at hand by then and
         returns the others."""
         if self._missed:
-            missed, self._missed = self._missed, []
+            batch = _Batch(self._missed, answer, self._clock.now())
+            self._missed = []
+            self._under_way[batch] = None
             self._batches += 1
             if self._credit or not self._batches % TRIED_AGAIN:
-                self._try_soon(missed, answer, self._clock.now(), TURNS)
+                self._try_soon(batch, TURNS)
             else:
-                self._fetch(missed, answer, self._clock.now(), FETCHES)
+                self._fetch(batch, FETCHES)
 
-    def _try_soon(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, turns: int) -> None:
-        self._clock.call_soon(partial(self._try, reads, answer, since_s, turns))
+    def unanswered(self) -> Iterator[MissedRead]:
+        """All that wait here."""
+        for batch in self._under_way:
+            yield from batch.reads
+        yield from self._missed
 
-    def _try(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, turns: int) -> None:
+    def _try_soon(self, batch: "_Batch", turns: int) -> None:
+        self._clock.call_soon(partial(self._try, batch, turns))
+
+    def _try(self, batch: "_Batch", turns: int) -> None:
         """Answer what came unasked, and go on so until nothing does."""
-        left = [*self._answer(reads[:AT_ONCE], answer, since_s), *reads[AT_ONCE:]]
-        if len(left) < len(reads):
+        reads = batch.reads
+        batch.reads = [*self._answer(batch, reads[:AT_ONCE]), *reads[AT_ONCE:]]
+        if len(batch.reads) < len(reads):
             self._credit = min(self._credit + 1, CREDIT_LIMIT)
             turns = TURNS + 1
-        if left:
-            if turns > 1:
-                self._try_soon(left, answer, since_s, turns - 1)
-            else:
-                self._credit = max(self._credit - 1, 0)
-                self._fetch(left, answer, since_s, FETCHES)
+        if not batch.reads:
+            del self._under_way[batch]
+        elif turns > 1:
+            self._try_soon(batch, turns - 1)
+        else:
+            self._credit = max(self._credit - 1, 0)
+            self._fetch(batch, FETCHES)
         self._deferred.go_on()
 
-    def _fetch(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:
-        fetched = partial(self._fetched, reads, answer, since_s, fetches - 1)
+    def _fetch(self, batch: "_Batch", fetches: int) -> None:
+        reads, fetched = batch.reads, partial(self._fetched, batch, fetches - 1)
         if not fetches or not self._device.fetch([(offset, length) for _, offset, length in reads], fetched):
+            del self._under_way[batch]
             self._deferred.end(_size_bytes(reads), len(reads))
             for read in reads:
                 self._deferred.read(*read)
 
-    def _fetched(self, reads: Sequence[MissedRead], answer: Answer, since_s: float, fetches: int) -> None:
-        left = self._answer(reads, answer, since_s)
-        if left:
-            self._fetch(left, answer, since_s, fetches)
+    def _fetched(self, batch: "_Batch", fetches: int) -> None:
+        batch.reads = self._answer(batch, batch.reads)
+        if batch.reads:
+            self._fetch(batch, fetches)
+        else:
+            del self._under_way[batch]
         self._deferred.go_on()
 
-    def _answer(self, reads: Sequence[MissedRead], answer: Answer, since_s: float) -> Sequence[MissedRead]:
+    def _answer(self, batch: "_Batch", reads: Sequence[MissedRead]) -> Sequence[MissedRead]:
         """Answer the reads that are at hand, count them, and return the others; none when the connection is gone."""
         deferred, counters = self._deferred, self._counters
         if not deferred.connected:
             deferred.end(_size_bytes(reads), len(reads))
             return ()
-        left = answer(reads)
+        left = batch.answer(reads)
         answered, size_bytes = len(reads) - len(left), _size_bytes(reads) - _size_bytes(left)
         deferred.end(size_bytes, answered)
         counters.reads += answered
         counters.read_bytes += size_bytes
         counters.deferred += answered
-        counters.latency_us.add(int((self._clock.now() - since_s) * 1e6), answered)
+        counters.latency_us.add(int((self._clock.now() - batch.since_s) * 1e6), answered)
         return left
+
+
+class _Batch:
+    """Reads that were missed together, as far as they were not answered."""
+
+    __slots__ = ("answer", "reads", "since_s")
+
+    def __init__(self, reads: Sequence[MissedRead], answer: Answer, since_s: float) -> None:
+        self.reads = reads
+        self.answer = answer
+        self.since_s = since_s
 
 
 def _size_bytes(reads: Sequence[MissedRead]) -> int:

@@ -3,24 +3,28 @@
 Theory: `BlockDevice.later` and `flush` answer by callback. Each request that waits for one counts against the
 connection's bounds until its reply is handed over; with the bounds reached, the connection stops taking requests (and
 soon stops being read). A reply goes out at once if nothing else is waiting; otherwise the replies that come in one
-turn of the loop leave together.
+turn of the loop leave together. Each keeps what it was asked with, for a client that has to go on elsewhere
+(`unanswered`).
 
 Rules
 - Bounds: `OPERATION_LIMIT` requests, `BYTES_LIMIT` of data; a request larger than the rest of the room waits, but one
   alone may always go.
 - A reply with FUA is sent only after a flush that began after the write was acknowledged by the device.
 - When the connection is gone, operations run to their end and their replies are dropped.
+- What the device has answered is true whenever it is told: `deliver` sends what would leave in this turn.
 """
 
 import errno
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 from metadata.seams import Buffer, Clock, Done
 from nbdserver.block import IN_FLIGHT, BlockDevice, Extents, Operation
+from nbdserver.frontend.unanswered import Request, flush_of, read_of
 from nbdserver.volume.counters import Counters
 from protocol.contexts import Context
+from protocol.nbd import CommandFlag
 from protocol.transmission import Replies
 
 OPERATION_LIMIT = 128
@@ -29,6 +33,7 @@ CACHE_LIMIT_BYTES = 32 << 20  # of one CACHE request
 ZERO_PIECE_BYTES = 1 << 20  # one piece of a NO_HOLE zeroing: some 100 µs of the loop's time
 
 _ZEROS = memoryview(bytes(ZERO_PIECE_BYTES))
+_FUA = int(CommandFlag.FUA)
 
 
 def _nothing() -> None:
@@ -122,6 +127,17 @@ class _Status:
             self.step()
 
 
+class _Waiting:
+    """One operation, and what asked for it."""
+
+    __slots__ = ("data_bytes", "requests", "started_s")
+
+    def __init__(self, requests: Sequence[Request], data_bytes: int, started_s: float) -> None:
+        self.requests = requests
+        self.data_bytes = data_bytes
+        self.started_s = started_s
+
+
 class Deferred:
     """The waiting requests of one connection."""
 
@@ -143,6 +159,7 @@ class Deferred:
         self._counters = counters
         self._send = send
         self._freed = freed
+        self._waiting: dict[_Waiting, None] = {}  # in the order in which they came
         self._ready: list[Buffer] = []
         self._delivery_pending = False
         self.connected = True
@@ -169,37 +186,41 @@ class Deferred:
             while len(self._statuses) > 1:
                 self._statuses.pop()
 
+    def unanswered(self) -> Iterator[Request]:
+        """What waits here, in the order in which it came."""
+        for waiting in self._waiting:
+            yield from waiting.requests
+
     # --- what can wait ---
 
     def read(self, cookie: int, offset: int, length: int) -> None:
-        finish = self._begin(length)
+        waiting = self._begin(length, read_of(cookie, offset, length))
 
         def done(error: int, result: Sequence[Buffer] | Extents | None) -> None:
             if error:
-                finish([self._error(cookie, offset, error)])
+                self._finish(waiting, [self._error(cookie, offset, error)])
             else:
                 self._counters.reads += 1
                 self._counters.read_bytes += length
                 data = cast(Sequence[Buffer], result)
-                finish([self._replies.data(cookie, offset, offset, length, True), *data])
+                self._finish(waiting, [self._replies.data(cookie, offset, offset, length, True), *data])
 
         self._device.later(Operation.READ, offset, length, None, done)
 
-    def write(self, cookie: int, offset: int, data: bytes, fua: bool) -> None:
-        self._counters.write_bytes += len(data)
-        self._change(Operation.WRITE, cookie, offset, len(data), data, fua)
+    def write(self, request: Request) -> None:
+        self._counters.write_bytes += request.length
+        self._change(Operation.WRITE, request, request.length, request.payload)
 
-    def discard(self, cookie: int, offset: int, length: int, fua: bool) -> None:
-        self._change(Operation.DISCARD, cookie, offset, length, None, fua)
+    def discard(self, request: Request) -> None:
+        self._change(Operation.DISCARD, request, request.length)
 
-    def cache(self, cookie: int, offset: int, length: int) -> None:
+    def cache(self, request: Request) -> None:
         # A hint: the rest may be asked for again. One request must not sweep the whole page cache.
-        self._change(Operation.CACHE, cookie, offset, min(length, CACHE_LIMIT_BYTES), None, False)
+        self._change(Operation.CACHE, request, min(request.length, CACHE_LIMIT_BYTES))
 
     def block_status(
         self,
-        cookie: int,
-        offset: int,
+        request: Request,
         length: int,
         limit: int,
         contexts: Sequence[Context],
@@ -207,13 +228,14 @@ class Deferred:
     ) -> None:
         """`answer` packs the reply from the extents of each context. One request of a connection is worked on at a
         time."""
-        finish = self._begin(0)
+        waiting = self._begin(0, request)
+        cookie, offset = request.cookie, request.offset
 
         def done(error: int, found: Sequence[Extents]) -> None:
             self._statuses.popleft()
             if self._statuses:
                 self._clock.call_soon(self._statuses[0].step)
-            finish([self._error(cookie, offset, error) if error else answer(found)])
+            self._finish(waiting, [self._error(cookie, offset, error) if error else answer(found)])
 
         self._statuses.append(_Status(self._device, offset, length, limit, contexts, done))
         if len(self._statuses) == 1:
@@ -221,27 +243,28 @@ class Deferred:
 
     def flush(self, acknowledgements: Sequence[Buffer], requests: Sequence[tuple[int, int]]) -> None:
         """Send the acknowledgements after a flush that begins now; or errors for their (cookie, offset) requests."""
-        finish = self._begin(0)
+        waiting = self._begin(0, *(flush_of(cookie, offset) for cookie, offset in requests))
 
         def done(error: int) -> None:
             if error:
-                finish([self._error(cookie, offset, error) for cookie, offset in requests])
+                self._finish(waiting, [self._error(cookie, offset, error) for cookie, offset in requests])
             else:
-                finish(acknowledgements)
+                self._finish(waiting, acknowledgements)
 
         self._device.flush(done)
 
-    def zero_fill(self, cookie: int, offset: int, length: int, fua: bool) -> None:
+    def zero_fill(self, request: Request) -> None:
         """Write real zeros in pieces: of all these requests of a connection, one piece a turn of the loop."""
-        finish = self._begin(ZERO_PIECE_BYTES)
+        waiting = self._begin(ZERO_PIECE_BYTES, request)
+        offset, end = request.offset, request.offset + request.length
 
         def done(error: int) -> None:
             self._zero_fills.popleft()
             if self._zero_fills:
                 self._clock.call_soon(self._zero_fills[0].step)
-            self._finish_change(finish, cookie, offset, error, fua)
+            self._changed(waiting, request, error)
 
-        self._zero_fills.append(_ZeroFill(self._device, self._clock, offset, offset + length, done))
+        self._zero_fills.append(_ZeroFill(self._device, self._clock, offset, end, done))
         if len(self._zero_fills) == 1:
             self._clock.call_soon(self._zero_fills[0].step)
 
@@ -263,57 +286,61 @@ class Deferred:
 
     # --- bookkeeping ---
 
-    def _change(
-        self, operation: Operation, cookie: int, offset: int, length: int, data: bytes | None, fua: bool
-    ) -> None:
-        finish = self._begin(len(data) if data is not None else 0)
+    def _change(self, operation: Operation, request: Request, length: int, data: bytes | None = None) -> None:
+        waiting = self._begin(len(data) if data is not None else 0, request)
 
         def done(error: int, _result: object) -> None:
-            self._finish_change(finish, cookie, offset, error, fua)
+            self._changed(waiting, request, error)
 
-        self._device.later(operation, offset, length, data, done)
+        self._device.later(operation, request.offset, length, data, done)
 
-    def _finish_change(
-        self, finish: Callable[[Sequence[Buffer]], None], cookie: int, offset: int, error: int, fua: bool
-    ) -> None:
+    def _changed(self, waiting: _Waiting, request: Request, error: int) -> None:
+        """The device has done it, or not; with FUA it is answered when that is durable."""
+        cookie, offset = request.cookie, request.offset
         if error:
-            finish([self._error(cookie, offset, error)])
-        elif fua:
-            self._device.flush(lambda failed: self._finish_change(finish, cookie, offset, failed, False))
+            self._finish(waiting, [self._error(cookie, offset, error)])
+        elif request.flags & _FUA:
+            flushes = flush_of(cookie, offset)
+            waiting.requests = (flushes,)
+            self._device.flush(lambda failed: self._changed(waiting, flushes, failed))
         else:
             self._counters.writes += 1
-            finish([self._replies.success(cookie, offset)])
+            self._finish(waiting, [self._replies.success(cookie, offset)])
 
-    def _begin(self, data_bytes: int) -> Callable[[Sequence[Buffer]], None]:
-        """Count one more waiting request; the result ends it with its reply."""
+    def _begin(self, data_bytes: int, *requests: Request) -> _Waiting:
+        """Count one more waiting operation; `_finish` ends it with the reply."""
         self.begin(data_bytes)
         self._counters.deferred += 1
-        started_s = self._clock.now()
+        waiting = _Waiting(requests, data_bytes, self._clock.now())
+        self._waiting[waiting] = None
+        return waiting
 
-        def finish(reply: Sequence[Buffer]) -> None:
-            self.end(data_bytes)
-            self._counters.latency_us.add(int((self._clock.now() - started_s) * 1e6))
-            if self.connected:
-                self._ready += reply
-            if not self.operations:
-                self._deliver()
-            elif not self._delivery_pending:
-                self._delivery_pending = True
-                self._clock.call_soon(self._deliver_pending)
+    def _finish(self, waiting: _Waiting, reply: Sequence[Buffer]) -> None:
+        self.end(waiting.data_bytes)
+        self._counters.latency_us.add(int((self._clock.now() - waiting.started_s) * 1e6))
+        del self._waiting[waiting]
+        if self.connected:
+            self._ready += reply
+        if not self.operations:
+            self._deliver()
+        elif not self._delivery_pending:
+            self._delivery_pending = True
+            self._clock.call_soon(self._deliver_pending)
 
-        return finish
+    def deliver(self) -> None:
+        """Send what was answered, and not sent yet."""
+        if self._ready:
+            ready, self._ready = self._ready, []
+            self._send(ready)
 
     def _deliver_pending(self) -> None:
         self._delivery_pending = False
         self._deliver()
 
     def _deliver(self) -> None:
-        if not self.connected:
-            return
-        if self._ready:
-            ready, self._ready = self._ready, []
-            self._send(ready)
-        self._freed()
+        if self.connected:
+            self.deliver()
+            self._freed()
 
     def _error(self, cookie: int, offset: int, error: int) -> bytes:
         self._counters.errors += 1

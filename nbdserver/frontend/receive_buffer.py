@@ -2,7 +2,8 @@
 
 Theory: requests and their payloads are used where they landed. Bytes between `start` and `end` are received and not
 used yet; the connection writes behind `end`. When all is used both go back to 0, so that a busy connection works in
-memory that is in the CPU's cache; only the remains of a cut-off request are ever moved.
+memory that is in the CPU's cache; only the remains of a cut-off request are ever moved. What is used and may be asked
+for once more is *set aside*: it stays where it is, and what comes next goes into other memory.
 
 Rules: a view that was given out is valid until the next `room`. The buffer grows only to hold one request whole and
 shrinks back when the caller says so; it is replaced, never resized, because views of it may still be held.
@@ -17,11 +18,16 @@ MINIMUM_ROOM_BYTES = 16 << 10  # less room than this behind `end` is not worth a
 class ReceiveBuffer:
     """Bytes of one connection that were received and not used yet. The attributes are read by the hot path."""
 
-    __slots__ = ("capacity_bytes", "data", "end", "start", "view")
+    __slots__ = ("_spare", "aside", "capacity_bytes", "data", "end", "start", "view")
+    data: bytearray
+    view: memoryview
 
     def __init__(self, size_bytes: int = NORMAL_BYTES) -> None:
         self.start = 0
         self.end = 0
+        self.aside = memoryview(b"")
+        """What was set aside last."""
+        self._spare: bytearray | None = None  # of the same size, once something was set aside
         self._replace(size_bytes)
 
     def room(self) -> memoryview:
@@ -49,6 +55,17 @@ class ReceiveBuffer:
         invariant(self.start <= position < self.end, "used bytes lie between start and end")
         self.start = position
         return position
+
+    def set_aside(self, position: int) -> None:
+        """Everything before `position` is used, and can be read in `aside` until the next call."""
+        self.aside = self.view[self.start : position]
+        held_bytes = self.end - position
+        data = self._spare or bytearray(self.capacity_bytes)
+        if held_bytes:
+            data[:held_bytes] = self.view[position : self.end]
+        self._spare = self.data
+        self.data, self.view = data, memoryview(data)
+        self.start, self.end = 0, held_bytes
 
     def reserve(self, size_bytes: int) -> None:
         """Make room for `size_bytes` from `start` on."""
@@ -81,3 +98,4 @@ class ReceiveBuffer:
         self.capacity_bytes = size_bytes
         self.data = bytearray(size_bytes)
         self.view = memoryview(self.data)
+        self._spare = None

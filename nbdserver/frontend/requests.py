@@ -18,6 +18,7 @@ from nbdserver.block import BLOCK_BYTES, SPARSE_READ_BYTES, ZERO, BlockDevice, E
 from nbdserver.frontend.cold_reads import ColdReads
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import RUN_LIMIT_BYTES
+from nbdserver.frontend.unanswered import Request
 from nbdserver.volume.counters import Counters
 from protocol.agreement import Agreement, ReplyStyle
 from protocol.contexts import Context
@@ -80,25 +81,25 @@ class Requests:
                 self._counters.write_bytes += length
                 self._changed(cookie, offset, fua)
             else:
-                deferred.write(cookie, offset, bytes(payload), fua)
+                deferred.write(Request(flags, command, cookie, offset, length, bytes(payload)))
         elif command == Command.FLUSH:
             self._counters.flushes += 1
             self._batch.flushes.append((cookie, offset))
         elif command == Command.CACHE:
-            deferred.cache(cookie, offset, length)
+            deferred.cache(Request(flags, command, cookie, offset, length))
         elif command == Command.BLOCK_STATUS:
             self._block_status(flags, cookie, offset, length, payload)
         elif flags & CommandFlag.NO_HOLE:
             if flags & CommandFlag.FAST_ZERO:
                 self.fail(cookie, offset, errno.ENOTSUP)
             else:
-                deferred.zero_fill(cookie, offset, length, fua)
+                deferred.zero_fill(Request(flags, command, cookie, offset, length))
         elif device.discard(offset, length):
             self._changed(cookie, offset, fua)
         elif flags & CommandFlag.FAST_ZERO:
             self.fail(cookie, offset, errno.ENOTSUP)
         else:
-            deferred.discard(cookie, offset, length, fua)
+            deferred.discard(Request(flags, command, cookie, offset, length))
 
     def _changed(self, cookie: int, offset: int, fua: bool) -> None:
         self._counters.writes += 1
@@ -169,6 +170,7 @@ class Requests:
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int, payload: memoryview) -> None:
         contexts: Sequence[Context] = self._agreement.contexts
+        request = Request(flags, int(Command.BLOCK_STATUS), cookie, offset, length, bytes(payload))
         if flags & CommandFlag.PAYLOAD_LEN:
             asked = parse_status_payload(self._agreement, bytes(payload))
             if asked is None or offset + asked[0] > self._device.size_bytes:
@@ -193,7 +195,7 @@ class Requests:
             extents = self._device.extents(offset, length, limit)
         if extents is None:
             self._batch.size_bytes += EXTENT_COST_BYTES * limit * len(contexts)
-            self._deferred.block_status(cookie, offset, length, limit, contexts, answer)
+            self._deferred.block_status(request, length, limit, contexts, answer)
         else:
             self._batch.size_bytes += EXTENT_COST_BYTES * len(extents)
             self._batch.replies.append(answer([extents]))

@@ -8,7 +8,7 @@ A node may have several processes with a server each. A client whose handshake n
 on there (`pass_on`, to that one's `arrive`): with its socket, or, if that cannot be handed over, by a `Forwarding`. It
 is counted where its session is. Who wants a volume of the cluster that is not served here is `away` from then on: it is
 taken to another node (`attach`, see attaching.py), or comes back (`arrive`). It counts here all the time, and at the
-other node too (`arrive_from_node`).
+other node too (`arrive_from_node`). So is, with what it has asked for, who has entered a volume that this node loses.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from metadata.seams import Clock, Connection, Network, Receiver, Timer
 from nbdserver.frontend.census import Census
 from nbdserver.frontend.forwarding import Forwarding
 from nbdserver.frontend.session import ClientInfo, Secure, Session, Unsettled
-from nbdserver.volume.export import Export, Exports
+from nbdserver.frontend.unanswered import Entered
+from nbdserver.volume.export import Export, Exports, volume_of
 from protocol.agreement import OptionRefusedError
 from protocol.handover import ClientState, HandshakingClient
 from protocol.handshake import GoElsewhere
@@ -46,9 +47,9 @@ class Away(Protocol):
         """End it now."""
 
 
-Attach = Callable[[Connection, HandshakingClient, str, Callable[[str], None]], Away]
-"""Takes a client to the node that serves this volume, or back here. Its last argument is called once, and not from
-inside: with why the client is gone, or with "" when it is about to `arrive` here again."""
+Attach = Callable[[Connection, HandshakingClient, str, Callable[[str], None], Entered | None], Away]
+"""Takes a client to the node that serves this volume, or back here, unless it has Entered. The last but one argument is
+called once, and not from inside: with why the client is gone, or with "" when it is about to `arrive` here again."""
 
 
 class Server:
@@ -150,7 +151,9 @@ class Server:
     def resume(self, connection: Connection, state: ClientState) -> Session | None:
         """Go on with a client of another process: its Receiver, whose `resume` is called when it is connected."""
         try:
-            session = Session(state.id, connection, self._clock, self._exports, self._gone, state)
+            session = Session(
+                state.id, connection, self._clock, self._exports, self._gone, state, goes_on=self._goes_on
+            )
         except OptionRefusedError as error:
             self.report("client-not-taken-over", {"peer": connection.peer_name, "reason": str(error)})
             return None
@@ -237,6 +240,7 @@ class Server:
             refusal=refusal,
             via=via,
             unsettled=None if via else self.unsettled,
+            goes_on=None if via else self._goes_on,  # one that was brought here is brought to the next node too
         )
         self._add(session)
         return session
@@ -268,7 +272,25 @@ class Server:
         self._remove(session)
         self._check_drained()
 
-    def _go_away(self, session: Session, connection: Connection, client: HandshakingClient, export: str) -> None:
+    def _goes_on(self, session: Session) -> bool:
+        """Take a session's client to where its volume is served from now on; False if that cannot be."""
+        if self.attach is None or self._drained is not None:
+            return False
+        left = session.leave()
+        if left is None:
+            return False
+        connection, client, entered = left
+        self._go_away(session, connection, client, volume_of(entered.agreement.offer.name), entered)
+        return True
+
+    def _go_away(
+        self,
+        session: Session,
+        connection: Connection,
+        client: HandshakingClient,
+        export: str,
+        entered: Entered | None = None,
+    ) -> None:
         def ended(reason: str) -> None:
             del self._away[client.id]
             self._count()
@@ -277,7 +299,7 @@ class Server:
             self._check_drained()
 
         assert self.attach is not None
-        self._away[client.id] = self.attach(connection, client, export, ended)
+        self._away[client.id] = self.attach(connection, client, export, ended, entered)
         self._remove(session)
 
     def _forwarding_over(self, forwarding: Forwarding) -> None:

@@ -12,6 +12,7 @@ Rules
 - The handshake, that of TLS included, has `HANDSHAKE_TIMEOUT_S`; replies that the peer does not take stop it from being
   answered. With TLS the connection is replaced by one that encrypts; nothing else changes.
 - Whatever ends the connection, `_gone` runs exactly once: the export forgets the session, the server is told.
+- When another node serves its export from now on it *leaves*, with what was not answered, and its client goes on there.
 - A session in transmission can be *frozen*: it stands still between two of its requests, and `hand_over` turns it into
   its state, from which another process makes a session that goes on. The peer sees a pause.
 """
@@ -22,13 +23,14 @@ from dataclasses import dataclass, replace
 from metadata.seams import Clock, Connection, Receiver, Timer
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.transmission import UNSENT_LIMIT_BYTES, Transmission
+from nbdserver.frontend.unanswered import Entered
 from nbdserver.volume.admission import Admission, TlsMode
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Elsewhere, Export, ExportError, Exports, volume_of
 from nbdserver.volume.peer import Peer
 from protocol.agreement import Agreement, ElsewhereError, Offer, OptionRefusedError
 from protocol.handover import ClientState, HandshakingClient
-from protocol.handshake import Close, Enter, GoElsewhere, Handshake, Reply, StartTls
+from protocol.handshake import Close, Enter, GoElsewhere, Handshake, HandshakeState, Reply, StartTls
 from protocol.nbd import OptionReply
 
 HANDSHAKE_TIMEOUT_S = 10.0  # anew in each process that it goes on in
@@ -41,6 +43,9 @@ Secure = Callable[[Connection, Receiver, Callable[[str, str], None]], Connection
 Unsettled = Callable[[Peer, str, float], bool]
 """Whether another connection of this host to this volume, which came by way of another node, may have been given up
 before the one that came here at this time, and nobody has told us."""
+
+GoesOn = Callable[["Session"], bool]
+"""Takes a session's client (`leave`) to the node that serves its export from now on; False if that cannot be."""
 
 Leaves = Callable[["Session", Connection, HandshakingClient, GoElsewhere], None]
 """Gets a session, its connection, which has sent everything, what goes on with it, and where."""
@@ -80,11 +85,12 @@ class Session:
         refusal: str = "",
         via: str = "",
         unsettled: Unsettled | None = None,
+        goes_on: GoesOn | None = None,
     ) -> None:
         """`gone(session, reason)` is called once, when the connection is closed or lost; not when it `leaves`. Without
         `secure` there is no TLS, without `leaves` there is no other process. A `refusal` answers whoever asks for an
         export of another node. `via` is the node that it has come to, if that is another one. Who is `unsettled` leaves
-        before it enters its export, as if that were another node's.
+        before it enters its export, as if that were another node's. `goes_on` is asked when its export moves.
 
         With `resumed` it begins in the transmission phase (OptionRefusedError if its export does not have it any
         more), and serves once `resume` is called. With `arrived` it begins in the handshake, and goes on when `go_on`
@@ -106,6 +112,7 @@ class Session:
         self._leaves = leaves
         self._refusal = refusal
         self._unsettled = unsettled
+        self._goes_on = goes_on
         self._secure = secure
         self._since_s = clock.now()
         self._received_bytes = 0
@@ -211,6 +218,28 @@ class Session:
         self._leave()
         return descriptor, state
 
+    def moved(self, reason: str) -> None:
+        """ExportSession: another node serves the export from now on."""
+        if not self._over and (self._goes_on is None or not self._goes_on(self)):
+            self.disconnect(reason)
+
+    def leave(self) -> tuple[Connection, HandshakingClient, Entered] | None:
+        """Leave for good, with what was not answered: for another server to go on with. None if that cannot be."""
+        transmission, agreement, export = self._transmission, self._agreement, self.export
+        if self._over or self.frozen or transmission is None or agreement is None or export is None:
+            return None
+        if not export.lineage or (received := transmission.leave()) is None:
+            return None
+        agreement = replace(agreement, offer=replace(agreement.offer, name=export.name))
+        entered = Entered(agreement, export.lineage, received, transmission.skip_bytes)
+        self._leave()
+        return self._connection, self._client(HandshakeState.before(agreement)), entered
+
+    def _client(self, state: HandshakeState) -> HandshakingClient:
+        """It, where its handshake goes on from this state."""
+        peer = self.peer
+        return HandshakingClient(self.id, self._since_s, peer.name, peer.tls, peer.certificate, state)
+
     def resume(self, state: ClientState) -> None:
         """Serve, where another process stopped."""
         if self._transmission is not None:
@@ -286,9 +315,7 @@ class Session:
             return
         assert self._handshake is not None
         assert self._leaves is not None
-        state = self._handshake.leave()
-        peer = self.peer
-        client = HandshakingClient(self.id, self._since_s, peer.name, peer.tls, peer.certificate, state)
+        client = self._client(self._handshake.leave())
         self._leave()
         self._leaves(self, self._connection, client, going)
 

@@ -13,7 +13,8 @@ Rules
 - Payloads are used in the receive buffer; they stay where they are until the commit, because only `buffer.used` and
   `buffer.reserve` move them, in `_end_batch` or `_hold`, and nothing is received before these.
 - A connection whose batch is IN_FLIGHT stands still until that is acknowledged; what comes meanwhile is its next batch.
-  The payloads of the one that is in flight are needed no more.
+  The one that is in flight stays where it was received, set aside: it may have to be asked for again elsewhere.
+- Who `leave`s takes along what was not answered; what the device has answered has been told before (unanswered.py).
 - Replies to inline reads leave before another connection has its turn: their memory is everybody's.
 - The refused request's payload is skipped; a peer whose stream is out of step (wrong magic) is disconnected.
 - Bounds: replies of one batch (`BATCH_BYTES`), bytes that the peer does not take (`UNSENT_LIMIT_BYTES`: then nothing
@@ -32,6 +33,7 @@ from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import SLOTS, InlineReads
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
 from nbdserver.frontend.requests import Batch, Requests
+from nbdserver.frontend.unanswered import asked_again, read_of
 from nbdserver.volume.counters import Counters
 from nbdserver.volume.export import Export
 from nbdserver.volume.limits import Throttle
@@ -145,6 +147,26 @@ class Transmission:
             self._finished = lambda _reason: frozen()
             self._end("the server hands its clients over")
 
+    def leave(self) -> bytes | None:
+        """End without an answer to what waits; returns all that was not answered or not looked at, the last request
+        perhaps cut off, without the `skip_bytes` that come next. None, and nothing done, if the connection ends."""
+        if self._ending or self._over:
+            return None
+        self._send_replies()
+        self._deferred.deliver()
+        buffer, batch, replies = self._buffer, self._batch, self._replies
+        asked, rest_at = memoryview(b""), buffer.start
+        if self._held:
+            asked = buffer.aside
+        elif batch.waits_for_commit:  # which has still to come in this turn of the loop
+            asked, rest_at = buffer.view[buffer.start : self._position], self._position
+        rest_at = self._skip(rest_at, buffer.end, self._skip_bytes)
+        cookies = {cookie for cookie, _ in batch.flushes}
+        cookies.update(replies.unpack_success(reply)[0] for reply in (*batch.acknowledged, *batch.forced))
+        waiting = [*self._deferred.unanswered(), *(read_of(*read) for read in self._cold_reads.unanswered())]
+        again = asked_again(self._agreement.style, waiting, asked, cookies)
+        return b"".join([*again, buffer.view[rest_at : buffer.end]])
+
     @property
     def skip_bytes(self) -> int:
         """How much of a refused request's payload is still to come."""
@@ -255,11 +277,12 @@ class Transmission:
 
     def _hold(self) -> None:
         """What was read may be said; nothing more is done until the changes are acknowledged. What comes meanwhile, as
-        far as there is room, is the next batch: the payloads are in the log, and their part of the buffer is free."""
+        far as there is room, is the next batch."""
         if not self._over:
             self._held = self._stalled = True
             self._send_replies()
-            self._use(self._position)
+            self._buffer.set_aside(self._position)
+            self._make_room(0)
             if not self._buffer.has_room_behind:
                 self._connection.pause_reading()
 
@@ -340,7 +363,7 @@ class Transmission:
         buffer = self._buffer
         data, view, position, end = buffer.data, buffer.view, buffer.start, buffer.end
         if self._skip_bytes:
-            position = self._skip(position, end, self._skip_bytes)
+            position = buffer.start = self._skip(position, end, self._skip_bytes)
         unpack, header_bytes, magic_expected, write_flags, take_reads, write = self._bound
         extended = self._extended
         size_bytes = self._device.size_bytes
@@ -407,8 +430,11 @@ class Transmission:
 
     def _use(self, position: int) -> None:
         """Give the used part of the buffer back and make room for what is missing."""
+        self._make_room(self._buffer.used(position))
+
+    def _make_room(self, start: int) -> None:
         buffer, missing_bytes = self._buffer, self._missing_bytes
-        if buffer.used(position) + missing_bytes > buffer.capacity_bytes:
+        if start + missing_bytes > buffer.capacity_bytes:
             buffer.reserve(missing_bytes)
             if buffer.capacity_bytes > NORMAL_BYTES and self._shrink_timer is None:
                 self._shrink_timer = self._clock.call_later(SHRINK_DELAY_S, self._shrink)

@@ -20,6 +20,7 @@ from nbdserver.node.channel import ChannelError, RemoteError
 from nbdserver.replication.peer_stream import PeerStream
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Exports
+from nbdserver.volume.wanted import Wanted
 from protocol.peer_clients import FORWARDER_BYTES, Forward, Forwarded, Keep
 
 
@@ -63,9 +64,9 @@ class ClusterClients:
                 self._exports.note_in_cluster(elsewhere(None, name, listing))
 
     def _ask_who_serves(
-        self, export: str, failed: tuple[str, ...], patiently: bool, done: Callable[[Answer], None]
+        self, export: str, failed: tuple[str, ...], wanted: Wanted, done: Callable[[Answer], None]
     ) -> None:
-        task = asyncio.get_running_loop().create_task(self._who_serves(export, failed, patiently))
+        task = asyncio.get_running_loop().create_task(self._who_serves(export, failed, wanted))
         self._asking.add(task)
 
         def answered(task: asyncio.Task[Answer]) -> None:
@@ -75,9 +76,9 @@ class ClusterClients:
 
         task.add_done_callback(answered)
 
-    async def _who_serves(self, export: str, failed: tuple[str, ...], patiently: bool) -> Answer:
+    async def _who_serves(self, export: str, failed: tuple[str, ...], wanted: Wanted) -> Answer:
         try:
-            answer = await self._ask("attach", export=export, failed=failed, patiently=patiently)
+            answer = await self._ask("attach", export=export, failed=failed, wanted=wanted.value)
         except (ChannelError, RemoteError) as error:
             return Nobody(str(error))
         if answer.get("own"):

@@ -35,6 +35,7 @@ from nbdserver.node.resync_view import ResyncView
 from nbdserver.node.shared_registry import SharedRegistry
 from nbdserver.node.snapshots_told import Listings, SnapshotsTold
 from nbdserver.node.volumes import Volumes
+from nbdserver.volume.wanted import Wanted
 
 
 class ClusterPart:
@@ -134,7 +135,7 @@ class ClusterPart:
     async def _answer(self, worker: int, name: str, arguments: dict[str, Any]) -> Any:
         """Answer a data process."""
         if name == "attach":
-            return await self.owning.attach(arguments["export"], arguments["failed"], arguments["patiently"])
+            return await self.owning.attach(arguments["export"], arguments["failed"], Wanted(arguments["wanted"]))
         visit = self._visits.get(worker)
         if visit is None:
             visit = self._visits[worker] = self._shared.desk.visit(

@@ -5,7 +5,7 @@ disk is asked for each time, and what a data process has set for it is set again
 (nbdserver/replication/family.py) follows whoever owns the family, or owns it.
 
 Rules
-- An owner whose disk has failed is none any more: its clients are disconnected, and find another node.
+- An owner whose disk has failed is none any more: its clients go on at another node.
 """
 
 import random

@@ -6,7 +6,9 @@ here. Only if neither can be, another member is asked to.
 
 Rules
 - Who is asked for a client names the nodes that it has tried in vain: they are not offered again.
-- A command never moves a family away from an owner that is up and owns it.
+- A command never moves a family away from an owner that is up and owns it, nor does a client that goes on.
+- An owner that is not silent, and does not own at this moment, has some time to be found again (Wanted.SOON). So has
+  this node itself: what it knows of the registry may be older than that it was deposed.
 
 Known weakness: an owner that is up for the cluster and hangs is found out by its silence, as long as a call takes.
 """
@@ -22,6 +24,7 @@ from nbdserver.node.opening import Call
 from nbdserver.node.placement import worker_of
 from nbdserver.node.replicas import Replicas
 from nbdserver.volume.export import volume_of
+from nbdserver.volume.wanted import Wanted
 
 LOOK_S = 3.0
 TAKE_S = 12.0
@@ -51,15 +54,15 @@ class Owning:
         self._others = others
         self._call = call
 
-    async def attach(self, export: str, failed: Collection[str], patiently: bool) -> dict[str, Any]:
+    async def attach(self, export: str, failed: Collection[str], wanted: Wanted) -> dict[str, Any]:
         """Where a client shall go that wants an export: {own: true, address}: it is served here now; {node, address};
-        or {error} with one line. `patiently`: an owner that does not serve it at this moment is not replaced as yet."""
+        or {error} with one line."""
         try:
             found = self._families.find(volume_of(export))
             if found is None or not found[0].replicas:
                 raise NodeError(f"the cluster has no volume {export!r:.60}")
             family = found[0]
-            node = await self._for_client(family, failed, patiently)
+            node = await self._for_client(family, failed, wanted)
             others = self._others()
             addresses = others.data_addresses_of(node) if others else []
             address = addresses[worker_of(family.id, len(addresses))] if addresses else ""
@@ -71,7 +74,7 @@ class Owning:
         except (NodeError, RegistryError, OSError) as error:
             return {"error": str(error)}
 
-    async def _for_client(self, family: Family, failed: Collection[str], patiently: bool) -> str:
+    async def _for_client(self, family: Family, failed: Collection[str], wanted: Wanted) -> str:
         me, replicas = self._replicas.me, self._replicas
         if replicas.owns(family.id):
             return me
@@ -79,11 +82,14 @@ class Owning:
         idle = ""
         if value.owner not in (me, *failed) and self._is_up(value.owner):
             told = await self._look_at(value.owner, family)
-            if patiently and not told.get("owns"):
+            if wanted is Wanted.SOON and not told.get("owns"):
                 raise ConflictError(f"{value.owner} does not serve {family.name} at this moment")
-            if told.get("owns") and (told.get("clients") or not replicas.may_own(value, family.id)):
+            stays = wanted is not Wanted.ANEW or told.get("clients") or not replicas.may_own(value, family.id)
+            if told.get("owns") and stays:
                 return value.owner
             idle = value.owner if told.get("owns") else ""
+        elif wanted is Wanted.SOON and value.owner == me and not replicas.is_taking(family.id):
+            raise ConflictError(f"{me} does not serve {family.name} at this moment")
         reasons: list[str] = []
         if (value.owner == me or replicas.may_own(value, family.id)) and await self._own(family, reasons):
             return me

@@ -6,7 +6,7 @@ served like any other; `disown`, or another node takes over, and it is followed 
 
 Rules
 - On each node a family lives in the worker that its id says: everybody knows where to find it.
-- When this node is not the owner any more its clients are disconnected before anybody else is obeyed.
+- When this node is not the owner any more its clients leave for the next one before anybody else is obeyed.
 - Where the peers are is told by notes (`peer_addresses`); who is not known yet is asked for again and again.
 """
 
@@ -167,8 +167,8 @@ class ReplicaRequests:
         }
 
     async def do_disown(self, family: str) -> None:
-        """Own a family no more, and follow it. What was acknowledged is made durable first, its clients are
-        disconnected."""
+        """Own a family no more, and follow it. What was acknowledged is made durable first, its clients
+        leave for the next owner."""
         served, replica = self._followed(family)
         owner = replica.family.owner
         if owner is None:

@@ -88,6 +88,10 @@ class Replicas:
         """Whether this node serves the volumes of a family of the cluster."""
         return family_id in self._served
 
+    def is_taking(self, family_id: str) -> bool:
+        """Whether it is about to."""
+        return family_id in self._taking
+
     def is_followed(self, family_id: str) -> bool:
         """Whether a replica here is open."""
         return family_id in self._following

@@ -7,7 +7,7 @@ Rules
 - `withdraw` comes before a volume is deleted: from then on no client can attach, so that nobody does between the
   question whether there are clients and the deletion.
 - Changes answer an errno; 0 is durable. They can be repeated: deleting what is gone is done.
-- A replicated family is served while this node owns it; when that ends, its clients are disconnected at once.
+- A replicated family is served while this node owns it; when that ends, its clients leave for the next owner at once.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class ServedFamily:
 
     def give_up(self, reason: str) -> None:
         """Another node orders from now on."""
-        self._withdraw_all(reason)
+        self._withdraw_all(reason, has_moved=True)
         self.ownership = None
 
     def volume(self, number: int) -> ServedVolume:
@@ -135,14 +135,14 @@ class ServedFamily:
         self._withdraw(served, "the volume is not served any more")
         return 0
 
-    def _withdraw(self, served: ServedVolume, reason: str) -> None:
+    def _withdraw(self, served: ServedVolume, reason: str, has_moved: bool = False) -> None:
         del self._volumes[served.number]
-        self._exports.remove(served.export.name, reason)
-        served.snapshots.close(reason)
+        self._exports.remove(served.export.name, reason, has_moved)
+        served.snapshots.close(reason, has_moved)
 
-    def _withdraw_all(self, reason: str) -> None:
+    def _withdraw_all(self, reason: str, has_moved: bool = False) -> None:
         for served in list(self._volumes.values()):
-            self._withdraw(served, reason)
+            self._withdraw(served, reason, has_moved)
 
     def snapshots(self, number: int = 0) -> list[dict[str, Any]]:
         """The snapshots of one volume, or of all, each volume's oldest first."""

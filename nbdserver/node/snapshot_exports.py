@@ -81,10 +81,10 @@ class SnapshotExports:
             export.change(allowed=volume.allowed.texts, tls=volume.tls, description=snapshot_description(volume.name))
             export.throttle = self._volume.throttle
 
-    def close(self, reason: str) -> None:
-        """Disconnect everybody; the volume is not served any more."""
+    def close(self, reason: str, has_moved: bool) -> None:
+        """The volume is not served any more: disconnect everybody, or let them go on where it `has_moved`."""
         for _, view, export in self._open.values():
-            self._exports.remove(export.name, reason)
+            self._exports.remove(export.name, reason, has_moved)
             view.close()
         self._open.clear()
 
@@ -98,6 +98,7 @@ class SnapshotExports:
             allowed=self._volume.allowed.texts,
             tls=self._volume.tls,
             created_s=row.created_s,
+            lineage=self._volume.lineage,
         )
         export.throttle = self._volume.throttle
         self._exports.add(export)

@@ -9,7 +9,8 @@ Rules (docs/replication.md has the reasons)
 - What a read shows is noted when it is read, and its answer waits for that (17): it never waits for what comes later.
 - What is in the open batch has no txid yet: nothing is answered inline while there is one.
 - Room is asked for before ordering (18), once a batch; a write that finds none waits until the owner has an answer.
-- When the owner is deposed nobody is told anything any more: whoever has the device disconnects its clients.
+- When the owner is deposed nobody is told anything any more: whoever has the device lets its clients go on elsewhere.
+  Nor is anybody from when the own log could not be appended to: that deposes the owner, in this turn of the loop.
 """
 
 import errno as errnos
@@ -61,6 +62,7 @@ class ReplicatedDevice:
         self._owner = owner
         self._room_bytes = 0  # that the open batch may still take
         self._is_open = False  # there is an open batch
+        self._has_failed = False  # the own log
         self._look_at_room()
 
     @property
@@ -121,13 +123,16 @@ class ReplicatedDevice:
         if self._owner.is_deposed:
             return errnos.EIO  # to nobody: the open batch was never ordered
         self._look_at_room()
-        return self._owner.commit(self._inner.commit) or IN_FLIGHT
+        errno = self._owner.commit(self._inner.commit)
+        self._has_failed |= errno == errnos.EIO
+        return errno if errno and not self._has_failed else IN_FLIGHT
 
     def _look_at_room(self) -> None:
         self._room_bytes = self._owner.room_bytes()
 
     def acknowledged(self, done: Done) -> None:
-        self._tell_when(self._owner.ordered_txid, lambda: done(0))
+        if not self._has_failed:
+            self._tell_when(self._owner.ordered_txid, lambda: done(0))
 
     def _tell_when(self, txid: int, tell: Callable[[], None]) -> None:
         """When everything up to `txid` is acknowledged; never, if that is not known any more."""

@@ -62,6 +62,9 @@ class ExportSession(Protocol):
     def disconnect(self, reason: str) -> None:
         """Close the connection now."""
 
+    def moved(self, reason: str) -> None:
+        """The export is served by another node from now on: go on there, or close the connection."""
+
 
 class Listing:
     """What is told of an export to those who may see it, and who that is. The attributes are read freely."""
@@ -335,15 +338,16 @@ class Exports:
         self._say(old)
         self._say(name)
 
-    def remove(self, name: str, reason: str = "the export was removed") -> Export:
-        """Take an export out and disconnect its sessions; the caller closes the device. ExportError without one."""
+    def remove(self, name: str, reason: str = "the export was removed", has_moved: bool = False) -> Export:
+        """Take an export out and disconnect its sessions, or, if it `has_moved` to another node, let them go on there;
+        the caller closes the device. ExportError without one."""
         export = self._exports.pop(name, None)
         if export is None:
             raise ExportError(f"there is no export {name}")
         export.changed = None  # which refers to it
         self._say(name)
         for session in list(export.sessions):
-            session.disconnect(reason)
+            (session.moved if has_moved else session.disconnect)(reason)
         return export
 
     def _say(self, name: str) -> None:

@@ -51,20 +51,11 @@ class Writer:
         block, data = self._last
         self.may_have[block] = {data}
 
-    def is_gone(self) -> bool:
-        """Whether it was disconnected; it must not be answered before."""
-        try:
-            self._client.receive()
-        except ConnectionError:
-            return True
-        return False
-
-    def is_refused(self) -> bool:
-        """Whether it was disconnected, or told of an error."""
-        try:
-            return self._client.receive().error != 0
-        except ConnectionError:
-            return True
+    async def is_answered(self) -> None:
+        """Wait until what was sent is acknowledged."""
+        answer = await asyncio.to_thread(self._client.receive)
+        assert answer.error == 0
+        self._acknowledged()
 
     def close(self) -> None:
         self._client.close()
@@ -124,9 +115,7 @@ def test_an_image_is_copied_in_at_one_node_and_out_at_another(tmp_path: Path, fr
     asyncio.run(story())
 
 
-def test_clients_of_an_owner_that_is_no_more_are_disconnected_without_an_answer(
-    tmp_path: Path, free_port: FreePort
-) -> None:
+def test_clients_of_an_owner_that_is_no_more_are_answered_by_the_next_one(tmp_path: Path, free_port: FreePort) -> None:
     async def story() -> None:
         async with data_nodes(tmp_path, free_port) as rig:
             first, second, _ = rig.nodes
@@ -136,18 +125,23 @@ def test_clients_of_an_owner_that_is_no_more_are_disconnected_without_an_answer(
             writer.send()
             await second.own()
             os.kill(first.process.pid, signal.SIGCONT)
-            assert await asyncio.to_thread(writer.is_gone)
+            await writer.is_answered()
+            assert [client["via"] for client in await second.call("clients")] == ["node-1"]
+            await writer.write(20)
             assert (await first.replicas())["role"] == "following"
             with pytest.raises(DataProcessError) as refused:
                 await first.call("snapshot_create", family=rig.family, number=1, snapshot="late")
             assert refused.value.kind == "NotOwnedError"
             await rig.until(rig.all_in_sync, "who was the owner follows")
+            writer.close()
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
 
     asyncio.run(story())
 
 
-def test_a_volume_that_is_given_up_is_flushed_and_its_clients_go(tmp_path: Path, free_port: FreePort) -> None:
+def test_a_volume_that_is_given_up_is_flushed_and_its_clients_wait_for_the_next_owner(
+    tmp_path: Path, free_port: FreePort
+) -> None:
     async def story() -> None:
         async with data_nodes(tmp_path, free_port) as rig:
             first = rig.nodes[0]
@@ -156,9 +150,12 @@ def test_a_volume_that_is_given_up_is_flushed_and_its_clients_go(tmp_path: Path,
             last_txid = (await first.replicas())["log"]["last"][1]
             await first.call("disown", family=rig.family)
             await first.call("disown", family=rig.family)
-            assert await asyncio.to_thread(writer.is_gone)
             assert (await first.replicas())["role"] == "following"
+            writer.send()
             await first.own()
+            await writer.is_answered()
+            assert [fields["node"] for fields in first.heard("client-goes-on")] == ["node-1"]
+            writer.close()
             assert await asyncio.to_thread(writer.wrong_blocks, first) == []
             assert last_txid >= 20
 
@@ -266,13 +263,16 @@ def test_clients_stay_when_the_owners_program_is_replaced(tmp_path: Path, free_p
             assert (await first.replicas())["value"]["epoch"] == 2
             assert len(first.heard("clients-returned")) == is_late
             await second.own()
+            await writer.write(10)
+            writer.close()
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
-            assert await asyncio.to_thread(writer.is_gone)
 
     asyncio.run(story())
 
 
-def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port: FreePort) -> None:
+def test_an_owner_whose_disk_fails_gives_the_volume_up_and_its_clients_to_the_next_one(
+    tmp_path: Path, free_port: FreePort
+) -> None:
     async def story() -> None:
         async with data_nodes(tmp_path, free_port) as rig:
             first, second, _ = rig.nodes
@@ -280,11 +280,13 @@ def test_an_owner_whose_disk_fails_gives_the_volume_up(tmp_path: Path, free_port
             await writer.write(50)
             resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             writer.send()
-            assert await asyncio.to_thread(writer.is_refused)
             await rig.until(lambda: first.heard("owner-deposed"), "the owner is deposed")
             with pytest.raises(DataProcessError):
                 await first.call("own", family=rig.family)
             await second.own()
+            await writer.is_answered()
+            await writer.write(10)
+            writer.close()
             assert await asyncio.to_thread(writer.wrong_blocks, second) == []
             resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             await first.call("close", family=rig.family)

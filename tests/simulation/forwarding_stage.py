@@ -12,6 +12,7 @@ from nbdserver.frontend.server import Server
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, Exports
+from nbdserver.volume.wanted import Wanted
 from protocol import nbd
 from protocol.nbd import Command, Option
 from tests.simulation.cluster.cluster import Cluster
@@ -205,20 +206,21 @@ class Stage:
         return let_go
 
     def move(self, to: str) -> None:
-        """Another node has the volume from now on; the one before serves it no more, whatever has become of it."""
+        """Another node has the volume from now on; the one before, whatever has become of it, serves it no more, and
+        knows why."""
         before = self.cluster.machines[self.owner]
         self.owner = to
         if before.life is not None:
             node = self.node(before.name)
             if node.exports.lookup("disk") is not None:
-                node.exports.remove("disk")
+                node.exports.remove("disk", has_moved=True)
         self.node(to).serve()
 
     def _begin(self, machine: Machine, seams: Seams) -> "Node | Hosts":
         return self.node_type(self, machine, seams) if machine.name.startswith("node") else Hosts(seams)
 
     def ask(self, node: str, seams: Seams) -> Ask:
-        def asked(_export: str, failed: tuple[str, ...], _patiently: bool, done: Callable[[Answer], None]) -> None:
+        def asked(_export: str, failed: tuple[str, ...], _wanted: Wanted, done: Callable[[Answer], None]) -> None:
             self.asked.append((node, failed))
             answer: Answer = (
                 Here(self.peer_address(node))

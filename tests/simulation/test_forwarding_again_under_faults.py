@@ -88,7 +88,10 @@ class LongNode(Node):
     def deposed(self) -> None:
         """It hears of it after some time, if it can."""
         self._seams.clock.call_later(
-            0.05, lambda: self.exports.remove("disk") if self.exports.lookup("disk") and not self.owns else None
+            0.05,
+            lambda: (
+                self.exports.remove("disk", has_moved=True) if self.exports.lookup("disk") and not self.owns else None
+            ),
         )
 
     @property

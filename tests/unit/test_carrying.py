@@ -3,8 +3,9 @@
 import pytest
 
 from nbdserver.frontend.carrying import Carried
+from nbdserver.frontend.unanswered import Entered
 from protocol import nbd
-from protocol.agreement import ReplyStyle
+from protocol.agreement import Agreement, Offer, ReplyStyle
 from protocol.handshake import HandshakeState
 from protocol.nbd import Command, Info, Option, OptionReply
 from tests.unit.session_rig import HandClock, ListConnection, feed, named
@@ -93,6 +94,41 @@ def test_a_reply_of_which_one_server_has_said_a_part_is_said_whole_by_the_next(p
     assert bytes(rig.client.sent) == reply(1) + reply(3) + reply(2), "the second handshake is none of its business"
     rig.hear(server, reply(2))
     assert bytes(rig.client.sent) == reply(1) + reply(3) + reply(2), "what is left is heard no more"
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 100])
+def test_a_client_that_had_its_session_here_is_told_nothing_and_asks_again(piece_bytes: int) -> None:
+    client, events, clock = ListConnection("192.0.2.1:1000"), Rig(), HandClock()
+    agreement = Agreement(Offer("disk", 1 << 20, False), ReplyStyle.SIMPLE, (), FLAGS)
+    entered = Entered(agreement, 7, read(1) + read(2)[:10], 0)
+    carried = Carried(clock, client, HandshakeState.before(agreement), events, entered)
+    clock.run()
+    server = ListConnection("192.0.2.2:10810")
+    assert carried.state().received == named(Option.GO, "disk")
+    carried.begin(server, b"")
+    rest = read(2)[10:] + read(3)
+    for at in range(0, len(rest), piece_bytes):
+        feed(carried, rest[at : at + piece_bytes])
+    assert not server.sent
+    assert server.receiver is not None
+    feed(server.receiver, told() + reply(1))
+    assert bytes(server.sent) == read(1) + read(2) + read(3)
+    assert bytes(client.sent) == reply(1)
+    assert events.events == ["entered"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 100])
+def test_the_rest_of_a_payload_that_was_refused_before_is_skipped(piece_bytes: int) -> None:
+    client, events, clock = ListConnection("192.0.2.1:1000"), Rig(), HandClock()
+    agreement = Agreement(Offer("disk", 1 << 20, False), ReplyStyle.SIMPLE, (), FLAGS)
+    carried = Carried(clock, client, HandshakeState.before(agreement), events, Entered(agreement, 7, read(1), 40))
+    rest = b"x" * 40 + read(2)
+    for at in range(0, len(rest), piece_bytes):
+        feed(carried, rest[at : at + piece_bytes])
+    server = ListConnection("192.0.2.2:10810")
+    carried.begin(server, told())
+    clock.run()
+    assert bytes(server.sent) == read(1) + read(2)
 
 
 def test_a_server_that_tells_something_else_gets_no_request() -> None:

@@ -13,6 +13,7 @@ from nbdserver.node.errors import ConflictError, NodeError
 from nbdserver.node.owning import Owning
 from nbdserver.node.placement import worker_of
 from nbdserver.node.replicas import Replicas
+from nbdserver.volume.wanted import Wanted
 
 FAMILY_ID = "0123456789abcdef" * 2
 FAMILY = Family(FAMILY_ID, 1 << 22, "", (Volume(1, "disk", 1 << 20),), replicas=3)
@@ -40,6 +41,10 @@ class Here:
         self._can = can
         self._owns = owns
         self.taken = 0
+        self.takes = False
+
+    def is_taking(self, _family_id: str) -> bool:
+        return self.takes
 
     def owns(self, _family_id: str) -> bool:
         return self._owns
@@ -137,7 +142,7 @@ def test_who_serves_a_client(
 ) -> None:
     there = There(up, told, takes)
     owning = owning_at(Here(f"node-{asked_at}", can, False), in_sync, there)
-    answer = asyncio.run(owning.attach("disk", names(failed), patiently=False))
+    answer = asyncio.run(owning.attach("disk", names(failed), Wanted.ANEW))
     address = f"192.0.2.{expected}:{worker_of(FAMILY_ID, WORKERS)}"
     if expected == asked_at:
         assert answer == {"own": True, "address": address}
@@ -151,7 +156,7 @@ def test_who_serves_a_client(
 def test_what_this_node_owns_is_served_here_and_nobody_is_asked() -> None:
     there = There("123", BUSY, "123")
     owning = owning_at(Here("node-2", False, True), "12", there)
-    answer = asyncio.run(owning.attach("disk@monday", (), patiently=True))
+    answer = asyncio.run(owning.attach("disk@monday", (), Wanted.SOON))
     assert answer == {"own": True, "address": f"192.0.2.2:{worker_of(FAMILY_ID, WORKERS)}"}
     assert there.asked == []
 
@@ -168,15 +173,34 @@ def test_who_is_patient_does_not_replace_an_owner_that_is_up(
     told: dict[str, Any] | None, expected: dict[str, Any]
 ) -> None:
     owning = owning_at(Here("node-2", True, False), "123", There("123", told, ""))
-    assert asyncio.run(owning.attach("disk", (), patiently=True)) == expected
+    assert asyncio.run(owning.attach("disk", (), Wanted.SOON)) == expected
+
+
+@pytest.mark.parametrize("wanted", [Wanted.AGAIN, Wanted.SOON])
+def test_who_goes_on_moves_nothing_away_from_an_owner_that_has_no_clients_yet(wanted: Wanted) -> None:
+    here = Here("node-2", True, False)
+    answer = asyncio.run(owning_at(here, "123", There("123", IDLE, "")).attach("disk", (), wanted))
+    assert (answer["node"], here.taken) == ("node-1", 0)
+
+
+def test_a_node_that_has_just_lost_a_family_does_not_take_it_back_at_once() -> None:
+    here = Here("node-1", True, False)
+    owning = owning_at(here, "123", There("123", NOT, ""))
+    expected = {"error": "node-1 does not serve disk at this moment"}
+    assert asyncio.run(owning.attach("disk", (), Wanted.SOON)) == expected
+    assert here.taken == 0
+    here.takes = True  # it does so on somebody else's account
+    assert asyncio.run(owning.attach("disk", (), Wanted.SOON))["own"]
+    here.takes = False
+    assert asyncio.run(owning.attach("disk", (), Wanted.AGAIN))["own"]
 
 
 def test_a_node_that_has_not_joined_yet_takes_over_what_it_can_or_says_so() -> None:
     owning = owning_at(Here("node-2", True, False), "12", None)
-    assert asyncio.run(owning.attach("disk", (), patiently=False)) == {"own": True, "address": ""}
+    assert asyncio.run(owning.attach("disk", (), Wanted.ANEW)) == {"own": True, "address": ""}
     owning = owning_at(Here("node-3", True, False), "12", None)
-    assert "no node can serve disk now" in asyncio.run(owning.attach("disk", (), patiently=False))["error"]
-    assert asyncio.run(owning.attach("other", (), patiently=False)) == {"error": "the cluster has no volume 'other'"}
+    assert "no node can serve disk now" in asyncio.run(owning.attach("disk", (), Wanted.ANEW))["error"]
+    assert asyncio.run(owning.attach("other", (), Wanted.ANEW)) == {"error": "the cluster has no volume 'other'"}
 
 
 @pytest.mark.parametrize(

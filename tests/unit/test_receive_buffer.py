@@ -11,6 +11,7 @@ STEPS = st.lists(
         st.tuples(st.just("use"), st.integers(0, 6000)),
         st.tuples(st.just("reserve"), st.integers(1, 20000)),
         st.tuples(st.just("shrink"), st.just(0)),
+        st.tuples(st.just("set aside"), st.integers(0, 6000)),
     ),
     max_size=40,
 )
@@ -19,7 +20,7 @@ STEPS = st.lists(
 @given(start_bytes=st.integers(16, 9000), steps=STEPS)
 def test_bytes_stay_in_order_whatever_moves_grows_or_shrinks(start_bytes: int, steps: list[tuple[str, int]]) -> None:
     buffer = ReceiveBuffer(start_bytes)
-    held = b""
+    held = aside = b""
     count = 0
     for step, size_bytes in steps:
         if step == "receive":
@@ -34,12 +35,17 @@ def test_bytes_stay_in_order_whatever_moves_grows_or_shrinks(start_bytes: int, s
             size_bytes = min(size_bytes, len(held))
             assert buffer.used(buffer.start + size_bytes) == buffer.start
             held = held[size_bytes:]
+        elif step == "set aside":
+            size_bytes = min(size_bytes, len(held))
+            buffer.set_aside(buffer.start + size_bytes)
+            aside, held = held[:size_bytes], held[size_bytes:]
         elif step == "reserve":
             buffer.reserve(size_bytes)
             assert buffer.start + size_bytes <= buffer.capacity_bytes
         else:
             buffer.shrink()
         assert buffer.view[buffer.start : buffer.end] == held
+        assert buffer.aside == aside
         assert len(buffer.room()) > 0 or buffer.end - buffer.start == buffer.capacity_bytes
 
 

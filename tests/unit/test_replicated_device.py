@@ -126,9 +126,18 @@ def test_of_several_blocks_those_are_read_that_may_be_shown(rig: Rig) -> None:
     assert list(rig.device.read_blocks(offsets, room, 2)) == [0, 1, 2, 3, 4]
 
 
-def test_a_commit_that_fails_is_failed(rig: Rig) -> None:
+def test_a_commit_for_which_there_is_no_room_is_failed(rig: Rig) -> None:
+    rig.inner.commit_error = errno.ENOSPC
+    assert rig.device.commit() == errno.ENOSPC
+
+
+def test_who_waits_for_a_log_that_has_failed_is_told_nothing(rig: Rig) -> None:
+    told: list[int] = []
     rig.inner.commit_error = errno.EIO
-    assert rig.device.commit() == errno.EIO
+    assert rig.device.commit() == IN_FLIGHT
+    rig.device.acknowledged(told.append)
+    rig.clock.run()
+    assert (told, list(rig.owner.waiting)) == ([], [])
 
 
 READS: dict[str, Callable[[Rig], object]] = {

@@ -40,6 +40,7 @@ from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.peer_server import PeerServer
 from nbdserver.volume.admission import TlsMode
 from nbdserver.volume.export import Elsewhere, Export, Exports
+from nbdserver.volume.wanted import Wanted
 from protocol.peer import Modification, Position
 from protocol.peer_clients import FORWARDER_BYTES
 
@@ -157,7 +158,7 @@ def _figures(family: ReplicatedFamily) -> dict[str, dict[str, int]]:
 
 
 def _always(clock: HostClock, there: There) -> Ask:
-    def ask(_export: str, _failed: tuple[str, ...], _patiently: bool, done: Callable[[Answer], None]) -> None:
+    def ask(_export: str, _failed: tuple[str, ...], _wanted: Wanted, done: Callable[[Answer], None]) -> None:
         clock.call_soon(lambda: done(there))
 
     return ask
