@@ -9,13 +9,15 @@ Rules
 - A swap without an answer is made again until it is known what became of it (registry_calls.py says why that is enough:
   every value that is swapped carries a number that only rises, or is made under a name that is used once).
 - Before the first word of the watch nothing is known, which is not the same as empty: `is_known`.
+- Revisions are compared within one life of the registry. What was changed here in a life that is over is what the new
+  life shows of it, which may be an earlier state.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 
 from metadata.registry import RegistryError
-from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
+from metadata.registry_calls import LIFE_KEY, Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.seams import Clock, Registry
 from metadata.waiting import answer_of
 
@@ -102,6 +104,7 @@ class RegistryMirror:
 
     def _heard(self, event: Event) -> None:
         keys = [key for key, _ in event.changes]
+        life = self._items.get(LIFE_KEY)
         if event.is_reset:
             keys = list({*keys, *self._items})
             self._items.clear()
@@ -111,6 +114,8 @@ class RegistryMirror:
             else:
                 self._items[key] = value
         self._revision = event.revision
+        if self.is_known and self._items.get(LIFE_KEY) != life:
+            self._ours.clear()
         self._ours = {key: ours for key, ours in self._ours.items() if ours[0] > event.revision}
         self.is_known = True
         self._changed(keys)

@@ -8,7 +8,7 @@ import pytest
 
 from metadata import registry_mirror
 from metadata.registry import RegistryError
-from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
+from metadata.registry_calls import LIFE_KEY, Change, Event, Outcome, Reading, Swap, Unavailable
 from metadata.registry_mirror import RegistryMirror
 from nbdserver.host.clock import HostClock
 
@@ -98,6 +98,26 @@ def test_what_was_swapped_here_is_read_at_once_and_what_came_later_after_it() ->
         assert mirror.range("") == [("a", b"2"), ("c", b"1")]
         etcd.tell(Event(3, False, (("a", b"3"), ("b", b"9"))))  # another's, after it
         assert mirror.range("") == [("a", b"3"), ("b", b"9"), ("c", b"1")]
+
+    with_mirror(work)
+
+
+def test_what_was_swapped_in_a_life_of_the_registry_that_is_over_is_not_read_any_more() -> None:
+    """It was put back from a backup, where revisions are lower, and made whole without what was swapped last."""
+
+    async def work(etcd: Etcd, mirror: RegistryMirror, heard: list[list[str]]) -> None:
+        etcd.values = {"a": b"1"}
+        etcd.revision = 1000
+        etcd.reset()
+        assert await mirror.compare_and_swap([("a", b"1", b"2"), ("b", None, b"1")])
+        assert mirror.range("") == [("a", b"2"), ("b", b"1")]
+        etcd.values = {"a": b"1", LIFE_KEY: b"1"}
+        etcd.revision = 600
+        etcd.reset()
+        assert mirror.range("") == [("a", b"1"), (LIFE_KEY, b"1")]
+        assert await mirror.compare_and_swap([("a", b"1", b"3")])
+        etcd.tell(Event(600, True, (("a", b"1"), (LIFE_KEY, b"1"))))  # in the same life: what is ours is newer
+        assert mirror.get("a") == b"3"
 
     with_mirror(work)
 
