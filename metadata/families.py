@@ -14,7 +14,8 @@ Rules
 - Every change of a shared family raises its `number`: bytes that were replaced do not come back, so that a swap whose
   answer was lost can be settled.
 - What this node knows of a replica set is kept here (`set/ID`) before the data process hears of it: who owns a family
-  has written down what it acts on, so that nodes can tell it if the shared registry is lost.
+  has written down what it acts on, so that nodes can tell it if the shared registry is lost. What would add a member is
+  kept (`asked/ID`) before the shared registry is asked for it: that member may go on without anybody else.
 - A shared family that is deleted leaves `removed/ID`, which names the nodes that have a replica of it until they have
   deleted that. No replica is deleted because a key is missing.
 """
@@ -168,7 +169,7 @@ class Families:
 
     async def scrapped(self, family_id: str) -> None:
         """The directory is gone: forget it."""
-        keys = (f"scrap/{family_id}", _kept(family_id))
+        keys = (f"scrap/{family_id}", _kept(family_id), _asked(family_id))
         await self._own.compare_and_swap([(key, self._own.get(key), None) for key in keys])
 
     async def keep_replica(self, family: Family) -> None:
@@ -180,7 +181,8 @@ class Families:
 
     async def drop_replica(self, family_id: str, was_deleted: bool = False) -> None:
         """The directory of a replica is about to be deleted; `was_deleted`: the family was, which is remembered."""
-        changes: list[Change] = [(key, self._own.get(key), None) for key in (f"replica/{family_id}", _kept(family_id))]
+        keys = (f"replica/{family_id}", _kept(family_id), _asked(family_id))
+        changes: list[Change] = [(key, self._own.get(key), None) for key in keys]
         if was_deleted:
             changes += self._note_deleted(family_id)
         if not await self._own.compare_and_swap([*changes, (f"scrap/{family_id}", None, b"")]):
@@ -213,11 +215,25 @@ class Families:
     def kept_set(self, family_id: str) -> ReplicaSet | None:
         """The newest replica set of a family that this node has heard of and keeps; None if there is none that can be
         read."""
-        value = self._own.get(_kept(family_id))
+        return self._own_set(_kept(family_id))
+
+    def asked_set(self, family_id: str) -> ReplicaSet | None:
+        """The last one with a new member that was asked for here; None if there is none that can be read."""
+        return self._own_set(_asked(family_id))
+
+    def _own_set(self, key: str) -> ReplicaSet | None:
+        value = self._own.get(key)
         try:
             return None if value is None else ReplicaSet.decode(value)
         except ReplicaSetError:
             return None
+
+    async def note_asked(self, family_id: str, value: bytes) -> None:
+        """The registry is about to be asked for this replica set, which has a new member."""
+        key = _asked(family_id)
+        before = self._own.get(key)
+        if before != value:
+            await self._own.compare_and_swap([(key, before, value)])
 
     async def keep_set(self, family_id: str, value: bytes) -> bool:
         """The registry has this replica set, of a family of which there is a replica here or is about to be. False if a
@@ -405,6 +421,10 @@ def _family_key(family: Family) -> str:
 
 def _kept(family_id: str) -> str:
     return f"set/{family_id}"
+
+
+def _asked(family_id: str) -> str:
+    return f"asked/{family_id}"
 
 
 def _set_key(family_id: str) -> str:

@@ -83,6 +83,10 @@ class ReplicaSet:
         others = tuple(member for member in self.in_sync if member.node != added.node)
         return self.changed(in_sync=(*others, added))
 
+    def adds_to(self, before: "ReplicaSet") -> bool:
+        """Whether there is a member on a node that had none."""
+        return any(before.member(member.node) is None for member in self.in_sync)
+
     @property
     def staying(self) -> tuple[str, ...]:
         """Nodes that have a replica, or are to have one, and are not leaving."""

@@ -41,6 +41,7 @@ class KeptInMemory:
 
     def __init__(self) -> None:
         self.sets: dict[str, ReplicaSet] = {}
+        self.asked: dict[str, ReplicaSet] = {}
 
     def has_replica(self, family_id: str) -> bool:
         return True
@@ -51,6 +52,9 @@ class KeptInMemory:
         if new.number > kept.number:
             self.sets[family_id] = new
         return new.number >= kept.number
+
+    async def note_asked(self, family_id: str, value: bytes) -> None:
+        self.asked[family_id] = ReplicaSet.decode(value)
 
 
 class DataNode:

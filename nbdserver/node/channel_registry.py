@@ -10,6 +10,9 @@ Rules
 - When a data process ends, its watches go (`RegistryVisit.close`).
 - A replica set that was swapped or read is kept by this node before the data process hears of it: what it acts on is
   written down. One that is older than what is kept is not passed on as the truth.
+- One that adds a member is noted before it is asked for: if no answer comes, that member may have gone on alone.
+- When what is kept was told, for the registry to be made whole from it, what was asked of the registry before is
+  answered as if its answer had got lost (`has_told`).
 """
 
 import asyncio
@@ -18,7 +21,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from metadata.registry_calls import Change, Event, Outcome, Reading, Swap, Unavailable
-from metadata.replica_set import REPLICA_SETS, ReplicaSetError
+from metadata.replica_set import REPLICA_SETS, ReplicaSet, ReplicaSetError
 from metadata.seams import Registry, Watch
 from metadata.waiting import answer_of
 from nbdserver.node.channel import ChannelError, RemoteError
@@ -30,6 +33,8 @@ Notify = Callable[[str, dict[str, Any]], None]
 """`Channel.notify`."""
 
 EVENT = "registry_event"
+
+_RECOVERED = "the registry is being made whole from what the nodes know"
 
 
 def _hex(value: bytes | None) -> str | None:
@@ -132,6 +137,8 @@ class KeptSets(Protocol):
 
     async def keep_set(self, family_id: str, value: bytes) -> bool: ...
 
+    async def note_asked(self, family_id: str, value: bytes) -> None: ...
+
 
 class RegistryDesk:
     """The control process's end, for all data processes."""
@@ -145,6 +152,8 @@ class RegistryDesk:
         self._visits: set[RegistryVisit] = set()
         self._watch: Watch | None = None
         self._is_known = False
+        self.times_told = 0
+        """How often what is kept was told to who makes the registry whole."""
 
     def visit(self, notify: Notify) -> "RegistryVisit":
         """For one data process, to be closed when that ends; `notify` reaches it."""
@@ -159,6 +168,10 @@ class RegistryDesk:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+
+    def has_told(self) -> None:
+        """What is kept is told at this moment: nobody acts on anything that is on its way here."""
+        self.times_told += 1
 
     def leave(self, visit: "RegistryVisit") -> None:
         """It is over."""
@@ -199,6 +212,14 @@ class RegistryDesk:
         except ReplicaSetError:
             return True
 
+    async def note(self, change: Change) -> None:
+        """Have it in this node's own registry if a replica set is asked for that adds a member."""
+        if change.expected is None or change.new is None or not change.key.startswith(REPLICA_SETS):
+            return
+        with contextlib.suppress(ReplicaSetError):
+            if ReplicaSet.decode(change.new).adds_to(ReplicaSet.decode(change.expected)):
+                await self._kept.note_asked(_family(change.key), change.new)
+
 
 def _family(key: str) -> str:
     return key.removeprefix(REPLICA_SETS)
@@ -231,6 +252,7 @@ class RegistryVisit:
         self._desk.leave(self)
 
     async def _get(self, key: str) -> dict[str, Any]:
+        times_told = self._desk.times_told
         answer: Reading | Unavailable = await answer_of(lambda done: self._registry.get_later(key, done))
         if isinstance(answer, Unavailable):
             return {"reason": answer.reason}
@@ -239,15 +261,22 @@ class RegistryVisit:
                 return {
                     "reason": "the registry shows an earlier state than this node has seen; nbdserver cluster recover"
                 }
+        if self._desk.times_told != times_told:
+            return {"reason": _RECOVERED}
         return {"revision": answer.revision, "items": [(each, value.hex()) for each, value in answer.items]}
 
     async def _swap(self, changes: Sequence[tuple[str, str | None, str | None]]) -> dict[str, Any]:
+        times_told = self._desk.times_told
         wanted = [Change(key, _bytes(expected), _bytes(new)) for key, expected, new in changes]
+        for change in wanted:
+            await self._desk.note(change)
         answer: Swap = await answer_of(lambda done: self._registry.swap_later(wanted, done))
         if answer.outcome is Outcome.SWAPPED:
             for change in wanted:
                 if change.new is not None:
                     await self._desk.keep(change.key, change.new)
+        if self._desk.times_told != times_told:
+            answer = Swap(Outcome.UNKNOWN, reason=_RECOVERED)
         return {"outcome": answer.outcome.value, "revision": answer.revision, "reason": answer.reason}
 
     def _watch(self, watch: int, prefix: str) -> None:

@@ -4,12 +4,16 @@ Theory: pure. Every node keeps of each family of which it has a replica the newe
 ReplicaSet that it has heard of, and has on its disk in which incarnations the replica was open. Whoever acts on a
 ReplicaSet has written it down first (channel_registry.py). A later one than the newest that is told can only have been
 made by one of *its* members, because only they may own the family. So if all of these have told, it is the last one.
+One of them may have asked for a later one that adds a member, and not know what became of that: then that member may
+own the family by now, and has to tell too.
 
 Rules
 - A family needs the word of every member of the newest in-sync set that anybody tells. Without one it is left out,
   unless whoever asks says that this node shall not be waited for: then what it alone has acknowledged is lost, and the
   generation rises.
 - A member that tells and is not what it was (its disk was put back) stays in the set: who takes over finds that out.
+- A replica set is numbered higher than any that anybody may have heard of before: what was made and is not acted on is
+  never taken for a later one.
 - A family that any node knows to be deleted stays deleted.
 - What the registry still holds counts like one more word.
 
@@ -25,6 +29,9 @@ from metadata.replica_set import Member, ReplicaSet
 from nbdserver.node.errors import listed
 from protocol.peer import Position
 
+NUMBERS = 1000
+"""By so much numbers rise. One that nobody acts on is higher by one."""
+
 
 @dataclass(frozen=True)
 class Word:
@@ -38,6 +45,8 @@ class Word:
     last: Position
     promised_epoch: int
     resync_regions: int
+    asked: ReplicaSet | None = None
+    """The last one with a new member that it has asked the registry for."""
 
     @property
     def is_complete(self) -> bool:
@@ -69,9 +78,9 @@ def verdict(
     if not sets:
         return Verdict(family, problem="no node keeps who was in sync", is_final=bool(without))
     newest = max(sets, key=lambda value: value.number)
-    silent = [
-        member.node for member in newest.in_sync if member.node not in words or not words[member.node].incarnation
-    ]
+    asked = [word.asked for word in words.values() if word.asked is not None and word.asked.number > newest.number]
+    needed = dict.fromkeys(member.node for value in (newest, *asked) for member in value.in_sync)
+    silent = [node for node in needed if node not in words or not words[node].incarnation]
     promised = max((word.promised_epoch for word in words.values()), default=0)
     waited_for = [node for node in silent if node not in without]
     if waited_for:
@@ -81,7 +90,7 @@ def verdict(
     if promised > newest.epoch and not without:
         return Verdict(family, problem=f"a replica obeys epoch {promised}, of which no node that answers tells more")
     if not silent and promised <= newest.epoch:
-        return Verdict(family, newest)
+        return Verdict(family, _numbered(newest))
     return _without(family, words, newest, silent, promised)
 
 
@@ -105,7 +114,13 @@ def _without(
         generation=newest.generation + 1,
     )
     gone = listed(list(silent)) or "nodes that are away"
-    return Verdict(family, value, loss=f"what {gone} acknowledged and {listed(nodes)} had not heard of is lost")
+    return Verdict(
+        family, _numbered(value), loss=f"what {gone} acknowledged and {listed(nodes)} had not heard of is lost"
+    )
+
+
+def _numbered(value: ReplicaSet) -> ReplicaSet:
+    return replace(value, number=value.number + NUMBERS)
 
 
 def with_free_names(families: Sequence[Family]) -> list[Family]:

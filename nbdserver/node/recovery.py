@@ -72,6 +72,7 @@ class Recovery:
         after = int(question.get("after", 0))
         described: dict[str, Any] = await self._call("replicas")
         replicas = sorted(self._families.replicas(), key=lambda family: family.id)[after:]
+        self._shared.desk.has_told()
         words: list[dict[str, Any]] = []
         size_bytes = 0
         for family in replicas:
@@ -91,11 +92,12 @@ class Recovery:
         }
 
     def _word(self, family: Family, described: Mapping[str, Any] | None) -> dict[str, Any]:
-        kept = self._families.kept_set(family.id)
+        kept, asked = self._families.kept_set(family.id), self._families.asked_set(family.id)
         log = described["log"] if described is not None else {}
         return {
             "family": family.encode().decode(),
             "kept": kept.encode().decode() if kept is not None else "",
+            "asked": asked.encode().decode() if asked is not None else "",
             "incarnation": log.get("incarnation", 0),
             "last": log.get("last", (0, 0)),
             "promised_epoch": log.get("promised_epoch", 0),
@@ -309,6 +311,7 @@ def _word_of(told: Mapping[str, Any]) -> Word:
         Position(*told["last"]),
         int(told["promised_epoch"]),
         int(told["resync_regions"]),
+        _set_of(str(told.get("asked", "")).encode() or None),  # the version before says nothing of it
     )
 
 

@@ -142,6 +142,41 @@ def test_what_a_data_process_acts_on_is_kept_first_and_what_is_older_than_that_i
     run(story)
 
 
+def test_what_adds_a_member_is_noted_before_it_is_asked_for_and_nothing_else_is(run: Run) -> None:
+    async def story(rig: Rig) -> None:
+        end = await rig.end()
+        one = ReplicaSet(1, "n1", (Member("n1", 1),), ("n1", "n2"), number=7)
+        two, moved = one.with_member(Member("n2", 5)), one.with_member(Member("n1", 2))
+        await end.swap(Change(KEY, None, one.encode()))
+        await end.swap(Change(KEY, one.encode(), moved.encode()))
+        assert rig.kept.asked == {}
+        assert (await end.swap(Change(KEY, one.encode(), two.encode()))).outcome is Outcome.LOST
+        assert rig.kept.asked == {"aa": two}
+        assert rig.kept.sets == {"aa": moved}
+
+    run(story)
+
+
+def test_nobody_acts_on_an_answer_that_was_on_its_way_when_what_is_kept_was_told(run: Run) -> None:
+    async def story(rig: Rig) -> None:
+        end = await rig.end()
+        old = ReplicaSet(1, "n1", (Member("n1", 1),), ("n1",), number=7)
+        await end.swap(Change(KEY, None, old.encode()))
+        honest = rig.kept.keep_set
+
+        async def keep_slowly(family_id: str, value: bytes) -> bool:
+            rig.desk.has_told()
+            return await honest(family_id, value)
+
+        rig.kept.keep_set = keep_slowly  # type: ignore[method-assign]
+        assert (await end.swap(Change(KEY, old.encode(), old.changed().encode()))).outcome is Outcome.UNKNOWN
+        assert isinstance(await end.get(KEY), Unavailable)
+        rig.kept.keep_set = honest  # type: ignore[method-assign]
+        assert isinstance(await end.get(KEY), Reading)
+
+    run(story)
+
+
 def test_a_watch_hears_what_is_there_and_what_changes_below_its_prefix(run: Run) -> None:
     async def story(rig: Rig) -> None:
         one, other = await rig.end(), await rig.end()

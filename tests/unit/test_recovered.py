@@ -6,7 +6,7 @@ import pytest
 
 from metadata.registry import Family, Volume
 from metadata.replica_set import Member, ReplicaSet
-from nbdserver.node.recovered import Word, verdict, with_free_names
+from nbdserver.node.recovered import NUMBERS, Word, verdict, with_free_names
 from protocol.peer import Position
 
 FAMILY = Family("ab" * 16, 1 << 26, "", (Volume(1, "db", 1 << 30),), replicas=3)
@@ -24,9 +24,28 @@ def word(
 WELL = {"n1": word(TWO), "n2": word(ALL), "n3": word(ALL, txid=5)}
 
 
-def test_the_newest_that_is_told_is_taken_as_it_is() -> None:
-    assert verdict(FAMILY, WELL, None, ()).value == TWO
-    assert verdict(FAMILY, {"n1": word(ALL), "n2": word(ALL)}, TWO, ()).value == TWO, "the registry tells too"
+def taken(value: ReplicaSet) -> ReplicaSet:
+    return replace(value, number=value.number + NUMBERS)
+
+
+def test_the_newest_that_is_told_is_taken_but_for_its_number() -> None:
+    assert verdict(FAMILY, WELL, None, ()).value == taken(TWO)
+    assert verdict(FAMILY, {"n1": word(ALL), "n2": word(ALL)}, TWO, ()).value == taken(TWO), "the registry tells too"
+
+
+def test_a_member_that_somebody_has_asked_for_has_to_tell_unless_a_later_set_is_known() -> None:
+    """It may have been added and gone on, and whoever has asked does not know."""
+    asked = TWO.with_member(Member("n4", 9))
+    words = {"n1": replace(word(TWO), asked=asked), "n2": word(TWO)}
+    told = verdict(FAMILY, words, None, ())
+    assert (told.value, told.problem) == (None, "it needs the word of n4, which may have gone on without others")
+    assert verdict(FAMILY, words | {"n4": word(TWO)}, None, ()).value == taken(TWO), "it was never added"
+    assert verdict(FAMILY, words | {"n4": word(asked)}, None, ()).value == taken(asked)
+    later = TWO.changed(epoch=4)
+    assert verdict(FAMILY, words | {"n2": word(later)}, None, ()).value == taken(later)
+    given_up = verdict(FAMILY, words, None, ("n4",)).value
+    assert given_up is not None
+    assert (given_up.in_sync, given_up.generation) == (TWO.in_sync, TWO.generation + 1)
 
 
 @pytest.mark.parametrize("silent", ["n1", "n2"])
@@ -40,7 +59,7 @@ def test_a_member_of_the_newest_set_has_to_tell(silent: str) -> None:
 
 
 def test_who_was_removed_need_not_tell() -> None:
-    assert verdict(FAMILY, {"n1": word(TWO), "n2": word(ALL)}, None, ()).value == TWO
+    assert verdict(FAMILY, {"n1": word(TWO), "n2": word(ALL)}, None, ()).value == taken(TWO)
 
 
 def test_a_member_that_is_given_up_is_left_out_and_the_generation_rises() -> None:
@@ -48,7 +67,7 @@ def test_a_member_that_is_given_up_is_left_out_and_the_generation_rises() -> Non
     told = verdict(FAMILY, words, None, ("n1",))
     assert told.value is not None
     assert (told.value.owner, told.value.in_sync) == ("n2", (Member("n2", 2),))
-    assert (told.value.generation, told.value.number) == (TWO.generation + 1, TWO.number + 1)
+    assert (told.value.generation, told.value.number) == (TWO.generation + 1, TWO.number + 1 + NUMBERS)
     assert told.value.epoch == 5, "later than any that a replica obeys"
     assert told.loss == "what n1 acknowledged and n2 had not heard of is lost"
 

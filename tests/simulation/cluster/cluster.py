@@ -14,10 +14,11 @@ Rules of this file
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from metadata.registry_calls import LIFE_KEY, Change
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.cluster.machine import Factory, Machine
 from tests.simulation.cluster.nemesis import Nemesis
@@ -117,8 +118,19 @@ class Cluster:
         self.hits["disk error"] += 1
         self.scheduler.at(self.now_s, machine.life, self.nemesis.exited, machine)
 
-    def recovered(self) -> None:
-        """The registry is whole."""
+    def hear_each_other(self, one: Machine, other: Machine) -> bool:
+        """Whether a call between them would be answered."""
+        ends = one.name, other.name
+        return one is other or not (self.wires.path(*ends).blocks or self.wires.path(*reversed(ends)).blocks)
+
+    def make_registry_whole(self, changes: Sequence[Change], told: Sequence[Machine]) -> None:
+        """The registry begins its next life with these changes, made from what some machines have told."""
+        registry = self.registry
+        lives = [machine.registry_past.life for machine in told if machine.registry_past is not None]
+        life = str(max([registry.past.life, *lives]) + 1).encode()
+        before = registry.get(LIFE_KEY).items
+        registry.swap([*changes, Change(LIFE_KEY, before[0][1] if before else None, life)])
+        registry.home = registry.cluster_id
         self.needs_recovery, self.recovered_s = False, self.now_s
         self.put_back_keys.clear()
 

@@ -20,7 +20,7 @@ from metadata.directory.node import DirectoryNode
 from metadata.directory.registry_keys import KEPT, KEPT_PREFIX, STATE_KEY, MasterState
 from metadata.directory.reports import Answer
 from metadata.directory.settings import DirectorySettings
-from metadata.registry_calls import LIFE_KEY, Change
+from metadata.registry_calls import Change
 from protocol.directory import Confirm, NodeKind
 from protocol.sealed_frames import ClusterKeys
 from tests.simulation.cluster.cluster import Cluster, ClusterRun
@@ -125,7 +125,7 @@ class DirectoryScenario:
         asked = [machine for machine, _ in there if registry.reaches(machine.name)]
         if not asked:
             return
-        told = [(machine, node) for machine, node in there if self._answers(asked[0], machine)]
+        told = [(machine, node) for machine, node in there if cluster.hear_each_other(asked[0], machine)]
         try:
             state = state_from(told[0][1].me, [known_to(node) for _, node in told], self._state())
         except MissingVotersError:
@@ -133,21 +133,9 @@ class DirectoryScenario:
         cluster.tell(f"{asked[0].name} makes the registry whole, in epoch {state.epoch if state else 0}")
         gone = {key.removeprefix(KEPT_PREFIX) for key in cluster.put_back_keys if key.startswith(KEPT_PREFIX)}
         self.judge.forgive(gone, self._number)
-        there_is = dict(registry.range("").items)
-        lives = [machine.registry_past.life for machine, _ in told if machine.registry_past is not None]
-        life = str(max([registry.past.life, *lives]) + 1).encode()
-        registry.swap(
-            [
-                Change(STATE_KEY, there_is.get(STATE_KEY), state.encode() if state else None),
-                Change(LIFE_KEY, there_is.get(LIFE_KEY), life),
-            ]
-        )
-        registry.home = registry.cluster_id
-        cluster.recovered()
-
-    def _answers(self, asking: Machine, asked: Machine) -> bool:
-        wires, ends = self.cluster.wires, (asking.name, asked.name)
-        return asking is asked or not (wires.path(*ends).blocks or wires.path(*reversed(ends)).blocks)
+        (before,) = [value for _, value in registry.get(STATE_KEY).items] or [None]
+        change = Change(STATE_KEY, before, state.encode() if state else None)
+        cluster.make_registry_whole([change], [machine for machine, _ in told])
 
     # --- clients ---
 

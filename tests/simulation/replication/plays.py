@@ -427,3 +427,56 @@ def a_disk_is_put_back_as_it_was_and_the_owner_says_so() -> None:
     if stage.scenario.reports["replica-disk-changed"] != 1:
         raise ViolationError("nobody says that the disk was put back")
     stage.end()
+
+
+def it_may_not_be_owned_by(stage: Stage, number: int) -> None:
+    """Somebody attaches where what was acknowledged is not, while nobody else is up."""
+    stage.scenario.attach_at(stage.node(number))
+    stage.run(15.0)
+    if stage.node(number).family.owner is not None:
+        stage.read(number, 0)
+        stage.run(0.5)
+        raise ViolationError("who lacks what was acknowledged owns the family")
+
+
+def a_registry_is_put_back_to_when_a_member_was_one_that_is_none_any_more() -> None:
+    stage = Stage(keeps=True)
+    backup = stage.cluster.registry.back_up()
+    one_goes_away(stage)
+    stage.write_everywhere(1)
+    stage.start(3)
+    stage.isolate(3)
+    stage.put_registry_back(backup)
+    if not stage.recover():
+        raise ViolationError("all members answer")
+    stage.kill(1)
+    stage.kill(2)
+    stage.cluster.registry.cuts.clear()
+    it_may_not_be_owned_by(stage, 3)
+
+
+def a_registry_is_put_back_to_before_a_member_was_added_that_nobody_has_heard_of() -> None:
+    """The owner ends before it hears that the member is one, and that one goes on alone."""
+    stage = Stage(2, keeps=True)
+    stage.kill(2)
+    stage.until(lambda: stage.in_sync() == {1})
+    backup = stage.cluster.registry.back_up()
+    stage.start(2)
+    stage.until(lambda: stage.owner(1).in_sync.adding != "")
+    stage.cluster.registry.unknown = 1.0
+    stage.until(lambda: stage.in_sync() == {1, 2}, 60.0)
+    stage.kill(1)
+    stage.cluster.registry.unknown = 0.0
+    stage.attach(2)
+    stage.write_everywhere(2)
+    stage.kill(2)
+    stage.put_registry_back(backup)
+    stage.start(1)
+    stage.run(1.0)
+    if stage.recover():
+        it_may_not_be_owned_by(stage, 1)
+    stage.start(2)
+    stage.run(1.0)
+    if not stage.recover():
+        raise ViolationError("all answer")
+    stage.end()

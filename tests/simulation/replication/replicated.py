@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from metadata.registry_calls import Change
-from metadata.replica_set import Member, ReplicaSet, replica_set_key
+from metadata.replica_set import Member, ReplicaSet, ReplicaSets, replica_set_key
 from nbdserver.replication.family import ReplicatedFamily
 from nbdserver.replication.in_sync_set import is_whole
 from nbdserver.replication.owner import Owner
@@ -28,13 +28,14 @@ from tests.simulation.cluster.cluster import Cluster
 from tests.simulation.cluster.faults import Mix, draw_mix
 from tests.simulation.cluster.machine import Machine, Seams
 from tests.simulation.registers import ViolationError
+from tests.simulation.replication.keeping import KeepingRegistry, KeptSets, make_whole
 
 FAMILY = bytes(range(16))
 PORT = 702
 SETTLING_S = 60.0
-LEFT_OUT = frozenset({"step", "suspend", "lease lost", "registry put back"})
-"""Faults that grants do not survive: a clock that leaps or stands still; one of a registry's that is not used, and one
-after which nobody makes it whole here."""
+LEFT_OUT = frozenset({"step", "suspend", "lease lost"})
+"""Faults that grants do not survive: a clock that leaps or stands still; and one of a registry's that is not used."""
+AGAIN = 0.05  # chance in an act that operators try again to make the registry whole
 
 STARTED_OVER = "a replica had to start over, although nothing that was acknowledged is lost"
 
@@ -45,8 +46,13 @@ class FamilyNode:
     def __init__(self, scenario: "FamilyScenario", machine: Machine, seams: Seams, log: ReplicaLog) -> None:
         self.machine = machine
         self.log = log
+        self.keeping: KeepingRegistry | None = None
+        """Where the registry may be put back."""
+        registry: ReplicaSets = seams.registry
+        if scenario.cluster.mix["registry put back"]:
+            registry = self.keeping = KeepingRegistry(seams, scenario.kept.of(machine))
         self.family = ReplicatedFamily(
-            seams.clock, seams.network, seams.registry, log, FAMILY, machine.name, scenario.address_of, scenario.report
+            seams.clock, seams.network, registry, log, FAMILY, machine.name, scenario.address_of, scenario.report
         )
         self.server = PeerServer(
             seams.clock, seams.network, f"{machine.host}:{PORT}", lambda family: self.family.accept
@@ -99,6 +105,7 @@ class FamilyScenario(ABC):
         self.answers: Counter[str] = Counter()
         self.reports: Counter[str] = Counter()
         self.cluster: Cluster
+        self.kept = KeptSets()
         self._random = rng
         self._count = rng.choice([1, 2, 3, 3, 3, 3, 4, 5]) if count is None else count
         self._operations = rng.choice([1, 2, 6])
@@ -106,6 +113,7 @@ class FamilyScenario(ABC):
         self._place = rng.choice([0.0, 0.0, 0.01, 0.05])  # chance that replicas shall be elsewhere
         self._trouble = rng.choice([0.0, 0.01, 0.05, 0.1]) if trouble is None else trouble  # chance of a conspiracy
         self._generation = 1
+        self._is_recovery_due = False  # operators have tried, and not all answered who have to
         self._lives: list[FamilyNode] = []
 
     # --- the machines ---
@@ -113,6 +121,7 @@ class FamilyScenario(ABC):
     def begin(self, cluster: Cluster) -> None:
         self.cluster = cluster
         cluster.may_lose_disk = self._may_lose_disk
+        cluster.recover = self.recover
         names = [f"node-{number}" for number in range(1, self._count + 1)]
         for name in names:
             machine = cluster.add(name)
@@ -175,8 +184,15 @@ class FamilyScenario(ABC):
         return any(node.log.resync_count for node in self.nodes())
 
     def value(self) -> ReplicaSet:
-        """What the registry has."""
-        return ReplicaSet.decode(self.cluster.registry.get(replica_set_key(FAMILY)).items[0][1])
+        """What the registry has; while it has an earlier state, the newest that any node keeps."""
+        there = ReplicaSet.decode(self.cluster.registry.get(replica_set_key(FAMILY)).items[0][1])
+        return self.kept.newest(there) if self.cluster.needs_recovery else there
+
+    def recover(self) -> None:
+        """What operators do when the registry was put back."""
+        made = make_whole(self.cluster, FAMILY, self.nodes())
+        self.answers["made whole" if made else "not made whole"] += 1
+        self._is_recovery_due = not made
 
     def report(self, kind: str, fields: dict[str, object]) -> None:
         """What a node tells its operator."""
@@ -187,12 +203,15 @@ class FamilyScenario(ABC):
         value = self.value()
         others = [node for node in self.nodes() if node.machine.name != name and node.machine.is_running]
         whole = sum(node.is_in_sync(value) for node in others)
-        return whole >= 2 and self.cluster.mix["power of all"] == 0 and not self._trouble
+        mix = self.cluster.mix
+        return whole >= 2 and not (mix["power of all"] or mix["registry put back"] or self._trouble)
 
     # --- clients ---
 
     def act(self) -> None:
         self.check()
+        if self._is_recovery_due and self._random.random() < AGAIN:
+            self.recover()
         running = [node for node in self.nodes() if node.machine.is_running]
         if not running:
             return
@@ -314,6 +333,10 @@ class FamilyScenario(ABC):
         return set(self.cluster.machines)
 
     def missing(self) -> str:
+        if self.cluster.needs_recovery:
+            self.recover()
+        if self._is_recovery_due:
+            return "the registry is not whole"
         self.act_to_heal()
         value = self.value()
         owners = sum(node.may_answer for node in self.nodes())

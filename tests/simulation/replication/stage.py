@@ -10,6 +10,7 @@ from collections.abc import Callable
 from nbdserver.replication.owner import Owner
 from tests.simulation.cluster.cluster import Cluster, converge
 from tests.simulation.cluster.faults import Mix
+from tests.simulation.cluster.registry_twin import Backup
 from tests.simulation.registers import ViolationError
 from tests.simulation.replication.in_memory import BLOCKS, ReplicaNode, ReplicatedScenario
 from tests.simulation.replication.memory_log import REGION_BLOCKS, MemoryDisk
@@ -20,9 +21,10 @@ CHECK_S = 0.001
 class Stage:
     """The nodes `1` to `count`, the first of which owns the volume."""
 
-    def __init__(self, count: int = 3, slow: tuple[int, ...] = ()) -> None:
+    def __init__(self, count: int = 3, slow: tuple[int, ...] = (), keeps: bool = False) -> None:
+        """`keeps`: nodes keep what they know of the registry, which is put back."""
         self.scenario = ReplicatedScenario(random.Random("stage"), trouble=0.0, count=count)
-        self.cluster = Cluster(7, Mix(), self.scenario.start)
+        self.cluster = Cluster(7, Mix({"registry put back": 1.0} if keeps else {}), self.scenario.start)
         self.scenario.slow = {f"node-{number}" for number in slow}
         self.scenario.begin(self.cluster)
         self.attach(1)
@@ -113,6 +115,16 @@ class Stage:
     def put_disk_back(self, number: int, disk: MemoryDisk) -> None:
         """As it was when it was copied; the node is stopped."""
         self.scenario.put_disk_back(f"node-{number}", disk)
+
+    def put_registry_back(self, backup: Backup) -> None:
+        """To a state that it had; it is of no use until it is recovered."""
+        self.cluster.needs_recovery = True
+        self.cluster.registry.put_back(backup)
+
+    def recover(self) -> bool:
+        """Make the registry whole, if those that run are enough for that."""
+        self.scenario.recover()
+        return not self.cluster.needs_recovery
 
     def forget_log(self, number: int) -> None:
         """A checkpoint: the log does not go back any more."""

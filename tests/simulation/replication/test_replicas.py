@@ -64,7 +64,7 @@ def test_the_first_seeds_meet_everything_that_can_happen() -> None:
         "write", "discard", "read at once", "read later", "flush", "snapshot", "deletion", "rollback", "clone",
         "resize", "look", "generation", "conspiracy", "left behind", "owner-deposed", "replica-removed",
         "replica-added", "replica-cut", "replica-skipped", "placed", "rot", "block-repaired",
-        "two are down", "all are down", "no room",
+        "two are down", "all are down", "no room", "made whole",
     }  # fmt: skip
     for seed in range(TRIES):
         scenario, run = replicas_run(seed, Bend(trouble=0.1))

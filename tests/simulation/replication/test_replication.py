@@ -11,9 +11,11 @@ from typing import Any, cast
 import pytest
 
 from metadata.ranges import numbers_of
+from metadata.registry import Family
 from metadata.registry_calls import Outcome, Swap
 from metadata.replica_set import Change, Member, ReplicaSet
 from metadata.seams import Buffer, Done
+from nbdserver.node.recovered import Verdict, Word
 from nbdserver.replication import in_sync_set as set_module
 from nbdserver.replication import takeover as takeover_module
 from nbdserver.replication.in_sync_set import InSyncSet
@@ -27,8 +29,10 @@ from protocol.peer import Append, Copy, Epochs, Position, Runs
 from protocol.peer_decoding import decode
 from tests.simulation.cluster.faults import Mix
 from tests.simulation.registers import ViolationError
+from tests.simulation.replication import keeping as keeping_module
 from tests.simulation.replication import plays
 from tests.simulation.replication.in_memory import replication_run
+from tests.simulation.replication.keeping import KeepingRegistry, Kept, KeptSets
 from tests.simulation.replication.memory_log import REGION_BLOCKS, Image, MemoryDisk, MemoryLog
 from tests.simulation.seeds import try_seed, wrong_seeds
 
@@ -66,7 +70,7 @@ def test_the_first_seeds_meet_everything_that_can_happen_to_a_replica() -> None:
     missed = {
         "write", "write unknown", "read at once", "read later", "flush", "taken over", "not taken over", "generation",
         "conspiracy", "owner-deposed", "replica-removed", "replica-added", "replica-cut", "replica-skipped",
-        "placed", "placement-changed",
+        "placed", "placement-changed", "made whole",
     }  # fmt: skip
     for seed in range(TRIES):
         scenario, run = replication_run(seed, trouble=0.1)
@@ -385,6 +389,27 @@ def a_sync_does_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MemoryLog, "sync", sync)
 
 
+def what_is_acted_on_is_not_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Kept, "keep", lambda self, value: True)
+    patch.setattr(KeptSets, "newest", lambda self, there: there)
+
+
+def what_adds_a_member_is_not_noted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KeepingRegistry, "note", lambda self, change: None)
+
+
+def members_that_are_silent_are_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    honest = keeping_module.verdict
+
+    def verdict(family: Family, words: Mapping[str, Word], there: ReplicaSet | None, without: Sequence[str]) -> Verdict:
+        told = [word.kept for word in words.values() if word.kept is not None]
+        newest = max(told, key=lambda value: value.number)
+        silent = [word for word in newest.in_sync if word.node not in words]
+        return Verdict(family, newest) if silent else honest(family, words, there, without)
+
+    patch.setattr(keeping_module, "verdict", verdict)
+
+
 CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
     grants_are_not_needed: plays.the_owner_sleeps_and_is_asked_when_it_wakes,
     a_candidate_does_not_wait: plays.the_owner_is_cut_off_and_somebody_attaches_at_once,
@@ -410,6 +435,10 @@ CAUGHT_IN_A_PLAY: dict[Patch, Play] = {
         plays.a_disk_is_put_back_as_it_was_while_the_registry_knows_an_older_incarnation
     ),
     who_leaves_goes_at_once: plays.a_member_leaves_when_another_has_come,
+    what_is_acted_on_is_not_kept: plays.a_registry_is_put_back_to_when_a_member_was_one_that_is_none_any_more,
+    what_adds_a_member_is_not_noted: (
+        plays.a_registry_is_put_back_to_before_a_member_was_added_that_nobody_has_heard_of
+    ),
 }
 
 
@@ -433,6 +462,8 @@ CAUGHT_BY_CHANCE: dict[Patch, dict[str, float]] = {
     an_unknown_change_counts_as_made: DEATHS | {"registry unknown": 0.2},
     a_lost_change_counts_as_made: DEATHS,
     a_sync_does_nothing: {"power of all": 600.0},
+    what_is_acted_on_is_not_kept: DEATHS | {"registry put back": 3600.0},
+    members_that_are_silent_are_not_waited_for: DEATHS | {"registry put back": 3600.0},
 }
 
 
