@@ -79,6 +79,7 @@ class Carried:
             self.outstanding = Outstanding(entered.agreement.style)
             self._skip_bytes = entered.skip_bytes
             self._requests.put(entered.received)
+            self._shrinks = clock.call_later(SHRINK_DELAY_S, self._shrink)
             self._clock.call_soon(self._go_on)
 
     def state(self) -> HandshakeState:

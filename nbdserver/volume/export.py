@@ -132,7 +132,8 @@ class Export(Listing):
         self.shared = shared
         self.changed: Callable[[], None] | None = None  # its listing
         self.throttle: Throttle | None = None  # of a volume with limits
-        self.sessions: set[ExportSession] = set()
+        self.sessions: dict[ExportSession, None] = {}
+        """In the order in which they have come."""
         self._past = Counters()  # of sessions that have left
         self._changed_by = ""  # the host that has entered last, or what has changed the content since
 
@@ -185,7 +186,7 @@ class Export(Listing):
             if session.continues and self._changed_by not in ("", session.peer.host):
                 raise ExportError(f"{self.name} was used by {self._changed_by} meanwhile")
             self._changed_by = session.peer.host
-        self.sessions.add(session)
+        self.sessions[session] = None
 
     def note_change(self, by: str) -> None:
         """The content is not what clients that were here know."""
@@ -194,7 +195,7 @@ class Export(Listing):
     def leave(self, session: ExportSession) -> None:
         """Remove a session; nothing happens if it is not there."""
         if session in self.sessions:
-            self.sessions.discard(session)
+            del self.sessions[session]
             self._past.include(session.counters)
 
     def hosts(self) -> set[str]:

@@ -7,9 +7,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command
 from tests.cluster_rig import ClusterNode, ClusterRig, meet, wait
+from tests.conftest import Processes
 from tests.etcd_cluster import EtcdCluster
+from tests.interop.talking import Talker, Verifying
 from tests.nbd_client import Client
 
 BLOCK = 4096
@@ -143,7 +146,7 @@ def listed(nbdinfo: str, node: ClusterNode) -> list[str]:
 
 
 def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_is_lost(
-    rig: ClusterRig, needs: Callable[[str, str], str]
+    rig: ClusterRig, processes: Processes, needs: Callable[[str, str], str], tmp_path: Path
 ) -> None:
     nbdinfo = needs("nbdinfo", "libnbd-bin")
     nodes = dict(zip(("n1", "n2", "n3", "n4"), start(rig, "n1", "n2", "n3", "n4"), strict=True))
@@ -162,7 +165,16 @@ def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_
     wait(lambda: n2.replicas("db")["in_sync"] == 3, "three replicas")
     assert n3.ask("resync") == []
 
-    # A replica moves, and the owner is drained.
+    # A replica moves, and the owner is drained. Its clients see a pause, and so do those of another node.
+    with n1.server.api() as api:  # those on loopback are of another host at each node
+        api.patch("/v1/volumes/db", json={"shared": "true"}).raise_for_status()
+    uri = f"nbd://127.0.0.1:{n1.server.port}/db"
+    talkers = [
+        Talker(n1.server.port, "db", 1024, ReplyStyle.EXTENDED),
+        Talker(n4.server.port, "db", 2048),
+        Verifying(processes, needs("fio", "fio"), uri, 4096, tmp_path / "fio.log"),
+    ]
+    wait(lambda: n1.get("/v1/volumes/db")["clients"] == 3, "all have come")
     (source, *_) = [each["node"] for each in n2.replicas("db")["nodes"] if each["node"] != "n1"]
     moved = n4.ask("volume", "move", "db", "--from", source)
     assert source not in [each["node"] for each in moved["replicas"]["nodes"]]
@@ -170,6 +182,10 @@ def test_replicas_are_more_or_fewer_leave_nodes_and_are_made_elsewhere_when_one_
     drained = n2.ask("node", "drain", "n1")
     assert (drained["replicas"], drained["owned"]) == (0, 0)
     assert not directories(n1)
+    assert len({event["client"] for event in n1.events("client-goes-on")}) == 2
+    assert len({event["client"] for event in n4.events("client-goes-on")}) == 1
+    for talker in talkers:
+        talker.end()
     client = Client(("127.0.0.1", n1.server.port), "db")  # forwarded
     assert client.read(0, BLOCK) == b"a" * BLOCK
     client.close()

@@ -7,6 +7,7 @@ docs/replication.md are taken away, and that is noticed.
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import pytest
 
@@ -134,6 +135,13 @@ class LongStage(Stage):
         if self.node(to).exports.lookup("disk") is None:
             self.node(to).serve()
 
+    def content(self, offset: int, length: int) -> bytes:
+        return bytes(self.device.data[offset : offset + length])
+
+    def gone(self) -> list[object]:
+        alive = [name for name in ("node-2", "node-3") if self.cluster.machines[name].life is not None]
+        return [reason for name in alive for reason in self.node(name).gone()]
+
     def _take_over(self) -> None:
         choice = [name for name in ("node-1", "node-2", "node-3") if name != self.owner]
         alive = [name for name in choice if self.cluster.machines[name].life is not None]
@@ -168,10 +176,27 @@ class LongStage(Stage):
         self._after(self._happen, 0.3, 2.5)
 
 
+class World(Protocol):
+    """Where a client talks."""
+
+    random: random.Random
+
+    def attach(self, name: str) -> Client:
+        """A client that has entered the volume at this node."""
+
+    def content(self, offset: int, length: int) -> bytes:
+        """What the volume holds."""
+
+    def gone(self) -> list[object]:
+        """Why clients were disconnected."""
+
+
 class Talker:
     """A client with DEPTH requests under way over its own blocks: it reads and writes, one over the other."""
 
-    def __init__(self, stage: LongStage, node: str, number: int) -> None:
+    block_bytes = BLOCK_BYTES
+
+    def __init__(self, stage: "World", node: str, number: int) -> None:
         self.answers = 0
         self.client: Client = stage.attach(node)
         self._stage = stage
@@ -184,7 +209,7 @@ class Talker:
 
     def step(self, asks: bool = True) -> None:
         if self.client.lost_because:
-            raise ViolationError(f"a client was disconnected: {self._stage.node('node-2').gone()}")
+            raise ViolationError(f"a client was disconnected: {self._stage.gone()}")
         self._hear()
         while asks and len(self._under_way) < DEPTH:
             self._ask()
@@ -199,10 +224,10 @@ class Talker:
             command, flags = Command.WRITE, CommandFlag.FUA if rng.random() < 0.3 else 0
             self._issued[block] += 1
             what = self._issued[block]
-            data = what.to_bytes(8, "big") * (BLOCK_BYTES // 8)
+            data = what.to_bytes(8, "big") * (self.block_bytes // 8)
         fields = {
             "flags": flags, "command": command, "cookie": self._cookie,
-            "offset": (self._first + block) * BLOCK_BYTES, "length": BLOCK_BYTES,
+            "offset": (self._first + block) * self.block_bytes, "length": self.block_bytes,
         }  # fmt: skip
         self._under_way[self._cookie] = (command, block, what)
         self.client.send(nbd.Request.build(fields) + data)
@@ -214,7 +239,7 @@ class Talker:
             if magic != nbd.SIMPLE_REPLY_MAGIC or error or cookie not in self._under_way:
                 raise ViolationError(f"a reply that makes no sense: {magic:#x}, {error}, {cookie}")
             command, block, what = self._under_way[cookie]
-            end = self._at + nbd.SIMPLE_REPLY.size + (BLOCK_BYTES if command == Command.READ else 0)
+            end = self._at + nbd.SIMPLE_REPLY.size + (self.block_bytes if command == Command.READ else 0)
             if len(data) < end:
                 break
             del self._under_way[cookie]
@@ -222,19 +247,19 @@ class Talker:
             if command == Command.WRITE:
                 self._answered[block] = max(self._answered[block], what)
             else:
-                self._look(block, bytes(data[end - BLOCK_BYTES : end]), what)
+                self._look(block, bytes(data[end - self.block_bytes : end]), what)
             self._at = end
 
     def _look(self, block: int, content: bytes, floor: int) -> None:
         version = int.from_bytes(content[:8], "big")
-        if content != content[:8] * (BLOCK_BYTES // 8) or not floor <= version <= self._issued[block]:
+        if content != content[:8] * (self.block_bytes // 8) or not floor <= version <= self._issued[block]:
             raise ViolationError(f"block {block} shows {version}, not {floor} to {self._issued[block]}")
 
     def check(self) -> None:
         """The volume holds what was answered."""
         for block in range(BLOCKS):
-            start = (self._first + block) * BLOCK_BYTES
-            self._look(block, bytes(self._stage.device.data[start : start + BLOCK_BYTES]), self._answered[block])
+            content = self._stage.content((self._first + block) * self.block_bytes, self.block_bytes)
+            self._look(block, content, self._answered[block])
 
     @property
     def is_idle(self) -> bool:

@@ -533,7 +533,7 @@ def test_a_wrong_magic_closes_after_what_came_before_is_done(rig: Rig) -> None:
     rig.clock.run()
     assert wire.connection.closed
     assert wire.answers()[cookie].error == 0
-    assert rig.export.sessions == set()
+    assert not rig.export.sessions
     assert rig.device.data[:4] == b"last"
 
 
@@ -558,7 +558,7 @@ def test_a_lost_client_has_its_work_finished_and_its_replies_dropped(rig: Rig) -
     rig.clock.run()
     assert rig.device.data[:BLOCK] == b"b" * BLOCK
     assert wire.gone == ["gone"]
-    assert rig.export.sessions == set()
+    assert not rig.export.sessions
 
 
 def test_a_client_that_left_leaves_nothing_to_the_garbage_collector(rig: Rig) -> None:
