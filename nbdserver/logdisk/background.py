@@ -60,19 +60,27 @@ class Background:
         self._tick_s = _TICK_S
         self._tick = guarded(disk.fail, self._tick_once)
         self.check = guarded(disk.fail, self._check_when_asked)
-        self._timer: Timer = clock.call_later(_TICK_S, self._tick)
+        self._timer: Timer | None = None
+
+    def begin(self) -> None:
+        """From now on, on the loop."""
+        self._timer = self._clock.call_later(_TICK_S, self._tick)
 
     def stop(self) -> None:
         """Begin nothing more."""
         self._stopped = True
-        self._timer.cancel()
+        self._stop_timer()
 
     def stir(self) -> None:
         """Something happens: look often again."""
         if self._tick_s > _TICK_S and not self._stopped:
-            self._timer.cancel()
+            self._stop_timer()
             self._tick_s = _TICK_S
             self._timer = self._clock.call_later(_TICK_S, self._tick)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     # -- deciding
 

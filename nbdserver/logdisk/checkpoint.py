@@ -167,9 +167,13 @@ class Checkpointer:
     def stop(self) -> None:
         """The one that is running ends without an outcome, and no further one begins. None is being written."""
         invariant(not self._writes.busy, "a batch is not stopped while it is written")
-        self._stopped = True
+        self.end()
         if self._job is not None:
             self._job.stop()
+
+    def end(self) -> None:
+        """No further one begins: the store may be another disk's by now."""
+        self._stopped = True
 
     def hurry(self) -> None:
         """Finish encoding at once."""

@@ -76,7 +76,8 @@ class DiskSettings:
 
 
 class LogDisk:
-    """An open family. Make one with `open`; all methods are for the loop's thread."""
+    """An open family. Make one with `open`, or with `prepare` and `begin`; all methods but `prepare` are for the loop's
+    thread."""
 
     # -- making and opening
 
@@ -112,6 +113,26 @@ class LogDisk:
 
         Only a replicated family may be opened without an epoch: nothing is ordered here then (opening.py).
         """
+        opened = cls.prepare(files, store, clock, rng, settings, epoch, boot_id, report, progress, replicated)
+        opened.begin()
+        return opened
+
+    @classmethod
+    def prepare(
+        cls,
+        files: Files,
+        store: Store,
+        clock: Clock,
+        rng: random.Random,
+        settings: DiskSettings,
+        epoch: int | None,
+        boot_id: str,
+        report: Report,
+        progress: Callable[[int], None] = lambda _: None,
+        replicated: Replicated | None = None,
+    ) -> LogDisk:
+        """What `open` does for as long as it waits for the disk, in any thread; `report` and `progress` are called
+        there. Raises DiskError."""
         try:
             return cls(files, store, clock, rng, settings, epoch, boot_id, report, progress, replicated)
         except (DamagedValueError, RecoveryError) as error:
@@ -138,7 +159,8 @@ class LogDisk:
         self.settings = settings
         self.family = read_family(store)
         self.failure = ""
-        self._closed = False
+        self.is_closed = False
+        """It may be opened again, as another one."""
         self.report = report
         self.scrub: Scrub | None = None  # the last one
         self._files = files
@@ -198,7 +220,11 @@ class LogDisk:
         self.resize = changes.resize
         self.delete_snapshot = changes.delete_snapshot
         self.delete_volume = changes.delete_volume
-        if not log.is_committed:
+
+    def begin(self) -> None:
+        """Let what goes on beside the clients begin."""
+        self.background.begin()
+        if not self.log.is_committed:
             self.checkpointer.start()  # it waits for the others
 
     # -- volumes and snapshots
@@ -375,7 +401,7 @@ class LogDisk:
     def _remember_failure(self) -> None:
         """What was acknowledged may be gone although the host did not reboot: the next opening raises the
         generation."""
-        if self._closed:
+        if self.is_closed:
             return
         batch = self._store.batch()
         put_open_state(batch, OpenState(self.opened.generation, self.opened.epoch, False, ""))
@@ -398,7 +424,8 @@ class LogDisk:
             if (self.scrub is not None and self.scrub.busy) or self.pool.is_busy:
                 self.clock.call_later(0.01, wait)
             elif self.failure:
-                self._closed = True
+                self.is_closed = True
+                self.checkpointer.end()
                 self.pool.close()
                 done()
             elif (
@@ -427,7 +454,8 @@ class LogDisk:
                     self._store.write(batch)
                 except OSError as error:
                     self.fail(f"the clean end could not be noted: {error}")
-            self._closed = True
+            self.is_closed = True
+            self.checkpointer.end()
             self.pool.close()
             done()
 

@@ -22,7 +22,7 @@ Rules
 - A replica may not make that checkpoint before every replica has the tail. It notes in LevelDB where the log goes on
   (a *splice*, metadata/replica_state.py). That is also how a log is cut: replay stops behind the last modification
   that is to stay, and what followed it cannot be reached any more (Rule.CUT_IS_DURABLE_FIRST).
-- Everything here waits for the disk: it runs before the family serves anyone.
+- Everything here waits for the disk: it runs before the family serves anyone, in any thread.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ A log is *cut* by opening it anew (opening.py); where that is not possible it *s
 other's, and the regions that differ noted as to be fetched, all in one batch (Rule.SKIP_NOTES_WHAT_IS_LACKING).
 
 Rules
+- While the disk is closed and opened again, whatever changes the replica waits until it is open.
 - A log is not cut below what was committed when a region was fetched last: the copy may be what would go.
 - Nothing is appended between the moment when a skip is frozen and the one when it is durable.
 - What is persisted here goes through `disk.store_writes`, in the order of the calls.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from metadata.layers import Row, unpack_rows
 from metadata.ranges import runs_of
@@ -45,21 +47,24 @@ from protocol.peer import BEGINNING, RUNS_LIMIT, Copy, Epochs, Modification, Pos
 ROOM_S = 0.25
 """For so long it is believed how many segments can be had, while none is begun: others use the same file system."""
 
-Opener = Callable[[Replicated], LogDisk]
+Opener = Callable[[Replicated, Callable[["LogDisk | DiskError"], None]], None]
+"""Opens the family's disk again, which is closed, without an epoch; hands it over on the loop, or why there is none."""
 
 
 class Replica:
     """One replica's log and maps, open. All methods are for the loop's thread; see ReplicaLog."""
 
-    def __init__(self, open_disk: Opener, files: Files) -> None:
-        """`open_disk` opens the family without an epoch; its DiskError is passed on."""
-        self._open_disk = open_disk
+    def __init__(self, disk: LogDisk, open_again: Opener, files: Files) -> None:
+        """`disk` was opened as a replica's, without an epoch."""
+        self._open_again = open_again
+        self._waiting: list[Callable[[], None]] = []  # for the end of a cut
+        self.is_being_cut = False
         self._files = files
         self._source: BlockSource | None = None
         self._room_bytes = 0  # of segments that can be had
         self._room_segment = -1  # that was the open one then
         self._room_until_s = 0.0
-        self._take(open_disk(Replicated()))
+        self._take(disk)
 
     def _take(self, disk: LogDisk) -> None:
         invariant(disk.replica_state is not None, "a replica is opened as one")
@@ -140,6 +145,8 @@ class Replica:
 
     def promise(self, epoch: int, done: Done) -> None:
         """EINVAL for one that is lower than what was promised."""
+        if self._waits(partial(self.promise, epoch, done)):
+            return
         if epoch < self._state.promised_epoch:
             self.disk.call_soon(lambda: done(errnos.EINVAL))
             return
@@ -147,12 +154,15 @@ class Replica:
         self._persist(lambda batch: put_replica_state(batch, self._state), done)
 
     def append(self, modifications: Sequence[Modification], done: Done) -> None:
-        self._appending.submit(modifications, done)
+        if not self._waits(partial(self.append, modifications, done)):
+            self._appending.submit(modifications, done)
 
     def append_now(self, modifications: Sequence[Modification]) -> int | None:
-        return self._appending.at_once(modifications)
+        return None if self.is_being_cut else self._appending.at_once(modifications)
 
     def settle(self, done: Done) -> None:
+        if self._waits(partial(self.settle, done)):
+            return
         self._appending.give_up()
         self._ordered.submit(lambda: 0, done)
 
@@ -160,7 +170,8 @@ class Replica:
         self.disk.log.committed.reach(txid)
 
     def sync(self, done: Done) -> None:
-        self.disk.flush(done)
+        if not self._waits(partial(self.sync, done)):
+            self.disk.flush(done)
 
     # -- logs that differ
 
@@ -174,6 +185,8 @@ class Replica:
         return self._reading.bytes_after(txid)
 
     def cut(self, at: Position, done: Done) -> None:
+        if self._waits(partial(self.cut, at, done)):
+            return
         disk = self.disk
         call_soon = disk.call_soon
         if at == disk.log.last:
@@ -181,23 +194,40 @@ class Replica:
         elif at > disk.log.last or disk.log.history.position(at.txid) != at:
             call_soon(lambda: done(errnos.EINVAL))
         elif at.txid >= max(disk.checkpointer.synced_txid, self._state.fetched_txid):
-            disk.close(lambda: self._reopen(Replicated(cut_at=at), done))
+            self._cut(Replicated(cut_at=at), done)
         elif at == BEGINNING:
-            disk.close(lambda: self._reopen(Replicated(starts_over=True), done))
+            self._cut(Replicated(starts_over=True), done)
         else:
             call_soon(lambda: done(errnos.ENOENT))
 
-    def _reopen(self, replicated: Replicated, done: Done) -> None:
-        failed = bool(self.disk.failure)
-        try:
-            self._take(self._open_disk(replicated))
-        except DiskError as error:
-            self.disk.report("not-cut", {"reason": str(error)})
-            failed = True
-        self.disk.call_soon(lambda: done(errnos.EIO if failed else 0))
+    def _cut(self, replicated: Replicated, done: Done) -> None:
+        self.is_being_cut = True
+
+        def opened(disk: LogDisk | DiskError) -> None:
+            failed = bool(self.disk.failure)
+            if isinstance(disk, DiskError):
+                self.disk.report("not-cut", {"reason": str(disk)})
+                failed = True
+            else:
+                self._take(disk)
+            self.is_being_cut = False
+            done(errnos.EIO if failed else 0)
+            waiting, self._waiting = self._waiting, []
+            for each in waiting:
+                each()
+
+        self.disk.close(lambda: self._open_again(replicated, opened))
+
+    def _waits(self, again: Callable[[], None]) -> bool:
+        """Whether the disk is being opened again: then `again` is called when that is over."""
+        if self.is_being_cut:
+            self._waiting.append(again)
+        return self.is_being_cut
 
     def skip(self, to: Position, epochs: Epochs, regions: Runs, tree: bytes, done: Done) -> None:
         """EINVAL if it would not go forward, or what it says does not hold together."""
+        if self._waits(partial(self.skip, to, epochs, regions, tree, done)):
+            return
         is_frozen = is_done = False
 
         def step() -> int | None:
@@ -271,6 +301,8 @@ class Replica:
         return len(self.disk.resync)
 
     def resync_done(self, regions: Runs, done: Done) -> None:
+        if self._waits(partial(self.resync_done, regions, done)):
+            return
         self.disk.resync.remove(regions)
         self._state = replace(self._state, fetched_txid=self.committed_txid)
 
@@ -289,7 +321,8 @@ class Replica:
         RegionDigests(self.disk, self._files, region, done)
 
     def apply_copy(self, copy: Copy, done: Done) -> None:
-        self._copies.submit(copy, done)
+        if not self._waits(partial(self.apply_copy, copy, done)):
+            self._copies.submit(copy, done)
 
     def check_region(self, region: int, done: Callable[[RegionState], None]) -> None:
         loads = 0

@@ -9,7 +9,7 @@ Rules
 - The segment files stay, as spare ones. The log begins with a later sequence number than any of their lives has, so
   that none of them is looked at as a part of it.
 
-Known weakness: it waits for the disk, of a large volume for seconds, and everyone on the loop with it.
+Known weakness: it waits for the disk, of a large volume for seconds.
 """
 
 import random

@@ -246,7 +246,7 @@ class Worker:
     async def do_prepare(self) -> None:
         """Make a checkpoint of every family, so that closing them soon has little to write."""
         for disk in self._families.disks():
-            if not disk.failure and disk.log.is_committed:
+            if not (disk.failure or disk.is_closed) and disk.log.is_committed:
                 made = asyncio.Event()
                 disk.checkpointer.when_done(made.set)
                 with contextlib.suppress(TimeoutError):

@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.budget import Budget
-from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.scrub import Progress
 from nbdserver.node.cache_shares import LOOK_S, CacheShares
 from nbdserver.node.garbage import collect_garbage
@@ -26,6 +26,7 @@ from nbdserver.node.open_family import (
     Room,
     StoreThreads,
     format_family,
+    open_disk,
     open_room,
 )
 from nbdserver.node.open_replica import OpenReplica
@@ -54,6 +55,9 @@ class _Scrubbed:
 
 
 FAMILIES_A_PAGE = 16
+
+_STOPPING = "the node is stopping"
+OneFamily = TypeVar("OneFamily", bound=OpenFamily)
 
 
 class FamilyRequests:
@@ -122,15 +126,14 @@ class FamilyRequests:
     async def do_open(self, directory: str, family: str, volume: str, epoch: int, max_data_bytes: int) -> Any:
         """Open a family, whose oldest volume is called `volume`; returns its generation, which recovery may have
         raised, and the size of each volume by its number."""
-        opened = LocalFamily(
-            family,
-            await self._room(directory),
-            self._clock,
-            epoch,
-            self._boot_id,
-            self.settings,
-            self._reporter(family, volume),
-        )
+        room = await self._room(directory)
+        report = self._reporter(family, volume)
+        try:
+            disk = await open_disk(room, self._clock, self.settings, epoch, self._boot_id, report)
+        except DiskError as error:
+            room.close()
+            raise FamilyError(str(error)) from error
+        opened = await self._unless_closed(LocalFamily(family, room, self._clock, disk))
         opened.disk.pool.budget.limit_bytes = max_data_bytes
         opened.disk.pool.share_budget(self.budget)
         served = self._opened(opened, OneNode())
@@ -142,7 +145,7 @@ class FamilyRequests:
         room = await asyncio.to_thread(open_room, directory, self._threads)
         if self._is_closed:
             room.close()
-            raise FamilyError("the node is stopping")
+            raise FamilyError(_STOPPING)
         return room
 
     async def open_replica(self, directory: str, family: str, volume: str, max_data_bytes: int) -> ServedFamily:
@@ -155,18 +158,18 @@ class FamilyRequests:
             disk.pool.share_budget(self.budget)
             self._begin_with_cache(disk)
 
-        return self._opened(
-            OpenReplica(
-                family,
-                await self._room(directory),
-                self._clock,
-                self._boot_id,
-                self.settings,
-                self._reporter(family, volume),
-                opened,
-            ),
-            None,
-        )
+        room = await self._room(directory)
+        report = self._reporter(family, volume)
+        replica = OpenReplica(family, room, self._clock, self._boot_id, self.settings, report, opened)
+        await replica.open()
+        return self._opened(await self._unless_closed(replica), None)
+
+    async def _unless_closed(self, family: OneFamily) -> OneFamily:
+        """An open one; FamilyError, and it is closed, if the node stops by now."""
+        if self._is_closed:
+            await family.close()
+            raise FamilyError(_STOPPING)
+        return family
 
     def _opened(self, family: OpenFamily, ownership: Ownership | None) -> ServedFamily:
         served = self._families[family.id] = ServedFamily(family, self._exports, self._clock, ownership)
@@ -219,8 +222,8 @@ class FamilyRequests:
             await self.do_scrub_stop(self._scrubbed.family)
         opened = self.family(family).family
         disk = opened.disk
-        if disk.failure:
-            raise FamilyError(disk.failure)
+        if disk.failure or disk.is_closed:
+            raise FamilyError(disk.failure or "the volume is being opened; try again in a moment")
         scrubbed = self._scrubbed = _Scrubbed(family, disk)
 
         def has_read(failure: str) -> None:

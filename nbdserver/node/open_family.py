@@ -1,13 +1,22 @@
 """One open family in the data process: its files, its store, and its log disk. A replica is in open_replica.py.
 
-Rules: a family on one node is opened under an epoch that the registry was given before. It is closed in the order disk,
-store, files.
-What opening finds wrong is one sentence (FamilyError) and leaves nothing open.
+Theory. To open a log disk is to wait for the device (each opening syncs, and a log of half a GiB is read and written
+again) and to compute (its records are done again, map pages packed for LevelDB). On the loop that would keep the
+clients of all families waiting, for seconds; so a thread does it (`open_disk`). Where it computes, the loop has to get
+the interpreter's lock from it: SWITCH_S at a time, instead of Python's 5 ms.
+
+Rules
+- A family on one node is opened under an epoch that the registry was given before. It is closed in the order disk,
+  store, files.
+- One disk is opened at a time: what computes beside the loop is one thread.
+- What opening finds wrong is one sentence (FamilyError) and leaves nothing open.
 """
 
 import asyncio
 import os
 import random
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +27,18 @@ from nbdserver.host.completions import Completions, Workers
 from nbdserver.host.files import HostFiles
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.making import BALLAST
+from nbdserver.logdisk.opening import Replicated
 
 FULL_BYTES = 16 << 20
 """Below so much room a family's ballast goes: as much as it gives."""
 
 OPERATIONS_TIMEOUT_S = 10.0
 """How long a close waits for operations that clients left behind: for a slow read, not for room that never comes."""
+
+SWITCH_S = 0.0005
+"""How long a thread that opens a disk may keep the interpreter's lock from the loop."""
+
+Report = Callable[[str, dict[str, Any]], None]
 
 
 class FamilyError(Exception):
@@ -44,6 +59,7 @@ class StoreThreads:
         self.completions = Completions(loop)
         self.readers = Workers(self.completions, 2, "nbdserver-store-read")
         self.writer = Workers(self.completions, 1, "nbdserver-store-write")
+        self.opening = asyncio.Lock()
 
     def close(self) -> None:
         self.readers.close()
@@ -54,6 +70,8 @@ class Room:
     """Files and store of one family's directory."""
 
     def __init__(self, directory: str, threads: StoreThreads) -> None:
+        self.opening = threads.opening
+        """Held while a disk is opened."""
         self.files = HostFiles(directory, threads.completions)
         if self.files.free_bytes() < FULL_BYTES and BALLAST in self.files.list("."):
             self.files.unlink(BALLAST)  # LevelDB needs some room to be opened
@@ -104,7 +122,42 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def progress(clock: HostClock, report: Callable[[str, dict[str, Any]], None]) -> Callable[[int], None]:
+async def open_disk(
+    room: Room,
+    clock: HostClock,
+    settings: DiskSettings,
+    epoch: int | None,
+    boot_id: str,
+    report: Report,
+    replicated: Replicated | None = None,
+) -> LogDisk:
+    """Open a family's log disk. `report` is called on the loop. Raises DiskError."""
+    loop, thread = asyncio.get_running_loop(), threading.get_ident()
+
+    def report_from_anywhere(kind: str, fields: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            report(kind, fields)
+        else:
+            loop.call_soon_threadsafe(report, kind, fields)
+
+    def prepare() -> LogDisk:
+        before_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            return LogDisk.prepare(
+                room.files, room.store, clock, random.SystemRandom(), settings, epoch, boot_id, report_from_anywhere,
+                progress(clock, report_from_anywhere), replicated,
+            )  # fmt: skip
+        finally:
+            sys.setswitchinterval(before_s)
+
+    async with room.opening:
+        disk = await asyncio.to_thread(prepare)
+    disk.begin()
+    return disk
+
+
+def progress(clock: HostClock, report: Report) -> Callable[[int], None]:
     """Return what reports the bytes that replay has done, at most once a second."""
     reported_s = clock.now()
 
@@ -164,33 +217,10 @@ class OpenFamily(ABC):
 class LocalFamily(OpenFamily):
     """A family that is on this node alone, open for writing."""
 
-    def __init__(
-        self,
-        family_id: str,
-        room: Room,
-        clock: HostClock,
-        epoch: int,
-        boot_id: str,
-        settings: DiskSettings,
-        report: Callable[[str, dict[str, Any]], None],
-    ) -> None:
-        """Open it: replays its log, which waits for the disk. Raises FamilyError."""
+    def __init__(self, family_id: str, room: Room, clock: HostClock, disk: LogDisk) -> None:
+        """`disk` was opened in the room."""
         super().__init__(family_id, room, clock)
-        try:
-            self._disk = LogDisk.open(
-                self._room.files,
-                self._room.store,
-                clock,
-                random.SystemRandom(),
-                settings,
-                epoch,
-                boot_id,
-                report,
-                progress(clock, report),
-            )
-        except (OSError, DiskError) as error:
-            self._room.close()
-            raise FamilyError(str(error)) from error
+        self._disk = disk
 
     @property
     def disk(self) -> LogDisk:

@@ -1,14 +1,15 @@
 """A replica that is open in the data process: the log disk of a family that others have too, and its part in that.
 
-Theory. `Replica` (nbdserver/logdisk/replica.py) opens the log disk, and again whenever the log has to be cut; so the
+Theory. `Replica` (nbdserver/logdisk/replica.py) has the log disk opened again whenever the log has to be cut; so the
 disk is asked for each time, and what a data process has set for it is set again (`opened`). `ReplicatedFamily`
 (nbdserver/replication/family.py) follows whoever owns the family, or owns it.
 
 Rules
+- Who closes it waits for a disk that is being opened: the thread that does so has the files.
 - An owner whose disk has failed is none any more: its clients go on at another node.
 """
 
-import random
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,12 @@ from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
-from nbdserver.node.open_family import FamilyError, OpenFamily, Room, progress
+from nbdserver.node.open_family import FamilyError, OpenFamily, Report, Room, open_disk
 from nbdserver.replication.copy_budget import CopyBudget
 from nbdserver.replication.copying import CopyCounts
 from nbdserver.replication.family import ReplicatedFamily
 
-Report = Callable[[str, dict[str, Any]], None]
+LOOK_S = 0.01
 
 
 class OpenReplica(OpenFamily):
@@ -39,7 +40,7 @@ class OpenReplica(OpenFamily):
         report: Report,
         opened: Callable[[LogDisk], None],
     ) -> None:
-        """Open it: replays its log, which waits for the disk. `opened` gets the disk each time. Raises FamilyError."""
+        """To be opened with `open`. `opened` gets the disk each time."""
         super().__init__(family_id, room, clock)
         self._boot_id = boot_id
         self._settings = settings
@@ -48,11 +49,17 @@ class OpenReplica(OpenFamily):
         self._family: ReplicatedFamily | None = None
         self.ended: Callable[[], object] = lambda: None
         """Called when it is closed."""
+        self._opening: asyncio.Task[None] | None = None
+        self.replica: Replica
+
+    async def open(self) -> None:
+        """Open its log disk. FamilyError, and it is closed."""
         try:
-            self.replica = Replica(self._open_disk, self._room.files)
-        except (OSError, DiskError) as error:
+            disk = await self._open_disk(Replicated())
+        except DiskError as error:
             self._room.close()
             raise FamilyError(str(error)) from error
+        self.replica = Replica(disk, self._open_again, self._room.files)
 
     @property
     def disk(self) -> LogDisk:
@@ -105,20 +112,28 @@ class OpenReplica(OpenFamily):
         if self._family is not None:
             self._family.gave_up = lambda reason: None
             self._family.close()
+        while self.replica.is_being_cut:
+            await asyncio.sleep(LOOK_S)
         await super().close()
 
-    def _open_disk(self, replicated: Replicated) -> LogDisk:
-        disk = LogDisk.open(
-            self._room.files,
-            self._room.store,
-            self._clock,
-            random.SystemRandom(),
-            self._settings,
-            None,
-            self._boot_id,
-            self._disk_reports,
-            progress(self._clock, self._report),
-            replicated,
+    def _open_again(self, replicated: Replicated, done: Callable[[LogDisk | DiskError], None]) -> None:
+        async def open_again() -> None:
+            try:
+                opened: LogDisk | DiskError = await self._open_disk(replicated)
+            except DiskError as error:
+                opened = error
+            done(opened)
+
+        def opened(opening: asyncio.Task[None]) -> None:
+            if not opening.cancelled():
+                opening.result()  # what nobody foresaw is the loop's to see, as in any callback
+
+        self._opening = asyncio.get_running_loop().create_task(open_again())
+        self._opening.add_done_callback(opened)
+
+    async def _open_disk(self, replicated: Replicated) -> LogDisk:
+        disk = await open_disk(
+            self._room, self._clock, self._settings, None, self._boot_id, self._disk_reports, replicated
         )
         self._opened(disk)
         return disk

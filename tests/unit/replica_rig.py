@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from metadata.logical_map import LAYER_SHIFT
 from metadata.pages import PAGE_MASK, PAGE_SHIFT
 from nbdserver.logdisk.check import check_family
-from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.disk import DiskError, DiskSettings, LogDisk
 from nbdserver.logdisk.maps import OFFSET
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.repair import BadBlock
@@ -29,12 +29,13 @@ class ReplicaFamily(SimulatedFamily):
     """A family whose disk is a Replica's."""
 
     replica: Replica
+    opening_s = 0.0  # how long a disk that was cut takes to be there
 
     def __init__(self, settings: DiskSettings = SETTINGS, seed: int = 1, **rest: Any) -> None:
         super().__init__(SIZE_BYTES, 64 << 10, settings, seed=seed, replicated=Replicated(), **rest)
 
     def _open_disk(self) -> None:
-        self.replica = Replica(self._open_family, self.files)
+        self.replica = Replica(self._open_family(Replicated()), self._open_again, self.files)
         self.log: ReplicaLog = self.replica  # it is one
         self.look()
 
@@ -43,6 +44,13 @@ class ReplicaFamily(SimulatedFamily):
             self.files, self.store, self.clock, self.rng, self.settings, None, self.boot_id, self.report,
             replicated=replicated,
         )  # fmt: skip
+
+    def _open_again(self, replicated: Replicated, done: Callable[[LogDisk | DiskError], None]) -> None:
+        try:
+            opened: LogDisk | DiskError = self._open_family(replicated)
+        except DiskError as error:
+            opened = error
+        self.clock.call_later(self.opening_s, lambda: done(opened))
 
     def look(self) -> None:
         """The disk may be another one."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from metadata.leveldb import LevelStore
+from metadata.seams import Batch
 from nbdserver.host.clock import HostClock
 from nbdserver.logdisk.budget import Budget
 from nbdserver.node import open_family
@@ -104,14 +105,24 @@ def test_a_thousand_clones_are_told_over_many_turns(monkeypatch: pytest.MonkeyPa
 def test_a_family_is_made_and_opened_in_turns_in_which_others_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    waits: list[str] = []
+
+    def wait_for_the_loop(what: str) -> None:
+        went_on = threading.Event()
+        loop.call_soon_threadsafe(went_on.set)
+        assert went_on.wait(20.0), f"nobody is served during the {what}"
+        waits.append(what)
+
     class WaitingStore(LevelStore):
-        """Opens when the loop has gone on."""
+        """Opens, and writes what is waited for, when the loop has gone on."""
 
         def __init__(self, path: str, *arguments: Any) -> None:
-            went_on = threading.Event()
-            loop.call_soon_threadsafe(went_on.set)
-            assert went_on.wait(20.0), "nobody is served meanwhile"
+            wait_for_the_loop("opening")
             super().__init__(path, *arguments)
+
+        def write(self, batch: Batch) -> None:
+            wait_for_the_loop("write")
+            super().write(batch)
 
     async def ask() -> None:
         nonlocal loop
@@ -121,7 +132,11 @@ def test_a_family_is_made_and_opened_in_turns_in_which_others_are_served(
         family, directory = "00" * 16, str(tmp_path / "family")
         await requests.do_format(directory, family, 1 << 20, 1 << 20)
         opening = {"directory": directory, "family": family, "volume": "disk0", "epoch": 1, "max_data_bytes": 0}
+        waits.clear()
         assert (await requests.do_open(**opening))["sizes_bytes"] == {"1": 1 << 20}
+        assert waits == ["opening", "write", "write"]
+        monkeypatch.setattr(open_family, "LevelStore", LevelStore)
+        monkeypatch.setattr(WaitingStore, "write", LevelStore.write)  # a clean end is noted on the loop
         assert await requests.close() == {}
         with pytest.raises(FamilyError, match="the node is stopping"):
             await requests.do_open(**{**opening, "epoch": 2})

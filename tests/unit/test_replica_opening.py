@@ -6,6 +6,7 @@ import random
 import pytest
 
 from metadata.replica_state import REPLICA_KEY, ReplicaState, read_replica_state
+from metadata.seams import Done
 from nbdserver.logdisk.disk import DiskError
 from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.ordering import Rule, disabled, hooked
@@ -13,6 +14,7 @@ from protocol.disk import REPLICA_STATE, pack_value
 from protocol.peer import BEGINNING, INCARNATIONS_LIMIT, Position
 from tests.simulation.world import SimulatedCrash
 from tests.unit.families import SimulatedFamily
+from tests.unit.replica_rig import ReplicaFamily
 
 
 def replica(segment_bytes: int = 64 << 10, seed: int = 1) -> SimulatedFamily:
@@ -108,6 +110,38 @@ def test_what_is_written_after_a_cut_is_all_that_follows_it() -> None:
     opened(family)
     assert numbers(family, 40) == list(range(101, 108)) + [0] * 33
     assert not [key for key in family.table.values if key.startswith(b"J")]
+
+
+def test_what_is_asked_of_a_replica_while_its_log_is_cut_comes_after_the_cut() -> None:
+    """An epoch that is promised meanwhile would be gone with what the closed disk knew."""
+    family = ReplicaFamily()
+    family.own(1)
+    positions = written(family, 4)
+    family.replica.tap(None)
+    family.opening_s = 5.0
+    answers: list[tuple[str, int]] = []
+
+    def told(name: str) -> Done:
+        return lambda errno: answers.append((name, errno))
+
+    family.replica.cut(positions[1], told("cut"))
+    family.replica.promise(7, told("promise"))
+    family.run(2.0)
+    assert family.replica.is_being_cut
+    family.replica.settle(told("settle"))
+    family.replica.sync(told("sync"))
+    family.replica.cut(positions[0], told("cut again"))
+    assert family.replica.append_now([]) is None
+    assert answers == []
+    family.run(30.0)
+    names = [name for name, errno in answers if not errno]
+    assert (names[0], sorted(names[1:4]), names[4]) == ("cut", ["promise", "settle", "sync"], "cut again")
+    assert not family.replica.is_being_cut
+    assert (family.replica.last, family.replica.promised_epoch) == (positions[0], 7)
+    family.look()
+    family.close()
+    family.open()
+    assert (family.replica.last, family.replica.promised_epoch) == (positions[0], 7)
 
 
 def test_a_log_can_be_cut_to_nothing() -> None:

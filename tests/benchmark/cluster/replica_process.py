@@ -34,6 +34,7 @@ from nbdserver.host.clock import HostClock
 from nbdserver.host.completions import Workers
 from nbdserver.host.network import SocketNetwork
 from nbdserver.logdisk.disk import DiskSettings, LogDisk
+from nbdserver.logdisk.opening import Replicated
 from nbdserver.logdisk.replica import Replica
 from nbdserver.replication.device import ReplicatedDevice
 from nbdserver.replication.family import ReplicatedFamily
@@ -80,7 +81,8 @@ async def serve(directory: Path, node: str, listen: str, peers: dict[str, str], 
     with host(directory, loop) as parts:
         if is_new:
             LogDisk.format(parts.files, parts.store, FAMILY, size_bytes, SEGMENT_BYTES, random.SystemRandom())
-        replica = ForgetfulReplica(partial(open_disk, parts, DiskSettings(), _report), parts.files)
+        opened = partial(open_disk, parts, DiskSettings(), _report)
+        replica = ForgetfulReplica(opened(Replicated()), lambda how, done: done(opened(how)), parts.files)
         network = SocketNetwork(loop, parts.completions)
         threads = Workers(parts.completions, 1, "registry")
         table = RegistryTable(LevelStore(str(directory / "registry"), threads, threads))

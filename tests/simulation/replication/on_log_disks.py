@@ -49,6 +49,7 @@ SEGMENT_BYTES = 1 << 20  # smaller ones have no room beside what a device keeps 
 HARMLESS = frozenset({"drift", "registry delay", "registry unknown", "registry compaction", "watch break"})
 """Faults that make nobody leave the set."""
 READ_LIMIT_S = 30.0
+OPENING_S = 0.5  # how long a log that was cut may take to be open again
 OPERATIONS = 800  # at most, a run
 FLOOD, FLOOD_AN_ACT, FLOOD_BLOCKS = 60, 6, 44
 
@@ -78,7 +79,7 @@ class LogNode(FamilyNode):
         if not seams.files.list("."):
             LogDisk.format(seams.files, seams.store, FAMILY, SIZE_BYTES, SEGMENT_BYTES, seams.random)
         try:
-            log = Replica(self._open, seams.files)
+            log = Replica(self._open(Replicated()), self._open_again, seams.files)
         except DiskError as error:
             if self._may_fail:
                 raise OSError(str(error)) from error
@@ -92,6 +93,18 @@ class LogNode(FamilyNode):
             seams.files, seams.store, seams.clock, seams.random, self._scenario.settings, None, self._boot_id,
             self._disk_report, replicated=replicated,
         )  # fmt: skip
+
+    def _open_again(self, replicated: Replicated, done: Callable[[LogDisk | DiskError], None]) -> None:
+        """It takes a while, in which the node goes on."""
+
+        def open_it() -> None:
+            try:
+                opened: LogDisk | DiskError = self._open(replicated)
+            except DiskError as error:
+                opened = error
+            self.seams.clock.call_later(self.seams.random.random() * OPENING_S, lambda: done(opened))
+
+        self.seams.clock.call_soon(open_it)
 
     def _disk_report(self, kind: str, fields: dict[str, object]) -> None:
         if self.machine.has_crashed:
