@@ -14,6 +14,7 @@ import pytest
 
 from metadata.registry import ExportSettings
 from nbdserver.node.errors import NodeError
+from protocol.agreement import ReplyStyle
 from protocol.nbd import Command
 from tests.certificates import Certificates, make_certificates, make_member_files
 from tests.data_rig import SIZE_BYTES, VOLUME, DataNode, DataRig, FreePort, data_nodes, tool
@@ -66,9 +67,15 @@ async def vias(node: DataNode) -> list[str]:
 class ElsewhereOnIt(Client):
     """A client whose blocks lie behind those of the others."""
 
+    place = 1
+
     def pack(self, cookie: int, command: Command, offset: int, length: int, data: bytes, flags: int = 0) -> bytes:
-        offset += 0 if command == Command.FLUSH else JUDGED_BLOCKS * BLOCK_BYTES
+        offset += 0 if command == Command.FLUSH else self.place * JUDGED_BLOCKS * BLOCK_BYTES
         return super().pack(cookie, command, offset, length, data, flags)
+
+
+class FurtherOnIt(ElsewhereOnIt):
+    place = 2
 
 
 def block_of(seed: object) -> bytes:
@@ -224,10 +231,12 @@ def test_clients_write_on_while_the_volume_moves_and_its_owners_die_over_tls_too
         async with data_nodes(tmp_path, free_port, tls=tls, settings=SHARED) as rig:
             first, second, third = rig.nodes
             await allow_tls(rig, certificates)
-            judges = [Judge(JUDGED_BLOCKS, random.Random(seed)) for seed in (1, 2)]
+            judges = [Judge(JUDGED_BLOCKS, random.Random(seed)) for seed in (1, 2, 3)]
+            context, at_owner = certificates.client_context("web1"), ("127.0.0.1", first.port)
             clients = [
-                await attach(third, tls=certificates.client_context("web1")),
+                await attach(third, tls=context),
                 await asyncio.to_thread(ElsewhereOnIt, ("127.0.0.1", third.port), VOLUME, PATIENCE_S),
+                await asyncio.to_thread(FurtherOnIt, at_owner, VOLUME, PATIENCE_S, ReplyStyle.EXTENDED, context),
             ]
             stop = asyncio.Event()
 
@@ -239,14 +248,14 @@ def test_clients_write_on_while_the_volume_moves_and_its_owners_die_over_tls_too
             await asyncio.sleep(0.5)
             await second.own()  # the volume moves
             await asyncio.sleep(0.5)
-            await rig.until(lambda: _has(second, ["node-3", "node-3"]), "both are carried on")
+            await rig.until(lambda: _has(second, ["node-1", "node-3", "node-3"]), "all are carried on")
             await rig.until(rig.all_in_sync, "all are in sync")
             await second.kill()
             await first.own()
             await asyncio.sleep(0.5)
-            await rig.until(lambda: _has(first, ["node-3", "node-3"]), "both are carried on")
+            await rig.until(lambda: _has(first, ["", "node-1", "node-3", "node-3"]), "all are carried on")
             await third.own()  # the node that they have come to
-            await rig.until(lambda: _has(third, ["", "", "node-3", "node-3"]), "both are carried on")
+            await rig.until(lambda: _has(third, ["", "", "node-1", "node-3", "node-3"]), "all are carried on")
             await asyncio.sleep(0.5)
             stop.set()
             await asyncio.gather(*writing)
@@ -257,6 +266,7 @@ def test_clients_write_on_while_the_volume_moves_and_its_owners_die_over_tls_too
             waits = [fields["waited_s"] for fields in third.heard("client-goes-on")]
             assert len(waits) >= 2 * 3
             assert {fields["node"] for fields in third.heard("client-goes-on")} == {"node-1", "node-2", "node-3"}
+            assert {fields["node"] for fields in first.heard("client-goes-on")} == {"node-1", "node-2", "node-3"}
 
     asyncio.run(story())
 
