@@ -121,13 +121,18 @@ def test_clients_of_an_owner_that_is_no_more_are_answered_by_the_next_one(tmp_pa
             first, second, _ = rig.nodes
             writer = Writer(first)
             await writer.write(20)
+            assert await first.call("snapshot_create", family=rig.family, number=1, snapshot="monday") == 0
+            reader = Client(first.clients, f"{VOLUME}@monday", timeout_s=TIMEOUT_S)
+            monday = await asyncio.to_thread(reader.read, 0, SIZE_BYTES // 4)
             os.kill(first.process.pid, signal.SIGSTOP)
             writer.send()
             await second.own()
             os.kill(first.process.pid, signal.SIGCONT)
             await writer.is_answered()
-            assert [client["via"] for client in await second.call("clients")] == ["node-1"]
             await writer.write(20)
+            assert await asyncio.to_thread(reader.read, 0, SIZE_BYTES // 4) == monday
+            assert [client["via"] for client in await second.call("clients")] == ["node-1", "node-1"]
+            reader.close()
             assert (await first.replicas())["role"] == "following"
             with pytest.raises(DataProcessError) as refused:
                 await first.call("snapshot_create", family=rig.family, number=1, snapshot="late")
