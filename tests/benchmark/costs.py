@@ -21,11 +21,11 @@ from .load import Sample, prefill, scatter, warm
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
 from .profiler import measure_beside, serving_pid
+from .report import GREATEST_COSTS
 from .rows import Row
 from .targets import Nbdserver, stopped_at_the_end
 
 SAMPLES_PER_S = 4000
-TOP = 5
 _ENTRY = "do_syscall_64"
 _PREFIXES = ("__x64_sys_", "__sys_", "x64_sys_", "do_")
 _LIBRARIES = {
@@ -106,7 +106,7 @@ def show(row: Row, sample: Sample, found: list[tuple[str, float]]) -> Table:
     table = Table(title=f"{row.title}: {sample.operations_per_s:,.0f}/s, {operation_us:.1f} µs of CPU an operation")
     for heading in ("µs", "share", "in"):
         table.add_column(heading)
-    for name, share in found[:TOP]:
+    for name, share in found[:GREATEST_COSTS]:
         table.add_row(f"{share * operation_us:.1f}", f"{share:.0%}", name)
     return table
 

@@ -15,12 +15,13 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Ratio:
-    """Subject over best peer, in operations a second, with the interval's ends."""
+    """Subject over best peer, in operations a second: the interval's ends, and the round that was best for it."""
 
     best_peer: str
     value: float
     low: float
     high: float
+    best_round: float
 
 
 def ratio_to_best_peer(rates: dict[str, list[float]], subject: str, seed: int = 1) -> Ratio | None:
@@ -32,7 +33,8 @@ def ratio_to_best_peer(rates: dict[str, list[float]], subject: str, seed: int = 
     best, value = _ratio(rates, subject, peers, list(rounds))
     draw = random.Random(seed)
     drawn = sorted(_ratio(rates, subject, peers, draw.choices(rounds, k=len(rounds)))[1] for _ in range(DRAWS))
-    return Ratio(best, value, drawn[int(DRAWS * 0.025)], drawn[int(DRAWS * 0.975)])
+    best_round = max(_ratio(rates, subject, peers, [number])[1] for number in rounds)
+    return Ratio(best, value, drawn[int(DRAWS * 0.025)], drawn[int(DRAWS * 0.975)], best_round)
 
 
 def _ratio(rates: dict[str, list[float]], subject: str, peers: list[str], rounds: list[int]) -> tuple[str, float]:

@@ -1,4 +1,5 @@
-"""Tables from a result: `python -m tests.benchmark.report RESULT.json` prints Markdown for docs/performance.md."""
+"""Tables from a result of the benchmark or of `costs`, in Markdown for docs/performance.md:
+`python -m tests.benchmark.report RESULT.json`."""
 
 import json
 import sys
@@ -7,6 +8,10 @@ from statistics import median
 from typing import Any
 
 from rich.table import Table
+
+from .rows import ROWS_BY_NAME
+
+GREATEST_COSTS = 5
 
 Result = dict[str, Any]
 
@@ -96,11 +101,21 @@ def lines_of(head: list[str], rows: list[list[str]]) -> str:
 
 def _rates(result: Result) -> str:
     names = result["targets_in_order"]
-    head = ["row", "ratio", "95 % interval", "goal", *(result["targets"][name]["title"] for name in names)]
+    head = [
+        "row",
+        "ratio",
+        "95 % interval",
+        "best round",
+        "goal",
+        *(result["targets"][name]["title"] for name in names),
+    ]
     rows = []
     for row in result["rows"]:
         ratio = row["ratio"]
-        figures = [f"**{ratio['value']:.2f}**", f"{ratio['low']:.2f} – {ratio['high']:.2f}"] if ratio else ["–", "–"]
+        figures = ["–"] * 3
+        if ratio:
+            figures = [f"**{ratio['value']:.2f}**", f"{ratio['low']:.2f} – {ratio['high']:.2f}"]
+            figures.append(f"{ratio['best_round']:.2f}")
         rates = [rate_text(row, figure(row, name, "operations_per_s")) for name in names]
         rows.append([row["title"], *figures, f"{row['goal']:.1f}", *rates])
     return lines_of(head, rows)
@@ -136,10 +151,24 @@ def _commands(result: Result) -> str:
     return "\n".join([*lines, "```"])
 
 
+def costs_markdown(result: Result) -> str:
+    """Of a result of `costs`: what an operation takes, and what of it are the greatest costs."""
+    head = ["row", "µs of CPU", "of them", "", "", "", ""]
+    lines = []
+    for name, told in result["rows"].items():
+        operation_us = told["sample"]["server_cpu_s_per_1000"][0] * 1000
+        greatest = [
+            f"{cost} {share * operation_us:.1f}" for cost, share in list(told["costs"].items())[:GREATEST_COSTS]
+        ]
+        lines.append([ROWS_BY_NAME[name].title, f"{operation_us:.1f}", *greatest])
+    return lines_of(head, lines) + "\n"
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m tests.benchmark.report RESULT.json > table.md")
-    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    result = json.loads(Path(sys.argv[1]).read_text())
+    sys.stdout.write(markdown(result) if "targets_in_order" in result else costs_markdown(result))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tests.benchmark.cluster.report import markdown
 from tests.benchmark.costs import costs
 from tests.benchmark.profiler import calls_per_operation, top_functions, top_lines
 from tests.benchmark.ratios import ratio_to_best_peer
+from tests.benchmark.report import costs_markdown
 from tests.benchmark.targets import TARGETS, USUAL_TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +125,7 @@ def test_the_ratio_is_against_the_best_peer_of_the_row() -> None:
     # Each round's ratio is 2, and rounds are drawn together: what disturbed both cancels out.
     assert ratio.low > 1.6
     assert ratio.high < 2.5
+    assert ratio.best_round == pytest.approx(2.0)
 
 
 def test_there_is_no_ratio_without_a_peer() -> None:
@@ -277,7 +279,13 @@ python
 python
 \t    7f0003 _PyObject_Malloc (/usr/lib/libpython3.11.so.1.0)
 """
-    assert costs(script) == [("the interpreter", 0.5), ("pwritev()", 0.25), ("checksums", 0.25)]
+    found = costs(script)
+    assert found == [("the interpreter", 0.5), ("pwritev()", 0.25), ("checksums", 0.25)]
+    told = {"sample": {"server_cpu_s_per_1000": [0.008]}, "costs": dict(found)}
+    assert (
+        "| 4k random write, depth 16 | 8.0 | the interpreter 4.0 | pwritev() 2.0 | checksums 2.0 |"
+        in costs_markdown({"rows": {"randwrite-4k-d16": told}})
+    )
 
 
 def test_replicated_volumes_are_measured_with_all_their_daemons(tmp_path: Path) -> None:
