@@ -288,6 +288,36 @@ python
     )
 
 
+def test_each_complication_of_the_hot_path_is_taken_out_by_a_name_that_the_program_has() -> None:
+    program = """
+from nbdserver.frontend import inline_reads, transmission
+from nbdserver.host import connection, network, spinning, syncing
+from nbdserver.logdisk import log, reader, writer
+from tests.benchmark.taking_out import COMPLICATIONS
+
+places = [inline_reads, transmission, connection, network, spinning, syncing, log, reader, writer]
+places += [inline_reads.InlineReads, transmission.Transmission, connection.SocketConnection]
+for complication in COMPLICATIONS.values():
+    before = [dict(vars(place)) for place in places]
+    complication.take_out()
+    after = [dict(vars(place)) for place in places]
+    assert [set(names) for names in after] == [set(names) for names in before], complication.name
+    assert after != before, complication.name
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_complication_brings_is_measured_on_a_server_without_it(tmp_path: Path) -> None:
+    need("fio")
+    arguments = ["--only", "whole-batch", "--rounds", "2", "--seconds", "0.2", "--size", "64M", "--json"]
+    done = bench(*arguments, "--results", str(tmp_path), module="tests.benchmark.complications")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (figures,) = json.loads(done.stdout)["complications"]["whole-batch"].values()
+    assert figures["ratio"]["value"] > 0
+    assert set(figures["samples"]) == {"with", "without"}
+
+
 def test_replicated_volumes_are_measured_with_all_their_daemons(tmp_path: Path) -> None:
     need("fio")
     arguments = ["--quick", "--systems", "data-processes", "--rows", "randwrite-4k-d16,flush-4k-d1"]
