@@ -30,6 +30,7 @@ Known weakness: reading `extents` under a pending hole settles page by page.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 from metadata.family_state import PendingHole
@@ -42,7 +43,7 @@ from metadata.seams import Store
 from metadata.segment_table import SegmentTable
 from nbdserver.logdisk.lookup import Lookup
 from nbdserver.logdisk.neighbours import Neighbours
-from nbdserver.logdisk.runs import rising, run_length
+from nbdserver.logdisk.runs import run_length
 from protocol.disk import DamagedValueError
 from protocol.invariant import InvariantError, invariant
 
@@ -284,7 +285,7 @@ class Maps:
             page[index] = mba
         else:
             changed.extend(range(index, index + count))
-            page[index : index + count] = rising("Q", mba, 1, count)
+            page[index : index + count] = array("Q", range(mba, mba + count))
         self.logical_updates += count
 
     def set_middle(self, mba: int, segment: int, offset: int, checksum: int) -> None:

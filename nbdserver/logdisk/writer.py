@@ -23,7 +23,7 @@ from nbdserver.logdisk.appending import Appending
 from nbdserver.logdisk.log import MAX_BYTES_A_BLOCK
 from nbdserver.logdisk.maps import CHECKSUM, OFFSET, SMALL_HOLE_BLOCKS, Maps
 from nbdserver.logdisk.reader import Reader
-from nbdserver.logdisk.runs import rising, run_length
+from nbdserver.logdisk.runs import run_length
 from nbdserver.logdisk.segments import CLIENTS_KEEP, DISCARDS_KEEP
 from protocol.checksum import crc32c
 from protocol.disk import BLOCK_BYTES, EXTENT_HOLE, MAX_RECORD_EXTENTS, WRITE, block_splitter
@@ -339,7 +339,7 @@ class Writer:
                 else:
                     gained += 1
         page[index:stop] = array("I", [self._log.segment]) * count
-        page[OFFSET + index : OFFSET + stop] = rising("I", offset, BLOCK_BYTES, count)
+        page[OFFSET + index : OFFSET + stop] = array("I", range(offset, offset + count * BLOCK_BYTES, BLOCK_BYTES))
         page[CHECKSUM + index : CHECKSUM + stop] = checksums
         return gained
 

@@ -18,7 +18,6 @@ from . import machine, measuring
 from .__main__ import size_bytes_of
 from .outcome import RESULTS, DirectoryOption, JsonOption, ResultsOption, chosen, run_of, show
 from .ratios import Ratio
-from .rows import ROWS_BY_NAME
 from .taking_out import COMPLICATIONS, VARIABLE, Complication
 from .targets import Nbdserver, Setting, Target, stopped_at_the_end
 
@@ -52,12 +51,13 @@ def measure(
     complication: Complication, servers: list[Target], rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
     """Row → samples of both, and the ratio."""
-    rows = [ROWS_BY_NAME[name] for name in complication.rows]
 
     def setting_of(server: Target, _row: object) -> Setting:
         return Setting(complication.name if isinstance(server, Without) else "default")
 
-    samples = measuring.measure_rows(rows, servers, rounds, seconds, setting_of, lambda _worked_off_s, _what: None)
+    samples = measuring.measure_rows(
+        list(complication.rows), servers, rounds, seconds, setting_of, lambda _worked_off_s, _what: None, False
+    )
     return {
         name: measuring.row_as_json(taken, measuring.ratio_between(taken, Whole.name))
         for name, taken in samples.items()

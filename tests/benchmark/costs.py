@@ -17,6 +17,7 @@ from rich.table import Table
 
 from . import machine, measuring
 from .__main__ import chosen_rows, size_bytes_of
+from .conditions import Conditions
 from .load import Sample, prefill, scatter, warm
 from .outcome import RESULTS, DirectoryOption, ResultsOption, console, run_of
 from .processes import BenchmarkError
@@ -116,6 +117,7 @@ def run(
     rows: Annotated[str | None, typer.Option(help="Comma-separated rows.  [default: all]")] = None,
     seconds: Annotated[float, typer.Option(min=0.2, help="Length of a profile.")] = 3.0,
     size: Annotated[str, typer.Option(help="Working set.")] = "1G",
+    memory: Annotated[str | None, typer.Option(help="Limit of the server's memory, page cache included.")] = None,
     directory: DirectoryOption = None,
     results: ResultsOption = RESULTS,
 ) -> None:
@@ -127,7 +129,8 @@ def run(
         told: dict[str, Any] = {}
         machine.check_room(bench.place, size_bytes * 4)
         server = Nbdserver(bench.place, size_bytes)
-        with stopped_at_the_end(server):
+        conditions = Conditions(size_bytes, size_bytes_of(memory) if memory else 0)
+        with conditions.put_on([server]), stopped_at_the_end(server):
             measuring.prepare([server])
             for row in wanted:
                 sample, found = record(server, row, seconds, bench.place)

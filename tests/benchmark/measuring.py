@@ -149,10 +149,10 @@ def measure_rows(
     duration_s: float,
     setting_of: Callable[[Target, Row], Setting],
     advance: Advance,
+    is_laid_out: bool = True,
 ) -> dict[str, Samples]:
-    """By the rows' names."""
+    """By the rows' names. `is_laid_out`: nothing was written since `prepare`."""
     samples: dict[str, Samples] = {}
-    is_laid_out = True  # by `prepare`
     for row in rows:
         of_row: Samples = {target.name: [] for target in targets}
         for target in targets:

@@ -7,15 +7,27 @@ Known weakness: what cannot be replaced by a name (the order of the walk, what a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbdserver.frontend import inline_reads, transmission
 from nbdserver.host import connection, network, spinning, syncing
-from nbdserver.logdisk import log, reader, runs, writer
+from nbdserver.logdisk import log
+
+from .rows import ROWS_BY_NAME, Row
 
 VARIABLE = "NBDSERVER_WITHOUT"
 NEVER = 1 << 60
+
+FSYNC_4K_J1 = ROWS_BY_NAME["fsync-4k-j1"]
+FSYNC_4K_J16 = ROWS_BY_NAME["fsync-4k-j16"]
+RANDREAD_4K_D1 = ROWS_BY_NAME["randread-4k-d1"]
+RANDREAD_4K_D16 = ROWS_BY_NAME["randread-4k-d16"]
+RANDREAD_4K_J16 = ROWS_BY_NAME["randread-4k-j16"]
+RANDWRITE_4K_D1 = ROWS_BY_NAME["randwrite-4k-d1"]
+READ_128K_D8 = ROWS_BY_NAME["read-128k-d8"]
+WRITE_128K_D8 = ROWS_BY_NAME["write-128k-d8"]
+RANDREAD_4K_D4 = replace(RANDREAD_4K_D16, name="randread-4k-d4", title="4k random read, depth 4", depth=4)
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Complication:
     name: str
     what: str
     instead: str
-    rows: tuple[str, ...]
+    rows: tuple[Row, ...]
     take_out: Callable[[], None]
 
 
@@ -35,20 +47,6 @@ def _no(*_arguments: Any) -> bool:
 
 def _nothing(*_arguments: Any) -> None:
     pass
-
-
-def _one_by_one(values: Any, at: int, step: int) -> int:
-    """`run_length`, value by value."""
-    expected = values[at]
-    for index in range(at, len(values)):
-        if values[index] != expected:
-            return index - at
-        expected += step
-    return len(values) - at
-
-
-def _rising(typecode: str, first: int, step: int, count: int) -> Any:
-    return runs.array(typecode, range(first, first + step * count, step))
 
 
 def _spin() -> None:
@@ -75,12 +73,6 @@ def _rooms() -> None:
 def _four_replies() -> None:
     inline_reads.RUN_BLOCKS = 33
     inline_reads.RUN_LIMIT_BYTES = 32 * inline_reads.BLOCK_BYTES
-
-
-def _long_integers() -> None:
-    for module in (reader, writer):
-        module.run_length = _one_by_one
-    writer.rising = _rising
 
 
 def _rounds_end() -> None:
@@ -121,91 +113,84 @@ COMPLICATIONS = {
             "spinning",
             "asks for the next request for 60 µs before it sleeps",
             "sleeps at once",
-            ("randread-4k-d1", "randwrite-4k-d1", "fsync-4k-j1"),
+            (RANDREAD_4K_D1, RANDWRITE_4K_D1, FSYNC_4K_J1),
             _spin,
         ),
         Complication(
             "whole-batch",
             "a batch that is nothing but reads of a block is unpacked and answered as a whole",
             "is walked over",
-            ("randread-4k-d16",),
+            (RANDREAD_4K_D16, RANDREAD_4K_D4),
             _whole_batch,
         ),
         Complication(
             "lone-read",
             "a batch of one read has a shorter way still",
             "is walked over",
-            ("randread-4k-d1", "randread-4k-j16"),
+            (RANDREAD_4K_D1, RANDREAD_4K_J16),
             _lone_read,
         ),
         Complication(
             "rooms",
             "reads go to where they leave from",
             "each is a buffer of its own, joined with its header by sendmsg",
-            ("randread-4k-d16", "read-128k-d8"),
+            (RANDREAD_4K_D16, READ_128K_D8),
             _rooms,
         ),
         Complication(
             "four-replies",
             "four replies of 128k leave with one call",
             "each with its own",
-            ("read-128k-d8",),
+            (READ_128K_D8,),
             _four_replies,
-        ),
-        Complication(
-            "long-integers",
-            "runs are compared and made as one long integer",
-            "entry by entry",
-            ("read-128k-d8", "write-128k-d8"),
-            _long_integers,
         ),
         Complication(
             "end-of-round",
             "what all connections wrote in a round is one record",
             "a record a connection",
-            ("fsync-4k-j16",),
+            (FSYNC_4K_J16,),
             _rounds_end,
         ),
         Complication(
             "outside-the-loop",
             "serves its sockets for up to 400 µs before asyncio has its turn",
             "asyncio has it after each batch",
-            ("randread-4k-d16", "randread-4k-d1", "randwrite-4k-d1", "randread-4k-j16"),
+            (RANDREAD_4K_D16, RANDREAD_4K_D1, RANDWRITE_4K_D1, RANDREAD_4K_J16),
             _stay_outside,
         ),
         Complication(
             "send-buffer",
             "the kernel may hold 2 MiB of replies a connection",
             "as much as it is used to",
-            ("randread-4k-d16", "read-128k-d8"),
+            (RANDREAD_4K_D16, READ_128K_D8),
             _send_buffer,
         ),
         Complication(
             "receive-more",
             "where much has come it looks for more before it begins",
             "begins",
-            ("write-128k-d8",),
+            (WRITE_128K_D8,),
             _receive_more,
         ),
         Complication(
             "sync-with-the-write",
             "for who flushes after each write the sync begins with the write",
             "with the flush",
-            ("fsync-4k-j1", "fsync-4k-j16"),
+            (FSYNC_4K_J1, FSYNC_4K_J16),
             _anticipation,
         ),
         Complication(
             "sync-on-the-loop",
             "for a client that is alone a quick device is synced on the loop",
             "by the thread",
-            ("fsync-4k-j1",),
+            (FSYNC_4K_J1,),
             _sync_on_the_loop,
         ),
         Complication(
             "data-early",
             "before such a sync the device is given the data at once",
             "by the sync",
-            ("fsync-4k-j1",),
+            (FSYNC_4K_J1,),
             _data_early,
         ),
     )

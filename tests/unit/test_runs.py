@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from array import array
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserver.logdisk.runs import rising, run_length, same_length
+from nbdserver.logdisk.runs import run_length, same_length
 
 STEPPED = st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 30)), min_size=1, max_size=6)
 
@@ -34,22 +33,6 @@ def test_a_run_is_as_long_as_counting_says(pieces: list[tuple[int, int]], step: 
         values.extend(range(first, first + count * step, step))
     at = data.draw(st.integers(0, len(values) - 1))
     assert run_length(values, at, step) == slow_run(values, at, step)
-
-
-@given(st.sampled_from([("I", 32), ("Q", 64)]), st.data())
-def test_values_that_rise_are_what_counting_says(kind: tuple[str, int], data: st.DataObject) -> None:
-    typecode, bits = kind
-    count, step = data.draw(st.integers(1, 256)), data.draw(st.sampled_from([1, 4096]))
-    first = data.draw(st.integers(0, (1 << bits) - 1 - (count - 1) * step))
-    expected = array(typecode, range(first, first + count * step, step))
-    assert rising(typecode, first, step, count) == expected
-    assert run_length(expected, 0, step) == count
-
-
-def test_a_run_ends_where_the_numbers_do() -> None:
-    with pytest.raises(OverflowError):
-        rising("I", (1 << 32) - 1, 1, 2)
-    assert run_length(array("I", [(1 << 32) - 2, (1 << 32) - 1, 0]), 0, 1) == 2
 
 
 @given(STEPPED, st.data())
