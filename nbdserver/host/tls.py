@@ -33,6 +33,7 @@ from metadata.seams import Buffer, Connection, Receiver
 HANDSHAKE_LIMIT_BYTES = 128 << 10  # a chain of certificates is some KiB
 INPUT_BYTES = 256 << 10  # received at once
 LEAST_SLICE_BYTES, MOST_SLICE_BYTES = 2 << 10, 32 << 10  # at once into OpenSSL
+RECORD_BYTES = 17 << 10  # the largest: slices that bring no data may be parts of one
 TURN_S = 2e-3
 USELESS_LIMIT_BYTES = 64 << 10  # a record has 16 KiB, and arrives in pieces
 DATA_WORTH = 64
@@ -157,6 +158,7 @@ class TlsConnection:
         self._input = memoryview(b"")  # received, not given to OpenSSL yet
         self._slice_bytes = LEAST_SLICE_BYTES
         self._given_bytes = 0  # the last slice
+        self._without_data_bytes = 0  # the slices since the last one that brought data
         self._useless_bytes = 0
         self._reading = True
         self._paused_below = False
@@ -316,10 +318,13 @@ class TlsConnection:
         given_bytes, self._given_bytes = self._given_bytes, 0
         if not given_bytes:
             return False
-        if 2 * data_bytes >= given_bytes:
+        self._without_data_bytes += given_bytes
+        if 2 * data_bytes >= self._without_data_bytes:
             self._slice_bytes = min(2 * self._slice_bytes, MOST_SLICE_BYTES)
-        else:
+        elif data_bytes or self._without_data_bytes > RECORD_BYTES:
             self._slice_bytes = max(self._slice_bytes // 2, LEAST_SLICE_BYTES)
+        if data_bytes:
+            self._without_data_bytes = 0
         self._useless_bytes = max(0, self._useless_bytes + given_bytes - DATA_WORTH * data_bytes)
         return self._useless_bytes > USELESS_LIMIT_BYTES
 

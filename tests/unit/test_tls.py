@@ -202,6 +202,19 @@ def test_much_input_is_worked_off_in_slices_between_which_others_have_their_turn
     assert link.below.reading
 
 
+def test_slices_grow_for_who_sends_full_records_though_a_small_one_brings_nothing(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_module, "TURN_S", -1.0)  # a slice a turn
+    link = Link(certificates, receiver=Collector(room_bytes=4 << 20)).shake_hands()
+    link.feed(link.encrypt(b"d" * 1_000_000))
+    turns = 0
+    while link.clock.turn():
+        turns += 1
+    growing = tls_module.RECORD_BYTES // tls_module.LEAST_SLICE_BYTES * 2  # until one brings a record
+    assert turns <= growing + 1_100_000 // tls_module.MOST_SLICE_BYTES
+
+
 @pytest.mark.parametrize("ask_us_too", [False, True])
 def test_records_without_data_are_worked_off_a_little_at_a_time_and_then_end_the_connection(
     certificates: Certificates, ask_us_too: bool, monkeypatch: pytest.MonkeyPatch
