@@ -33,7 +33,7 @@ from nbdserver.host.connecting import Connecting
 from nbdserver.host.connection import SocketConnection
 from nbdserver.host.datagrams import SocketDatagrams
 from nbdserver.host.listening import close_listening, listening_sockets
-from nbdserver.host.spinning import SPIN_S, Spinning
+from nbdserver.host.spinning import CREDIT_LIMIT, SPIN_S, Spinning
 
 WAKE_S = 400e-6  # the longest stay outside the loop; entering it costs some 10 µs
 EVENTS_A_ROUND = 64
@@ -48,7 +48,9 @@ _log = logging.getLogger(__name__)
 class SocketNetwork:
     """Connections over the host's sockets, on a running asyncio loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, threads: Completions | None = None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, threads: Completions | None = None, may_spin: bool = True
+    ) -> None:
         """`threads`: those that it does not spin beside, and that are told when one connection alone is served."""
         self.loop = loop
         self._threads = threads or Completions(loop)
@@ -59,7 +61,7 @@ class SocketNetwork:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self.round_end: list[Callable[[], None]] | None = None  # while a round of several connections is served
-        self._spinning = Spinning()
+        self._spinning = Spinning(CREDIT_LIMIT if may_spin else 0)
         self._loop_callbacks: Collection[object] = getattr(loop, "_ready", ())
         self._inherited: dict[str, list[socket.socket]] = {}
         self.leaving: set[SocketConnection] = set()

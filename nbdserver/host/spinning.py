@@ -10,6 +10,8 @@ Rules
   for or slept for; one that came later, and a spin in vain, takes one.
 - A spin that lasted over `INTERRUPTED_S` was interrupted by another process: no spin for `REST_S`, and no credit
   left.
+- Who has no credit limit (0) never spins: on a machine whose cores are all taken by workers that spin, the clients that
+  they wait for have none.
 """
 
 SPIN_S = 60e-6  # a wake-up of a sleeping process costs some 20 to 50 µs on both sides
@@ -21,8 +23,10 @@ CREDIT_LIMIT = 8
 class Spinning:
     """Decides, wake by wake, whether to spin. `wanted` says whether to do so now."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit_limit: int = CREDIT_LIMIT) -> None:
+        """0: never."""
         self.wanted = False
+        self._credit_limit = credit_limit
         self._credit = 0
         self._batch_ended_s = 0.0
         self._rest_until_s = 0.0
@@ -46,7 +50,7 @@ class Spinning:
 
     def _judge(self, paid: bool, now_s: float) -> None:
         if paid:
-            if self._credit < CREDIT_LIMIT and now_s >= self._rest_until_s:
+            if self._credit < self._credit_limit and now_s >= self._rest_until_s:
                 self._credit += 1
         elif self._credit:
             self._credit -= 1

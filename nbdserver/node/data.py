@@ -86,6 +86,11 @@ class Place:
     inboxes: Sequence[int]
     """Our own to read from, then the one of each worker to write to; nothing for one alone."""
 
+    @property
+    def may_spin(self) -> bool:
+        """Whether there is a core left for those who are waited for, even if all workers spin."""
+        return self.workers == 1 or self.workers < len(os.sched_getaffinity(0))
+
 
 class Worker:
     """What the control process can ask for: each `do_NAME`, here, in `families` and in `replicas`, is a request of the
@@ -101,7 +106,7 @@ class Worker:
         self._descriptors = descriptors
         self._clock = HostClock(loop)
         threads = StoreThreads(loop)
-        self._network = SocketNetwork(loop, threads.completions)
+        self._network = SocketNetwork(loop, threads.completions, place.may_spin)
         self._exports = Exports()
         self._exports.changed = self._publish
         self._figures = SharedFigures(place.figures, place.workers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nbdserver.frontend import inline_reads, transmission
-from nbdserver.host import connection, network, spinning, syncing
+from nbdserver.host import connection, network, syncing
 from nbdserver.logdisk import log
 
 from .rows import ROWS_BY_NAME, Row
@@ -50,7 +50,7 @@ def _nothing(*_arguments: Any) -> None:
 
 
 def _spin() -> None:
-    spinning.CREDIT_LIMIT = 0
+    network.CREDIT_LIMIT = 0
 
 
 def _whole_batch() -> None:

@@ -291,11 +291,11 @@ python
 def test_each_complication_of_the_hot_path_is_taken_out_by_a_name_that_the_program_has() -> None:
     program = """
 from nbdserver.frontend import inline_reads, transmission
-from nbdserver.host import connection, network, spinning, syncing
+from nbdserver.host import connection, network, syncing
 from nbdserver.logdisk import log
 from tests.benchmark.taking_out import COMPLICATIONS
 
-places = [inline_reads, transmission, connection, network, spinning, syncing, log]
+places = [inline_reads, transmission, connection, network, syncing, log]
 places += [inline_reads.InlineReads, transmission.Transmission, connection.SocketConnection]
 for complication in COMPLICATIONS.values():
     before = [dict(vars(place)) for place in places]

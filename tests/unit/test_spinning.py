@@ -1,6 +1,9 @@
 """When the network spins: only while it pays, and not where another process needs the processor."""
 
+import pytest
+
 from nbdserver.host.spinning import CREDIT_LIMIT, INTERRUPTED_S, REST_S, SPIN_S, Spinning
+from nbdserver.node.data import Place
 
 SOON_S = SPIN_S / 3
 LATE_S = SPIN_S * 1.5
@@ -78,3 +81,21 @@ def test_what_came_while_the_loop_was_held_came_soon() -> None:
         spinning.woken(now_s + LATE_S, held_until_s=now_s - LATE_S)
         now_s += 2 * LATE_S
     assert not spinning.wanted
+
+
+def test_a_network_without_credit_never_spins() -> None:
+    spinning = Spinning(0)
+    for number in range(100):
+        spinning.batch_ended(1000.0 + number * SOON_S)
+        spinning.woken(1000.0 + (number + 0.5) * SOON_S)
+        assert not spinning.wanted
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "may_spin"), [(1, 1, True), (1, 2, True), (2, 2, False), (2, 4, True), (4, 4, False)]
+)
+def test_workers_spin_only_if_a_core_is_left_for_those_who_are_waited_for(
+    workers: int, cores: int, may_spin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(cores)))
+    assert Place(0, workers, 0, ()).may_spin is may_spin
