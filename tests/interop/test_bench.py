@@ -310,10 +310,10 @@ for complication in COMPLICATIONS.values():
 
 def test_what_a_complication_brings_is_measured_on_a_server_without_it(tmp_path: Path) -> None:
     need("fio")
-    arguments = ["--only", "whole-batch", "--rounds", "2", "--seconds", "0.2", "--size", "64M", "--json"]
+    arguments = ["--only", "receive-more", "--rounds", "2", "--seconds", "0.2", "--size", "64M", "--json"]
     done = bench(*arguments, "--results", str(tmp_path), module="tests.benchmark.complications")
     assert done.returncode == 0, done.stderr[-2000:]
-    (figures,) = json.loads(done.stdout)["complications"]["whole-batch"].values()
+    (figures,) = json.loads(done.stdout)["complications"]["receive-more"].values()
     assert figures["ratio"]["value"] > 0
     assert set(figures["samples"]) == {"with", "without"}
 
