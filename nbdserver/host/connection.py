@@ -1,7 +1,7 @@
 """One connection of the real Network: a connected, non-blocking stream socket.
 
 Theory: what is sent leaves with the call that sends it. What the kernel does not take then is queued, as is what takes
-more than ONE_TURN_BYTES, and leaves when the socket can be written to again; nothing else is sent before it. The
+more than AT_ONCE_BYTES, and leaves when the socket can be written to again; nothing else is sent before it. The
 network serves it when something has arrived or can leave (network.py).
 
 Rules
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 BUFFERS_A_SEND = 1024  # IOV_MAX
 MORE_BYTES = 96 << 10  # received at once: there is probably more
-ONE_TURN_BYTES = 8 << 20  # given to the kernel before others are served: a fast peer takes all that it can get
+AT_ONCE_BYTES = 8 << 20  # given to the kernel by one call of `send`; what is more is queued
+QUEUED_AT_ONCE_BYTES = 1 << 20  # of what is queued, before others are served: a fast peer takes all that it can get
 SEND_BUFFER_BYTES = 2 << 20  # of the kernel's, a connection: a batch of replies leaves with one call
 LINGER_S = 10.0  # how long a closed connection may still take its last bytes
 
@@ -87,7 +88,7 @@ class SocketConnection:
             self._enqueue(buffers, 0)
             return
         size_bytes = sum(map(len, buffers))
-        if size_bytes > ONE_TURN_BYTES:
+        if size_bytes > AT_ONCE_BYTES:
             self._enqueue(buffers, 0)
             self._watch()
             return
@@ -213,13 +214,13 @@ class SocketConnection:
             return 0
 
     def _send_queued(self) -> None:
-        queue, turn_bytes = self._queue, 0
+        queue, given_bytes = self._queue, 0
         while queue:
             buffers: list[memoryview] = []
             for view in islice(queue, BUFFERS_A_SEND):
                 buffers.append(view)
-                turn_bytes += len(view)
-                if turn_bytes >= ONE_TURN_BYTES:
+                given_bytes += len(view)
+                if given_bytes >= QUEUED_AT_ONCE_BYTES:
                     break  # what one view has beyond that goes along
             try:
                 sent_bytes = self._send_message(buffers)
@@ -237,7 +238,7 @@ class SocketConnection:
                 else:
                     queue[0] = first[sent_bytes:]
                     sent_bytes = 0
-            if turn_bytes >= ONE_TURN_BYTES and queue:
+            if given_bytes >= QUEUED_AT_ONCE_BYTES and queue:
                 return  # the socket can still be written to: the loop comes back
         if self._closing:
             self.abort()
