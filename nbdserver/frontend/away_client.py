@@ -341,7 +341,7 @@ class AwayClient:
         self._wait(node, reason, 0.0 if self._clock.now() - self._entered_s > RETRY_S else RETRY_S)
 
     def _wait(self, node: str, reason: str, ask_in_s: float) -> None:
-        """This node serves it no more."""
+        """It has no server from now on; that of this node was the last."""
         self._reason, self._failed, self._waits_since_s = f"{node}: {reason}", (), self._clock.now()
         self._report("client-waits", node=node, reason=reason)
         self._retry = self._clock.call_later(ask_in_s, self._ask_again)

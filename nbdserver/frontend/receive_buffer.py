@@ -12,6 +12,7 @@ shrinks back when the caller says so; it is replaced, never resized, because vie
 from protocol.invariant import invariant
 
 NORMAL_BYTES = 512 << 10  # a few 128 KiB writes; small enough to stay in the CPU's cache
+NOTHING = memoryview(b"")
 MINIMUM_ROOM_BYTES = 16 << 10  # less room than this behind `end` is not worth a system call
 
 
@@ -25,8 +26,8 @@ class ReceiveBuffer:
     def __init__(self, size_bytes: int = NORMAL_BYTES) -> None:
         self.start = 0
         self.end = 0
-        self.aside = memoryview(b"")
-        """What was set aside last."""
+        self.aside = NOTHING
+        """What was set aside last, until it is NOTHING again: then its memory may go, if it was large."""
         self._spare: bytearray | None = None  # of the same size, once something was set aside
         self._replace(size_bytes)
 
@@ -57,7 +58,7 @@ class ReceiveBuffer:
         return position
 
     def set_aside(self, position: int) -> None:
-        """Everything before `position` is used, and can be read in `aside` until the next call."""
+        """Everything before `position` is used, and can be read in `aside` until the next call, or it is forgotten."""
         self.aside = self.view[self.start : position]
         held_bytes = self.end - position
         data = self._spare or bytearray(self.capacity_bytes)

@@ -31,7 +31,7 @@ from nbdserver.block import BLOCK_BYTES, IN_FLIGHT
 from nbdserver.frontend.cold_reads import ColdReads
 from nbdserver.frontend.deferred import Deferred
 from nbdserver.frontend.inline_reads import SLOTS, InlineReads
-from nbdserver.frontend.receive_buffer import NORMAL_BYTES, ReceiveBuffer
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES, NOTHING, ReceiveBuffer
 from nbdserver.frontend.requests import Batch, Requests
 from nbdserver.frontend.unanswered import asked_again, read_of
 from nbdserver.volume.counters import Counters
@@ -270,6 +270,7 @@ class Transmission:
         self._end_batch()
         if self._held:
             self._held = False
+            self._buffer.aside = NOTHING
             if self._ending:
                 self._end(self._ending)
             else:

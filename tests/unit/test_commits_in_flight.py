@@ -6,6 +6,7 @@ import pytest
 
 from nbdserver.block import BLOCK_BYTES as BLOCK
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
+from nbdserver.frontend.transmission import SHRINK_DELAY_S
 from protocol.nbd import Command, CommandFlag
 from tests.unit.session_rig import Rig, make_rig
 
@@ -66,6 +67,18 @@ def test_what_comes_meanwhile_is_the_next_batch_and_a_connection_without_room_fo
     rig.device.acknowledge()
     assert len(wire.answers()) == 2 * a_buffer
     assert rig.device.events == [f"commit {a_buffer}"] * 2
+
+
+def test_a_large_batch_costs_no_memory_when_it_was_acknowledged(rig: Rig) -> None:
+    wire = rig.wire()
+    buffer = wire.session._buffer
+    wire.feed(wire.request(Command.WRITE, 0, data=bytes(1 << 20))[1])
+    assert len(buffer.aside) > 1 << 20
+    rig.device.acknowledge()
+    assert not buffer.aside
+    rig.clock.advance(SHRINK_DELAY_S)
+    rig.clock.advance(SHRINK_DELAY_S)
+    assert (buffer.capacity_bytes, buffer._spare) == (NORMAL_BYTES, None)
 
 
 def test_what_came_with_the_batch_and_has_no_room_in_it_follows(rig: Rig) -> None:
