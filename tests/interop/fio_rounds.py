@@ -130,6 +130,12 @@ class FioRounds:
             self._go_on_elsewhere(owner, host)
             goes_on()
 
+    def the_owner_s_disk_stands_still(self) -> None:
+        """Flushes wait for it; if its process stands still with it, another node goes on."""
+        owner, host = self._roles()
+        with self._verified(host, "the owner's disk standing still"):
+            self._nodes.disks[owner].stand_still(STILL_S)
+
     # --- who has which part ---
 
     def _roles(self) -> tuple[str, str]:

@@ -130,6 +130,7 @@ def of_replicas(path: Path, processes: Processes, rng: random.Random, undo: Exit
         "fio: a disk is full": fio.a_disk_is_full,
         "fio: the owner is killed": fio.the_owner_is_killed,
         "fio: the owner is stopped": fio.the_owner_is_stopped,
+        "fio: the owner's disk stands still": fio.the_owner_s_disk_stands_still,
     }
     return Soaked(nodes.site, rounds, list, nodes.stop_and_compare, fio.longest_s)
 
