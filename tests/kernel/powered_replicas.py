@@ -1,8 +1,8 @@
 """Three guests with a node of one cluster in each, and a replica of one volume on each, whose power is cut.
 
 Theory: a guest is wired to each other one by a link of its own, and has one address for both of its links. The host is
-where etcd runs, which keeps its power, and where the judge writes from, through a port of the host's loopback for each
-guest. The volume is followed through all cuts; what it may show after each of them is for the judge to say.
+where etcd runs, which keeps its power, and where the judge and fio write from, through a port of the host's loopback
+for each guest. The volume is followed through all cuts; what it may show after each of them is for these two to say.
 
 - *Of all at once*: as on one machine, everything that was flushed is there.
 - *While one of those that were in sync keeps its power*: everything that was acknowledged is there.
@@ -28,11 +28,12 @@ from nbdserver.node.authority import Authority
 from nbdserver.node.cluster_files import KEY_BYTES, Keys, write_keys
 from protocol.nbd import Command
 from tests.conftest import ROOT, Processes
-from tests.durability import BLOCK_BYTES, Judge
+from tests.durability import Judge
 from tests.etcd_cluster import DAY, QUICK, EtcdCluster
 from tests.kernel.frozen import FrozenNode
 from tests.kernel.guest import HOST, Guest, Link
 from tests.kernel.powered import DESK_PORT, JUDGED_BLOCKS, NEVER, PORT, SETTINGS, VOLUME, Machine
+from tests.kernel.sliced_fio import FROM, SIZE_BYTES, SlicedFio
 from tests.nbd_client import Client, RefusedError
 from tests.serving import PROGRAM
 
@@ -56,10 +57,14 @@ class PoweredReplicas:
         processes: Processes,
         free_port: Callable[[], int],
         generator: random.Random,
+        fio: str,
         say: Callable[[str], None] = print,
     ) -> None:
         self.judge = Judge(JUDGED_BLOCKS, generator)
         self._random = generator
+        self._folder = folder
+        self._processes = processes
+        self._fio = fio
         self.say = say
         self._etcd = EtcdCluster(processes, folder / "etcd", free_port, 1, QUICK)
         self._clients = {name: free_port() for name in NODES}
@@ -157,7 +162,7 @@ class PoweredReplicas:
         """Make the volume when all nodes are up."""
         for name in NODES:
             self.wait(lambda name=name: self._sees_all(name), f"{name} knows all")  # type: ignore[misc]
-        self.ask(NODES[0], "create", name=VOLUME, size_bytes=JUDGED_BLOCKS * BLOCK_BYTES, replicas=len(NODES))
+        self.ask(NODES[0], "create", name=VOLUME, size_bytes=FROM + SIZE_BYTES, replicas=len(NODES))
         self.wait_in_sync()
 
     def _sees_all(self, name: str) -> bool:
@@ -182,6 +187,16 @@ class PoweredReplicas:
                 if time.monotonic() > deadline_s:
                     raise
             time.sleep(LOOK_S)
+
+    def start_fio(self, client: Client, name: str) -> SlicedFio:
+        """fio writes through that node from now on, where `client` has trimmed."""
+        assert client.request(Command.TRIM, FROM, SIZE_BYTES).error == 0
+        seed = self._random.randrange(1 << 32)
+        return SlicedFio(self._processes, self._fio, self._folder / f"fio-{seed}", self._clients[name], seed)
+
+    def verify(self, fio: SlicedFio) -> None:
+        """Let fio find what it wrote, by any node, which serves it from its own disk."""
+        fio.verify(self._clients[self._random.choice(self.powered)])
 
     def look(self, client: Client, acknowledged_too: bool) -> None:
         """Find what must be there; what is seen must be there from now on, so it is flushed."""

@@ -20,11 +20,16 @@ SEED = int(os.environ.get("POWER_LOSS_SEED", str(random.SystemRandom().randrange
 
 
 def test_replicas_that_lose_their_power_one_and_all_lose_nothing_that_was_flushed_and_are_alike(
-    frozen: FrozenNode, tmp_path: Path, processes: Processes, free_port: Callable[[], int]
+    frozen: FrozenNode,
+    tmp_path: Path,
+    processes: Processes,
+    free_port: Callable[[], int],
+    needs: Callable[[str, str], str],
 ) -> None:
     print(f"POWER_LOSS_SEED={SEED}")
+    fio = needs("fio", "fio")
     generator = random.Random(SEED)
-    with contextlib.closing(PoweredReplicas(frozen, tmp_path, processes, free_port, generator)) as replicas:
+    with contextlib.closing(PoweredReplicas(frozen, tmp_path, processes, free_port, generator, fio)) as replicas:
         replicas.power_on(NODES)
         replicas.make_volume()
         rounds = PowerRounds(replicas, generator)
