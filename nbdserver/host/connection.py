@@ -6,6 +6,7 @@ network serves it when something has arrived or can leave (network.py).
 
 Rules
 - `lost` is called from the loop, never from inside `send`; after `close` or `abort` nothing is called any more.
+- Who is paused by another one in the same round is not read, although it had been found readable before.
 - A receiver that raises loses its own connection, nobody else's.
 - A connection that is closed while something is queued takes its last bytes for LINGER_S at most.
 - `detach` gives the socket away as it is.
@@ -179,7 +180,7 @@ class SocketConnection:
         try:
             if mask & _WRITABLE and self._queue:
                 self._send_queued()
-            if mask & ~_WRITABLE:
+            if mask & ~_WRITABLE and (self._reading or mask & ~(_READABLE | _WRITABLE)):
                 self._receive()
         except Exception:
             _log.exception("the session of %s failed; its connection is closed", self.peer_name)

@@ -338,6 +338,38 @@ def test_a_paused_connection_is_not_read_until_it_is_resumed(loop: Loop, path: s
         assert take(client, 5) == b"later"
 
 
+def test_who_is_paused_in_the_round_in_which_its_data_was_found_is_not_lost(loop: Loop, path: str) -> None:
+    """Replies wait for it, so its socket is still looked at."""
+
+    class Pausing(Echo):
+        def received(self, size_bytes: int) -> None:
+            for each in loop.echoes:
+                if each is not self:
+                    each.connection.pause_reading()
+            super().received(size_bytes)
+
+    def accept(connection: Connection) -> Receiver:
+        echo = Pausing(connection)
+        loop.echoes.append(echo)
+        return echo
+
+    loop.listen(f"unix:{path}", accept)
+    with dial(path) as first, dial(path) as second:
+        loop.wait(lambda: len(loop.echoes) == 2)
+
+        def both_ask() -> None:
+            for echo, client in zip(loop.echoes, (first, second), strict=True):
+                echo.connection.send([bytes(6 << 20)])
+                assert echo.connection.unsent_bytes
+                client.sendall(b"x")
+
+        loop.call(both_ask)
+        loop.wait(lambda: sum(echo.received_bytes for echo in loop.echoes))
+        time.sleep(0.05)
+        assert [echo.lost_reason for echo in loop.echoes] == ["", ""]
+        assert sum(echo.received_bytes for echo in loop.echoes) == 1
+
+
 def test_close_lets_what_was_sent_arrive_and_abort_does_not_wait(loop: Loop, path: str) -> None:
     loop.listen(f"unix:{path}")
     with dial(path) as client:
