@@ -234,7 +234,7 @@ class Transmission:
     def _serve(self) -> bool:
         """Do what was received as far as it goes without a commit; say whether one has to follow."""
         if self._stalled or self._over or self._ending:
-            if self._held and not self._buffer.has_room_behind:
+            if self._held and not self._over and not self._buffer.has_room_behind:
                 self._connection.pause_reading()
             return False
         if self._export.throttle is not None and not self._admitted(self._export.throttle):
@@ -489,8 +489,9 @@ class Transmission:
     # --- stopping and going on ---
 
     def _stall(self) -> None:
-        if not self._stalled:
-            self._stalled = True
+        """Do nothing more for now, and read nothing, which goes on while a batch is in flight."""
+        self._stalled = True
+        if not self._over:
             self._connection.pause_reading()
 
     def _freed(self) -> None:

@@ -6,9 +6,11 @@ import pytest
 
 from nbdserver.block import BLOCK_BYTES as BLOCK
 from nbdserver.frontend.receive_buffer import NORMAL_BYTES
-from nbdserver.frontend.transmission import SHRINK_DELAY_S
+from nbdserver.frontend.transmission import SHRINK_DELAY_S, UNSENT_LIMIT_BYTES
 from protocol.nbd import Command, CommandFlag
 from tests.unit.session_rig import Rig, make_rig
+
+DF = int(CommandFlag.DF)
 
 
 @pytest.fixture
@@ -67,6 +69,21 @@ def test_what_comes_meanwhile_is_the_next_batch_and_a_connection_without_room_fo
     rig.device.acknowledge()
     assert len(wire.answers()) == 2 * a_buffer
     assert rig.device.events == [f"commit {a_buffer}"] * 2
+
+
+def test_a_connection_whose_peer_takes_no_replies_is_not_read_when_its_batch_was_acknowledged(rig: Rig) -> None:
+    """What comes meanwhile has room while the batch is in flight, and would have none in the end."""
+    wire = rig.wire()
+    reads = b"".join(wire.request(Command.READ, 0, 512 << 10, flags=DF)[1] for _ in range(6))
+    wire.connection.taking = False
+    wire.feed(reads)
+    wire.feed(reads + wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1])
+    assert wire.connection.unsent_bytes > UNSENT_LIMIT_BYTES
+    rig.device.acknowledge()
+    assert not wire.connection.reading
+    wire.connection.take()
+    wire.session.drained()
+    assert wire.connection.reading
 
 
 def test_a_large_batch_costs_no_memory_when_it_was_acknowledged(rig: Rig) -> None:

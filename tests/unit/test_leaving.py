@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES
 from nbdserver.frontend.session import Session
 from nbdserver.frontend.unanswered import Entered, Request, asked_again, flush_of, read_of
 from nbdserver.volume.export import Export, ExportError
@@ -20,7 +21,7 @@ from tests.unit.session_rig import Answer, ListConnection, Rig, Wire, make_rig
 
 BLOCK = 512
 PAGE = 4096
-FUA = int(CommandFlag.FUA)
+DF, FUA = int(CommandFlag.DF), int(CommandFlag.FUA)
 
 MODES: dict[str, Callable[[Rig], object]] = {
     "at hand": lambda rig: None,
@@ -193,6 +194,21 @@ def test_a_batch_that_was_not_committed_is_asked_for_again() -> None:
     answers = wire.answers()
     assert set(answers) == {read, write}
     assert there.device.data.startswith(b"x" * BLOCK)
+
+
+def test_what_its_session_had_to_do_yet_does_not_keep_a_client_from_being_read() -> None:
+    here = rig_in("in flight")
+    wire = here.wire()
+    reads = [wire.request(Command.READ, 0, 512 << 10, flags=DF)[1] for _ in range(12)]
+    wire.feed(b"".join(reads))  # the last ones are left to another turn of the loop
+    write = wire.request(Command.WRITE, 0, data=b"x" * BLOCK)[1]
+    wire.feed(write)
+    wire.feed(write * (NORMAL_BYTES // len(write)))
+    assert not wire.connection.reading
+    assert wire.session.leave() is not None
+    wire.connection.resume_reading()
+    here.clock.run()
+    assert wire.connection.reading
 
 
 def test_the_rest_of_a_refused_payload_is_what_comes_next() -> None:
