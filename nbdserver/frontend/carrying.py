@@ -78,6 +78,8 @@ class Carried:
         else:
             self.outstanding = Outstanding(entered.agreement.style)
             self._skip_bytes = entered.skip_bytes
+            # More may be received before what is here is looked at.
+            self._requests.reserve(len(entered.received) + NORMAL_BYTES)
             self._requests.put(entered.received)
             self._shrinks = clock.call_later(SHRINK_DELAY_S, self._shrink)
             self._clock.call_soon(self._go_on)

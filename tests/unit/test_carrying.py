@@ -3,6 +3,7 @@
 import pytest
 
 from nbdserver.frontend.carrying import Carried
+from nbdserver.frontend.receive_buffer import NORMAL_BYTES
 from nbdserver.frontend.unanswered import Entered
 from protocol import nbd
 from protocol.agreement import Agreement, Offer, ReplyStyle
@@ -129,6 +130,15 @@ def test_the_rest_of_a_payload_that_was_refused_before_is_skipped(piece_bytes: i
     carried.begin(server, told())
     clock.run()
     assert bytes(server.sent) == read(1) + read(2)
+
+
+def test_there_is_room_for_more_at_once_however_much_was_brought() -> None:
+    """Room for nothing is taken for the end of the connection."""
+    client, events = ListConnection("192.0.2.1:1000"), Rig()
+    agreement = Agreement(Offer("disk", 1 << 20, False), ReplyStyle.SIMPLE, (), FLAGS)
+    received = read(1) * (2 * NORMAL_BYTES // 28)
+    carried = Carried(HandClock(), client, HandshakeState.before(agreement), events, Entered(agreement, 7, received, 0))
+    assert len(carried.buffer()) >= NORMAL_BYTES
 
 
 def test_a_server_that_tells_something_else_gets_no_request() -> None:
