@@ -270,8 +270,10 @@ class Replica:
         added = [row for row in rows if row.layer not in tree.layers]
         unsure = {layer.row.first_mba for number, layer in tree.layers.items() if number not in kept}
         if not is_empty and any(row.first_mba < disk.maps.next_mba or row.first_mba in unsure for row in added):
-            # A layer that is not known here has absorbed one that is: what it shows is told by copies alone.
-            regions = (*regions, (0, max(row.size_bytes for row in rows) // REGION_BYTES + 1))
+            # A layer that is not known here has absorbed one that is: what it shows is told by copies alone, also where
+            # it is shorter than what is here.
+            sizes = [row.size_bytes for row in (*rows, *(layer.row for layer in tree.layers.values()))]
+            regions = (*regions, (0, max(sizes) // REGION_BYTES + 1))
         if added and not added[0].parent:
             rows = [row._replace(parent=tree.root) if row is added[0] else row for row in rows]
         gone = [

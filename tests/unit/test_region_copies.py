@@ -93,6 +93,30 @@ def gone_and_back() -> Pair:
     return pair
 
 
+def test_what_a_volume_was_cut_off_does_not_come_back_at_a_replica_that_has_skipped_the_merge_of_its_layers() -> None:
+    pair = Pair()
+    owner = pair.owner
+    owner.put(REGION_BLOCKS * 3 + 5, 1)
+    assert owner.change("snapshot", 1, "gone", 0) == 0
+    assert owner.change("resize", 1, 8 << 20) == 0
+    pair.tell()
+    pair.is_away = True
+    for name in ("gone too", "kept"):
+        assert owner.change("snapshot", 1, name, 0) == 0
+    for snapshot in owner.disk.snapshots()[:2]:
+        assert owner.change("delete_snapshot", snapshot.layer) == 0
+    owner.look()
+    pair.tell()
+    owner.run(60.0)
+    assert len(owner.disk.maps.tree.layers) == 2
+    pair.is_away = False
+    returned(pair)
+    complete(pair)
+    assert owner.change("resize", 1, SIZE_BYTES) == 0
+    pair.tell()
+    pair.compare()
+
+
 def test_only_the_regions_that_changed_are_to_be_fetched() -> None:
     pair = gone_and_back()
     returned(pair)

@@ -29,6 +29,7 @@ CHUNK = 8
 FOUND = (
     9000000646,  # a change of the tree was answered after the judge had looked for the last time
     1795644292186,  # the owner changed while the judge looked for the last time
+    1795678630532,  # what a volume was cut off came back at replicas that had skipped the merge of its layers
 )
 FULL = Bend(room_segments=14, of_the_tree=0.1, trouble=0.05)
 FOUND_ON_SMALL_DISKS = (
