@@ -226,6 +226,11 @@ class SealedStream:
         """True once both sides have said hello: frames can be sealed."""
         return self._sealing is not None
 
+    @property
+    def has_part(self) -> bool:
+        """Whether a frame has come whose end has not."""
+        return bool(self._received)
+
     def hello(self) -> bytes:
         """What this side sends first."""
         return self._seal(self._keys.by_id[self._keys.current], HELLO, self._nonce, 0)

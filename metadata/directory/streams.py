@@ -4,6 +4,8 @@ Rules
 - Bodies that are sent before both sides have said hello wait, at most WAITING_LIMIT_BYTES of them.
 - A refused frame or a body that does not parse closes the stream; whoever uses it is told once, by `lost`.
 - A peer that has not said hello within HELLO_S is closed.
+- A frame whose end has not come within FRAME_S of its beginning closes the stream too, when more comes: how long it is
+  counts only when all of it has been checked, and a damaged length would hold up all that follows.
 - A peer that takes nothing while more than UNSENT_LIMIT_BYTES wait for it is closed: it comes back and asks again.
 """
 
@@ -16,6 +18,7 @@ from protocol.directory_control import decode_body
 from protocol.sealed_frames import FrameRefusedError, SealedStream
 
 HELLO_S = 5.0
+FRAME_S = 20.0
 BUFFER_BYTES = 64 << 10
 UNSENT_LIMIT_BYTES = 4 << 20
 WAITING_LIMIT_BYTES = 1 << 20
@@ -38,6 +41,8 @@ class FrameStream:
         opened: Callable[["FrameStream"], None] | None = None,
     ) -> None:
         self.connection = connection
+        self._clock = clock
+        self._part_since_s: float | None = None
         self.on_drained: Callable[[], None] | None = None
         self._sealed = sealed
         self._heard = heard
@@ -96,6 +101,9 @@ class FrameStream:
             return
         if not was_open and self._sealed.is_open:
             self._start()
+        if self._is_endless(bool(frames)):
+            self._end("refused: a frame does not come to its end")
+            return
         for frame in frames:
             if self._is_closed:
                 return
@@ -105,6 +113,16 @@ class FrameStream:
                 self._end(f"refused: a frame of kind {frame.kind}: {error}")
                 return
             self._heard(self, body)
+
+    def _is_endless(self, has_frames: bool) -> bool:
+        """Whether the frame that is being received has begun too long ago; `has_frames`: others were complete."""
+        if not self._sealed.has_part:
+            self._part_since_s = None
+        elif has_frames or self._part_since_s is None:
+            self._part_since_s = self._clock.now()
+        else:
+            return self._clock.now() - self._part_since_s > FRAME_S
+        return False
 
     def drained(self) -> None:
         if self.on_drained is not None and not self._is_closed:

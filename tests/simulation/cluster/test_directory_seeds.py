@@ -15,6 +15,7 @@ FOUND = {
     5105: "what a node said of itself was overtaken by what it got with a snapshot, and refused for ever",
     1795647399055: "the judge expected of a master that stood still what a newer one had confirmed between two looks",
     1795664202007: "a registry without a directory was made whole with voters who had never met, and none could lead",
+    112737005583: "a frame with a damaged length held up all that a node said over its stream, for ever",
     478502801138: "the judge took the master that a registry named for the newest, which had been put back",
     569: "a report that had been published was answered with not done",
 }
