@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from protocol.nbd import Command
 from tests.certificates import make_member_files
 from tests.data_rig import SIZE_BYTES, TIMEOUT_S, VOLUME, DataNode, FreePort, data_nodes, tool
 from tests.interop.replication_soak import soak
-from tests.nbd_client import Client
+from tests.nbd_client import Client, RefusedError
 
 BLOCK_BYTES = 4096
 
@@ -61,8 +62,16 @@ class Writer:
         self._client.close()
 
     def wrong_blocks(self, node: DataNode, export: str = VOLUME) -> list[int]:
-        """Blocks that this node shows otherwise."""
-        reader = Client(node.clients, export, timeout_s=TIMEOUT_S)
+        """Blocks that this node shows otherwise. Who has closed at another node is in the way for a moment."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                reader = Client(node.clients, export, timeout_s=TIMEOUT_S)
+                break
+            except RefusedError as error:
+                if "is in use by" not in str(error) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.02)
         wrong = []
         for block, contents in sorted(self.may_have.items()):
             reader.send(Command.READ, block * BLOCK_BYTES, BLOCK_BYTES)

@@ -53,6 +53,7 @@ SIMULATOR_ONLY = {
     "cluster.simulated_registry": SEAM,
     "cluster.simulated_streams": SEAM,
     "replication.in_memory": DRIVES,
+    "replication.keeping": SEAM,
     "replication.log_stage": DRIVES,
     "replication.memory_log": SEAM,  # not one of the five: what the log disk is to a replica
     "replication.on_log_disks": DRIVES,
