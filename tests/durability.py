@@ -15,6 +15,7 @@ import errno
 import random
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from protocol.nbd import Command, CommandFlag
@@ -60,10 +61,11 @@ class Judge:
         """An errno that a write may get; it has happened then, or not."""
         self.refused = 0
         self._dirty: set[int] = set()  # blocks with acknowledged versions above their floor
+        self._late: set[tuple[int, int]] = set()  # (block, version) that may be seen below the floor
 
-    def write_until(self, client: Client, deadline: float, finish: bool = False) -> None:
-        """Write, trim and flush until `deadline` (monotonic), leaving requests in flight unless they are to `finish`.
-        ConnectionError if cut."""
+    def write_until(self, client: Client, deadline: float, finish: bool = False) -> list[Request]:
+        """Write, trim and flush until `deadline` (monotonic), leaving requests in flight unless they are to `finish`;
+        returns these. ConnectionError if cut."""
         in_flight: dict[int, Request] = {}
         busy: set[int] = set()
         while (more := time.monotonic() < deadline) or (finish and in_flight):
@@ -80,6 +82,12 @@ class Judge:
                 self.refused += 1
             else:
                 raise AssertionError(f"the server answered errno {reply.error}")
+        return list(in_flight.values())
+
+    def may_come_late(self, requests: Iterable[Request]) -> None:
+        """These were not answered, and their connection is open: until the next check they may happen, also after what
+        others write."""
+        self._late.update(item for request in requests if not request.is_flush for item in request.versions.items())
 
     def _send(self, client: Client, busy: set[int]) -> tuple[int, Request]:
         lot = self.random.random()
@@ -144,12 +152,13 @@ class Judge:
                     self.floor[block] = self.acknowledged[block] = version
                     self.dead.update((block, undone) for undone in range(version + 1, self.newest[block] + 1))
         self._dirty.clear()
+        self._late.clear()
         if faults:
             raise LostError(f"{len(faults)} faults in {self.blocks} blocks; the first: {'; '.join(faults[:5])}")
 
     def _version_shown(self, block: int, floor: int, shown: bytes) -> int | None:
-        for version in range(self.newest[block], floor - 1, -1):
-            if (block, version) in self.dead:
+        for version in range(self.newest[block], -1, -1):
+            if (block, version) in self.dead or (version < floor and (block, version) not in self._late):
                 continue
             zeros = version == 0 or (block, version) in self.trimmed
             if shown == (bytes(BLOCK_BYTES) if zeros else content(block, version)):
